@@ -1,0 +1,82 @@
+//! The one error type of the edge: a sentence, a hint with an exact command, an exit code.
+
+use std::fmt;
+
+/// What went wrong, in the terms a script cares about; its value is the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A failure at run time, or a batch of which a part failed.
+    Failure = 1,
+    /// Bad usage or bad input.
+    Usage = 2,
+    /// A model that is missing or corrupt.
+    Model = 3,
+    /// Out of memory.
+    Memory = 4,
+    /// Non-finite numbers in the model's output.
+    NonFinite = 5,
+    /// Stopped by the user.
+    Interrupted = 130,
+}
+
+/// One sentence that says what happened, and, where there is one, a hint that says what to type.
+#[derive(Debug)]
+pub struct Error {
+    /// Decides the exit code.
+    pub kind: Kind,
+    /// One sentence without a final period.
+    pub message: String,
+    /// Names an exact command or flag.
+    pub hint: Option<String>,
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind` without a hint.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hint: None }
+    }
+
+    /// Bad usage or input (exit code 2).
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Kind::Usage, message)
+    }
+
+    /// A missing or corrupt model (exit code 3).
+    pub fn model(message: impl Into<String>) -> Self {
+        Self::new(Kind::Model, message)
+    }
+
+    /// The same error with a hint.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// The process exit code.
+    pub fn exit_code(&self) -> u8 {
+        self.kind as u8
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        Self::new(Kind::Failure, e.to_string())
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Self {
+        Self::new(Kind::Failure, e.to_string())
+    }
+}

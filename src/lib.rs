@@ -1,0 +1,23 @@
+//! NextFlow: one decoder-only transformer that reads and writes text and images in one sequence.
+//!
+//! Data flows one way: [`cli`] -> [`request`] -> [`checkpoint`] -> ([`text`] | [`pixels`] ->
+//! [`tokenizer`]) -> [`generate`] over the [`backbone`] -> [`tokenizer`] -> [`output`].
+
+pub mod backbone;
+pub mod checkpoint;
+pub mod cli;
+pub mod device;
+pub mod error;
+pub mod eval;
+pub mod generate;
+pub mod ops;
+pub mod output;
+pub mod pixels;
+pub mod request;
+pub mod rng;
+pub mod scenes;
+pub mod terminal;
+pub mod text;
+pub mod tokenizer;
+#[cfg(feature = "train")]
+pub mod train;
