@@ -1,1 +1,31 @@
-//! (placeholder)
+//! The network's kernels: fused, multi-threaded f32 on the CPU, each with its backward pass.
+//!
+//! Every function takes any device and dtype. On the CPU in f32 it runs as one candle custom op that borrows its
+//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. Elsewhere it is the plain
+//! composition of candle's own differentiable operations, with softmax, norms and losses in f32; the tests hold the
+//! kernels to that composition, values and gradients.
+
+mod activation;
+mod attention;
+#[cfg(test)]
+mod check;
+mod conv;
+mod group_norm;
+mod linear;
+mod loss;
+mod norm;
+mod optim;
+mod resize;
+mod rope;
+mod slice;
+
+pub use activation::{gelu_erf, gelu_tanh, swiglu};
+pub use attention::attention;
+pub use conv::conv2d;
+pub use group_norm::group_norm;
+pub use linear::linear;
+pub use loss::{cross_entropy, cross_entropy_rows};
+pub use norm::{layer_norm, rms_norm};
+pub use optim::adamw_step;
+pub use resize::{pixel_shuffle, pixel_unshuffle, upsample_nearest2x};
+pub use rope::rope;

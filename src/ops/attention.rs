@@ -1,0 +1,303 @@
+//! Scaled dot-product attention with grouped keys and values.
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
+
+/// Fewer query rows than this are not worth a task of their own.
+const MIN_ROWS: usize = 16;
+
+/// `softmax(scale * q kᵀ) v` for q (B, T, H, D) and k, v (B, S, KV, D), where H is a multiple of KV: (B, T, H, D), of
+/// q's dtype. `mask`, (T, S) or (B, T, S) u8, keeps the pairs that are not zero; a row without any gives zeros.
+///
+/// Keys and values may be views of a cache: any batch and sequence strides, the last two dimensions contiguous; other
+/// strides are copied. Errors when the shapes do not fit.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
+    let (b, t, h, d) = q.dims4()?;
+    let (kb, s, kv, kd) = k.dims4()?;
+    if (kb, kd) != (b, d) || kv == 0 || h % kv != 0 || v.dims() != k.dims() {
+        bail!("attention: queries {:?}, keys {:?} and values {:?} do not fit", q.dims(), k.dims(), v.dims());
+    }
+    if let Some(m) = mask
+        && (m.dtype() != DType::U8 || m.dims() != [t, s] && m.dims() != [b, t, s])
+    {
+        bail!("attention: a {:?} mask {:?} does not fit {t} queries and {s} keys", m.dtype(), m.dims());
+    }
+    if !slice::fused(&[q, k, v]) {
+        return plain(q, k, v, mask, scale);
+    }
+    let mask = mask.map(Tensor::contiguous).transpose()?;
+    q.contiguous()?.apply_op3(&heads_contiguous(k)?, &heads_contiguous(v)?, Attention { mask, scale })
+}
+
+fn heads_contiguous(x: &Tensor) -> Result<Tensor> {
+    let (dims, stride) = (x.dims(), x.stride());
+    let contiguous = (dims[3] == 1 || stride[3] == 1) && (dims[2] == 1 || stride[2] == dims[3]);
+    if contiguous { Ok(x.clone()) } else { x.contiguous() }
+}
+
+fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
+    let (b, _, h, d) = q.dims4()?;
+    let (_, s, kv, _) = k.dims4()?;
+    let repeat = |x: &Tensor| {
+        let x = x.transpose(1, 2)?.unsqueeze(2)?.broadcast_as((b, kv, h / kv, s, d))?;
+        x.reshape((b, h, s, d))
+    };
+    let q = q.transpose(1, 2)?.contiguous()?;
+    let logits = (q.matmul(&repeat(k)?.t()?)?.to_dtype(DType::F32)? * f64::from(scale))?;
+    let keep = mask.map(|m| {
+        let m = m.ne(0u8)?.to_dtype(DType::F32)?;
+        if m.rank() == 3 { m.unsqueeze(1) } else { Ok(m) }
+    });
+    let keep = keep.transpose()?;
+    let logits = match &keep {
+        Some(keep) => logits.broadcast_add(&((keep - 1.0)? * 1e30)?)?,
+        None => logits,
+    };
+    let e = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
+    // Only a row without any key to see still has weight on masked ones.
+    let p = match &keep {
+        Some(keep) => p.broadcast_mul(keep)?,
+        None => p,
+    };
+    p.to_dtype(v.dtype())?.matmul(&repeat(v)?)?.transpose(1, 2)?.contiguous()
+}
+
+struct Attention {
+    mask: Option<Tensor>,
+    scale: f32,
+}
+
+/// The heads of queries, keys or values, (B, N, heads, D), with the last two dimensions contiguous.
+#[derive(Clone, Copy)]
+struct Heads<'a> {
+    data: &'a [f32],
+    n: usize,
+    heads: usize,
+    d: usize,
+    batch_stride: usize,
+    stride: usize,
+}
+
+impl<'a> Heads<'a> {
+    fn new(data: &'a [f32], layout: &Layout) -> Result<Self> {
+        let (_, n, heads, d) = layout.shape().dims4()?;
+        Ok(Self { data, n, heads, d, batch_stride: layout.stride()[0], stride: layout.stride()[1] })
+    }
+
+    /// Rows from `first` on of one head, (rows, D).
+    fn rows(&self, batch: usize, head: usize, first: usize, rows: usize) -> Matrix<'a> {
+        let start = batch * self.batch_stride + first * self.stride + head * self.d;
+        Matrix::strided(&self.data[start..], rows, self.d, self.stride)
+    }
+
+    fn head(&self, batch: usize, head: usize) -> Matrix<'a> {
+        self.rows(batch, head, 0, self.n)
+    }
+}
+
+impl Attention {
+    /// The mask's first row of a batch row of `t` queries: (T, S) is one for all.
+    fn mask_row(&self, batch: usize, t: usize) -> usize {
+        if self.mask.as_ref().is_some_and(|m| m.rank() == 3) { batch * t } else { 0 }
+    }
+
+    /// The weights of some queries of one head over its keys, into `p` (rows, S), by the mask's rows for them.
+    fn weights(&self, q: Matrix, k: Matrix, mask: Option<&[u8]>, p: &mut [f32], (rows, s): (usize, usize), all: bool) {
+        gemm(MatrixMut::new(p, rows, s), Into::Overwrite, q, k.t(), self.scale, all);
+        for (i, row) in p.chunks_exact_mut(s).enumerate() {
+            if let Some(mask) = mask {
+                let dropped = row.iter_mut().zip(&mask[i * s..]).filter(|(_, keep)| **keep == 0);
+                dropped.for_each(|(logit, _)| *logit = f32::NEG_INFINITY);
+            }
+            softmax(row);
+        }
+    }
+}
+
+/// In place; a row of nothing but negative infinity becomes zeros.
+fn softmax(row: &mut [f32]) {
+    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    if max == f32::NEG_INFINITY {
+        return row.fill(0.0);
+    }
+    let mut total = 0.0;
+    for x in row.iter_mut() {
+        *x = (*x - max).exp();
+        total += *x;
+    }
+    let norm = 1.0 / total;
+    row.iter_mut().for_each(|x| *x *= norm);
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (b, t, h, d) = l1.shape().dims4()?;
+        let q = Heads::new(slice::strided(s1, l1)?, l1)?;
+        let (k, v) = (Heads::new(slice::strided(s2, l2)?, l2)?, Heads::new(slice::strided(s3, l3)?, l3)?);
+        let (s, group) = (k.n, h / k.heads);
+        let mask = self.mask.as_ref().map(Borrowed::of);
+        let mask = mask.as_ref().map(Borrowed::slice::<u8>).transpose()?;
+        // A task writes whole rows, all heads of them, or, where there is but one row, the heads of one group.
+        let blocks = (2 * rayon::current_num_threads()).div_ceil(b).clamp(1, t.div_ceil(MIN_ROWS));
+        let rows = t.div_ceil(blocks);
+        let task = if t == 1 { group * d } else { rows * h * d };
+        let mut out = vec![0f32; b * t * h * d];
+        out.par_chunks_mut(t * h * d).enumerate().for_each(|(bi, out)| {
+            let tasks = out.par_chunks_mut(task).enumerate();
+            tasks.for_each_init(
+                || vec![0f32; rows * s],
+                |p, (i, out)| {
+                    let (first, heads) = if t == 1 { (0, i * group..(i + 1) * group) } else { (i * rows, 0..h) };
+                    let stride = heads.len() * d;
+                    let rows = out.len() / stride;
+                    let p = &mut p[..rows * s];
+                    let mask = mask.map(|m| &m[(self.mask_row(bi, t) + first) * s..]);
+                    for (j, head) in heads.enumerate() {
+                        let (q, k) = (q.rows(bi, head, first, rows), k.head(bi, head / group));
+                        self.weights(q, k, mask, p, (rows, s), false);
+                        let out = MatrixMut::strided(&mut out[j * d..], rows, d, stride);
+                        gemm(out, Into::Overwrite, Matrix::new(p, rows, s), v.head(bi, head / group), 1.0, false);
+                    }
+                },
+            );
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (b, t, h, d) = q.dims4()?;
+        let (_, s, kv, _) = k.dims4()?;
+        let group = h / kv;
+        let (bq, bk, bv, bdy) = (Borrowed::of(q), Borrowed::of(k), Borrowed::of(v), Borrowed::of(&dy));
+        let (qs, dys) = (Heads::new(bq.strided()?, q.layout())?, Heads::new(bdy.strided()?, dy.layout())?);
+        let (ks, vs) = (Heads::new(bk.strided()?, k.layout())?, Heads::new(bv.strided()?, v.layout())?);
+        let mask = self.mask.as_ref().map(Borrowed::of);
+        let mask = mask.as_ref().map(Borrowed::slice::<u8>).transpose()?;
+        let mut dq = vec![0f32; b * t * h * d];
+        let (mut dk, mut dv) = (vec![0f32; b * s * kv * d], vec![0f32; b * s * kv * d]);
+        // Batch rows share nothing; where they are too few for all threads, the products split instead.
+        let all = b < rayon::current_num_threads();
+        let (row, key) = (h * d, kv * d);
+        let grads = dq.par_chunks_mut(t * row).zip(dk.par_chunks_mut(s * key)).zip(dv.par_chunks_mut(s * key));
+        grads.enumerate().for_each_init(
+            || (vec![0f32; t * s], vec![0f32; t * s]),
+            |(p, dp), (bi, ((dq, dk), dv))| {
+                let mask = mask.map(|m| &m[self.mask_row(bi, t) * s..]);
+                for head in 0..h {
+                    let (q, dy) = (qs.head(bi, head), dys.head(bi, head));
+                    let (k, v) = (ks.head(bi, head / group), vs.head(bi, head / group));
+                    let at = head / group * d;
+                    self.weights(q, k, mask, p, (t, s), all);
+                    let dv = MatrixMut::strided(&mut dv[at..], s, d, key);
+                    gemm(dv, Into::Add, Matrix::new(p, t, s).t(), dy, 1.0, all);
+                    gemm(MatrixMut::new(dp, t, s), Into::Overwrite, dy, v.t(), 1.0, all);
+                    for (p, dp) in p.chunks_exact(s).zip(dp.chunks_exact_mut(s)) {
+                        let mean = slice::sum(p, dp, |p, dp| p * dp);
+                        dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - mean) * self.scale);
+                    }
+                    let dlogits = Matrix::new(dp, t, s);
+                    let dq = MatrixMut::strided(&mut dq[head * d..], t, d, row);
+                    gemm(dq, Into::Overwrite, dlogits, k, 1.0, all);
+                    gemm(MatrixMut::strided(&mut dk[at..], s, d, key), Into::Add, dlogits.t(), q, 1.0, all);
+                }
+            },
+        );
+        Ok((slice::gradient(q, dq)?, slice::gradient(k, dk)?, slice::gradient(v, dv)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{agree, random, same};
+    use super::*;
+    use candle_core::{Device, Var};
+
+    fn inputs(b: usize, t: usize, s: usize, (h, kv, d): (usize, usize, usize)) -> [Var; 3] {
+        [random((b, t, h, d), 1), random((b, s, kv, d), 2), random((b, s, kv, d), 3)]
+    }
+
+    /// Causal, with one row that sees nothing and, per batch row, some padding.
+    fn mask(b: Option<usize>, t: usize, s: usize) -> Result<Tensor> {
+        let keep = |b: usize, i: usize, j: usize| i != 1 && j + t <= i + s && (b == 0 || j % 3 != b % 3);
+        let bytes = |b| (0..t * s).map(move |n| u8::from(keep(b, n / s, n % s)));
+        match b {
+            Some(b) => Tensor::from_iter((0..b).flat_map(bytes), &Device::Cpu)?.reshape((b, t, s)),
+            None => Tensor::from_iter(bytes(0), &Device::Cpu)?.reshape((t, s)),
+        }
+    }
+
+    #[test]
+    fn matches_the_composition() -> Result<()> {
+        for (b, t, s, heads) in
+            [(2, 5, 7, (4, 2, 6)), (1, 70, 70, (2, 1, 9)), (3, 1, 11, (6, 2, 8)), (1, 1, 3, (1, 1, 5))]
+        {
+            let [q, k, v] = &inputs(b, t, s, heads);
+            for mask in [None, Some(mask(None, t, s)?), Some(mask(Some(b), t, s)?)] {
+                let mask = mask.as_ref();
+                same(&[q, k, v], || attention(q, k, v, mask, 0.4), || plain(q, k, v, mask, 0.4));
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn rows_that_see_nothing_are_zero() -> Result<()> {
+        let [q, k, v] = &inputs(2, 4, 5, (2, 1, 3));
+        let y = attention(q, k, v, Some(&mask(Some(2), 4, 5)?), 1.0)?.narrow(1, 1, 1)?;
+        assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().all(|&y| y == 0.0));
+        Ok(())
+    }
+
+    #[test]
+    fn reads_views_of_a_cache() {
+        let [q, k, v] = &inputs(2, 3, 12, (4, 2, 5));
+        let view = |x: &Var| x.narrow(1, 2, 6);
+        let kernel = || attention(q, &view(k)?, &view(v)?, None, 0.5);
+        same(&[q, k, v], kernel, || plain(q, &view(k)?, &view(v)?, None, 0.5));
+        // Strides of the heads themselves are copied.
+        let turned = |x: &Var| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        same(&[q, k, v], || attention(q, &turned(k)?, &turned(v)?, None, 0.5), || plain(q, k, v, None, 0.5));
+    }
+
+    #[test]
+    fn other_dtypes_compose() -> Result<()> {
+        let [q, k, v] = &inputs(1, 3, 4, (2, 1, 4));
+        let half = |x: &Var| x.to_dtype(DType::F64);
+        let y = attention(&half(q)?, &half(k)?, &half(v)?, None, 0.5)?;
+        assert_eq!(y.dtype(), DType::F64);
+        agree("f64", &y.to_dtype(DType::F32)?, &attention(q, k, v, None, 0.5)?)
+    }
+
+    #[test]
+    fn rejects_shapes_that_do_not_fit() -> Result<()> {
+        let [q, k, v] = &inputs(1, 3, 4, (3, 2, 4));
+        assert!(attention(q, k, v, None, 1.0).is_err());
+        let [q, k, v] = &inputs(1, 3, 4, (4, 2, 4));
+        assert!(attention(q, k, v, Some(&mask(None, 4, 3)?), 1.0).is_err());
+        assert!(attention(q, k, &v.narrow(1, 0, 2)?, None, 1.0).is_err());
+        Ok(())
+    }
+}
