@@ -26,6 +26,11 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// The FNV-1a hash (64 bits) of a text, for ever the same: what splits and initial values are keyed by.
+pub fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3))
+}
+
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 impl Rng {
@@ -76,6 +81,12 @@ mod tests {
         ] {
             assert_ne!(base, other.bits(0));
         }
+    }
+
+    #[test]
+    fn fnv1a_has_its_published_values() {
+        assert_eq!(fnv1a(""), 0xCBF2_9CE4_8422_2325);
+        assert_eq!(fnv1a("foobar"), 0x8594_4171_F739_67E8);
     }
 
     #[test]

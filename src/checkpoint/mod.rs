@@ -1,1 +1,29 @@
-//! (placeholder)
+//! Where weights come from: the binary itself, a model folder, or a seed.
+//!
+//! A model folder has four files:
+//!
+//! | file | what |
+//! |---|---|
+//! | `config.json` | shape of the model and its default sampling |
+//! | `tokenizer.json` | text tokenizer, in the format of the `tokenizers` library |
+//! | `model.safetensors` | the transformer |
+//! | `image_tokenizer.safetensors` | the image tokenizer |
+//!
+//! Keys are those of Qwen2.5-VL and TokenFlow. Weights are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32
+//! tensor `KEY.scale` of one scale per row: value = (byte - 128) * scale.
+//!
+//! Nothing in them is trusted: headers are checked before a byte of data is read, and all keys and shapes are compared
+//! with what the config asks for before anything large is allocated. Tensors are read one by one, converted on the way.
+
+mod archive;
+mod embedded;
+mod header;
+mod source;
+mod weights;
+
+pub use archive::{load, quantise, save, write};
+pub use source::Source;
+pub use weights::{Init, Weights};
+
+#[cfg(test)]
+mod tests;

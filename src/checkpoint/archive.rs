@@ -1,0 +1,194 @@
+//! One safetensors file: tensors read one by one, and written all at once.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+use super::header::{self, Entry, Header};
+use crate::error::{Error, Kind, Result};
+
+/// A file whose header is sound, and where its data is.
+#[derive(Debug)]
+pub(super) struct Archive {
+    name: String,
+    header: Header,
+    data: Data,
+}
+
+#[derive(Debug)]
+enum Data {
+    File(Mutex<File>),
+    Bytes(&'static [u8]),
+}
+
+/// Opens a regular file; anything else (a folder, a pipe) is refused.
+pub(super) fn open(path: &Path) -> Result<File> {
+    const FILES: &str = "nextflow gen --model FOLDER, with config.json, tokenizer.json, model.safetensors and \
+                         image_tokenizer.safetensors in FOLDER";
+    let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
+    let cannot = |e: io::Error| match e.kind() {
+        io::ErrorKind::NotFound => refuse("is missing".into()),
+        _ => refuse(format!("cannot be read: {e}")),
+    };
+    // Opening a pipe would wait for a writer, so this comes first.
+    if !path.metadata().map_err(cannot)?.is_file() {
+        return Err(refuse("is not a file".into()));
+    }
+    File::open(path).map_err(cannot)
+}
+
+impl Archive {
+    /// Opens a file and checks its header.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let (name, file) = (path.display().to_string(), open(path)?);
+        let header = header::read(&name, &file, file.metadata()?.len())?;
+        Ok(Self { name, header, data: Data::File(Mutex::new(file)) })
+    }
+
+    /// Checks the header of a file in memory.
+    pub(super) fn from_bytes(name: String, bytes: &'static [u8]) -> Result<Self> {
+        let header = header::read(&name, bytes, bytes.len() as u64)?;
+        Ok(Self { name, header, data: Data::Bytes(bytes) })
+    }
+
+    /// What the header says about a tensor.
+    pub(super) fn entry(&self, key: &str) -> Option<&Entry> {
+        self.header.get(key)
+    }
+
+    /// A tensor as `dtype` on `device`.
+    pub(super) fn read(&self, key: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let fail = |e: &dyn std::fmt::Display| candle_core::Error::Msg(format!("{}: {key}: {e}", self.name));
+        let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
+        let tensor = match &self.data {
+            Data::File(file) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.seek(SeekFrom::Start(entry.start)).map_err(|e| fail(&e))?;
+                decode(&mut *file, entry, dtype)
+            }
+            Data::Bytes(bytes) => decode(&mut &bytes[entry.start as usize..], entry, dtype),
+        };
+        let tensor = tensor.map_err(|e| fail(&e))?;
+        let tensor = match entry.dtype {
+            Dtype::U8 => {
+                dequantise(&tensor, &self.read(&scale_key(key), DType::F32, &Device::Cpu)?)?.to_dtype(dtype)?
+            }
+            _ => tensor,
+        };
+        tensor.to_device(device)
+    }
+
+    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row.
+    pub(super) fn readable(&self, key: &str, entry: &Entry) -> bool {
+        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+        let scaled = |scale: &Entry| is_float(scale.dtype) && Some(&scale.shape[..]) == entry.shape.get(..1);
+        is_float(entry.dtype) || entry.dtype == Dtype::U8 && self.entry(&scale_key(key)).is_some_and(scaled)
+    }
+}
+
+/// Where the scales (rows) of a tensor of bytes (rows, ...) are.
+fn scale_key(key: &str) -> String {
+    format!("{key}.scale")
+}
+
+/// The byte that stands for zero.
+const ZERO: f64 = 128.0;
+
+/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte - 128) * scale.
+pub fn quantise(tensors: &mut BTreeMap<String, Tensor>, key: String, tensor: &Tensor) -> candle_core::Result<()> {
+    let rows = tensor.to_dtype(DType::F32)?.flatten_from(1)?;
+    let scale = (rows.abs()?.max_keepdim(1)? / 127.0)?.clamp(f32::MIN_POSITIVE, f32::MAX)?;
+    let bytes = (rows.broadcast_div(&scale)?.round()? + ZERO)?.to_dtype(DType::U8)?.reshape(tensor.shape())?;
+    tensors.insert(scale_key(&key), scale.squeeze(1)?);
+    tensors.insert(key, bytes);
+    Ok(())
+}
+
+/// Undoes [`quantise`]: bytes, here as f32, and scales (rows).
+fn dequantise(bytes: &Tensor, scale: &Tensor) -> candle_core::Result<Tensor> {
+    let rows = (bytes.flatten_from(1)?.to_dtype(DType::F32)? - ZERO)?;
+    rows.broadcast_mul(&scale.unsqueeze(1)?)?.reshape(bytes.shape())
+}
+
+fn decode(file: &mut impl Read, entry: &Entry, dtype: DType) -> candle_core::Result<Tensor> {
+    match entry.dtype {
+        Dtype::F32 => tensor(file, entry, dtype, f32::from_le_bytes),
+        Dtype::F16 => tensor(file, entry, dtype, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => tensor(file, entry, dtype, |b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::U8 => tensor(file, entry, DType::F32, |[b]: [u8; 1]| f32::from(b)),
+        other => Err(candle_core::Error::Msg(format!("stored as {other}, expected F32, F16, BF16 or scaled U8"))),
+    }
+}
+
+/// Converts on the way, through f32: exact unless the asked type is narrower than the stored one.
+fn tensor<const N: usize>(
+    file: &mut impl Read,
+    entry: &Entry,
+    dtype: DType,
+    f: impl Fn([u8; N]) -> f32,
+) -> candle_core::Result<Tensor> {
+    let (shape, n) = (entry.shape.as_slice(), entry.length);
+    match dtype {
+        DType::BF16 => Tensor::from_vec(numbers(file, n, |b| bf16::from_f32(f(b)))?, shape, &Device::Cpu),
+        DType::F16 => Tensor::from_vec(numbers(file, n, |b| f16::from_f32(f(b)))?, shape, &Device::Cpu),
+        _ => Tensor::from_vec(numbers(file, n, f)?, shape, &Device::Cpu)?.to_dtype(dtype),
+    }
+}
+
+/// Reads `length` bytes a piece at a time, so that they are never in memory beside the numbers.
+fn numbers<const N: usize, T>(file: &mut impl Read, length: u64, f: impl Fn([u8; N]) -> T) -> io::Result<Vec<T>> {
+    let mut left = length as usize;
+    let mut numbers = Vec::new();
+    numbers.try_reserve_exact(left / N)?;
+    let mut buffer = vec![0; left.min(1 << 18)];
+    while left > 0 {
+        let piece = left.min(1 << 18);
+        file.read_exact(&mut buffer[..piece])?;
+        numbers.extend(buffer[..piece].as_chunks().0.iter().map(|&b| f(b)));
+        left -= piece;
+    }
+    Ok(numbers)
+}
+
+/// All weights of a file, as f32.
+pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let archive = Archive::open(path)?;
+    let weights = archive.header.iter().filter(|(key, entry)| archive.readable(key, entry));
+    // Scales are part of the tensors that they belong to.
+    let weights = weights.filter(|(key, _)| {
+        let owner = key.strip_suffix(".scale").and_then(|owner| archive.entry(owner));
+        owner.is_none_or(|owner| owner.dtype != Dtype::U8)
+    });
+    weights.map(|(key, _)| Ok((key.clone(), archive.read(key, DType::F32, &Device::Cpu)?))).collect()
+}
+
+/// Writes a safetensors file with optional metadata, as [`write`] does.
+pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<HashMap<String, String>>) -> Result<()> {
+    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| unwritten(path, &e))?;
+    write(path, &bytes)
+}
+
+/// Writes a file; `path` has either its old content or all of the new.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // Temporary files are private by default; this one is to become an ordinary file.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.prefix(".nextflow-").tempfile_in(folder).map_err(|e| unwritten(path, &e))?;
+    file.write_all(bytes).map_err(|e| unwritten(path, &e))?;
+    file.as_file().sync_all().map_err(|e| unwritten(path, &e))?;
+    file.persist(path).map_err(|e| unwritten(path, &e.error))?;
+    Ok(())
+}
+
+fn unwritten(path: &Path, e: &dyn std::fmt::Display) -> Error {
+    Error::new(Kind::Failure, format!("cannot write {}: {e}", path.display()))
+        .hint("check the folder's permissions and free space: df -h")
+}

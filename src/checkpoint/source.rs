@@ -1,0 +1,157 @@
+//! A place that holds a whole model.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::archive::{self, Archive};
+use super::embedded;
+use super::weights::{Fault, Weights};
+use crate::error::{Error, Kind, Result};
+use crate::text::Text;
+
+/// The longest JSON file that is read, in bytes.
+const MAX_JSON: u64 = 100_000_000;
+
+/// How many faults of a file a message spells out.
+const SHOWN: usize = 5;
+
+/// Where a model comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The model in the binary itself.
+    Embedded,
+    /// A model folder, as described in [`crate::checkpoint`].
+    Folder(PathBuf),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Embedded => f.write_str("the built-in model"),
+            Self::Folder(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl Source {
+    /// The value of `--model`: a folder that exists, or the built-in model if none is given.
+    pub fn parse(model: Option<&str>) -> Result<Self> {
+        let Some(model) = model else { return Ok(Self::Embedded) };
+        let path = PathBuf::from(model);
+        if path.is_dir() {
+            return Ok(Self::Folder(path));
+        }
+        let what = if path.exists() { "is not a folder" } else { "does not exist" };
+        let hint = match path.parent().filter(|_| path.is_file()) {
+            Some(parent) if parent.as_os_str().is_empty() => "--model .".into(),
+            Some(parent) => format!("--model {}", parent.display()),
+            None => "leave out --model to draw with the built-in model, or: nextflow gen --model FOLDER".into(),
+        };
+        Err(Error::model(format!("--model {model} {what}")).hint(hint))
+    }
+
+    /// The content of `config.json`.
+    pub fn read_config(&self) -> Result<serde_json::Value> {
+        serde_json::from_slice(&self.bytes("config.json")?).map_err(|e| {
+            Error::model(format!("config.json of {self} is not JSON: {e}"))
+                .hint("copy the file from its origin again, or name another model: nextflow gen --model FOLDER")
+        })
+    }
+
+    /// The text tokenizer of `tokenizer.json`.
+    pub fn text(&self) -> Result<Text> {
+        Text::from_bytes(&self.bytes("tokenizer.json")?)
+            .map_err(|e| Error { message: format!("{} (of {self})", e.message), ..e })
+    }
+
+    /// Builds a part of the model from a safetensors file, as `dtype` on `device`. Tensors that nothing asks for are
+    /// ignored.
+    ///
+    /// `build` runs twice: at first without reading a tensor, to compare all keys and shapes with the file's header.
+    ///
+    /// Errors: [`Kind::Model`] if the file is broken or does not fit, [`Kind::Memory`] if it does not fit in memory.
+    pub fn load<T>(
+        &self,
+        file: &str,
+        dtype: DType,
+        device: &Device,
+        build: impl Fn(&Weights) -> candle_core::Result<T>,
+    ) -> Result<T> {
+        let name = self.name(file);
+        let archive = match self {
+            Self::Embedded => Archive::from_bytes(name.clone(), self.embedded(file)?)?,
+            Self::Folder(folder) => Archive::open(&folder.join(file))?,
+        };
+        let archive = Arc::new(archive);
+        let plan = Weights::plan(archive.clone(), dtype);
+        let planned = build(&plan).map(drop);
+        let problems = plan.problems();
+        if !problems.is_empty() {
+            return Err(misfit(&name, &problems, planned.is_err()));
+        }
+        planned.map_err(|e| failure(&name, e))?;
+        build(&Weights::from_archive(archive, dtype, device)).map_err(|e| failure(&name, e))
+    }
+
+    /// How messages call a file.
+    fn name(&self, file: &str) -> String {
+        match self {
+            Self::Embedded => format!("{file} of {self}"),
+            Self::Folder(folder) => folder.join(file).display().to_string(),
+        }
+    }
+
+    fn embedded(&self, file: &str) -> Result<&'static [u8]> {
+        embedded::file(file).ok_or_else(|| {
+            Error::model("this build of nextflow has no built-in model").hint("nextflow gen --model FOLDER")
+        })
+    }
+
+    fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+        let Self::Folder(folder) = self else { return self.embedded(file).map(Cow::Borrowed) };
+        let mut bytes = Vec::new();
+        let read = archive::open(&folder.join(file))?.take(MAX_JSON + 1).read_to_end(&mut bytes);
+        read.map_err(|e| Error::model(format!("{} cannot be read: {e}", self.name(file))))?;
+        if bytes.len() as u64 > MAX_JSON {
+            return Err(Error::model(format!("{} has more than {MAX_JSON} bytes", self.name(file))));
+        }
+        Ok(bytes.into())
+    }
+}
+
+/// One sentence about a file that does not fit its config; `cut` says that the check gave up early.
+fn misfit(name: &str, problems: &[(String, Fault)], cut: bool) -> Error {
+    let count = |is: fn(&Fault) -> bool, what: &str| match problems.iter().filter(|(_, f)| is(f)).count() {
+        0 => None,
+        n => Some(format!("{n} {what}")),
+    };
+    let counts = [
+        count(|f| matches!(f, Fault::Missing), "missing"),
+        count(|f| matches!(f, Fault::Shape { .. }), "wrongly shaped"),
+        count(|f| matches!(f, Fault::Type(_)), "of another type"),
+    ];
+    let counts: Vec<String> = counts.into_iter().flatten().collect();
+    let mut shown: Vec<String> = problems.iter().take(SHOWN).map(|(key, fault)| format!("{key}: {fault}")).collect();
+    if problems.len() > SHOWN {
+        shown.push(format!("and {} more", problems.len() - SHOWN));
+    }
+    let least = if cut { "at least " } else { "" };
+    let message =
+        format!("{name} does not fit config.json, tensors {least}{}: {}", counts.join(", "), shown.join("; "));
+    Error::model(message).hint("nextflow gen --model FOLDER, with all files in FOLDER from one checkpoint")
+}
+
+/// A failure to build: the devices' allocators tell of their exhaustion in words only.
+fn failure(name: &str, error: candle_core::Error) -> Error {
+    let text = error.to_string();
+    let lower = text.to_lowercase().replace('_', " ");
+    if lower.contains("out of memory") || lower.contains("memory allocation failed") {
+        return Error::new(Kind::Memory, format!("not enough memory for {name}: {text}")).hint("--device cpu");
+    }
+    Error::model(format!("cannot load {name}: {text}")).hint("nextflow gen --model FOLDER with another checkpoint")
+}

@@ -1,0 +1,227 @@
+//! The weights of a model under construction: every layer asks for its tensors by key and shape.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt::{self, Display};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
+
+use super::archive::Archive;
+use super::header::dims;
+use crate::rng::{Rng, Stream, fnv1a};
+
+/// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
+const MAX_PROBLEMS: usize = 100_000;
+const MAX_ELEMENTS: usize = 1 << 30;
+
+/// Initial values of a tensor that is trained from nothing.
+#[derive(Clone, Copy, Debug)]
+pub enum Init {
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+    /// Normal around zero.
+    Normal {
+        /// Standard deviation.
+        std: f64,
+    },
+    /// Uniform on (-bound, bound).
+    Uniform {
+        /// The largest magnitude.
+        bound: f64,
+    },
+}
+
+/// Tensors by key, under a prefix.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    prefix: String,
+    store: Arc<Store>,
+    device: Device,
+}
+
+#[derive(Debug)]
+enum Store {
+    /// Files to read from, as a type; a later file hides keys of an earlier one.
+    Files(Vec<Arc<Archive>>, DType),
+    /// The same, but nothing is read: faults are collected instead.
+    Plan(Arc<Archive>, DType, Mutex<Problems>),
+    Trainable {
+        seed: u64,
+        state: Mutex<Trainable>,
+    },
+}
+
+#[derive(Debug)]
+struct Trainable {
+    known: BTreeMap<String, Tensor>,
+    vars: BTreeMap<String, Var>,
+}
+
+/// Why a tensor cannot be had.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Fault {
+    Missing,
+    Shape { found: Vec<usize>, expected: Vec<usize> },
+    Type(safetensors::Dtype),
+}
+
+impl Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("missing"),
+            Self::Shape { found, expected } => write!(f, "found {}, expected {}", dims(found), dims(expected)),
+            Self::Type(dtype) => write!(f, "stored as {dtype}, expected F32, F16 or BF16"),
+        }
+    }
+}
+
+/// Faults by key, in the order in which the model asks for them.
+#[derive(Debug, Default)]
+pub(super) struct Problems {
+    pub(super) list: Vec<(String, Fault)>,
+    seen: HashSet<String>,
+}
+
+impl Weights {
+    /// Reads from safetensors files as `dtype`; a later file hides keys of an earlier one.
+    pub fn from_safetensors(files: &[PathBuf], dtype: DType, device: &Device) -> Result<Self> {
+        let open = |path: &PathBuf| Archive::open(path).map(Arc::new).map_err(|e| Error::Msg(e.message));
+        let archives = files.iter().map(open).collect::<Result<_>>()?;
+        Ok(Self::new(Store::Files(archives, dtype), device))
+    }
+
+    /// Trainable weights from nothing but a seed.
+    pub fn trainable(seed: u64, device: &Device) -> Self {
+        Self::trainable_from(BTreeMap::new(), seed, device)
+    }
+
+    /// Trainable weights that start from `known` where key and shape agree, elsewhere from the seed.
+    pub fn trainable_from(known: BTreeMap<String, Tensor>, seed: u64, device: &Device) -> Self {
+        let state = Mutex::new(Trainable { known, vars: BTreeMap::new() });
+        Self::new(Store::Trainable { seed, state }, device)
+    }
+
+    /// Reads from one open file.
+    pub(super) fn from_archive(archive: Arc<Archive>, dtype: DType, device: &Device) -> Self {
+        Self::new(Store::Files(vec![archive], dtype), device)
+    }
+
+    /// Weights that read nothing: tensors are a zero broadcast to their shape, and [`Self::problems`] tells what a
+    /// model that was built of them found wrong with the file.
+    pub(super) fn plan(archive: Arc<Archive>, dtype: DType) -> Self {
+        Self::new(Store::Plan(archive, dtype, Mutex::default()), &Device::Cpu)
+    }
+
+    fn new(store: Store, device: &Device) -> Self {
+        Self { prefix: String::new(), store: Arc::new(store), device: device.clone() }
+    }
+
+    /// The weights below `name`: keys are joined with dots.
+    pub fn pp(&self, name: impl Display) -> Self {
+        Self { prefix: self.key(name), ..self.clone() }
+    }
+
+    fn key(&self, name: impl Display) -> String {
+        if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    /// Where the tensors are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Every trainable tensor that was asked for so far; none unless the weights are trainable.
+    pub fn vars(&self) -> BTreeMap<String, Var> {
+        match &*self.store {
+            Store::Trainable { state, .. } => lock(state).vars.clone(),
+            _ => BTreeMap::new(),
+        }
+    }
+
+    /// What [`Self::plan`] found.
+    pub(super) fn problems(&self) -> Vec<(String, Fault)> {
+        match &*self.store {
+            Store::Plan(_, _, problems) => lock(problems).list.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// One tensor. `init` gives the values that a trainable tensor starts from if they are not known.
+    ///
+    /// Errors: a key that is not there or has another shape, unless the weights are trainable.
+    pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
+        let (key, shape) = (self.key(name), shape.into());
+        match &*self.store {
+            Store::Files(archives, dtype) => {
+                let archive = archives.iter().rev().find(|a| a.entry(&key).is_some());
+                match archive.ok_or(Fault::Missing).and_then(|a| check(a, &key, &shape).map(|()| a)) {
+                    Ok(archive) => archive.read(&key, *dtype, &self.device),
+                    Err(fault) => Err(Error::Msg(format!("{key}: {fault}"))),
+                }
+            }
+            Store::Plan(archive, dtype, problems) => {
+                if let Err(fault) = check(archive, &key, &shape) {
+                    lock(problems).add(key, fault, &shape)?;
+                }
+                Tensor::zeros((), *dtype, &Device::Cpu)?.broadcast_as(shape)
+            }
+            Store::Trainable { seed, state } => lock(state).get(key, shape, init, *seed, &self.device),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn check(archive: &Archive, key: &str, shape: &Shape) -> std::result::Result<(), Fault> {
+    let entry = archive.entry(key).ok_or(Fault::Missing)?;
+    if entry.shape != shape.dims() {
+        return Err(Fault::Shape { found: entry.shape.clone(), expected: shape.dims().to_vec() });
+    }
+    if archive.readable(key, entry) { Ok(()) } else { Err(Fault::Type(entry.dtype)) }
+}
+
+impl Problems {
+    fn add(&mut self, key: String, fault: Fault, shape: &Shape) -> Result<()> {
+        if self.seen.insert(key.clone()) {
+            self.list.push((key, fault));
+        }
+        let elements = shape.dims().iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        match elements.filter(|&n| n <= MAX_ELEMENTS && self.list.len() < MAX_PROBLEMS) {
+            Some(_) => Ok(()),
+            None => Err(Error::Msg("too much is wrong".into())),
+        }
+    }
+}
+
+impl Trainable {
+    fn get(&mut self, key: String, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
+        if let Some(var) = self.vars.get(&key) {
+            return Ok(var.as_tensor().clone());
+        }
+        let var = match self.known.get(&key).filter(|t| t.shape() == &shape) {
+            Some(known) => Var::from_tensor(known)?,
+            None => Var::from_tensor(&initial(&key, shape, init, seed, device)?)?,
+        };
+        let tensor = var.as_tensor().clone();
+        self.vars.insert(key, var);
+        Ok(tensor)
+    }
+}
+
+/// Initial values are a function of seed and key alone, so the order in which layers are built does not matter.
+fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
+    let rng = Rng::new(seed, fnv1a(key), Stream::Train, 0);
+    let draw = |f: &dyn Fn(u64) -> f64| (0..shape.elem_count() as u64).map(|i| f(i) as f32).collect::<Vec<f32>>();
+    let values = match init {
+        Init::Zeros => draw(&|_| 0.0),
+        Init::Ones => draw(&|_| 1.0),
+        Init::Normal { std } => draw(&|i| rng.normal(i) * std),
+        Init::Uniform { bound } => draw(&|i| (2.0 * rng.uniform(i) - 1.0) * bound),
+    };
+    Tensor::from_vec(values, shape, device)
+}
