@@ -1,1 +1,140 @@
-//! (placeholder)
+//! TokenFlow: images to codes and back. Two encoders (semantic, pixel) share one index into a dual codebook,
+//! coarse to fine.
+
+mod cnn;
+mod quantizer;
+mod vit;
+
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+pub use cnn::CnnConfig;
+pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
+pub use vit::{SemanticDecoderConfig, SemanticEncoder, VitConfig};
+
+use crate::checkpoint::Weights;
+
+/// Shape of a whole tokenizer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerConfig {
+    /// Semantic encoder.
+    pub semantic: VitConfig,
+    /// Semantic decoder.
+    pub semantic_decoder: SemanticDecoderConfig,
+    /// Pixel encoder.
+    pub encoder: CnnConfig,
+    /// Pixel decoder.
+    pub decoder: CnnConfig,
+    /// Dual codebook.
+    pub codebook: CodebookConfig,
+}
+
+/// A loaded tokenizer.
+#[derive(Debug)]
+pub struct ImageTokenizer {
+    semantic: SemanticEncoder,
+    encode_task: (vit::Linear, vit::Linear),
+    encoder: cnn::Encoder,
+    quant_conv: cnn::Conv,
+    quantizer: Quantizer,
+    post_quant_conv: cnn::Conv,
+    decoder: cnn::Decoder,
+    semantic_decoder: vit::SemanticDecoder,
+    decode_task: (vit::Linear, vit::Linear),
+    config: TokenizerConfig,
+}
+
+impl ImageTokenizer {
+    /// TokenFlow's public keys: `encoder_vqkd`, `encode_task_layer`, `encoder`, `quant_conv`, `quantize`,
+    /// `post_quant_conv`, `decoder`, `decoder_vqkd`, `decode_task_layer`.
+    pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {
+        let (d, codes) = (config.semantic.hidden_size, &config.codebook);
+        let task = |name: &str, to: usize| -> Result<_> {
+            let w = w.pp(name);
+            Ok((vit::Linear::load(&w.pp(0), d, d)?, vit::Linear::load(&w.pp(2), d, to)?))
+        };
+        let semantic_decoder = w.pp("decoder_vqkd");
+        Ok(Self {
+            semantic: SemanticEncoder::load(&w.pp("encoder_vqkd.vision_model"), &config.semantic)?,
+            encode_task: task("encode_task_layer", codes.semantic_dim)?,
+            encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
+            quant_conv: cnn::Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
+            quantizer: Quantizer::load(&w.pp("quantize"), codes)?,
+            post_quant_conv: cnn::Conv::load(&w.pp("post_quant_conv"), codes.pixel_dim, config.decoder.z_channels, 1)?,
+            decoder: cnn::Decoder::load(&w.pp("decoder"), &config.decoder)?,
+            semantic_decoder: vit::SemanticDecoder::load(
+                &semantic_decoder,
+                &config.semantic,
+                &config.semantic_decoder,
+                codes.semantic_dim,
+            )?,
+            decode_task: task("decode_task_layer", d)?,
+            config: config.clone(),
+        })
+    }
+
+    /// Shape.
+    pub fn config(&self) -> &TokenizerConfig {
+        &self.config
+    }
+
+    /// Codebook and quantiser.
+    pub fn quantizer(&self) -> &Quantizer {
+        &self.quantizer
+    }
+
+    /// The semantic encoder.
+    pub fn semantic(&self) -> &SemanticEncoder {
+        &self.semantic
+    }
+
+    /// Semantic half before quantisation: encoder tokens (B, n, D) on `grid` -> (B, h, w, semantic_dim).
+    pub fn semantic_half(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
+        let x = self.encode_task.1.forward(&self.encode_task.0.forward(tokens)?.tanh()?)?;
+        x.reshape((tokens.dim(0)?, grid.0, grid.1, self.config.codebook.semantic_dim))
+    }
+
+    /// Pixel half before quantisation: (B, 3, H, W) -> (B, h, w, pixel_dim).
+    pub fn pixel_half(&self, image: &Tensor) -> Result<Tensor> {
+        self.quant_conv.forward(&self.encoder.forward(image)?)?.permute((0, 2, 3, 1))?.contiguous()
+    }
+
+    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, D), semantic channels first.
+    pub fn features(&self, image: &Tensor) -> Result<Tensor> {
+        let pixel = self.pixel_half(image)?;
+        let (_, h, w, _) = pixel.dims4()?;
+        Tensor::cat(&[self.semantic_half(&self.semantic.forward(image)?, (h, w))?, pixel], 3)
+    }
+
+    /// Codes of every image of a batch (B, 3, H, W), whose grid must be that of the last of `scales`.
+    pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> Result<Vec<Encoded>> {
+        let f = self.features(image)?;
+        let (_, h, w, d) = f.dims4()?;
+        if scales.last() != Some(&(h, w)) {
+            candle_core::bail!("an image with a {h}x{w} grid does not fit the scales {scales:?}");
+        }
+        let f = f.flatten_all()?.to_vec1::<f32>()?;
+        Ok(f.chunks_exact(h * w * d).map(|f| self.quantizer.encode(f, scales, None, |_, _, _| {})).collect())
+    }
+
+    /// Pixels of one image from its codes, or from those of a prefix of its scales: (3, H, W) around [-1, 1].
+    pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<Tensor> {
+        let &(h, w) = scales.last().ok_or_else(|| candle_core::Error::Msg("no scales".into()))?;
+        let f = self.quantizer.accumulate(codes, scales, (h, w));
+        self.decode_features(&self.quantizer.to_tensor(f, (h, w))?)?.squeeze(0)
+    }
+
+    /// Pixels from F: (B, h, w, D) -> (B, 3, H, W).
+    pub fn decode_features(&self, f: &Tensor) -> Result<Tensor> {
+        let codes = &self.config.codebook;
+        let pixel = f.narrow(3, codes.semantic_dim, codes.pixel_dim)?.permute((0, 3, 1, 2))?.contiguous()?;
+        self.decoder.forward(&self.post_quant_conv.forward(&pixel)?)
+    }
+
+    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, width).
+    pub fn decode_semantic(&self, f: &Tensor) -> Result<Tensor> {
+        let x = self.semantic_decoder.forward(&f.narrow(3, 0, self.config.codebook.semantic_dim)?.contiguous()?)?;
+        self.decode_task.1.forward(&self.decode_task.0.forward(&x)?.tanh()?)
+    }
+}

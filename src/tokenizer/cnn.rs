@@ -1,0 +1,299 @@
+//! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names.
+
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Init, Weights};
+use crate::ops;
+
+const EPS: f64 = 1e-6;
+
+/// Shape of one convolutional half.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CnnConfig {
+    /// Channels of the level with the most pixels.
+    pub ch: usize,
+    /// Multiple of `ch` at each level; every level but the last halves the grid.
+    pub ch_mult: Vec<usize>,
+    /// Residual blocks a level (the decoder has one more).
+    pub num_res_blocks: usize,
+    /// Channels between this half and its 1x1 quantisation convolution.
+    pub z_channels: usize,
+    /// Groups of every group norm.
+    pub groups: usize,
+    /// Pixels are folded into channels by patches of this side first (1: plain pixels, as TokenFlow).
+    pub patch: usize,
+}
+
+impl CnnConfig {
+    /// Pixels per code along each axis.
+    pub fn stride(&self) -> usize {
+        self.patch << (self.ch_mult.len() - 1)
+    }
+}
+
+/// A convolution with bias; `same` padding for odd kernels at stride 1.
+#[derive(Debug)]
+pub(super) struct Conv {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Conv {
+    pub(super) fn load(w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Self> {
+        let bound = 1.0 / ((from * kernel * kernel) as f64).sqrt();
+        Self::load_with(w, from, to, kernel, Init::Uniform { bound })
+    }
+
+    /// Starts at zero, so that the block it closes begins as the identity.
+    fn load_zero(w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Self> {
+        Self::load_with(w, from, to, kernel, Init::Zeros)
+    }
+
+    fn load_with(w: &Weights, from: usize, to: usize, kernel: usize, init: Init) -> Result<Self> {
+        let weight = w.get((to, from, kernel, kernel), "weight", init)?;
+        Ok(Self { weight, bias: w.get(to, "bias", Init::Zeros)? })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let pad = self.weight.dim(2)? / 2;
+        ops::conv2d(x, &self.weight, Some(&self.bias), 1, [pad, pad, pad, pad])
+    }
+
+    /// Stride 2, padded by one at the bottom and on the right, as the reference's downsampling.
+    fn forward_down(&self, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d(x, &self.weight, Some(&self.bias), 2, [0, 1, 0, 1])
+    }
+}
+
+#[derive(Debug)]
+struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+}
+
+impl GroupNorm {
+    fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
+        let weight = w.get(channels, "weight", Init::Ones)?;
+        Ok(Self { weight, bias: w.get(channels, "bias", Init::Zeros)?, groups })
+    }
+
+    fn forward(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
+        ops::group_norm(x, &self.weight, &self.bias, self.groups, EPS, silu)
+    }
+}
+
+/// GroupNorm, SiLU, conv 3x3, twice, beside a shortcut (1x1 where channels change).
+#[derive(Debug)]
+struct ResBlock {
+    norm1: GroupNorm,
+    conv1: Conv,
+    norm2: GroupNorm,
+    conv2: Conv,
+    nin_shortcut: Option<Conv>,
+}
+
+impl ResBlock {
+    fn load(w: &Weights, from: usize, to: usize, groups: usize) -> Result<Self> {
+        Ok(Self {
+            norm1: GroupNorm::load(&w.pp("norm1"), from, groups)?,
+            conv1: Conv::load(&w.pp("conv1"), from, to, 3)?,
+            norm2: GroupNorm::load(&w.pp("norm2"), to, groups)?,
+            conv2: Conv::load_zero(&w.pp("conv2"), to, to, 3)?,
+            nin_shortcut: (from != to).then(|| Conv::load(&w.pp("nin_shortcut"), from, to, 1)).transpose()?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = self.conv1.forward(&self.norm1.forward(x, true)?)?;
+        let h = self.conv2.forward(&self.norm2.forward(&h, true)?)?;
+        match &self.nin_shortcut {
+            Some(shortcut) => shortcut.forward(x)? + h,
+            None => x + h,
+        }
+    }
+}
+
+/// Single-head attention over the grid.
+#[derive(Debug)]
+struct AttnBlock {
+    norm: GroupNorm,
+    q: Conv,
+    k: Conv,
+    v: Conv,
+    proj_out: Conv,
+}
+
+impl AttnBlock {
+    fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
+        let conv = |name| Conv::load(&w.pp(name), channels, channels, 1);
+        Ok(Self {
+            norm: GroupNorm::load(&w.pp("norm"), channels, groups)?,
+            q: conv("q")?,
+            k: conv("k")?,
+            v: conv("v")?,
+            proj_out: Conv::load_zero(&w.pp("proj_out"), channels, channels, 1)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let normed = self.norm.forward(x, false)?;
+        let tokens = |conv: &Conv| conv.forward(&normed)?.flatten_from(2)?.transpose(1, 2)?.reshape((b, h * w, 1, c));
+        let scale = 1.0 / (c as f32).sqrt();
+        let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, None, scale)?;
+        let out = out.reshape((b, h * w, c))?.transpose(1, 2)?.reshape((b, c, h, w))?;
+        x + self.proj_out.forward(&out)?
+    }
+}
+
+/// Residual blocks of one level, each followed by attention at the level with the fewest pixels, then a resize.
+#[derive(Debug)]
+struct Level {
+    res: Vec<ResBlock>,
+    attn: Vec<AttnBlock>,
+    resize: Option<Conv>,
+}
+
+impl Level {
+    fn load(w: &Weights, shape: LevelShape, resize: Option<&str>, groups: usize) -> Result<Self> {
+        let LevelShape { from, to, blocks, attend } = shape;
+        let res = (0..blocks)
+            .map(|i| ResBlock::load(&w.pp("res").pp(i), if i == 0 { from } else { to }, to, groups))
+            .collect::<Result<_>>()?;
+        let attn = (0..if attend { blocks } else { 0 })
+            .map(|i| AttnBlock::load(&w.pp("attn").pp(i), to, groups))
+            .collect::<Result<_>>()?;
+        let resize = resize.map(|name| Conv::load(&w.pp(name).pp("conv"), to, to, 3)).transpose()?;
+        Ok(Self { res, attn, resize })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (i, res) in self.res.iter().enumerate() {
+            x = res.forward(&x)?;
+            if let Some(attn) = self.attn.get(i) {
+                x = attn.forward(&x)?;
+            }
+        }
+        Ok(x)
+    }
+}
+
+struct LevelShape {
+    from: usize,
+    to: usize,
+    blocks: usize,
+    attend: bool,
+}
+
+/// The blocks at the fewest pixels: residual, attention, residual.
+#[derive(Debug)]
+struct Mid(ResBlock, AttnBlock, ResBlock);
+
+impl Mid {
+    fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
+        Ok(Self(
+            ResBlock::load(&w.pp(0), channels, channels, groups)?,
+            AttnBlock::load(&w.pp(1), channels, groups)?,
+            ResBlock::load(&w.pp(2), channels, channels, groups)?,
+        ))
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.2.forward(&self.1.forward(&self.0.forward(x)?)?)
+    }
+}
+
+/// Pixels to features: (B, 3, H, W) -> (B, z_channels, H / stride, W / stride).
+#[derive(Debug)]
+pub struct Encoder {
+    conv_in: Conv,
+    levels: Vec<Level>,
+    mid: Mid,
+    norm_out: GroupNorm,
+    conv_out: Conv,
+    patch: usize,
+}
+
+impl Encoder {
+    /// Keys `conv_in`, `conv_blocks.N`, `mid.N`, `norm_out`, `conv_out`.
+    pub fn load(w: &Weights, config: &CnnConfig) -> Result<Self> {
+        let (last, groups) = (config.ch_mult.len() - 1, config.groups);
+        let mut from = config.ch;
+        let mut levels = Vec::new();
+        for (i, mult) in config.ch_mult.iter().enumerate() {
+            let shape = LevelShape { from, to: config.ch * mult, blocks: config.num_res_blocks, attend: i == last };
+            from = shape.to;
+            levels.push(Level::load(&w.pp("conv_blocks").pp(i), shape, (i < last).then_some("downsample"), groups)?);
+        }
+        Ok(Self {
+            conv_in: Conv::load(&w.pp("conv_in"), 3 * config.patch * config.patch, config.ch, 3)?,
+            levels,
+            mid: Mid::load(&w.pp("mid"), from, groups)?,
+            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups)?,
+            conv_out: Conv::load(&w.pp("conv_out"), from, config.z_channels, 3)?,
+            patch: config.patch,
+        })
+    }
+
+    /// `x` in [-1, 1].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = self.conv_in.forward(&ops::pixel_unshuffle(x, self.patch)?)?;
+        for level in &self.levels {
+            x = level.forward(&x)?;
+            if let Some(down) = &level.resize {
+                x = down.forward_down(&x)?;
+            }
+        }
+        self.conv_out.forward(&self.norm_out.forward(&self.mid.forward(&x)?, true)?)
+    }
+}
+
+/// Features to pixels: (B, z_channels, h, w) -> (B, 3, h * stride, w * stride).
+#[derive(Debug)]
+pub struct Decoder {
+    conv_in: Conv,
+    mid: Mid,
+    levels: Vec<Level>,
+    norm_out: GroupNorm,
+    conv_out: Conv,
+    patch: usize,
+}
+
+impl Decoder {
+    /// Keys as [`Encoder::load`]; `conv_blocks.0` is the level with the fewest pixels.
+    pub fn load(w: &Weights, config: &CnnConfig) -> Result<Self> {
+        let (last, groups) = (config.ch_mult.len() - 1, config.groups);
+        let lowest = config.ch * config.ch_mult[last];
+        let mut from = lowest;
+        let mut levels = Vec::new();
+        for (i, mult) in config.ch_mult.iter().rev().enumerate() {
+            let shape = LevelShape { from, to: config.ch * mult, blocks: config.num_res_blocks + 1, attend: i == 0 };
+            from = shape.to;
+            levels.push(Level::load(&w.pp("conv_blocks").pp(i), shape, (i < last).then_some("upsample"), groups)?);
+        }
+        Ok(Self {
+            conv_in: Conv::load(&w.pp("conv_in"), config.z_channels, lowest, 3)?,
+            mid: Mid::load(&w.pp("mid"), lowest, groups)?,
+            levels,
+            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups)?,
+            conv_out: Conv::load(&w.pp("conv_out"), from, 3 * config.patch * config.patch, 3)?,
+            patch: config.patch,
+        })
+    }
+
+    /// Pixels around [-1, 1], not clamped.
+    pub fn forward(&self, z: &Tensor) -> Result<Tensor> {
+        let mut x = self.mid.forward(&self.conv_in.forward(z)?)?;
+        for level in &self.levels {
+            x = level.forward(&x)?;
+            if let Some(up) = &level.resize {
+                x = up.forward(&ops::upsample_nearest2x(&x)?)?;
+            }
+        }
+        ops::pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward(&x, true)?)?, self.patch)
+    }
+}

@@ -1,0 +1,345 @@
+//! Multi-scale residual vector quantisation with a dual codebook and one shared index.
+
+use candle_core::{DType, Device, Result, Tensor};
+use gemm::Parallelism;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Init, Weights};
+use crate::pixels::GridResampling;
+use crate::rng::Rng;
+
+/// Guards divisions by a norm, as the reference.
+const EPS: f32 = 1e-12;
+
+/// Shape and metric of the codebook.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CodebookConfig {
+    /// Number of codes.
+    pub size: usize,
+    /// Channels of the semantic half, which come first.
+    pub semantic_dim: usize,
+    /// Channels of the pixel half.
+    pub pixel_dim: usize,
+    /// Weight of the semantic half's squared distance.
+    pub w_sem: f32,
+    /// Weight of the pixel half's squared distance.
+    pub w_pix: f32,
+    /// Normalise both halves of features and codes to unit length, as TokenFlow does. Without it a code also holds
+    /// a magnitude, so that a scale that has nothing to add says so with the code nearest zero.
+    pub l2_norm: bool,
+}
+
+impl CodebookConfig {
+    /// Channels of a code.
+    pub fn dim(&self) -> usize {
+        self.semantic_dim + self.pixel_dim
+    }
+}
+
+/// Self-correction (paper, section on training): some codes of every scale are drawn among the nearest, and the
+/// residual goes on from the drawn ones, while the targets stay the nearest.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SelfCorrection {
+    /// Share of the positions of each scale whose code is drawn.
+    pub fraction: f64,
+    /// Candidates: the k nearest codes, weighted by inverse squared distance.
+    pub top_k: usize,
+}
+
+/// The codes of one image, coarse to fine, each scale row-major.
+#[derive(Clone, Debug, Default)]
+pub struct Encoded {
+    /// The nearest code at every position: what a transformer should predict.
+    pub targets: Vec<Vec<u32>>,
+    /// The code the residual went on from: what a transformer sees. Equals `targets` without self-correction.
+    pub codes: Vec<Vec<u32>>,
+    /// The sum of all scales on the last grid, (h * w, D).
+    pub f_hat: Vec<f32>,
+}
+
+/// The dual codebook.
+#[derive(Clone, Debug)]
+pub struct Quantizer {
+    config: CodebookConfig,
+    /// (size, D), unit halves if `l2_norm`: what is added to F.
+    table: Vec<f32>,
+    /// `table` with each half scaled by the square root of its weight: distances are measured here.
+    metric: Vec<f32>,
+    /// Squared norms of the rows of `metric`.
+    norms: Vec<f32>,
+    device: Device,
+}
+
+impl Quantizer {
+    /// Keys `embedding_vqkd.weight` (semantic) and `embedding_vqgan.weight` (pixel).
+    pub fn load(w: &Weights, config: &CodebookConfig) -> Result<Self> {
+        let half = |name: &str, dim: usize| {
+            let bound = 1.0 / config.size as f64;
+            w.pp(name).get((config.size, dim), "weight", Init::Uniform { bound })
+        };
+        let semantic = half("embedding_vqkd", config.semantic_dim)?;
+        let pixel = half("embedding_vqgan", config.pixel_dim)?;
+        let table = Tensor::cat(&[semantic, pixel], 1)?.to_dtype(DType::F32)?;
+        let device = table.device().clone();
+        Ok(Self::from_table(config, table.flatten_all()?.to_vec1()?, device))
+    }
+
+    /// A codebook from its (size, D) rows.
+    pub fn from_table(config: &CodebookConfig, mut table: Vec<f32>, device: Device) -> Self {
+        let (semantic, dim) = (config.semantic_dim, config.dim());
+        if config.l2_norm {
+            table.chunks_exact_mut(dim).for_each(|row| normalise_halves(row, semantic));
+        }
+        let mut metric = table.clone();
+        metric.chunks_exact_mut(dim).for_each(|row| weigh(row, config));
+        let norms = metric.chunks_exact(dim).map(|row| row.iter().map(|v| v * v).sum()).collect();
+        Self { config: config.clone(), table, metric, norms, device }
+    }
+
+    /// Shape and metric.
+    pub fn config(&self) -> &CodebookConfig {
+        &self.config
+    }
+
+    /// F or other features of one image, (h * w, D), as a (1, h, w, D) tensor on the tokenizer's device.
+    pub fn to_tensor(&self, f: Vec<f32>, grid: (usize, usize)) -> Result<Tensor> {
+        Tensor::from_vec(f, (1, grid.0, grid.1, self.config.dim()), &self.device)
+    }
+
+    /// The code table, (size, D) row-major.
+    pub fn table(&self) -> &[f32] {
+        &self.table
+    }
+
+    /// The entry of one code.
+    pub fn entry(&self, code: u32) -> &[f32] {
+        let dim = self.config.dim();
+        &self.table[code as usize * dim..][..dim]
+    }
+
+    /// Entries of `codes`, concatenated (codes, D).
+    pub fn entries(&self, codes: &[u32]) -> Vec<f32> {
+        codes.iter().flat_map(|&c| self.entry(c)).copied().collect()
+    }
+
+    /// Squared distances, up to a constant per row, of `z` (n, D) to every code: (n, size).
+    fn distances(&self, z: &[f32]) -> Vec<f32> {
+        let (dim, size) = (self.config.dim(), self.config.size);
+        let n = z.len() / dim;
+        let mut query = z.to_vec();
+        for row in query.chunks_exact_mut(dim) {
+            if self.config.l2_norm {
+                normalise_halves(row, self.config.semantic_dim);
+            }
+            weigh(row, &self.config);
+        }
+        let mut out: Vec<f32> = (0..n).flat_map(|_| self.norms.iter().copied()).collect();
+        let (s, d) = (size as isize, dim as isize);
+        // SAFETY: out is (n, size), query (n, dim) and metric (size, dim), all row-major and exactly that long.
+        #[allow(unsafe_code)]
+        unsafe {
+            let (a, b) = (query.as_ptr(), self.metric.as_ptr());
+            let out = out.as_mut_ptr();
+            gemm::gemm(
+                n,
+                size,
+                dim,
+                out,
+                1,
+                s,
+                true,
+                a,
+                1,
+                d,
+                b,
+                d,
+                1,
+                1.0,
+                -2.0,
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+        }
+        out
+    }
+
+    /// Quantises the features `f` (h * w, D) of one image on the grid of the last of `scales`.
+    ///
+    /// `visit(scale, z, target)` sees every pooled residual z (D) and the code nearest to it.
+    pub fn encode(
+        &self,
+        f: &[f32],
+        scales: &[(usize, usize)],
+        correction: Option<(&SelfCorrection, &Rng)>,
+        mut visit: impl FnMut(usize, &[f32], u32),
+    ) -> Encoded {
+        let dim = self.config.dim();
+        let Some(&grid) = scales.last() else { return Encoded::default() };
+        let mut residual = f.to_vec();
+        let mut out = Encoded { f_hat: vec![0.0; f.len()], ..Encoded::default() };
+        let mut draws = 0;
+        for (si, &scale) in scales.iter().enumerate() {
+            let z = GridResampling::area(grid, scale).apply(&residual, dim);
+            let distances = self.distances(&z);
+            let mut targets = Vec::with_capacity(z.len() / dim);
+            let mut codes = Vec::with_capacity(z.len() / dim);
+            for (z, row) in z.chunks_exact(dim).zip(distances.chunks_exact(self.config.size)) {
+                let nearest = argmin(row);
+                visit(si, z, nearest);
+                targets.push(nearest);
+                codes.push(match correction {
+                    Some((how, rng)) => {
+                        draws += 2;
+                        if rng.uniform(draws) < how.fraction {
+                            let energy = self.query_energy(z);
+                            draw_near(row, energy, how.top_k, rng.uniform(draws + 1))
+                        } else {
+                            nearest
+                        }
+                    }
+                    None => nearest,
+                });
+            }
+            let up = GridResampling::bicubic(scale, grid);
+            let step = up.apply(&self.entries(&codes), dim);
+            for ((r, f_hat), step) in residual.iter_mut().zip(&mut out.f_hat).zip(step) {
+                *r -= step;
+                *f_hat += step;
+            }
+            out.targets.push(targets);
+            out.codes.push(codes);
+        }
+        out
+    }
+
+    /// The constant that [`Quantizer::distances`] leaves out.
+    fn query_energy(&self, z: &[f32]) -> f32 {
+        let mut row = z.to_vec();
+        if self.config.l2_norm {
+            normalise_halves(&mut row, self.config.semantic_dim);
+        }
+        weigh(&mut row, &self.config);
+        row.iter().map(|v| v * v).sum()
+    }
+
+    /// F of one image on `grid`, (h * w, D), from the codes of a prefix of the scales.
+    pub fn accumulate(&self, codes: &[Vec<u32>], scales: &[(usize, usize)], grid: (usize, usize)) -> Vec<f32> {
+        let dim = self.config.dim();
+        let mut f_hat = vec![0.0; grid.0 * grid.1 * dim];
+        for (codes, &scale) in codes.iter().zip(scales) {
+            GridResampling::bicubic(scale, grid).add_to(&self.entries(codes), dim, 1.0, &mut f_hat);
+        }
+        f_hat
+    }
+}
+
+fn weigh(row: &mut [f32], config: &CodebookConfig) {
+    let (semantic, pixel) = row.split_at_mut(config.semantic_dim);
+    semantic.iter_mut().for_each(|v| *v *= config.w_sem.sqrt());
+    pixel.iter_mut().for_each(|v| *v *= config.w_pix.sqrt());
+}
+
+fn normalise_halves(row: &mut [f32], semantic_dim: usize) {
+    let (semantic, pixel) = row.split_at_mut(semantic_dim);
+    for half in [semantic, pixel] {
+        let norm = half.iter().map(|v| v * v).sum::<f32>().sqrt().max(EPS);
+        half.iter_mut().for_each(|v| *v /= norm);
+    }
+}
+
+fn argmin(row: &[f32]) -> u32 {
+    let best = row.iter().enumerate().fold((0, f32::INFINITY), |best, (i, &d)| if d < best.1 { (i, d) } else { best });
+    best.0 as u32
+}
+
+/// One of the `k` nearest codes, with probability inverse to its squared distance; `u` is uniform on (0, 1).
+fn draw_near(row: &[f32], energy: f32, k: usize, u: f64) -> u32 {
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    let k = k.clamp(1, row.len());
+    let by_distance = |a: &u32, b: &u32| row[*a as usize].total_cmp(&row[*b as usize]).then(a.cmp(b));
+    if k < row.len() {
+        order.select_nth_unstable_by(k - 1, by_distance);
+        order.truncate(k);
+    }
+    order.sort_unstable_by(by_distance);
+    let weight = |code: u32| 1.0 / f64::from((row[code as usize] + energy).max(1e-6));
+    let mut rest = u * order.iter().map(|&c| weight(c)).sum::<f64>();
+    for &code in &order {
+        rest -= weight(code);
+        if rest <= 0.0 {
+            return code;
+        }
+    }
+    order[k - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    fn quantizer(l2_norm: bool) -> Quantizer {
+        let config = CodebookConfig { size: 32, semantic_dim: 3, pixel_dim: 5, w_sem: 0.5, w_pix: 1.0, l2_norm };
+        let rng = Rng::new(3, 0, Stream::Train, 0);
+        Quantizer::from_table(&config, (0..32 * 8).map(|i| rng.normal(i) as f32).collect(), Device::Cpu)
+    }
+
+    const SCALES: [(usize, usize); 4] = [(1, 1), (2, 2), (2, 3), (4, 5)];
+
+    fn features() -> Vec<f32> {
+        let rng = Rng::new(4, 0, Stream::Train, 0);
+        (0..20 * 8).map(|i| rng.normal(i) as f32).collect()
+    }
+
+    #[test]
+    fn codes_accumulate_to_f_hat_and_shrink_the_residual() {
+        let q = quantizer(false);
+        let f = features();
+        let encoded = q.encode(&f, &SCALES, None, |_, _, _| {});
+        assert_eq!(encoded.codes.iter().map(Vec::len).collect::<Vec<_>>(), [1, 4, 6, 20]);
+        let again = q.accumulate(&encoded.codes, &SCALES, (4, 5));
+        assert!(again.iter().zip(&encoded.f_hat).all(|(a, b)| (a - b).abs() < 1e-5));
+        let energy = |x: &mut dyn Iterator<Item = f32>| x.map(|v| v * v).sum::<f32>();
+        let left = energy(&mut f.iter().zip(&encoded.f_hat).map(|(a, b)| a - b));
+        assert!(left < energy(&mut f.iter().copied()), "{left}");
+    }
+
+    #[test]
+    fn the_nearest_code_is_nearest_by_brute_force() {
+        for l2_norm in [false, true] {
+            let q = quantizer(l2_norm);
+            let mut row = features()[..8].to_vec();
+            let found = q.encode(&row.clone(), &[(1, 1)], None, |_, _, _| {}).codes[0][0];
+            if l2_norm {
+                normalise_halves(&mut row, 3);
+            }
+            let distance = |code: u32| {
+                let d = |r: std::ops::Range<usize>| -> f32 { r.map(|i| (q.entry(code)[i] - row[i]).powi(2)).sum() };
+                0.5 * d(0..3) + d(3..8)
+            };
+            let best = (0..32).min_by(|a, b| distance(*a).total_cmp(&distance(*b))).unwrap();
+            assert_eq!(found, best);
+        }
+    }
+
+    #[test]
+    fn self_correction_keeps_the_nearest_as_target() {
+        let q = quantizer(false);
+        let how = SelfCorrection { fraction: 0.6, top_k: 4 };
+        let rng = Rng::new(9, 0, Stream::Train, 0);
+        let mut residual_targets = Vec::new();
+        let drawn = q.encode(&features(), &SCALES, Some((&how, &rng)), |_, _, t| residual_targets.push(t));
+        assert_eq!(drawn.targets.concat(), residual_targets);
+        let changed = drawn.codes.concat().iter().zip(&drawn.targets.concat()).filter(|(a, b)| a != b).count();
+        assert!((3..=25).contains(&changed), "{changed} of 31 differ");
+        let again = q.accumulate(&drawn.codes, &SCALES, (4, 5));
+        assert!(again.iter().zip(&drawn.f_hat).all(|(a, b)| (a - b).abs() < 1e-5));
+        let none = SelfCorrection { fraction: 0.0, top_k: 4 };
+        let plain = q.encode(&features(), &SCALES, Some((&none, &rng)), |_, _, _| {});
+        assert_eq!(plain.codes, plain.targets);
+    }
+}
