@@ -1,1 +1,134 @@
-//! (placeholder)
+//! The decoder-only transformer: Qwen2.5's block, multi-scale 3D RoPE, and the image ends around it.
+
+mod block;
+mod cache;
+mod config;
+pub mod rope;
+pub mod sequence;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+pub use block::Context;
+pub use cache::Cache;
+pub use config::{BackboneConfig, InputMode};
+pub use rope::{Position, Rope};
+
+use crate::checkpoint::{Init, Weights};
+use crate::ops;
+use block::{Block, RmsNorm};
+
+/// A loaded transformer. It holds no state: what a sequence has seen is in its [`Cache`].
+#[derive(Debug)]
+pub struct Backbone {
+    embed_tokens: Tensor,
+    layers: Vec<Block>,
+    norm: RmsNorm,
+    /// (vocab + 2 + codes, hidden); without the text rows if they are tied to `embed_tokens`.
+    lm_head: Tensor,
+    connector: [(Tensor, Tensor); 2],
+    /// Row k is added to the tokens of scale k; row 0 stands for text and is not used.
+    scale_embed: Tensor,
+    config: BackboneConfig,
+    device: Device,
+}
+
+impl Backbone {
+    /// Qwen2.5-VL's keys (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`), TokenFlow's `mm_projector`
+    /// for the connector, and our `model.scale_embed`.
+    pub fn load(w: &Weights, config: &BackboneConfig) -> Result<Self> {
+        config.check().map_err(candle_core::Error::Msg)?;
+        let (hidden, text) = (config.hidden_size, config.vocab_size + 2);
+        let model = w.pp("model");
+        let normal = |fan_in: usize| Init::Normal { std: (fan_in as f64).powf(-0.5) };
+        let head_rows = config.codebook_size + if config.tie_word_embeddings { 0 } else { text };
+        let linear = |w: Weights, from: usize| -> Result<(Tensor, Tensor)> {
+            Ok((w.get((hidden, from), "weight", normal(from))?, w.get(hidden, "bias", Init::Zeros)?))
+        };
+        let connector = model.pp("mm_projector");
+        Ok(Self {
+            embed_tokens: model.pp("embed_tokens").get((text, hidden), "weight", Init::Normal { std: 0.5 })?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| Block::load(&model.pp("layers").pp(i), config))
+                .collect::<Result<_>>()?,
+            norm: RmsNorm::load(&model.pp("norm"), hidden, config.rms_norm_eps)?,
+            lm_head: w.pp("lm_head").get((head_rows, hidden), "weight", Init::Normal { std: 0.02 })?,
+            connector: [linear(connector.pp(0), config.code_dim)?, linear(connector.pp(2), hidden)?],
+            scale_embed: model.get((config.max_scales, hidden), "scale_embed", Init::Normal { std: 0.1 })?,
+            config: config.clone(),
+            device: w.device().clone(),
+        })
+    }
+
+    /// Shape and choices.
+    pub fn config(&self) -> &BackboneConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Type of the activations.
+    pub fn dtype(&self) -> DType {
+        self.embed_tokens.dtype()
+    }
+
+    /// Text ids, `<boi>` and `<eoi>` among them: (R, T) u32 -> (R, T, hidden).
+    pub fn embed_text(&self, ids: &Tensor) -> Result<Tensor> {
+        let (rows, tokens) = ids.dims2()?;
+        self.embed_tokens.index_select(&ids.flatten_all()?, 0)?.reshape((rows, tokens, ()))
+    }
+
+    /// Code features that feed scale `index` (0-based) of an image of `count` scales: (R, T, code_dim) -> (R, T, hidden).
+    pub fn embed_codes(&self, features: &Tensor, index: usize, count: usize) -> Result<Tensor> {
+        let x = self.connect(features)?;
+        x.broadcast_add(&self.scale_rows(&[index], count)?)
+    }
+
+    /// The connector alone: Linear, GELU, Linear.
+    pub fn connect(&self, features: &Tensor) -> Result<Tensor> {
+        let [(w0, b0), (w2, b2)] = &self.connector;
+        ops::linear(&ops::gelu_erf(&ops::linear(features, w0, Some(b0))?)?, w2, Some(b2))
+    }
+
+    /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).
+    pub fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
+        let ids: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
+        let rows = self.scale_embed.index_select(&Tensor::new(ids, &self.device)?, 0)?;
+        if !self.config.scale_length_embedding {
+            return Ok(rows);
+        }
+        let length = sinusoid(count as f64, self.config.hidden_size);
+        rows.broadcast_add(&Tensor::new(length, &self.device)?.to_dtype(self.dtype())?)
+    }
+
+    /// Runs `x` (R, T, hidden) through the blocks and the last norm.
+    pub fn forward(&self, x: &Tensor, rope: &Rope, mut context: Context) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&x, rope, i, &mut context)?;
+        }
+        context.finish(x.dim(0)?, x.dim(1)?);
+        self.norm.forward(&x)
+    }
+
+    /// Code logits, (..., hidden) -> (..., codes): only the head's code rows are computed.
+    pub fn code_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let first = if self.config.tie_word_embeddings { 0 } else { self.config.first_code() };
+        ops::linear(hidden, &self.lm_head.narrow(0, first, self.config.codebook_size)?, None)
+    }
+
+    /// Logits of text and `<boi>`, (..., hidden) -> (..., vocab + 1).
+    pub fn text_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = if self.config.tie_word_embeddings { &self.embed_tokens } else { &self.lm_head };
+        ops::linear(hidden, &head.narrow(0, 0, self.config.vocab_size + 1)?, None)
+    }
+}
+
+/// The transformer's sinusoidal embedding of a number: sines, then cosines, of geometric frequencies from 1 to 1e-4.
+fn sinusoid(value: f64, size: usize) -> Vec<f32> {
+    let half = size / 2;
+    let angle = |i: usize| value * (1e-4f64).powf(i as f64 / half as f64);
+    (0..half).map(|i| angle(i).sin() as f32).chain((0..half).map(|i| angle(i).cos() as f32)).collect()
+}

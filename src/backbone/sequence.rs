@@ -1,0 +1,103 @@
+//! How text and images lie in one sequence: positions, and what each token may attend to.
+
+use super::rope::{Position, grid_positions, text_position};
+
+/// The tokens of a sequence in order: text, `<boi>`, grids from the second scale on (the 1x1 grid is predicted by
+/// `<boi>` and never an input), `<eoi>`.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    /// Position of every token.
+    pub positions: Vec<Position>,
+    /// Token i attends to tokens `0..ends[i]`: up to itself, or to the end of its own scale.
+    pub ends: Vec<usize>,
+    counter: usize,
+}
+
+impl Layout {
+    /// An empty sequence.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Tokens so far.
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whether there is no token yet.
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+
+    /// Appends `count` text tokens.
+    pub fn push_text(&mut self, count: usize) {
+        for _ in 0..count {
+            self.push_marker();
+            self.counter += 1;
+        }
+    }
+
+    /// Appends `<boi>` and the grids of an image. `<eoi>` is [`Layout::push_eoi`], which may be left out at the end of
+    /// a sequence.
+    pub fn push_image(&mut self, scales: &[(usize, usize)], extent: f64) {
+        self.push_marker();
+        for (index, &grid) in scales.iter().enumerate().skip(1) {
+            self.positions.extend(grid_positions(self.counter + index, grid, extent));
+            self.ends.resize(self.positions.len(), self.positions.len());
+        }
+        self.counter += scales.len();
+    }
+
+    /// Appends `<eoi>`; text goes on counting behind it.
+    pub fn push_eoi(&mut self) {
+        self.push_text(1);
+    }
+
+    fn push_marker(&mut self) {
+        self.positions.push(text_position(self.counter));
+        self.ends.push(self.positions.len());
+    }
+
+    /// The block-causal mask (T, T) row-major, where the first `padding` tokens are nobody's to see.
+    pub fn mask(&self, padding: usize) -> Vec<u8> {
+        let tokens = self.len();
+        self.ends.iter().flat_map(|&end| (0..tokens).map(move |j| u8::from(j >= padding && j < end))).collect()
+    }
+
+    /// The same sequence behind `padding` tokens that keep position 0.
+    pub fn padded(mut self, padding: usize) -> Self {
+        self.positions.splice(0..0, std::iter::repeat_n(text_position(0), padding));
+        self.ends.iter_mut().for_each(|e| *e += padding);
+        self.ends.splice(0..0, 1..=padding);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_sees_itself_and_everything_before() {
+        let mut layout = Layout::new();
+        layout.push_text(2);
+        layout.push_image(&[(1, 1), (1, 2), (2, 2)], 64.0);
+        layout.push_eoi();
+        layout.push_text(1);
+        assert_eq!(layout.ends, [1, 2, 3, 5, 5, 9, 9, 9, 9, 10, 11]);
+        let counters: Vec<f32> = layout.positions.iter().map(|p| p[0]).collect();
+        assert_eq!(counters, [0., 1., 2., 3., 3., 4., 4., 4., 4., 5., 6.]);
+    }
+
+    #[test]
+    fn padding_is_seen_by_nobody() {
+        let mut layout = Layout::new();
+        layout.push_text(1);
+        layout.push_image(&[(1, 1), (1, 2)], 64.0);
+        let layout = layout.padded(2);
+        let mask = layout.mask(2);
+        assert_eq!(layout.len(), 6);
+        assert!((0..6).all(|i| mask[i * 6] == 0 && mask[i * 6 + 1] == 0));
+        assert_eq!(&mask[4 * 6..5 * 6], [0, 0, 1, 1, 1, 1]);
+    }
+}
