@@ -1,0 +1,91 @@
+//! A whole model: text, transformer and image tokenizer of one checkpoint.
+
+use candle_core::{DType, Device};
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+use super::{Event, Job, Observer, Sampling, draw_codes};
+use crate::backbone::{Backbone, BackboneConfig};
+use crate::checkpoint::Source;
+use crate::error::{Error, Result};
+use crate::pixels;
+use crate::text::Text;
+use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
+
+/// A checkpoint's `config.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// The model's name, as it is stored with every image.
+    pub name: String,
+    /// Scales of an image: 8, 12, 16 or 18 for the 128, 256, 512 or 1024 px level.
+    pub scales: usize,
+    /// Sampling when the user asks for nothing else.
+    pub sampling: Sampling,
+    /// The transformer.
+    pub backbone: BackboneConfig,
+    /// The image tokenizer.
+    pub tokenizer: TokenizerConfig,
+}
+
+impl ModelConfig {
+    /// Reads and checks the config of a checkpoint, without its weights.
+    pub fn read(source: &Source) -> Result<Self> {
+        let config: Self = serde_json::from_value(source.read_config()?)
+            .map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
+        config.backbone.check().map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
+        let (codes, book) = (&config.backbone, &config.tokenizer.codebook);
+        if codes.codebook_size != book.size || codes.code_dim != book.dim() {
+            let message = format!("config.json of {source}: transformer and tokenizer disagree about the codebook");
+            return Err(Error::model(message));
+        }
+        Ok(config)
+    }
+}
+
+/// A loaded model.
+#[derive(Debug)]
+pub struct Model {
+    text: Text,
+    backbone: Backbone,
+    tokenizer: ImageTokenizer,
+    config: ModelConfig,
+}
+
+impl Model {
+    /// Loads everything onto `device`: f32 on a CPU, bf16 elsewhere; the tokenizer always in f32.
+    pub fn load(source: &Source, device: &Device) -> Result<Self> {
+        let config = ModelConfig::read(source)?;
+        let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+        let backbone = source.load("model.safetensors", dtype, device, |w| Backbone::load(w, &config.backbone))?;
+        let tokenizer = source
+            .load("image_tokenizer.safetensors", DType::F32, device, |w| ImageTokenizer::load(w, &config.tokenizer))?;
+        Ok(Self { text: source.text()?, backbone, tokenizer, config })
+    }
+
+    /// The checkpoint's config.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The image tokenizer.
+    pub fn tokenizer(&self) -> &ImageTokenizer {
+        &self.tokenizer
+    }
+
+    /// Pixels from the codes of all scales, or of a prefix of them.
+    pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
+        Ok(pixels::to_image(&self.tokenizer.decode(codes, scales)?)?)
+    }
+
+    /// Draws one image.
+    ///
+    /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks, [`crate::error::Kind::NonFinite`] if the
+    /// model gives no finite numbers.
+    pub fn draw(&self, job: &Job, observe: Observer) -> Result<RgbImage> {
+        let prompt = self.text.encode(&job.prompt)?;
+        let codes = draw_codes(&self.backbone, self.tokenizer.quantizer(), &prompt, job, observe)?;
+        super::tell(observe, Event::Decode)?;
+        self.decode(&codes, &job.scales)
+    }
+}

@@ -1,0 +1,148 @@
+//! From logits to codes: temperature, top-k, top-p, and a draw that depends on (seed, scale, position) alone.
+
+use candle_core::Tensor;
+
+use super::Sampling;
+use crate::rng::{Rng, Stream};
+
+/// A row of logits without a finite maximum, or with a NaN.
+#[derive(Debug)]
+pub struct NonFinite {
+    /// Index of the row.
+    pub position: usize,
+}
+
+/// One code per row of `logits` (T, codes), f32.
+pub fn sample(logits: &Tensor, sampling: &Sampling, seed: u64, scale: usize) -> Result<Vec<u32>, NonFinite> {
+    let rows = logits.to_vec2::<f32>().map_err(|_| NonFinite { position: 0 })?;
+    let rng = Rng::new(seed, 0, Stream::Code, scale as u64);
+    rows.into_iter()
+        .enumerate()
+        .map(|(position, row)| {
+            if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
+                return Err(NonFinite { position });
+            }
+            Ok(sample_row(row, sampling, rng.uniform(position as u64)))
+        })
+        .collect()
+}
+
+fn sample_row(mut row: Vec<f32>, sampling: &Sampling, u: f64) -> u32 {
+    if sampling.temperature == 0.0 || sampling.top_k == Some(1) {
+        return argmax(&row);
+    }
+    let temperature = sampling.temperature as f32;
+    row.iter_mut().for_each(|v| *v /= temperature);
+    let kept = filter(&row, sampling.top_k, sampling.top_p);
+    let probabilities = softmax(&row, &kept);
+    let mut rest = u * probabilities.iter().sum::<f64>();
+    for (&index, p) in kept.iter().zip(&probabilities) {
+        rest -= p;
+        if rest <= 0.0 {
+            return index;
+        }
+    }
+    // Rounding can leave a crumb behind the last one.
+    kept.last().copied().unwrap_or_else(|| argmax(&row))
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    let best = row.iter().enumerate().fold((0, f32::NEG_INFINITY), |b, (i, &v)| if v > b.1 { (i, v) } else { b });
+    best.0 as u32
+}
+
+/// Unnormalised probabilities of the `kept` entries, in f64.
+fn softmax(row: &[f32], kept: &[u32]) -> Vec<f64> {
+    let top = kept.iter().map(|&i| row[i as usize]).fold(f32::NEG_INFINITY, f32::max);
+    kept.iter().map(|&i| f64::from(row[i as usize] - top).exp()).collect()
+}
+
+/// The entries that survive top-k (ties with the k-th stay) and then top-p (the smallest set of the likeliest whose
+/// probabilities exceed p; always at least one), likeliest first.
+pub fn filter(row: &[f32], top_k: Option<usize>, top_p: f64) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    let likelier = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+    if let Some(k) = top_k.filter(|&k| k < row.len()) {
+        let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, likelier);
+        let threshold = row[kth as usize];
+        order.retain(|&i| row[i as usize] >= threshold);
+    }
+    order.sort_unstable_by(likelier);
+    if top_p < 1.0 {
+        let probabilities = softmax(row, &order);
+        let limit = top_p * probabilities.iter().sum::<f64>();
+        let mut before = 0.0;
+        let keep = probabilities.iter().take_while(|&p| {
+            let keep = before <= limit;
+            before += p;
+            keep
+        });
+        let keep = keep.count().max(1);
+        order.truncate(keep);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn filters_equal_the_golden_data() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sampler_filter.safetensors");
+        let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let mut seen = 0;
+        for name in golden.keys().filter_map(|k| k.strip_suffix(".in")) {
+            let flat = |kind: &str| golden[&format!("{name}.{kind}")].flatten_to(1).unwrap();
+            let params = golden[&format!("{name}.params")].to_vec1::<f32>().unwrap();
+            let k = (params[0] > 0.0).then_some(params[0] as usize);
+            let p = if params[1] > 0.0 { f64::from(params[1]) } else { 1.0 };
+            let (rows, keep, probs) = (flat("in"), flat("keep"), flat("probs"));
+            for i in 0..rows.dim(0).unwrap() {
+                let row = rows.get(i).unwrap().to_vec1::<f32>().unwrap();
+                let kept = filter(&row, k, p);
+                let mut mask = vec![0u8; row.len()];
+                kept.iter().for_each(|&j| mask[j as usize] = 1);
+                assert_eq!(mask, keep.get(i).unwrap().to_vec1::<u8>().unwrap(), "{name} row {i}");
+                let want = probs.get(i).unwrap().to_vec1::<f32>().unwrap();
+                let got = softmax(&row, &kept);
+                let total: f64 = got.iter().sum();
+                for (&j, p) in kept.iter().zip(&got) {
+                    assert!((p / total - f64::from(want[j as usize])).abs() < 1e-5, "{name} row {i}");
+                }
+                seen += 1;
+            }
+        }
+        assert!(seen >= 30, "{seen}");
+    }
+
+    fn sampling(temperature: f64, top_k: Option<usize>, top_p: f64) -> Sampling {
+        Sampling { cfg: 0.0, temperature, top_k, top_p }
+    }
+
+    #[test]
+    fn temperature_zero_is_argmax() {
+        let logits = Tensor::new(&[[0f32, 3.0, 1.0], [2.0, 0.0, 1.0]], &Device::Cpu).unwrap();
+        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0).unwrap(), [1, 0]);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let row = [0.7f32, 0.2, 0.1].map(f32::ln);
+        let logits = Tensor::new(&[row; 4000], &Device::Cpu).unwrap();
+        let drawn = sample(&logits, &sampling(1.0, None, 1.0), 5, 0).unwrap();
+        let share = drawn.iter().filter(|&&c| c == 0).count() as f64 / 4000.0;
+        assert!((share - 0.7).abs() < 0.03, "{share}");
+        assert_ne!(drawn, sample(&logits, &sampling(1.0, None, 1.0), 6, 0).unwrap());
+        assert_ne!(drawn, sample(&logits, &sampling(1.0, None, 1.0), 5, 1).unwrap());
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_stop_the_run() {
+        let logits = Tensor::new(&[[0f32, 1.0], [f32::NAN, 1.0]], &Device::Cpu).unwrap();
+        assert_eq!(sample(&logits, &sampling(1.0, None, 1.0), 5, 0).unwrap_err().position, 1);
+        let logits = Tensor::new(&[[f32::NEG_INFINITY, f32::NEG_INFINITY]], &Device::Cpu).unwrap();
+        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0).unwrap_err().position, 0);
+    }
+}

@@ -1,0 +1,234 @@
+//! The cached, mask-free loop against one full forward pass with the block-causal mask.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::inputs::NextInput;
+use super::*;
+use crate::backbone::{BackboneConfig, InputMode};
+use crate::checkpoint::Weights;
+use crate::rng::{Rng, Stream};
+use crate::tokenizer::{CodebookConfig, Quantizer};
+
+fn config(input_mode: InputMode) -> BackboneConfig {
+    BackboneConfig {
+        vocab_size: 50,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 3,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        rms_norm_eps: 1e-6,
+        rope_theta: 100.0,
+        mrope_section: [2, 3, 3],
+        spatial_extent: 64.0,
+        tie_word_embeddings: false,
+        codebook_size: 40,
+        code_dim: 6,
+        input_mode,
+        max_scales: 18,
+        scale_length_embedding: true,
+    }
+}
+
+fn model(input_mode: InputMode) -> (Backbone, Quantizer) {
+    let weights = Weights::trainable(11, &Device::Cpu);
+    let backbone = Backbone::load(&weights, &config(input_mode)).unwrap();
+    let book = CodebookConfig { size: 40, semantic_dim: 2, pixel_dim: 4, w_sem: 1.0, w_pix: 1.0, l2_norm: false };
+    let rng = Rng::new(2, 0, Stream::Train, 0);
+    let table = (0..40 * 6).map(|i| rng.normal(i) as f32).collect();
+    (backbone, Quantizer::from_table(&book, table, Device::Cpu))
+}
+
+/// A sequence of text and images with known codes.
+enum Part {
+    Text(Vec<u32>),
+    Image(Vec<(usize, usize)>, Vec<Vec<u32>>),
+}
+
+fn image(scales: &[(usize, usize)], seed: u64) -> Part {
+    let rng = Rng::new(seed, 0, Stream::Train, 0);
+    let mut counter = 0;
+    let mut draw = |n: usize| {
+        (0..n)
+            .map(|_| {
+                counter += 1;
+                rng.below(counter, 40) as u32
+            })
+            .collect()
+    };
+    Part::Image(scales.to_vec(), scales.iter().map(|(h, w)| draw(h * w)).collect())
+}
+
+/// Hidden states of the whole sequence, by one masked pass.
+fn full(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
+    let config = backbone.config();
+    let mut layout = Layout::new();
+    let mut x = Vec::new();
+    let embed =
+        |ids: &[u32]| backbone.embed_text(&Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap()).unwrap();
+    for part in parts {
+        match part {
+            Part::Text(ids) => {
+                layout.push_text(ids.len());
+                x.push(embed(ids));
+            }
+            Part::Image(scales, codes) => {
+                layout.push_image(scales, config.spatial_extent);
+                layout.push_eoi();
+                x.push(embed(&[config.boi()]));
+                let mut input = NextInput::new(config.input_mode);
+                for si in 1..scales.len() {
+                    x.push(step_input(backbone, q, &mut input, codes, scales, si));
+                }
+                x.push(embed(&[config.eoi()]));
+            }
+        }
+    }
+    let x = Tensor::cat(&x, 1).unwrap();
+    let tokens = layout.len();
+    let rope = Rope::new(config, &[&layout.positions], &Device::Cpu).unwrap();
+    let mask = Tensor::from_vec(layout.mask(0), (tokens, tokens), &Device::Cpu).unwrap();
+    backbone.forward(&x, &rope, Context::Masked(&mask)).unwrap()
+}
+
+fn step_input(
+    backbone: &Backbone,
+    q: &Quantizer,
+    input: &mut NextInput,
+    codes: &[Vec<u32>],
+    scales: &[(usize, usize)],
+    si: usize,
+) -> Tensor {
+    let features = input.next(q, &codes[si - 1], scales[si - 1], scales[si]);
+    let features = Tensor::from_vec(features, (1, scales[si].0 * scales[si].1, 6), &Device::Cpu).unwrap();
+    backbone.embed_codes(&features, si, scales.len()).unwrap()
+}
+
+/// The same, step by step against the cache.
+fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
+    let config = backbone.config();
+    let mut cache = Cache::new(config, 1, 400, DType::F32, &Device::Cpu).unwrap();
+    let mut layout = Layout::new();
+    let mut out = Vec::new();
+    let mut step = |x: Tensor, layout: &Layout, causal: bool| {
+        let (start, tokens) = (cache.len(0), x.dim(1).unwrap());
+        let rope = Rope::new(config, &[&layout.positions[start..start + tokens]], &Device::Cpu).unwrap();
+        let context = Context::Cached { cache: &mut cache, first: 0, causal };
+        out.push(backbone.forward(&x, &rope, context).unwrap());
+    };
+    let embed =
+        |ids: &[u32]| backbone.embed_text(&Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap()).unwrap();
+    for part in parts {
+        match part {
+            Part::Text(ids) => {
+                layout.push_text(ids.len());
+                step(embed(ids), &layout, true);
+            }
+            Part::Image(scales, codes) => {
+                layout.push_image(scales, config.spatial_extent);
+                layout.push_eoi();
+                step(embed(&[config.boi()]), &layout, true);
+                let mut input = NextInput::new(config.input_mode);
+                for si in 1..scales.len() {
+                    step(step_input(backbone, q, &mut input, codes, scales, si), &layout, false);
+                }
+                step(embed(&[config.eoi()]), &layout, true);
+            }
+        }
+    }
+    Tensor::cat(&out, 1).unwrap()
+}
+
+fn assert_same(a: &Tensor, b: &Tensor) {
+    let diff = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    assert!(diff < 1e-4, "{diff}");
+}
+
+#[test]
+fn cached_inference_equals_the_masked_pass() {
+    for mode in [InputMode::Residual, InputMode::Cumulative] {
+        let (backbone, q) = model(mode);
+        for ratio in [1.0, 0.5, 3.0] {
+            let scales = schedule::nearest(ratio).prefix(6);
+            let one = [Part::Text(vec![3, 1, 4]), image(scales, 5)];
+            let (full_logits, cached_logits) = (full(&backbone, &q, &one), cached(&backbone, &q, &one));
+            assert_same(&full_logits, &cached_logits);
+            let logits = |h: &Tensor| backbone.code_logits(h).unwrap();
+            assert_same(&logits(&full_logits), &logits(&cached_logits));
+        }
+        let square = schedule::nearest(1.0);
+        let two = [
+            Part::Text(vec![3, 1, 4]),
+            image(square.prefix(5), 5),
+            Part::Text(vec![15, 9, 2, 6]),
+            image(schedule::nearest(2.0).prefix(4), 6),
+            Part::Text(vec![5]),
+        ];
+        assert_same(&full(&backbone, &q, &two), &cached(&backbone, &q, &two));
+    }
+}
+
+fn job(cfg: f64, seed: u64) -> Job {
+    let sampling = Sampling { cfg, temperature: 1.0, top_k: Some(20), top_p: 0.9 };
+    Job { prompt: String::new(), scales: schedule::nearest(1.0).prefix(5).to_vec(), sampling, seed }
+}
+
+#[test]
+fn the_loop_draws_what_the_masked_pass_says() {
+    // Greedy codes must be the argmax of a teacher-forced pass over those very codes, guidance rows included.
+    for mode in [InputMode::Residual, InputMode::Cumulative] {
+        let (backbone, q) = model(mode);
+        let mut job = job(3.0, 1);
+        job.sampling.temperature = 0.0;
+        let prompt = [7u32, 8, 9, 10];
+        let codes = draw_codes(&backbone, &q, &prompt, &job, &mut |_| ControlFlow::Continue(())).unwrap();
+        let rows: Vec<Tensor> = [&prompt[..], &[]]
+            .iter()
+            .map(|p| {
+                let parts = [Part::Text(p.to_vec()), Part::Image(job.scales.clone(), codes.clone())];
+                let parts = if p.is_empty() { &parts[1..] } else { &parts[..] };
+                let hidden = full(&backbone, &q, parts);
+                backbone.code_logits(&hidden.narrow(1, p.len(), schedule::codes(&job.scales)).unwrap()).unwrap()
+            })
+            .collect();
+        let mut start = 0;
+        for (si, codes) in codes.iter().enumerate() {
+            let t = 3.0 * si as f64 / 4.0;
+            let part = |r: &Tensor| r.narrow(1, start, codes.len()).unwrap().squeeze(0).unwrap();
+            let logits = ((part(&rows[0]) * (1.0 + t)).unwrap() - (part(&rows[1]) * t).unwrap()).unwrap();
+            assert_eq!(&logits.argmax(1).unwrap().to_vec1::<u32>().unwrap(), codes, "{mode:?} scale {si}");
+            start += codes.len();
+        }
+    }
+}
+
+#[test]
+fn a_seed_decides_everything_and_an_observer_may_stop() {
+    let (backbone, q) = model(InputMode::Residual);
+    let mut go = |_: Event| ControlFlow::Continue(());
+    let draw = |job: &Job, go: Observer| draw_codes(&backbone, &q, &[1, 2], job, go);
+    let first = draw(&job(2.0, 1), &mut go).unwrap();
+    assert_eq!(first, draw(&job(2.0, 1), &mut go).unwrap());
+    assert_ne!(first, draw(&job(2.0, 2), &mut go).unwrap());
+    assert_ne!(first, draw(&job(0.0, 1), &mut go).unwrap());
+    let mut seen = 0;
+    let mut stop = |e: Event| match e {
+        Event::Scale { codes, .. } if codes.len() == 2 => ControlFlow::Break(()),
+        _ => {
+            seen += 1;
+            ControlFlow::Continue(())
+        }
+    };
+    assert_eq!(draw(&job(2.0, 1), &mut stop).unwrap_err().kind, Kind::Interrupted);
+    assert_eq!(seen, 2);
+}
+
+#[test]
+fn weights_without_finite_numbers_end_the_run() {
+    let (backbone, q) = model(InputMode::Residual);
+    let broken = Tensor::full(f32::NAN, (1, 1, 64), &Device::Cpu).unwrap();
+    let logits = backbone.code_logits(&broken).unwrap().squeeze(0).unwrap();
+    let error = sampler::sample(&logits, &job(0.0, 1).sampling, 1, 0).unwrap_err();
+    assert_eq!(non_finite(error, 0, (1, 1)).kind, Kind::NonFinite);
+    assert_eq!(q.config().size, 40);
+}
