@@ -1,0 +1,414 @@
+//! The picture library: concepts ("red apple") with their words and their pictures, the material of training and evaluation.
+//!
+//! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the metadata under `library`
+//! the JSON of [`Concept`]s and [`Picture`]s. `nextflow train data` writes it.
+
+mod words;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::rng::fnv1a;
+pub use words::with_article;
+
+/// Width and height of every picture, in pixels.
+pub const SIDE: usize = 128;
+/// Bytes of one picture: `SIDE` x `SIDE` x RGBA.
+pub const BYTES: usize = SIDE * SIDE * 4;
+
+const HINT: &str = "run `sh src/train/fetch-data.sh`, then `nextflow train data`";
+
+/// A thing with a name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Concept {
+    /// Unicode code points in upper-case hexadecimal, joined by `-`, as emojibase has them: the identity of the concept.
+    pub hexcode: String,
+    /// English label, as emojibase has it: "red apple".
+    pub label: String,
+    /// Names that a person would type, the canonical one first ("car" for the label "automobile"), then synonyms;
+    /// no two everyday concepts share a name.
+    pub names: Vec<String>,
+    /// Chinese label: "红苹果".
+    pub label_zh: String,
+    /// English tags of emojibase, loosely related words.
+    pub tags: Vec<String>,
+    /// Chinese tags of emojibase.
+    pub tags_zh: Vec<String>,
+    /// Group number of emojibase (`meta/groups.json`): 4 is food and drink.
+    pub group: u32,
+    /// Subgroup number of emojibase: 42 is fruit.
+    pub subgroup: u32,
+    /// Whether nano learns to draw it; the other concepts only train the image tokenizer.
+    pub everyday: bool,
+    /// Whether it is kept out of training, for evaluation: see [`held_out`].
+    pub held_out: bool,
+}
+
+/// The hand a picture is drawn in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Style {
+    /// Fluent Emoji, 3D.
+    #[serde(rename = "3d")]
+    ThreeD,
+    /// Fluent Emoji, flat.
+    #[serde(rename = "flat")]
+    Flat,
+    /// Noto Emoji.
+    #[serde(rename = "noto")]
+    Noto,
+}
+
+/// What one picture shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Picture {
+    /// Index into [`Library::concepts`].
+    pub concept: usize,
+    /// The hand it is drawn in.
+    pub style: Style,
+}
+
+/// The words of the file: what its metadata holds.
+#[derive(Serialize, Deserialize)]
+struct Index {
+    concepts: Vec<Concept>,
+    pictures: Vec<Picture>,
+}
+
+/// An RGB image to paste pictures on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Canvas {
+    /// In pixels.
+    pub width: usize,
+    /// In pixels.
+    pub height: usize,
+    /// (height, width, 3), row by row.
+    pub rgb: Vec<u8>,
+}
+
+impl Canvas {
+    /// A canvas of one colour.
+    pub fn new(width: usize, height: usize, background: [u8; 3]) -> Self {
+        Self { width, height, rgb: background.repeat(width * height) }
+    }
+}
+
+/// Concepts and their pictures, in memory.
+pub struct Library {
+    /// In the order of the Unicode emoji list.
+    pub concepts: Vec<Concept>,
+    /// What each picture shows, in the order of the pixels.
+    pub pictures: Vec<Picture>,
+    /// Holds the pixels, (pictures, 128, 128, 4), from byte `start` on.
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Library {
+    /// A library of these parts; `rgba` is (pictures, 128, 128, 4), straight alpha.
+    pub fn new(concepts: Vec<Concept>, pictures: Vec<Picture>, rgba: Vec<u8>) -> Result<Self> {
+        Self::checked(Index { concepts, pictures }, rgba, 0)
+    }
+
+    fn checked(index: Index, bytes: Vec<u8>, start: usize) -> Result<Self> {
+        let Index { concepts, pictures } = index;
+        if bytes.len() < start || bytes.len() - start != pictures.len() * BYTES {
+            return Err(
+                Error::model(format!("picture library lists {} pictures but holds others", pictures.len())).hint(HINT)
+            );
+        }
+        if let Some(p) = pictures.iter().find(|p| p.concept >= concepts.len()) {
+            return Err(Error::model(format!("picture library has no concept {}", p.concept)).hint(HINT));
+        }
+        if let Some(c) = concepts.iter().find(|c| c.names.is_empty()) {
+            return Err(Error::model(format!("picture library has no name for {}", c.label)).hint(HINT));
+        }
+        Ok(Self { concepts, pictures, bytes, start })
+    }
+
+    /// Reads the library at `path` into memory.
+    ///
+    /// Errors: there is no such file, or it is truncated or not a picture library; the hint says how to build one.
+    pub fn load(path: &Path) -> Result<Self> {
+        let bad = |why: String| Error::model(format!("{} is not a picture library: {why}", path.display())).hint(HINT);
+        let bytes = std::fs::read(path).map_err(|e| {
+            Error::new(Kind::Usage, format!("cannot read the picture library {}: {e}", path.display())).hint(HINT)
+        })?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let json = metadata.metadata().as_ref().and_then(|m| m.get("library"));
+        let json = json.ok_or_else(|| bad("it has no list of concepts".into()))?;
+        let index: Index = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
+        let rgba = metadata.info("rgba").ok_or_else(|| bad("it has no tensor `rgba`".into()))?;
+        let shape = [index.pictures.len(), SIDE, SIDE, 4];
+        if rgba.dtype != Dtype::U8 || rgba.shape != shape {
+            return Err(bad(format!("`rgba` is {:?} {:?}, not U8 {shape:?}", rgba.dtype, rgba.shape)));
+        }
+        // The tensor data begin after the length of the header (8 bytes) and the header.
+        let start = 8 + header + rgba.data_offsets.0;
+        Self::checked(index, bytes, start)
+    }
+
+    /// Writes the library to `path`, which appears complete or not at all.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let fail = |e: String| Error::new(Kind::Failure, format!("cannot write {}: {e}", path.display()));
+        let index = Index { concepts: self.concepts.clone(), pictures: self.pictures.clone() };
+        let json = serde_json::to_string(&index).map_err(|e| fail(e.to_string()))?;
+        let rgba = TensorView::new(Dtype::U8, vec![self.pictures.len(), SIDE, SIDE, 4], &self.bytes[self.start..])
+            .map_err(|e| fail(e.to_string()))?;
+        let folder = match path.parent() {
+            Some(p) if !p.as_os_str().is_empty() => p,
+            _ => Path::new("."),
+        };
+        std::fs::create_dir_all(folder).map_err(|e| fail(e.to_string()))?;
+        let file = tempfile::NamedTempFile::new_in(folder).map_err(|e| fail(e.to_string()))?;
+        let metadata = HashMap::from([("library".to_string(), json)]);
+        safetensors::serialize_to_file([("rgba", rgba)], Some(metadata), file.path())
+            .map_err(|e| fail(e.to_string()))?;
+        file.persist(path).map_err(|e| fail(e.error.to_string()))?;
+        Ok(())
+    }
+
+    /// The pixels of a picture: (128, 128, 4), straight alpha.
+    pub fn rgba(&self, picture: usize) -> &[u8] {
+        &self.bytes[self.start + picture * BYTES..][..BYTES]
+    }
+
+    /// A picture on a background: RGB, (128, 128, 3).
+    pub fn over(&self, picture: usize, background: [u8; 3]) -> Vec<u8> {
+        let pixels = self.rgba(picture).chunks_exact(4);
+        pixels.flat_map(|p| [0, 1, 2].map(|c| blend(p[c].into(), background[c], p[3] as f32 / 255.0))).collect()
+    }
+
+    /// Pastes a picture, scaled to `size` x `size` pixels by area, with its top left corner at (`x`, `y`);
+    /// what lies outside the canvas is cut off.
+    pub fn compose(&self, canvas: &mut Canvas, picture: usize, (x, y): (i32, i32), size: usize) {
+        let pixels = resize(self.rgba(picture), size);
+        for (row, line) in pixels.chunks_exact(size.max(1)).enumerate() {
+            let Some(top) = inside(y, row, canvas.height) else { continue };
+            for (column, &[r, g, b, alpha]) in line.iter().enumerate() {
+                let Some(left) = inside(x, column, canvas.width) else { continue };
+                if alpha > 0.0 {
+                    let at = 3 * (top * canvas.width + left);
+                    for (to, colour) in canvas.rgb[at..at + 3].iter_mut().zip([r, g, b]) {
+                        *to = blend(255.0 * colour / alpha, *to, alpha / 255.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The concept of this label or name, letter case ignored.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        let name = name.to_lowercase();
+        let is = |other: &String| other.to_lowercase() == name;
+        let by_label = self.concepts.iter().position(|c| is(&c.label));
+        by_label.or_else(|| self.concepts.iter().position(|c| c.names.iter().any(is)))
+    }
+
+    /// The picture of a concept in a style.
+    pub fn picture(&self, concept: usize, style: Style) -> Option<usize> {
+        self.pictures.iter().position(|p| *p == Picture { concept, style })
+    }
+
+    /// The everyday concepts that are held out, or those that are not.
+    pub fn everyday(&self, held_out: bool) -> impl Iterator<Item = usize> + '_ {
+        let kept = move |c: &Concept| c.everyday && c.held_out == held_out;
+        self.concepts.iter().enumerate().filter(move |(_, c)| kept(c)).map(|(i, _)| i)
+    }
+
+    /// What a person might type for a concept: the canonical caption first ("a red apple"), then other forms, synonyms and
+    /// Chinese.
+    pub fn captions(&self, concept: usize) -> Vec<String> {
+        let concept = &self.concepts[concept];
+        let mut captions = Vec::new();
+        for (i, name) in concept.names.iter().enumerate() {
+            let phrase = with_article(name);
+            if i == 0 {
+                captions.extend([phrase.clone(), name.clone()]);
+                captions
+                    .extend(["a picture of", "an image of", "a drawing of", "draw"].map(|f| format!("{f} {phrase}")));
+            } else {
+                captions.extend([phrase, name.clone()]);
+            }
+        }
+        if !concept.label_zh.is_empty() {
+            captions.push(concept.label_zh.clone());
+            captions.push(format!("一张{}的图片", concept.label_zh));
+        }
+        // Without an article the phrase is the name.
+        let mut seen = std::collections::HashSet::new();
+        captions.retain(|c| seen.insert(c.clone()));
+        captions
+    }
+}
+
+/// Whether the concept of this hexcode is kept out of training: one in ten, by its hash, for ever the same.
+pub fn held_out(hexcode: &str) -> bool {
+    fnv1a(hexcode).is_multiple_of(10)
+}
+
+/// `colour` (0 to 255) at `alpha` (0 to 1) over `below`, rounded.
+fn blend(colour: f32, below: u8, alpha: f32) -> u8 {
+    (below as f32 + (colour - below as f32) * alpha).round() as u8
+}
+
+/// `origin + offset` where it lies within `0..limit`.
+fn inside(origin: i32, offset: usize, limit: usize) -> Option<usize> {
+    usize::try_from(origin as i64 + offset as i64).ok().filter(|&at| at < limit)
+}
+
+/// For each of `size` pixels, the pixels of the `SIDE` that it covers and the share of each.
+fn shares(size: usize) -> Vec<Vec<(usize, f32)>> {
+    let ratio = SIDE as f32 / size as f32;
+    let share = |i: usize| {
+        let (from, to) = (i as f32 * ratio, ((i + 1) as f32 * ratio).min(SIDE as f32));
+        let covered = from as usize..(to.ceil() as usize).min(SIDE);
+        covered.map(|s| (s, (to.min((s + 1) as f32) - from.max(s as f32)).max(0.0) / ratio)).collect()
+    };
+    (0..size).map(share).collect()
+}
+
+/// A picture of straight alpha scaled by area to (size, size), alpha premultiplied, all channels on 0 to 255.
+fn resize(rgba: &[u8], size: usize) -> Vec<[f32; 4]> {
+    let add = |sum: &mut [f32; 4], p: &[f32; 4], w: f32| (0..4).for_each(|c| sum[c] += w * p[c]);
+    let premultiply = |p: &[u8]| {
+        let alpha = p[3] as f32;
+        [p[0] as f32 * alpha / 255.0, p[1] as f32 * alpha / 255.0, p[2] as f32 * alpha / 255.0, alpha]
+    };
+    let pixels: Vec<[f32; 4]> = rgba.chunks_exact(4).map(premultiply).collect();
+    let shares = shares(size);
+    let mut narrow = vec![[0.0; 4]; SIDE * size];
+    for (to, from) in narrow.chunks_exact_mut(size.max(1)).zip(pixels.chunks_exact(SIDE)) {
+        for (sum, share) in to.iter_mut().zip(&shares) {
+            share.iter().for_each(|&(s, w)| add(sum, &from[s], w));
+        }
+    }
+    let mut out = vec![[0.0; 4]; size * size];
+    for (to, share) in out.chunks_exact_mut(size.max(1)).zip(&shares) {
+        for &(s, w) in share {
+            to.iter_mut().zip(&narrow[s * size..]).for_each(|(sum, p)| add(sum, p, w));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn concept(label: &str) -> Concept {
+        Concept {
+            hexcode: "1F34E".into(),
+            label: label.into(),
+            names: vec![label.into(), "pippin".into()],
+            label_zh: "红苹果".into(),
+            tags: vec!["fruit".into()],
+            tags_zh: vec![],
+            group: 4,
+            subgroup: 42,
+            everyday: true,
+            held_out: false,
+        }
+    }
+
+    /// One opaque square of 64 x 64 in the middle, and one empty picture.
+    fn library() -> Library {
+        let mut square = vec![0; BYTES];
+        for (i, p) in square.chunks_exact_mut(4).enumerate() {
+            if (32..96).contains(&(i % SIDE)) && (32..96).contains(&(i / SIDE)) {
+                p.copy_from_slice(&[200, 100, 50, 255]);
+            }
+        }
+        square.extend(vec![0; BYTES]);
+        let pictures = [Style::ThreeD, Style::Noto].map(|style| Picture { concept: 0, style }).to_vec();
+        Library::new(vec![concept("red apple")], pictures, square).unwrap()
+    }
+
+    #[test]
+    fn a_library_survives_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new/library.safetensors");
+        let library = library();
+        library.save(&path).unwrap();
+        let read = Library::load(&path).unwrap();
+        assert_eq!(read.concepts, library.concepts);
+        assert_eq!(read.pictures, library.pictures);
+        assert!((0..2).all(|p| read.rgba(p) == library.rgba(p)));
+        assert_eq!(read.find("Red Apple"), Some(0));
+        assert_eq!(read.find("PIPPIN"), Some(0));
+        assert_eq!((read.picture(0, Style::Noto), read.picture(0, Style::Flat)), (Some(1), None));
+        assert_eq!((read.everyday(false).count(), read.everyday(true).count()), (1, 0));
+    }
+
+    #[test]
+    fn a_broken_or_missing_file_is_an_error_that_names_the_commands() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("library.safetensors");
+        let error = |path: &Path| Library::load(path).err().unwrap();
+        assert!(error(&path).hint.unwrap().contains("nextflow train data"));
+        library().save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for cut in [0, 4, 100, whole.len() - 1] {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let e = error(&path);
+            assert!(e.kind == Kind::Model && e.hint.unwrap().contains("fetch-data.sh"), "cut at {cut}");
+        }
+        assert!(Library::new(vec![], vec![Picture { concept: 0, style: Style::Flat }], vec![0; BYTES]).is_err());
+    }
+
+    #[test]
+    fn pictures_are_composited_and_clipped() {
+        let library = library();
+        let over = library.over(0, [1, 2, 3]);
+        assert_eq!(over[..3], [1, 2, 3]);
+        assert_eq!(over[3 * (64 * SIDE + 64)..][..3], [200, 100, 50]);
+
+        let mut canvas = Canvas::new(SIDE, SIDE, [1, 2, 3]);
+        library.compose(&mut canvas, 0, (0, 0), SIDE);
+        assert!(canvas.rgb == over, "at full size compose is over");
+
+        // At a quarter of the size the square is 16 x 16, from (8, 8) of the paste on.
+        let mut canvas = Canvas::new(40, 20, [0; 3]);
+        library.compose(&mut canvas, 0, (12, -4), 32);
+        let lit: Vec<usize> = (0..800).filter(|i| canvas.rgb[3 * i..3 * i + 3] == [200, 100, 50]).collect();
+        assert_eq!(lit.len(), 16 * 16);
+        assert_eq!((lit[0], lit[255]), (4 * 40 + 20, 19 * 40 + 35));
+        for (at, size) in [((-500, 3), 32), ((100, 100), 7), ((0, 0), 0), ((i32::MAX, i32::MIN), 50)] {
+            let before = canvas.clone();
+            library.compose(&mut canvas, 0, at, size);
+            assert_eq!(canvas, before);
+        }
+    }
+
+    #[test]
+    fn an_odd_size_keeps_the_light() {
+        let pixels = resize(library().rgba(0), 37);
+        let alpha: f32 = pixels.iter().map(|p| p[3]).sum();
+        assert!((alpha / (37.0 * 37.0) - 255.0 / 4.0).abs() < 0.01);
+        assert!(pixels.iter().all(|p| p[3] == 0.0 || (p[0] / p[3] * 255.0 - 200.0).abs() < 0.01));
+    }
+
+    #[test]
+    fn the_split_is_fixed() {
+        let held: Vec<&str> =
+            ["1F34E", "1F436", "1F697", "1F352", "1F40C", "1F30B", "1F3E0", "1F3B8", "1F955", "1F419"]
+                .into_iter()
+                .filter(|h| held_out(h))
+                .collect();
+        assert_eq!(held, ["1F697"]);
+        let share = (0x1F300..0x1F900).filter(|c| held_out(&format!("{c:X}"))).count();
+        assert!((120..190).contains(&share), "{share} of 1536");
+    }
+
+    #[test]
+    fn captions_begin_with_the_canonical_one() {
+        let captions = library().captions(0);
+        assert_eq!(captions[0], "a red apple");
+        for form in ["red apple", "a picture of a red apple", "a pippin", "红苹果"] {
+            assert!(captions.iter().any(|c| c == form), "{form} in {captions:?}");
+        }
+    }
+}
