@@ -1,1 +1,16 @@
-//! (placeholder)
+//! The trainer: data, the tokenizer's stages, the transformer, and the checkpoint that ships.
+
+mod codebook;
+pub mod export;
+mod names;
+mod optimizer;
+pub mod pool;
+pub mod prepare;
+mod progress;
+pub mod run;
+pub mod sampler;
+pub mod semantic;
+pub mod tokenizer;
+pub mod transformer;
+
+pub use optimizer::Schedule;

@@ -1,0 +1,147 @@
+//! `nextflow train`: the steps from packages to a checkpoint, in order.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device};
+use clap::{Args, Subcommand};
+
+use crate::checkpoint::Weights;
+use crate::error::Result;
+use crate::generate::Sampling;
+use crate::library::{Library, Style};
+use crate::text::Text;
+use crate::tokenizer::ImageTokenizer;
+use crate::train::pool::{Pool, PoolSizes};
+use crate::train::run::Run;
+use crate::train::sampler::Sampler;
+use crate::train::tokenizer::Stage;
+use crate::train::{self, Schedule};
+
+/// Train nano, step by step.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Folder of the run: recipe, weights and the state to resume from
+    #[arg(long, default_value = "runs/nano", global = true)]
+    run: PathBuf,
+    /// The picture library
+    #[arg(long, default_value = "data/library.safetensors", global = true)]
+    data: PathBuf,
+    #[command(subcommand)]
+    step: Step,
+}
+
+#[derive(Debug, Subcommand)]
+enum Step {
+    /// Build the picture library from the packages that src/train/fetch-data.sh fetched
+    Data {
+        /// Folder of the unpacked packages
+        #[arg(default_value = "data")]
+        packages: PathBuf,
+    },
+    /// Train the text tokenizer on all captions
+    Text,
+    /// Train the semantic encoder by contrast with captions
+    Semantic(Plan),
+    /// Train one stage of the image tokenizer
+    Tokenizer {
+        /// Which parts learn
+        #[arg(long, value_enum)]
+        stage: Stage,
+        #[command(flatten)]
+        plan: Plan,
+    },
+    /// Train the transformer
+    Transformer {
+        /// Names this part of the training: a later part goes on from the weights of an earlier one
+        #[arg(long, default_value = "all")]
+        part: String,
+        /// Learn the first N scales only
+        #[arg(long, default_value_t = 8)]
+        scales: usize,
+        /// Compositions of shapes in the pool
+        #[arg(long, default_value_t = 6000)]
+        scenes: usize,
+        /// Compositions of several things in the pool
+        #[arg(long, default_value_t = 2000)]
+        several: usize,
+        #[command(flatten)]
+        plan: Plan,
+    },
+    /// Write the checkpoint folder
+    Export {
+        /// Where to
+        #[arg(default_value = "assets/nano")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Plan {
+    /// Steps in all
+    #[arg(long)]
+    steps: usize,
+    /// Samples a step
+    #[arg(long)]
+    batch: usize,
+    /// Peak learning rate
+    #[arg(long)]
+    lr: f64,
+    /// Steps of warm-up
+    #[arg(long, default_value_t = 100)]
+    warmup: usize,
+    /// Weight decay of matrices
+    #[arg(long, default_value_t = 0.05)]
+    weight_decay: f64,
+}
+
+impl Plan {
+    fn schedule(&self) -> Schedule {
+        let Self { steps, lr, warmup, weight_decay, .. } = *self;
+        Schedule { lr, warmup, steps, clip: 1.0, weight_decay, beta2: 0.98 }
+    }
+}
+
+/// Sampling of the exported checkpoint.
+const SAMPLING: Sampling = Sampling { cfg: 1.5, temperature: 0.7, top_k: Some(50), top_p: 0.9 };
+
+/// Runs one step.
+pub fn run(args: &TrainArgs) -> Result<()> {
+    if let Step::Data { packages } = &args.step {
+        let summary = train::prepare::prepare(packages, &args.data)?;
+        eprintln!("{summary:?}");
+        return Ok(());
+    }
+    let run = Run::open(&args.run)?;
+    if let Step::Export { out } = &args.step {
+        return train::export::export(&run, out, SAMPLING);
+    }
+    let library = Library::load(&args.data)?;
+    let sampler = Sampler::new(&library, run.recipe.seed, Style::ThreeD);
+    let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
+    match &args.step {
+        Step::Data { .. } | Step::Export { .. } => Ok(()),
+        Step::Text => {
+            let concepts = (0..library.concepts.len()).flat_map(|c| library.captions(c));
+            let scenes = (0..4000).flat_map(|i| sampler.scene(i).captions);
+            let several = (0..4000).flat_map(|i| sampler.several(sampler.everyday(), i).captions);
+            let captions = concepts.chain(scenes).chain(several);
+            crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
+        }
+        Step::Semantic(plan) => train::semantic::train(&run, &sampler, &text()?, plan.batch, &plan.schedule()),
+        Step::Tokenizer { stage, plan } => {
+            train::tokenizer::train(&run, &sampler, *stage, plan.batch, &plan.schedule())
+        }
+        Step::Transformer { part, scales, scenes, several, plan } => {
+            let tokenizer = tokenizer(&run)?;
+            let sizes = PoolSizes { backgrounds: 2, scenes: *scenes, several: *several };
+            let pool = Pool::build(&sampler, &tokenizer, &text()?, sizes)?;
+            train::transformer::train(&run, tokenizer.quantizer(), &pool, part, *scales, plan.batch, &plan.schedule())
+        }
+    }
+}
+
+/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer sees.
+fn tokenizer(run: &Run) -> Result<ImageTokenizer> {
+    let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &Device::Cpu)?;
+    Ok(ImageTokenizer::load(&weights, &run.recipe.tokenizer)?)
+}

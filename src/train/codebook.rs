@@ -1,0 +1,123 @@
+//! The codebook learns as online k-means: every entry is a moving average of the residuals it was nearest to.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use crate::error::{Error, Result};
+use crate::rng::{Rng, Stream};
+use crate::tokenizer::{CodebookConfig, Quantizer};
+
+/// Share of the past that an average keeps at each step.
+const DECAY: f32 = 0.97;
+/// An entry that is nearest to fewer residuals than this, on average per step, is given another place.
+const DEAD: f32 = 0.02;
+
+/// Which code was nearest to which residual.
+#[derive(Default)]
+pub struct Assignments {
+    codes: Vec<u32>,
+    residuals: Vec<f32>,
+}
+
+impl Assignments {
+    /// One more residual z (D) and the code nearest to it.
+    pub fn push(&mut self, code: u32, z: &[f32]) {
+        self.codes.push(code);
+        self.residuals.extend_from_slice(z);
+    }
+}
+
+/// Entries and their averages.
+pub struct Codebook {
+    config: CodebookConfig,
+    table: Vec<f32>,
+    counts: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl Codebook {
+    /// Starts from a (size, D) table.
+    pub fn new(config: &CodebookConfig, table: Vec<f32>) -> Self {
+        let counts = vec![1.0; config.size];
+        Self { config: config.clone(), sums: table.clone(), table, counts }
+    }
+
+    /// The entries, (size, D).
+    pub fn table(&self) -> &[f32] {
+        &self.table
+    }
+
+    /// A quantiser with the entries as they are now.
+    pub fn quantizer(&self) -> Quantizer {
+        Quantizer::from_table(&self.config, self.table.clone(), Device::Cpu)
+    }
+
+    /// Entries that are still nearest to something.
+    pub fn in_use(&self) -> usize {
+        self.counts.iter().filter(|&&c| c > DEAD).count()
+    }
+
+    /// Spreads the entries over features (n, D): shrunken copies of random ones, since most of what a code will see is
+    /// residual. Entry 0 starts at zero: nothing to add.
+    pub fn seed(&mut self, features: &[f32]) {
+        let dim = self.config.dim();
+        let rng = Rng::new(29, 0, Stream::Train, 0);
+        for (i, entry) in self.table.chunks_exact_mut(dim).enumerate() {
+            let from = rng.below(2 * i as u64, features.len() / dim);
+            let shrink = if i == 0 { 0.0 } else { rng.uniform(2 * i as u64 + 1) as f32 };
+            entry.iter_mut().zip(&features[from * dim..]).for_each(|(e, f)| *e = shrink * f);
+        }
+        self.sums.copy_from_slice(&self.table);
+    }
+
+    /// Moves every entry towards the mean of its residuals, and dead entries onto residuals of this batch.
+    pub fn learn<'a>(&mut self, batch: impl Iterator<Item = &'a Assignments>, step: u64) {
+        let dim = self.config.dim();
+        self.counts.iter_mut().for_each(|c| *c *= DECAY);
+        self.sums.iter_mut().for_each(|s| *s *= DECAY);
+        let mut seen: Vec<&[f32]> = Vec::new();
+        for assignments in batch {
+            for (&code, z) in assignments.codes.iter().zip(assignments.residuals.chunks_exact(dim)) {
+                self.counts[code as usize] += 1.0 - DECAY;
+                let sum = &mut self.sums[code as usize * dim..][..dim];
+                sum.iter_mut().zip(z).for_each(|(s, v)| *s += (1.0 - DECAY) * v);
+                seen.push(z);
+            }
+        }
+        let rng = Rng::new(31, 0, Stream::Train, step);
+        for code in 0..self.config.size {
+            let entry = &mut self.table[code * dim..][..dim];
+            let sum = &mut self.sums[code * dim..][..dim];
+            if self.counts[code] < DEAD && !seen.is_empty() {
+                entry.copy_from_slice(seen[rng.below(code as u64, seen.len())]);
+                self.counts[code] = 4.0 * DEAD;
+                sum.iter_mut().zip(entry).for_each(|(s, e)| *s = *e * 4.0 * DEAD);
+            } else {
+                entry.iter_mut().zip(sum).for_each(|(e, s)| *e = *s / self.counts[code]);
+            }
+        }
+    }
+
+    /// Writes the averages, to resume from exactly.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let (size, dim) = (self.config.size, self.config.dim());
+        let mut tensors = BTreeMap::new();
+        for (key, data, width) in [("table", &self.table, dim), ("sums", &self.sums, dim), ("counts", &self.counts, 1)]
+        {
+            tensors.insert(key.to_string(), Tensor::from_slice(data, (size, width), &Device::Cpu)?);
+        }
+        crate::checkpoint::save(path, tensors, None)
+    }
+
+    /// Reads what [`Codebook::save`] wrote.
+    pub fn restore(&mut self, path: &Path) -> Result<()> {
+        let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu)?;
+        for (key, data) in [("table", &mut self.table), ("sums", &mut self.sums), ("counts", &mut self.counts)] {
+            let missing = || Error::model(format!("{} has no {key}", path.display()));
+            *data = tensors.get(key).ok_or_else(missing)?.flatten_all()?.to_vec1()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,52 @@
+//! A readable log line: means since the last one, speed and time left.
+
+use std::time::Instant;
+
+/// Averages what is measured and prints a line every so often to stderr.
+pub struct Progress {
+    stage: String,
+    steps: usize,
+    step: usize,
+    batch: usize,
+    sums: Vec<(String, f64)>,
+    since: usize,
+    last: Instant,
+}
+
+/// Steps between two lines.
+const EVERY: usize = 50;
+
+impl Progress {
+    /// A log for `steps` steps of `batch` samples, of which `done` are behind us.
+    pub fn new(stage: &str, steps: usize, done: usize, batch: usize) -> Self {
+        Self { stage: stage.into(), steps, step: done, batch, sums: Vec::new(), since: 0, last: Instant::now() }
+    }
+
+    /// A line of its own.
+    pub fn say(&self, what: &str) {
+        eprintln!("[{}] {what}", self.stage);
+    }
+
+    /// One more step with these measurements.
+    pub fn step(&mut self, measured: &[(&str, f64)]) {
+        self.step += 1;
+        self.since += 1;
+        if self.sums.is_empty() {
+            self.sums = measured.iter().map(|(name, _)| (name.to_string(), 0.0)).collect();
+        }
+        self.sums.iter_mut().zip(measured).for_each(|(sum, (_, value))| sum.1 += value);
+        if !self.step.is_multiple_of(EVERY) && self.step != self.steps {
+            return;
+        }
+        let rate = self.since as f64 / self.last.elapsed().as_secs_f64();
+        let means: Vec<String> =
+            self.sums.iter().map(|(name, sum)| format!("{name} {:.4}", sum / self.since as f64)).collect();
+        let left = (self.steps - self.step) as f64 / rate / 60.0;
+        let speed = rate * self.batch as f64;
+        let Self { step, steps, .. } = *self;
+        self.say(&format!("{step}/{steps}  {}  {speed:.1} samples/s  {left:.1} min left", means.join("  ")));
+        self.sums.clear();
+        self.since = 0;
+        self.last = Instant::now();
+    }
+}

@@ -1,0 +1,71 @@
+//! A training run: a folder with the recipe, the weights so far and the state to resume from.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use crate::backbone::BackboneConfig;
+use crate::checkpoint::Weights;
+use crate::error::{Error, Result};
+use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
+
+/// What is trained: shapes and choices of every part.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Seed of all initial weights and draws.
+    pub seed: u64,
+    /// The image tokenizer as its first two stages train it.
+    pub tokenizer: TokenizerConfig,
+    /// The pixel decoder of the third stage; it begins as the one of the second, with blocks that do nothing yet.
+    pub decoder_final: CnnConfig,
+    /// The transformer.
+    pub backbone: BackboneConfig,
+    /// Scales of an image.
+    pub scales: usize,
+    /// Draws among the nearest codes while encoding for the transformer.
+    pub self_correction: SelfCorrection,
+    /// Exponent of the scale weights 1 / (h w)^alpha.
+    pub scale_reweight: f64,
+}
+
+/// The recipe of the embedded model.
+const NANO: &str = include_str!("nano.json");
+
+/// A folder and its recipe.
+pub struct Run {
+    folder: PathBuf,
+    /// What is trained.
+    pub recipe: Recipe,
+}
+
+impl Run {
+    /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's.
+    pub fn open(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join("recipe.json");
+        if !path.exists() {
+            std::fs::write(&path, NANO)?;
+        }
+        let recipe = serde_json::from_str(&std::fs::read_to_string(&path)?)
+            .map_err(|e| Error::usage(format!("{}: {e}", path.display())).hint("remove the file to train nano"))?;
+        Ok(Self { folder: folder.to_path_buf(), recipe })
+    }
+
+    /// A file of the run.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Trainable weights that start from those of `files` that exist; a later file wins. An exported checkpoint's files
+    /// will do.
+    pub fn trainable(&self, files: &[&Path]) -> Result<Weights> {
+        let mut known = BTreeMap::new();
+        for file in files.iter().filter(|f| f.exists()) {
+            known.extend(crate::checkpoint::load(file)?);
+        }
+        Ok(Weights::trainable_from(known, self.recipe.seed, &Device::Cpu))
+    }
+}

@@ -1,0 +1,272 @@
+//! The tokenizer's three stages (paper): the pixel branch alone; both branches and the dual codebook jointly, the
+//! semantic encoder fixed; the pixel decoder alone, at twice its capacity, for fixed codes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use clap::ValueEnum;
+use rayon::prelude::*;
+
+use super::codebook::{Assignments, Codebook};
+use super::optimizer::{Optimizer, Schedule};
+use super::progress::Progress;
+use super::run::Run;
+use super::sampler::Sampler;
+use crate::error;
+use crate::generate::schedule;
+use crate::library::SIDE;
+use crate::pixels;
+use crate::rng::{Rng, Stream};
+use crate::tokenizer::{ImageTokenizer, Quantizer, TokenizerConfig};
+
+/// Which parts learn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Stage {
+    /// Pixel encoder, decoder and the pixel half of the codebook.
+    Pixel,
+    /// Everything but the semantic encoder.
+    Joint,
+    /// The pixel decoder at the capacity of `decoder_final`, with the codes fixed.
+    Decoder,
+}
+
+impl Stage {
+    /// The keys that learn by gradient; the codebook learns by moving averages.
+    fn learns(self, key: &str) -> bool {
+        let among = |prefixes: &[&str]| prefixes.iter().any(|p| key.starts_with(p));
+        let pixel = among(&["encoder.", "quant_conv.", "post_quant_conv.", "decoder."]);
+        match self {
+            Stage::Pixel => pixel,
+            Stage::Joint => pixel || among(&["encode_task_layer.", "decoder_vqkd.", "decode_task_layer."]),
+            Stage::Decoder => among(&["post_quant_conv.", "decoder."]),
+        }
+    }
+}
+
+/// Share of the images of a batch of which a random prefix of the scales is decoded (the paper's 50%).
+const SCALE_DROP: f64 = 0.5;
+/// Weight of the pull of the encoder towards its codes (VQ-VAE's beta).
+const COMMITMENT: f64 = 0.25;
+/// Weight of the reconstruction of the semantic features.
+const SEMANTIC: f64 = 0.5;
+/// Weight of the absolute error beside the squared one.
+const ABSOLUTE: f64 = 0.1;
+
+/// First steps of the first stage without codes: the codebook starts on features that already mean something.
+const CONTINUOUS: usize = 300;
+
+/// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
+pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Schedule) -> error::Result<()> {
+    let mut config = run.recipe.tokenizer.clone();
+    if stage == Stage::Decoder {
+        config.decoder = run.recipe.decoder_final.clone();
+    }
+    let file = run.file("image_tokenizer.safetensors");
+    let semantic = run.file("semantic.safetensors");
+    let weights = run.trainable(&[&file, &semantic])?;
+    let tokenizer = ImageTokenizer::load(&weights, &config)?;
+    let vars = weights.vars();
+    let mut optimizer = Optimizer::new(&vars, |key| stage.learns(key))?;
+    let mut codebook = Codebook::new(&stage_codebook(&config, stage), tokenizer.quantizer().table().to_vec());
+    let state = run.file(&format!("tokenizer-{stage:?}.state").to_lowercase());
+    if state.exists() {
+        optimizer.restore(&state)?;
+        codebook.restore(&state.with_extension("codebook"))?;
+    }
+    let mut progress = Progress::new(&format!("tokenizer {stage:?}"), plan.steps, optimizer.step, batch);
+    progress.say(&format!("{} parameters, {} codes", optimizer.count(), config.codebook.size));
+    while optimizer.step < plan.steps {
+        let step = optimizer.step;
+        let images: Vec<Vec<u8>> =
+            (0..batch).into_par_iter().map(|i| sampler.picture((step * batch + i) as u64)).collect();
+        let rows: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+        let images = pixels::to_tensor(&rows, SIDE, SIDE, &Device::Cpu)?;
+        let continuous = stage == Stage::Pixel && step < CONTINUOUS;
+        if stage == Stage::Pixel && step == CONTINUOUS {
+            settle(&tokenizer, &mut codebook, sampler, batch)?;
+        }
+        let losses = losses(&tokenizer, &mut codebook, &images, stage, step, continuous)?;
+        let total = losses.total()?;
+        let norm = optimizer.descend(&total, plan)?;
+        progress.step(&[
+            ("loss", f64::from(total.to_scalar::<f32>()?)),
+            ("psnr", losses.psnr),
+            ("full", losses.psnr_full),
+            ("lost", losses.lost),
+            ("sem", f64::from(losses.semantic.to_scalar::<f32>()?)),
+            ("grad", norm),
+            ("codes", codebook.in_use() as f64),
+        ]);
+        if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
+            save(&file, &vars, &codebook, &config)?;
+            optimizer.save(&state)?;
+            codebook.save(&state.with_extension("codebook"))?;
+        }
+    }
+    save(&file, &vars, &codebook, &config)
+}
+
+/// Spreads the codebook over the features as they are, by k-means on some batches.
+fn settle(tokenizer: &ImageTokenizer, codebook: &mut Codebook, sampler: &Sampler, batch: usize) -> Result<()> {
+    for round in 0..40u64 {
+        let images: Vec<Vec<u8>> =
+            (0..batch as u64).into_par_iter().map(|i| sampler.picture(1 << 40 | (round * batch as u64 + i))).collect();
+        let rows: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+        let images = pixels::to_tensor(&rows, SIDE, SIDE, &Device::Cpu)?;
+        let (f, _) = features(tokenizer, &images, Stage::Pixel)?;
+        let (_, h, w, dim) = f.dims4()?;
+        let f = f.flatten_all()?.to_vec1::<f32>()?;
+        if round == 0 {
+            codebook.seed(&f);
+        }
+        let quantizer = codebook.quantizer();
+        let assigned: Vec<Assignments> = f
+            .par_chunks_exact(h * w * dim)
+            .map(|f| {
+                let mut assignments = Assignments::default();
+                quantizer.encode(f, square_scales(h), None, |_, z, code| assignments.push(code, z));
+                assignments
+            })
+            .collect();
+        codebook.learn(assigned.iter(), 1 << 40 | round);
+    }
+    Ok(())
+}
+
+/// In the first stage the semantic half is empty and weighs nothing.
+fn stage_codebook(config: &TokenizerConfig, stage: Stage) -> crate::tokenizer::CodebookConfig {
+    let mut codebook = config.codebook.clone();
+    if stage == Stage::Pixel {
+        codebook.w_sem = 0.0;
+    }
+    codebook
+}
+
+fn save(path: &Path, vars: &BTreeMap<String, Var>, book: &Codebook, config: &TokenizerConfig) -> error::Result<()> {
+    let (size, split, dim) = (config.codebook.size, config.codebook.semantic_dim, config.codebook.dim());
+    let table = Tensor::from_slice(book.table(), (size, dim), &Device::Cpu)?;
+    for (key, half) in [
+        ("quantize.embedding_vqkd.weight", table.narrow(1, 0, split)?),
+        ("quantize.embedding_vqgan.weight", table.narrow(1, split, dim - split)?),
+    ] {
+        vars[key].set(&half.contiguous()?)?;
+    }
+    let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
+    crate::checkpoint::save(path, tensors, None)
+}
+
+/// The features to quantise, (B, h, w, D), and the semantic encoder's tokens.
+fn features(tokenizer: &ImageTokenizer, images: &Tensor, stage: Stage) -> Result<(Tensor, Option<Tensor>)> {
+    let pixel = tokenizer.pixel_half(images)?;
+    let (b, h, w, _) = pixel.dims4()?;
+    let (semantic, tokens) = if stage == Stage::Pixel {
+        let dim = tokenizer.config().codebook.semantic_dim;
+        (Tensor::zeros((b, h, w, dim), DType::F32, images.device())?, None)
+    } else {
+        let tokens = tokenizer.semantic().forward(images)?.detach();
+        (tokenizer.semantic_half(&tokens, (h, w))?, Some(tokens))
+    };
+    Ok((Tensor::cat(&[semantic, pixel], 3)?, tokens))
+}
+
+struct Losses {
+    reconstruction: Tensor,
+    commitment: Tensor,
+    semantic: Tensor,
+    /// Share of the features' energy that the codes miss.
+    lost: f64,
+    /// Of the whole batch, in dB.
+    psnr: f64,
+    /// Of the images that kept all their scales, in dB.
+    psnr_full: f64,
+}
+
+impl Losses {
+    fn total(&self) -> Result<Tensor> {
+        &self.reconstruction + ((&self.commitment * COMMITMENT)? + (&self.semantic * SEMANTIC)?)?
+    }
+}
+
+fn losses(
+    tokenizer: &ImageTokenizer,
+    codebook: &mut Codebook,
+    images: &Tensor,
+    stage: Stage,
+    step: usize,
+    continuous: bool,
+) -> Result<Losses> {
+    let (f, tokens) = features(tokenizer, images, stage)?;
+    let f = if stage == Stage::Decoder { f.detach() } else { f };
+    let (_, h, w, dim) = f.dims4()?;
+    let scales = square_scales(h);
+    let raw = f.flatten_all()?.to_vec1::<f32>()?;
+    let quantizer = codebook.quantizer();
+    let quantised: Vec<(Vec<f32>, bool, Assignments)> = raw
+        .par_chunks_exact(h * w * dim)
+        .enumerate()
+        .map(|(i, f)| quantise(&quantizer, f, scales, (h, w), &Rng::new(17, i as u64, Stream::Train, step as u64)))
+        .collect();
+    if stage != Stage::Decoder && !continuous {
+        codebook.learn(quantised.iter().map(|(_, _, a)| a), step as u64);
+    }
+    let f_hat =
+        Tensor::from_vec(quantised.iter().flat_map(|(f, _, _)| f.iter().copied()).collect(), f.shape(), f.device())?;
+    // Straight through: the decoder sees the codes, the encoder gets the decoder's gradient.
+    let through = if continuous { f.clone() } else { (&f + (&f_hat - &f)?.detach())? };
+    let energy = f.sqr()?.mean_all()?.to_scalar::<f32>()?;
+    let lost = (&f - &f_hat)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
+    let image = tokenizer.decode_features(&through)?;
+    let error = (image - images)?;
+    let squares = error.sqr()?.mean(vec![1, 2, 3])?;
+    let each = squares.to_vec1::<f32>()?;
+    let full: Vec<f32> = each.iter().zip(&quantised).filter(|(_, q)| q.1).map(|(e, _)| *e).collect();
+    let zero = Tensor::zeros((), DType::F32, f.device())?;
+    Ok(Losses {
+        reconstruction: (squares.mean_all()? + (error.abs()?.mean_all()? * ABSOLUTE)?)?,
+        lost: f64::from(lost / energy),
+        commitment: if stage == Stage::Decoder || continuous {
+            zero.clone()
+        } else {
+            (&f - f_hat)?.sqr()?.mean_all()?
+        },
+        semantic: match tokens {
+            Some(tokens) if stage == Stage::Joint => {
+                (tokenizer.decode_semantic(&through)? - tokens)?.sqr()?.mean_all()?
+            }
+            _ => zero,
+        },
+        psnr: psnr(&each),
+        psnr_full: psnr(&full),
+    })
+}
+
+/// The scales of a square image whose last grid has `side` rows.
+fn square_scales(side: usize) -> &'static [(usize, usize)] {
+    let scales = &schedule::nearest(1.0).scales;
+    let count = scales.iter().position(|s| s.0 == side).map_or(scales.len(), |i| i + 1);
+    &scales[..count]
+}
+
+/// F of all scales or, for half of the images, of a random prefix; whether it is whole; the codes' residuals.
+fn quantise(
+    quantizer: &Quantizer,
+    f: &[f32],
+    scales: &[(usize, usize)],
+    grid: (usize, usize),
+    rng: &Rng,
+) -> (Vec<f32>, bool, Assignments) {
+    let mut assignments = Assignments::default();
+    let encoded = quantizer.encode(f, scales, None, |_, z, code| assignments.push(code, z));
+    if rng.uniform(0) < SCALE_DROP {
+        let keep = 1 + rng.below(1, scales.len() - 1);
+        (quantizer.accumulate(&encoded.codes[..keep], scales, grid), false, assignments)
+    } else {
+        (encoded.f_hat, true, assignments)
+    }
+}
+
+/// Mean PSNR in dB of images whose mean squared errors are measured on [-1, 1].
+fn psnr(errors: &[f32]) -> f64 {
+    errors.iter().map(|&e| 10.0 * (4.0 / f64::from(e)).log10()).sum::<f64>() / errors.len().max(1) as f64
+}
