@@ -1,1 +1,189 @@
-//! (placeholder)
+//! Measures a model: compositions judged by a detector, recognition of what it draws, and its tokenizer's fidelity.
+
+mod colour;
+mod compositions;
+pub mod detector;
+mod fit;
+pub mod judge;
+pub mod metrics;
+mod report;
+
+use candle_core::Device;
+use image::RgbImage;
+use serde::Serialize;
+
+pub use compositions::{Category, compositions};
+pub use report::Report;
+
+use crate::error::Result;
+use crate::library::{Canvas, Library, Style};
+use crate::pixels;
+use crate::tokenizer::ImageTokenizer;
+use metrics::{nearest, pixel_feature, psnr, ssim};
+
+/// Draws a prompt with a seed.
+pub type Draw<'a> = &'a mut dyn FnMut(&str, u64) -> Result<RgbImage>;
+
+/// The image tokenizer of a model and how the model draws: all that pictures are compared with.
+pub struct Subject<'a> {
+    /// The tokenizer.
+    pub tokenizer: &'a ImageTokenizer,
+    /// Grids (height, width) of a square image, coarse to fine.
+    pub scales: &'a [(usize, usize)],
+    /// Where the tokenizer is.
+    pub device: &'a Device,
+}
+
+/// How often the nearest of all true pictures is that of the concept, 0 to 1.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recognition {
+    /// Concepts drawn.
+    pub concepts: usize,
+    /// Pictures to choose among.
+    pub gallery: usize,
+    /// Drawn images, by features of the semantic encoder.
+    pub semantic: f64,
+    /// Drawn images, by plain pixels.
+    pub pixels: f64,
+    /// True pictures after encoding and decoding, by features of the semantic encoder.
+    pub ceiling_semantic: f64,
+    /// True pictures after encoding and decoding, by plain pixels.
+    pub ceiling_pixels: f64,
+}
+
+/// How close images come back from the tokenizer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Fidelity {
+    /// So many images.
+    pub pictures: usize,
+    /// Mean of the images' PSNR, dB.
+    pub psnr: f64,
+    /// Mean of the images' SSIM.
+    pub ssim: f64,
+}
+
+/// Pictures of held-out concepts, which the tokenizer was not trained on, through encoding and decoding.
+#[derive(Clone, Debug, Serialize)]
+pub struct Reconstruction {
+    /// In the hand that the model draws in.
+    pub three_d: Fidelity,
+    /// In every hand.
+    pub all_styles: Fidelity,
+}
+
+const WHITE: [u8; 3] = [255; 3];
+
+impl Subject<'_> {
+    /// A picture on white, as large as the model draws.
+    fn picture(&self, library: &Library, picture: usize) -> Result<RgbImage> {
+        let stride = self.tokenizer.config().encoder.stride();
+        let side = self.scales.last().map_or(0, |&(h, w)| h.min(w)) * stride;
+        let mut canvas = Canvas::new(side, side, WHITE);
+        library.compose(&mut canvas, picture, (0, 0), side);
+        RgbImage::from_raw(side as u32, side as u32, canvas.rgb)
+            .ok_or_else(|| candle_core::Error::Msg("a canvas of the wrong size".into()).into())
+    }
+
+    fn tensor(&self, image: &RgbImage) -> Result<candle_core::Tensor> {
+        Ok(pixels::to_tensor(&[image.as_raw()], image.height() as usize, image.width() as usize, self.device)?)
+    }
+
+    /// An image through encoding and decoding.
+    fn reconstruct(&self, image: &RgbImage) -> Result<RgbImage> {
+        let encoded = self.tokenizer.encode(&self.tensor(image)?, self.scales)?;
+        let codes = encoded.first().map_or(&[][..], |e| &e.codes);
+        Ok(pixels::to_image(&self.tokenizer.decode(codes, self.scales)?)?)
+    }
+
+    /// Features of an image: the semantic encoder's, and plain pixels.
+    fn features(&self, image: &RgbImage) -> Result<[Vec<f32>; 2]> {
+        let semantic = self.tokenizer.semantic().embed(&self.tensor(image)?)?;
+        Ok([semantic.flatten_all()?.to_vec1()?, pixel_feature(image)])
+    }
+}
+
+/// The everyday concepts that have a picture in the model's hand, with it, in order.
+fn drawable(library: &Library) -> Vec<(usize, usize)> {
+    let mut concepts: Vec<usize> = library.everyday(false).chain(library.everyday(true)).collect();
+    concepts.sort_unstable();
+    concepts.into_iter().filter_map(|c| Some((c, library.picture(c, Style::ThreeD)?))).collect()
+}
+
+/// At most `limit` of `n`, evenly spread.
+fn spread(n: usize, limit: Option<usize>) -> impl Iterator<Item = usize> {
+    let count = limit.unwrap_or(n).min(n);
+    (0..count).map(move |i| i * n / count)
+}
+
+/// How many images [`recognition`] draws.
+pub fn recognisable(library: &Library, limit: Option<usize>) -> usize {
+    spread(drawable(library).len(), limit).count()
+}
+
+/// Draws every everyday concept, or `limit` of them, by its canonical caption, and looks for the nearest among the true
+/// pictures of all.
+pub fn recognition(
+    subject: &Subject,
+    library: &Library,
+    draw: Draw,
+    limit: Option<usize>,
+    seed: u64,
+) -> Result<Recognition> {
+    let concepts = drawable(library);
+    let mut galleries = [Vec::new(), Vec::new()];
+    for &(_, picture) in &concepts {
+        let features = subject.features(&subject.picture(library, picture)?)?;
+        galleries.iter_mut().zip(features).for_each(|(gallery, f)| gallery.push(f));
+    }
+    let recognised = |image: &RgbImage, right: usize| -> Result<[f64; 2]> {
+        let features = subject.features(image)?;
+        Ok([0, 1].map(|i| f64::from(u8::from(nearest(&features[i], &galleries[i]) == Some(right)))))
+    };
+    let (mut drawn, mut ceiling) = ([0.0; 2], [0.0; 2]);
+    let mut count = 0;
+    for i in spread(concepts.len(), limit) {
+        let (concept, picture) = concepts[i];
+        let caption = library.captions(concept).swap_remove(0);
+        let truth = subject.reconstruct(&subject.picture(library, picture)?)?;
+        for (sum, image) in [(&mut drawn, draw(&caption, seed)?), (&mut ceiling, truth)] {
+            sum.iter_mut().zip(recognised(&image, i)?).for_each(|(s, v)| *s += v);
+        }
+        count += 1;
+    }
+    let share = |sum: f64| sum / count.max(1) as f64;
+    Ok(Recognition {
+        concepts: count,
+        gallery: concepts.len(),
+        semantic: share(drawn[0]),
+        pixels: share(drawn[1]),
+        ceiling_semantic: share(ceiling[0]),
+        ceiling_pixels: share(ceiling[1]),
+    })
+}
+
+/// Encodes and decodes the pictures of all held-out concepts.
+pub fn reconstruction(subject: &Subject, library: &Library) -> Result<Reconstruction> {
+    // Sums: count, PSNR, SSIM.
+    let (mut three_d, mut all) = ([0.0; 3], [0.0; 3]);
+    for (i, picture) in library.pictures.iter().enumerate() {
+        if !library.concepts[picture.concept].held_out {
+            continue;
+        }
+        let image = subject.picture(library, i)?;
+        let back = subject.reconstruct(&image)?;
+        let values = [1.0, psnr(&image, &back), ssim(&image, &back)];
+        let add = |sum: &mut [f64; 3]| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+        add(&mut all);
+        if picture.style == Style::ThreeD {
+            add(&mut three_d);
+        }
+    }
+    let mean = |[n, psnr, ssim]: [f64; 3]| {
+        let count = n.max(1.0);
+        Fidelity { pictures: n as usize, psnr: psnr / count, ssim: ssim / count }
+    };
+    Ok(Reconstruction { three_d: mean(three_d), all_styles: mean(all) })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+//! `nextflow eval`: measure a model.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+
+use crate::checkpoint::Source;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::eval::{self, Report, Subject};
+use crate::generate::{Job, Model, schedule};
+use crate::library::Library;
+use crate::terminal::{self, Console, Level};
+
+/// The picture library that `nextflow train data` writes.
+const LIBRARY: &str = "data/library.safetensors";
+
+/// Flags of `nextflow eval`.
+#[derive(Args, Debug)]
+pub struct EvalArgs {
+    /// A model folder [default: the model inside the program]
+    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
+    pub model: Option<String>,
+    /// auto, cpu, cuda:N or metal
+    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
+    pub device: String,
+    /// The picture library, for recognition and reconstruction [default: data/library.safetensors if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Prompts per category of compositions
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub per_category: usize,
+    /// Draw only N concepts, evenly spread, for recognition [default: all]
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Decides all randomness
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Print JSON in place of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs `nextflow eval`: compositions always, recognition and reconstruction where there is a picture library.
+pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    for (flag, value) in [("per-category", Some(args.per_category)), ("limit", args.limit)] {
+        if value == Some(0) {
+            return Err(Error::usage(format!("--{flag} 0 measures nothing")).hint(format!("--{flag} 10")));
+        }
+    }
+    let device = device::parse(&args.device)?;
+    let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let library = match &args.data {
+        Some(path) => Some(Library::load(path)?),
+        None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),
+        None => None,
+    };
+    let concepts = library.as_ref().map_or(0, |l| eval::recognisable(l, args.limit));
+    let mut console = Console::new(Level::Normal, (6 * args.per_category + concepts) as u64);
+    let stop = terminal::interrupts()?;
+    console.loading();
+    let model = Model::load(&source, &device)?;
+    let scales = schedule::nearest(1.0).prefix(model.config().scales);
+    let subject = Subject { tokenizer: model.tokenizer(), scales, device: &device };
+    let draw = |console: &mut Console, prompt: &str, seed: u64| {
+        let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());
+        let job = Job { prompt, scales: scales.to_vec(), sampling, seed };
+        console.start();
+        model.draw(&job, &mut |event| {
+            console.event(&event);
+            stop.check()
+        })
+    };
+
+    let started = Instant::now();
+    let mut report = Report {
+        model: model.config().name.clone(),
+        seed: args.seed,
+        per_category: args.per_category,
+        compositions: eval::compositions(&mut |p, s| draw(&mut console, p, s), args.per_category, args.seed)?,
+        recognition: None,
+        reconstruction: None,
+    };
+    let done = |console: &mut Console, what: &str| {
+        console.finish(&format!("{what} · {:.1} s", started.elapsed().as_secs_f64()));
+    };
+    done(&mut console, "compositions");
+    if let Some(library) = &library {
+        let draw = &mut |p: &str, s: u64| draw(&mut console, p, s);
+        report.recognition = Some(eval::recognition(&subject, library, draw, args.limit, args.seed)?);
+        done(&mut console, "recognition");
+        report.reconstruction = Some(eval::reconstruction(&subject, library)?);
+        done(&mut console, "reconstruction");
+    } else {
+        console.finish(
+            "recognition and reconstruction need the picture library: sh src/train/fetch-data.sh, \
+             then nextflow train data, or --data FILE",
+        );
+    }
+    let _ = match args.json {
+        true => terminal::emit_json(&report)?,
+        false => terminal::emit(report.table().as_bytes())?,
+    };
+    Ok(())
+}

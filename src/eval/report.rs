@@ -1,0 +1,107 @@
+//! What an evaluation found, as one table.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::{Category, Recognition, Reconstruction};
+use crate::scenes::Kind;
+
+/// Results of all suites that ran.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the model.
+    pub model: String,
+    /// Decided all randomness.
+    pub seed: u64,
+    /// Prompts per category of compositions.
+    pub per_category: usize,
+    /// By category, in GenEval's order.
+    pub compositions: Vec<Category>,
+    /// Needs the picture library.
+    pub recognition: Option<Recognition>,
+    /// Needs the picture library.
+    pub reconstruction: Option<Reconstruction>,
+}
+
+fn name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::SingleObject => "single object",
+        Kind::TwoObjects => "two objects",
+        Kind::Counting => "counting",
+        Kind::Colours => "colours",
+        Kind::Position => "position",
+        Kind::AttributeBinding => "attribute binding",
+    }
+}
+
+impl Report {
+    /// Text in three columns, with a final newline.
+    pub fn table(&self) -> String {
+        let mut table = format!("{}, seed {}\n", self.model, self.seed);
+        let mut line = |a: &str, b: &str, c: &str| {
+            let gap = if a.starts_with(' ') { "" } else { "\n" };
+            // A String takes every line.
+            let _ = writeln!(table, "{gap}{a:<34} {b:>9} {c:>13}");
+        };
+        let percent = |share: f64| format!("{:.1}%", 100.0 * share);
+        line(&format!("compositions ({} each)", self.per_category), "model", "ground truth");
+        for c in &self.compositions {
+            line(&format!("  {}", name(c.kind)), &percent(c.score), &percent(c.ground_truth));
+        }
+        let mean = |f: fn(&Category) -> f64| {
+            percent(self.compositions.iter().map(f).sum::<f64>() / self.compositions.len().max(1) as f64)
+        };
+        line("  mean", &mean(|c| c.score), &mean(|c| c.ground_truth));
+        if let Some(r) = &self.recognition {
+            let title = format!("recognition ({} among {})", r.concepts, r.gallery);
+            line(&title, "model", "reconstructed");
+            line("  top-1 by meaning", &percent(r.semantic), &percent(r.ceiling_semantic));
+            line("  top-1 by pixels", &percent(r.pixels), &percent(r.ceiling_pixels));
+        }
+        if let Some(r) = &self.reconstruction {
+            line("reconstruction (held-out pictures)", "PSNR dB", "SSIM");
+            for (style, f) in [("3D", &r.three_d), ("all styles", &r.all_styles)] {
+                line(&format!("  {style} ({})", f.pictures), &format!("{:.2}", f.psnr), &format!("{:.4}", f.ssim));
+            }
+        }
+        table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::Fidelity;
+    use crate::scenes::KINDS;
+
+    #[test]
+    fn the_table_is_aligned_and_the_json_complete() {
+        let fidelity = Fidelity { pictures: 179, psnr: 26.125, ssim: 0.91 };
+        let mut report = Report {
+            model: "nano".into(),
+            seed: 3,
+            per_category: 50,
+            compositions: KINDS.map(|kind| Category { kind, score: 0.5, ground_truth: 1.0 }).into(),
+            recognition: Some(Recognition {
+                concepts: 780,
+                gallery: 780,
+                semantic: 0.75,
+                pixels: 0.5,
+                ceiling_semantic: 1.0,
+                ceiling_pixels: 0.99,
+            }),
+            reconstruction: Some(Reconstruction { three_d: fidelity.clone(), all_styles: fidelity }),
+        };
+        let table = report.table();
+        let rows: Vec<&str> = table.lines().skip(1).filter(|l| !l.is_empty()).collect();
+        assert_eq!(rows.len(), 8 + 3 + 3);
+        assert!(rows.iter().all(|r| r.chars().count() == 58), "{table}");
+        assert!(rows[6].split_whitespace().eq(["attribute", "binding", "50.0%", "100.0%"]), "{table}");
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["compositions"][5]["kind"], "attribute_binding");
+        assert_eq!(json["reconstruction"]["three_d"]["psnr"], 26.125);
+        (report.recognition, report.reconstruction) = (None, None);
+        assert_eq!(report.table().lines().filter(|l| !l.is_empty()).count(), 1 + 8);
+    }
+}
