@@ -10,6 +10,7 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+pub mod library;
 pub mod ops;
 pub mod output;
 pub mod pixels;

@@ -1,1 +1,233 @@
-//! (placeholder)
+//! What people see: progress and errors on stderr, data alone on stdout, nothing raw from outside.
+
+use std::borrow::Cow;
+use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::generate::Event;
+
+/// `text` with control characters and direction overrides spelt out, so that no prompt, file name or tensor key can
+/// drive a terminal.
+pub fn clean(text: &str) -> Cow<'_, str> {
+    let unsafe_char = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if !text.contains(unsafe_char) {
+        return Cow::Borrowed(text);
+    }
+    let spell = |c: char| if unsafe_char(c) { c.escape_default().to_string() } else { c.to_string() };
+    Cow::Owned(text.chars().map(spell).collect())
+}
+
+/// Prints `error: ...` and `hint: ...` to stderr.
+pub fn report(error: &Error) {
+    let mut err = anstream::stderr().lock();
+    // A closed stderr leaves the exit code to tell.
+    let _ = writeln!(err, "\x1b[1;31merror:\x1b[0m {}", clean(&error.message));
+    if let Some(hint) = &error.hint {
+        let _ = writeln!(err, "\x1b[1;36mhint:\x1b[0m {}", clean(hint));
+    }
+}
+
+/// Writes to stdout; `Break` when its reader has gone (`| head`).
+pub fn emit(bytes: &[u8]) -> Result<ControlFlow<()>> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Ok(()) => Ok(ControlFlow::Continue(())),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+        Err(e) => Err(Error::new(Kind::Failure, format!("cannot write to standard output: {e}"))),
+    }
+}
+
+/// Writes a path and a newline to stdout: its exact bytes to a pipe, spelt out on a terminal.
+pub fn emit_path(path: &Path) -> Result<ControlFlow<()>> {
+    let mut line = match io::stdout().is_terminal() {
+        true => clean(&path.to_string_lossy()).into_owned().into_bytes(),
+        false => path.as_os_str().as_encoded_bytes().to_vec(),
+    };
+    line.push(b'\n');
+    emit(&line)
+}
+
+/// Writes one JSON object as one line to stdout.
+pub fn emit_json(value: &impl Serialize) -> Result<ControlFlow<()>> {
+    let json = serde_json::to_string(value).map_err(|e| Error::new(Kind::Failure, e.to_string()))?;
+    emit((ascii_controls(&json) + "\n").as_bytes())
+}
+
+/// JSON escapes the control characters below 0x20 by itself; DEL and C1, which also drive terminals, are ours to escape.
+fn ascii_controls(json: &str) -> String {
+    let spell = |c: char| match c {
+        '\u{7f}'..='\u{9f}' => format!("\\u{:04x}", c as u32),
+        c => c.to_string(),
+    };
+    json.chars().map(spell).collect()
+}
+
+/// Whether the user asked to stop.
+#[derive(Clone)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// `Break` once the user pressed Ctrl-C.
+    pub fn check(&self) -> ControlFlow<()> {
+        if self.0.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+/// Takes over Ctrl-C and SIGTERM: work stops at its next step or, where that takes too long, the process ends.
+pub fn interrupts() -> Result<Stop> {
+    let stop = Stop(Arc::new(AtomicBool::new(false)));
+    let flag = stop.clone();
+    let handler = move || {
+        flag.0.store(true, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(700));
+        // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
+        clear_line();
+        report(&interrupted());
+        std::process::exit(Kind::Interrupted as i32);
+    };
+    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Failure, format!("cannot watch for Ctrl-C: {e}")))?;
+    Ok(stop)
+}
+
+/// The error of a run that the user stopped.
+pub fn interrupted() -> Error {
+    Error::new(Kind::Interrupted, "interrupted")
+}
+
+/// Whether stderr can redraw a line.
+fn can_redraw() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+fn clear_line() {
+    if can_redraw() {
+        let _ = io::stderr().write_all(b"\r\x1b[K");
+    }
+}
+
+/// How much to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// Nothing.
+    Quiet,
+    /// One line per image; on a terminal, a line of progress that goes away.
+    Normal,
+    /// A line per step.
+    Verbose,
+}
+
+/// Progress on stderr.
+pub struct Console {
+    level: Level,
+    redraw: bool,
+    images: u64,
+    image: u64,
+    started: Instant,
+}
+
+/// A pass over a small grid costs about as much as this many codes: most of its time goes into reading the weights.
+const PASS: usize = 16;
+
+impl Console {
+    /// For a run over so many `images`.
+    pub fn new(level: Level, images: u64) -> Self {
+        Self { level, redraw: level == Level::Normal && can_redraw(), images, image: 0, started: Instant::now() }
+    }
+
+    /// The weights are being read.
+    pub fn loading(&mut self) {
+        self.progress("loading the model");
+    }
+
+    /// One more image begins.
+    pub fn start(&mut self) {
+        self.image += 1;
+        self.started = Instant::now();
+    }
+
+    /// Something happened to the current image.
+    pub fn event(&mut self, event: &Event) {
+        let text = match event {
+            Event::Prompt { tokens } => format!("prompt of {tokens} tokens"),
+            Event::Scale { codes, scales } => self.scale(codes.len(), scales),
+            Event::Decode => "decoding pixels".into(),
+        };
+        let text = if self.images > 1 { format!("image {}/{} · {text}", self.image, self.images) } else { text };
+        self.progress(&text);
+        self.detail(&format!("{text} · {:.2} s", self.started.elapsed().as_secs_f64()));
+    }
+
+    fn scale(&self, done: usize, scales: &[(usize, usize)]) -> String {
+        let codes = |scales: &[(usize, usize)]| scales.iter().map(|(h, w)| h * w).sum::<usize>();
+        let (before, all) = (&scales[..done.min(scales.len())], scales);
+        let work = |scales: &[(usize, usize)]| (codes(scales) + PASS * scales.len()) as f64;
+        let left = self.started.elapsed().as_secs_f64() * (work(all) / work(before).max(1.0) - 1.0);
+        format!("scale {done}/{} · {}/{} codes · {left:.1} s left", all.len(), codes(before), codes(all))
+    }
+
+    /// The current image is done.
+    pub fn finish(&mut self, text: &str) {
+        self.clear();
+        if self.level != Level::Quiet {
+            let _ = writeln!(io::stderr(), "{}", clean(text));
+        }
+    }
+
+    /// A line that only `-v` shows.
+    pub fn detail(&mut self, text: &str) {
+        if self.level == Level::Verbose {
+            let _ = writeln!(io::stderr(), "{}", clean(text));
+        }
+    }
+
+    /// Replaces the line of progress.
+    fn progress(&mut self, text: &str) {
+        if self.redraw {
+            let _ = write!(io::stderr(), "\r\x1b[K{}", clean(text));
+        }
+    }
+
+    /// Takes the line of progress away.
+    fn clear(&mut self) {
+        if self.redraw {
+            clear_line();
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_drives_a_terminal_gets_through() {
+        assert_eq!(clean("a red apple, 红苹果"), "a red apple, 红苹果");
+        assert_eq!(clean("\x1b[2Jx\r\n\u{9b}1m\u{202e}"), "\\u{1b}[2Jx\\r\\n\\u{9b}1m\\u{202e}");
+        let json = ascii_controls(&serde_json::to_string("\x1b\u{7f}\u{9b}é").unwrap());
+        assert_eq!(json, "\"\\u001b\\u007f\\u009bé\"");
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), "\x1b\u{7f}\u{9b}é");
+    }
+
+    #[test]
+    fn progress_counts_scales_and_codes() {
+        let console = Console::new(Level::Quiet, 1);
+        let text = console.scale(2, &[(1, 1), (2, 2), (3, 3)]);
+        assert!(text.starts_with("scale 2/3 · 5/14 codes · "), "{text}");
+        assert!(console.scale(3, &[(1, 1), (2, 2), (3, 3)]).ends_with("0.0 s left"));
+    }
+}

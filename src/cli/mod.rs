@@ -1,1 +1,101 @@
-//! (placeholder)
+//! The command line: clap types and one file per command.
+
+mod eval;
+mod r#gen;
+#[cfg(feature = "train")]
+mod train;
+
+pub use eval::EvalArgs;
+pub use r#gen::GenArgs;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Result};
+use crate::terminal;
+
+/// Draw images from a terminal with NextFlow.
+#[derive(Debug, Parser)]
+#[command(name = "nextflow", version, about, disable_help_subcommand = true, arg_required_else_help = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Draw images from prompts
+    Gen(GenArgs),
+    /// Measure a model: recognition, compositions, reconstruction
+    Eval(EvalArgs),
+    /// Train nano, step by step
+    #[cfg(feature = "train")]
+    Train(train::TrainArgs),
+}
+
+/// The command that the process was started with; `None` when help or the version was asked for, and printed.
+pub fn parse() -> Result<Option<Command>> {
+    match Cli::try_parse() {
+        Ok(cli) => Ok(Some(cli.command)),
+        Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            let _ = terminal::emit(e.render().to_string().as_bytes())?;
+            Ok(None)
+        }
+        Err(e) => Err(one_sentence(&e)),
+    }
+}
+
+/// Runs a command to its end.
+pub fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Gen(args) => r#gen::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run(&args),
+    }
+}
+
+/// clap's paragraphs as one sentence and one hint.
+fn one_sentence(error: &clap::Error) -> Error {
+    let text = error.render().to_string();
+    let sentence = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error:");
+    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+    let hint = tip.map_or_else(|| "nextflow --help, or nextflow gen --help".into(), String::from);
+    Error::usage(sentence.split_whitespace().collect::<Vec<_>>().join(" ")).hint(hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn fails(args: &[&str]) -> Error {
+        one_sentence(&Cli::try_parse_from([&["nextflow"], args].concat()).unwrap_err())
+    }
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn usage_errors_are_one_line_with_a_hint() {
+        for args in [
+            &["gen", "-p", "x", "--seed", "y"][..],
+            &["gen", "--sed", "1"],
+            &["gen", "-p", "x", "--prompt-file", "y"],
+            &["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"],
+            &["gen", "-p", "x", "--force"],
+            &["gen", "-p", "x", "-q", "-v"],
+            &["paint"],
+            &[],
+        ] {
+            let error = fails(args);
+            assert_eq!(error.exit_code(), 2);
+            assert!(!error.message.is_empty() && !error.message.contains('\n'), "{args:?}: {}", error.message);
+            assert!(error.hint.is_some());
+        }
+        assert!(fails(&["gen", "--sed", "1"]).hint.unwrap().contains("--seed"));
+    }
+}

@@ -1,0 +1,177 @@
+//! The command line refuses bad input with one sentence, a hint and the right exit code.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// Runs `nextflow` in `folder` with `input` on stdin.
+fn nextflow(folder: &Path, args: &[&str], input: &[u8]) -> Output {
+    let mut child = command(folder, args).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    // From another thread: the child may answer before it has read everything.
+    let writer = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output().unwrap();
+    let _ = writer.join();
+    output
+}
+
+fn command(folder: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+    command.args(args).current_dir(folder).env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Asserts the exit code, the two lines on stderr, a silent stdout, and that no file appeared.
+#[track_caller]
+fn refused(args: &[&str], input: &[u8], code: i32, message: &str, hint: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    refused_in(folder.path(), args, input, code, message, hint);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "{args:?} left a file");
+}
+
+#[track_caller]
+fn refused_in(folder: &Path, args: &[&str], input: &[u8], code: i32, message: &str, hint: &str) {
+    is_refusal(&nextflow(folder, args, input), code, message, hint);
+}
+
+#[track_caller]
+fn is_refusal(output: &Output, code: i32, message: &str, hint: &str) {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(output.stdout.is_empty());
+    let lines: Vec<&str> = stderr.lines().collect();
+    let [error, advice] = lines[..] else { panic!("two lines were expected:\n{stderr}") };
+    assert!(error.starts_with("error: ") && error.contains(message), "{error}");
+    assert!(advice.starts_with("hint: ") && advice.contains(hint), "{advice}");
+    assert!(!stderr.contains('\x1b'));
+}
+
+#[test]
+fn help_and_version_are_data() {
+    let here = Path::new(".");
+    for (args, text) in [(&["--version"][..], "nextflow "), (&["--help"], "gen"), (&["gen", "--help"], "--temperature")]
+    {
+        let output = nextflow(here, args, b"");
+        assert!(output.status.success() && output.stderr.is_empty());
+        assert!(String::from_utf8(output.stdout).unwrap().contains(text));
+    }
+}
+
+#[test]
+fn usage_errors() {
+    refused(&[], b"", 2, "subcommand", "--help");
+    refused(&["paint"], b"", 2, "paint", "--help");
+    refused(&["gen"], b"", 2, "no prompt", "-p");
+    refused(&["gen", "-p", "x", "--sed", "1"], b"", 2, "--sed", "--seed");
+    refused(&["gen", "-p", "x", "--seed", "-1"], b"", 2, "--seed", "");
+    refused(&["gen", "-p", "x", "--count", "0"], b"", 2, "--count 0", "--count 1");
+    refused(&["gen", "-p", "x", "--seed", "18446744073709551615", "--count", "2"], b"", 2, "--count 2", "--seed");
+    refused(&["gen", "-p", "\x1b[31mx", "--size", "\x1b[2J"], b"", 2, "\\u{1b}[2J", "--size");
+}
+
+#[test]
+fn flags_that_would_be_ignored() {
+    refused(&["gen", "-p", "x", "-q", "-v"], b"", 2, "cannot be used with", "");
+    refused(&["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"], b"", 2, "cannot be used with", "");
+    refused(&["gen", "-p", "x", "--force"], b"", 2, "--output", "");
+    refused(&["gen", "-p", "x", "-o", "a.png", "--count", "2"], b"", 2, "several images", "--out-dir");
+    refused(&["gen", "--prompt-file", "-", "-o", "a.png"], b"x\ny\n", 2, "several images", "--out-dir");
+    refused(&["gen", "-p", "x", "-o", "-", "--json"], b"", 2, "--json has no meaning", "-o FILE");
+    refused(&["gen", "-p", "x", "-o", "-", "--force"], b"", 2, "--force has no meaning", "-o FILE");
+}
+
+#[test]
+fn bad_prompts() {
+    let million = vec![b'a'; 1_000_000];
+    refused(&["gen", "-p", ""], b"", 2, "empty", "");
+    refused(&["gen", "-p", " \t"], b"", 2, "empty", "");
+    refused(&["gen", "-"], b"", 2, "empty", "");
+    refused(&["gen", "-p", "-"], &million, 2, "1000000", "");
+    refused(&["gen", "--prompt-file", "-"], &million, 2, "1000000", "");
+    refused(&["gen", "-p", "-"], b"\xff\xfe", 2, "UTF-8", "");
+    refused(&["gen", "--prompt-file", "-"], b"a cat\n\xff\xfe\n", 2, "line 2 of standard input", "");
+    refused(&["gen", "--prompt-file", "-"], b"\n", 2, "no prompt", "line");
+    refused(&["gen", "--prompt-file", "nowhere.txt"], b"", 2, "cannot read nowhere.txt", "--prompt-file");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_prompt_argument_that_is_not_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let output =
+        command(folder.path(), &["gen", "-p"]).arg(std::ffi::OsStr::from_bytes(b"a \xff cat")).output().unwrap();
+    is_refusal(&output, 2, "UTF-8", "");
+}
+
+#[test]
+fn bad_sampler_values() {
+    for value in ["NaN", "-1", "inf"] {
+        refused(&["gen", "-p", "x", "--cfg", value], b"", 2, &format!("--cfg {value}"), "--cfg");
+        refused(
+            &["gen", "-p", "x", "--temperature", value],
+            b"",
+            2,
+            &format!("--temperature {value}"),
+            "--temperature",
+        );
+        refused(&["gen", "-p", "x", "--top-p", value], b"", 2, &format!("--top-p {value}"), "--top-p");
+    }
+    refused(&["gen", "-p", "x", "--cfg=-inf"], b"", 2, "--cfg -inf", "--cfg");
+    refused(&["gen", "-p", "x", "--top-k", "0"], b"", 2, "--top-k 0", "--top-k");
+    refused(&["gen", "-p", "x", "--top-k", "-3"], b"", 2, "--top-k", "");
+    refused(&["gen", "-p", "x", "--top-p", "0"], b"", 2, "--top-p 0", "--top-p");
+    refused(&["gen", "-p", "x", "--top-p", "1.5"], b"", 2, "--top-p 1.5", "--top-p");
+}
+
+#[test]
+fn bad_sizes() {
+    for size in ["0", "-1", "1000000000", "big", "128", "1:9", "nan:1", ""] {
+        refused(&["gen", "-p", "x", &format!("--size={size}")], b"", 2, "--size", "--size");
+    }
+}
+
+#[cfg(feature = "nano")]
+#[test]
+fn sizes_that_nano_cannot_draw() {
+    for size in ["1024x1024", "127x127", "129x128", "128x256"] {
+        refused(&["gen", "-p", "x", "--size", size], b"", 2, size, "--size ");
+    }
+    refused(&["gen", "-p", "x", "--size", "1024x1024"], b"", 2, "cannot draw", "--size 128x128");
+    for size in ["0x0", "0x128", "1000000000x1000000000"] {
+        refused(&["gen", "-p", "x", "--size", size], b"", 2, size, "--size ");
+    }
+}
+
+#[cfg(feature = "nano")]
+#[test]
+fn bad_outputs() {
+    refused(&["gen", "-p", "x", "-o", "no/such/a.png"], b"", 2, "no folder", "mkdir -p no/such");
+    refused(&["gen", "-p", "x", "-o", "."], b"", 2, "is a folder", "--out-dir");
+    refused(&["gen", "-p", "x", "-o", "a.jpg"], b"", 2, "not a PNG name", "-o a.png");
+    refused(&["gen", "-p", "x", "-o", ""], b"", 2, "--output", "");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.png");
+    std::fs::write(&file, "mine").unwrap();
+    refused_in(folder.path(), &["gen", "-p", "x", "-o", "a.png"], b"", 2, "already exists", "--force");
+    refused_in(folder.path(), &["gen", "-p", "x", "--out-dir", "a.png"], b"", 2, "not a folder", "--out-dir");
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+    if cfg!(target_os = "linux") {
+        refused(&["gen", "-p", "x", "-o", "/proc/a.png"], b"", 2, "cannot write", "-o FILE");
+        refused(&["gen", "-p", "x", "--out-dir", "/proc/a"], b"", 2, "cannot write", "--out-dir");
+        refused(&["gen", "-p", "x", "-o", "/dev/null", "--force"], b"", 2, "not a regular file", "-o - >");
+    }
+}
+
+#[test]
+fn bad_models_and_devices() {
+    refused(&["gen", "-p", "x", "--model", "nowhere"], b"", 3, "nowhere", "");
+    refused(&["gen", "-p", "x", "--device", "abacus"], b"", 2, "abacus", "");
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    refused_in(folder.path(), &["gen", "-p", "x", "--model", "empty"], b"", 3, "empty", "");
+    let output = command(folder.path(), &["gen", "-p", "x"]).env("NEXTFLOW_MODEL", "from-env").output().unwrap();
+    is_refusal(&output, 3, "from-env", "");
+}

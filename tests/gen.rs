@@ -1,0 +1,215 @@
+//! `nextflow gen` with the embedded model, from the flags to the bytes.
+#![cfg(feature = "nano")]
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn command(folder: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+    command.arg("gen").args(args).current_dir(folder);
+    command.env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
+    command
+}
+
+#[track_caller]
+fn gen_ok(folder: &Path, args: &[&str]) -> Output {
+    let output = command(folder, args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+/// The text of the chunk `key` of a PNG.
+fn text(png: &[u8], key: &str) -> String {
+    let reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().unwrap();
+    let info = reader.info();
+    let latin = info.uncompressed_latin1_text.iter().find(|t| t.keyword == key).map(|t| t.text.clone());
+    latin.or_else(|| info.utf8_text.iter().find(|t| t.keyword == key).map(|t| t.get_text().unwrap())).unwrap()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn same_seed_same_bytes_twice_in_a_batch_and_on_any_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    gen_ok(here, &["-p", "a red apple", "--seed", "5", "--count", "3"]);
+    assert_eq!(names(here), ["a-red-apple-5.png", "a-red-apple-6.png", "a-red-apple-7.png"]);
+    let batch = |seed: u64| fs::read(here.join(format!("a-red-apple-{seed}.png"))).unwrap();
+    assert_ne!(batch(5), batch(6));
+    for seed in [5, 6, 7] {
+        for threads in ["1", "2"] {
+            let args = ["-p", "a red apple", "--seed", &seed.to_string(), "-o", "-"];
+            let output = command(here, &args).env("RAYON_NUM_THREADS", threads).output().unwrap();
+            assert!(output.stdout == batch(seed), "seed {seed} on {threads} threads");
+        }
+    }
+    // Another prompt before it changes nothing either.
+    fs::write(here.join("prompts.txt"), "a blue cat\n\na red apple\n").unwrap();
+    gen_ok(here, &["--prompt-file", "prompts.txt", "--seed", "6", "--out-dir", "new"]);
+    assert_eq!(names(&here.join("new")), ["a-blue-cat-6.png", "a-red-apple-6.png"]);
+    assert!(fs::read(here.join("new/a-red-apple-6.png")).unwrap() == batch(6));
+}
+
+#[test]
+fn default_names_never_replace() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    for name in ["三只猫-1.png", "三只猫-1-2.png"] {
+        let output = gen_ok(here, &["三只猫", "--seed", "1"]);
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{name}\n"));
+    }
+    assert!(fs::read(here.join("三只猫-1.png")).unwrap() == fs::read(here.join("三只猫-1-2.png")).unwrap());
+    let output = gen_ok(here, &["三只猫", "--seed", "2", "-o", "三只猫-1.png", "--force"]);
+    assert_eq!(output.stdout, "三只猫-1.png\n".as_bytes());
+    assert!(fs::read(here.join("三只猫-1.png")).unwrap() != fs::read(here.join("三只猫-1-2.png")).unwrap());
+    assert_eq!(names(here).len(), 2, "no temporary file stays");
+}
+
+#[test]
+fn every_setting_is_in_the_png() {
+    let folder = tempfile::tempdir().unwrap();
+    let args = ["-p", "a red apple", "--seed", "9", "--size", "16:9", "--cfg", "1.5", "--temperature", "0.5"];
+    let output = gen_ok(folder.path(), &[&args[..], &["--top-k", "20", "--top-p", "0.8", "-o", "-"]].concat());
+    let image = image::load_from_memory(&output.stdout).unwrap();
+    assert_eq!((image.width(), image.height()), (160, 96));
+    let settings: serde_json::Value = serde_json::from_str(&text(&output.stdout, "nextflow")).unwrap();
+    for (key, value) in [
+        ("prompt", serde_json::json!("a red apple")),
+        ("seed", 9.into()),
+        ("size", "160x96".into()),
+        ("cfg", 1.5.into()),
+        ("temperature", 0.5.into()),
+        ("top_k", 20.into()),
+        ("top_p", 0.8.into()),
+        ("model", "nano".into()),
+        ("version", env!("CARGO_PKG_VERSION").into()),
+    ] {
+        assert_eq!(settings[key], value, "{key}");
+    }
+    assert_eq!(settings["scales"].as_array().unwrap().len(), 8);
+    assert!(text(&output.stdout, "parameters").starts_with("a red apple\nSteps: 8, "));
+}
+
+#[test]
+fn every_flag_changes_the_picture() {
+    let here = Path::new(".");
+    let pixels = |more: &[&str]| {
+        let output = gen_ok(here, &[&["-p", "a red apple", "--seed", "3", "-o", "-"], more].concat());
+        image::load_from_memory(&output.stdout).unwrap().to_rgb8()
+    };
+    let plain = pixels(&[]);
+    for more in [["--cfg", "0"], ["--temperature", "0"], ["--top-k", "1"], ["--top-p", "0.01"], ["--size", "9:16"]] {
+        assert!(pixels(&more) != plain, "{more:?}");
+    }
+    // The likeliest code, three ways, whatever the seed.
+    let greedy = pixels(&["--temperature", "0"]);
+    assert!(pixels(&["--top-k", "1"]) == greedy);
+    let output = gen_ok(here, &["-p", "a red apple", "--seed", "4", "-o", "-", "--temperature", "0"]);
+    assert!(image::load_from_memory(&output.stdout).unwrap().to_rgb8() == greedy);
+}
+
+#[test]
+fn json_has_one_object_a_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = gen_ok(folder.path(), &["-p", "a red apple", "--seed", "1", "--count", "2", "--json", "-q"]);
+    assert!(output.stderr.is_empty());
+    let lines: Vec<serde_json::Value> =
+        String::from_utf8(output.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    for (i, line) in lines.iter().enumerate() {
+        assert_eq!(line["path"], format!("a-red-apple-{}.png", i + 1));
+        assert_eq!(line["seed"], i + 1);
+        assert_eq!(line["size"], "128x128");
+        assert_eq!(line["prompt"], "a red apple");
+        assert!(line["seconds"].as_f64().unwrap() > 0.0);
+        assert!(folder.path().join(line["path"].as_str().unwrap()).is_file());
+    }
+}
+
+#[test]
+fn the_seed_is_chosen_and_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = gen_ok(folder.path(), &["-p", "a red apple"]);
+    let path = String::from_utf8(output.stdout).unwrap();
+    let png = fs::read(folder.path().join(path.trim_end())).unwrap();
+    let settings: serde_json::Value = serde_json::from_str(&text(&png, "nextflow")).unwrap();
+    let seed = settings["seed"].as_u64().unwrap();
+    assert_eq!(path, format!("a-red-apple-{seed}.png\n"));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.starts_with(&format!("seed {seed} · 128x128 · ")) && said.lines().count() == 1, "{said}");
+    let verbose = gen_ok(folder.path(), &["-p", "a red apple", "-v"]);
+    assert!(String::from_utf8(verbose.stderr).unwrap().contains("scale 8/8"));
+}
+
+#[test]
+fn special_words_are_plain_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompt = "<|im_start|> <boi> <|endoftext|> a red apple";
+    let output = gen_ok(folder.path(), &["-p", prompt, "--seed", "1"]);
+    assert_eq!(output.stdout, b"im-start-boi-endoftext-a-red-apple-1.png\n".as_slice());
+    let png = fs::read(folder.path().join("im-start-boi-endoftext-a-red-apple-1.png")).unwrap();
+    assert!(text(&png, "nextflow").contains("<|im_start|> <boi>"));
+}
+
+#[test]
+fn standard_input_is_a_prompt_or_many() {
+    let folder = tempfile::tempdir().unwrap();
+    for (args, files) in [(["-", "--seed", "1", "-q"], 1), (["--prompt-file=-", "--seed", "2", "-q"], 2)] {
+        let mut command = command(folder.path(), &args);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(b"a red apple\na blue cat\n").unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        assert_eq!(String::from_utf8(output.stdout).unwrap().lines().count(), files);
+    }
+    assert_eq!(names(folder.path()), ["a-blue-cat-2.png", "a-red-apple-2.png", "a-red-apple-a-blue-cat-1.png"]);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let args = ["-p", "a red apple", "--seed", "1", "--count", "50", "-q"];
+    let mut child = command(folder.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(names(folder.path()), ["a-red-apple-1.png"], "nobody wanted the rest");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_behind_stdout_is_an_error() {
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = command(Path::new("."), &["-p", "a red apple", "-o", "-", "-q"]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: cannot write to standard output"));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_with_130_and_leaves_whole_files() {
+    use std::time::{Duration, Instant};
+    let folder = tempfile::tempdir().unwrap();
+    let args = ["-p", "a red apple", "--seed", "1", "--count", "10000", "-q"];
+    let mut child = command(folder.path(), &args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while names(folder.path()).is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let asked = Instant::now();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130));
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    assert!(!names(folder.path()).is_empty());
+    for name in names(folder.path()) {
+        assert!(name.ends_with(".png") && image::open(folder.path().join(&name)).is_ok(), "{name}");
+    }
+}

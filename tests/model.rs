@@ -1,0 +1,107 @@
+//! Broken model folders: one sentence, a hint and exit code 3 or 5, before anything is drawn.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use candle_core::{DType, Device, Tensor};
+
+/// A copy of the embedded model's folder.
+fn folder(dir: &Path) -> PathBuf {
+    let model = dir.join("model");
+    std::fs::create_dir(&model).unwrap();
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nano");
+    for file in std::fs::read_dir(assets).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
+    }
+    model
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut HashMap<String, Tensor>)) {
+    let mut tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    change(&mut tensors);
+    candle_core::safetensors::save(&tensors, path).unwrap();
+}
+
+fn draw(model: &Path, dir: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nextflow"))
+        .args(["gen", "-p", "a red apple", "--seed", "1", "-o"])
+        .arg(dir.join("apple.png"))
+        .arg("--model")
+        .arg(model)
+        .output()
+        .unwrap()
+}
+
+/// Draws with a model whose folder was changed; asserts the exit code and that nothing was written.
+fn fails(code: i32, change: impl FnOnce(&Path)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let model = folder(dir.path());
+    change(&model);
+    let output = draw(&model, dir.path());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(stderr.contains("error: ") && stderr.contains("hint: "), "{stderr}");
+    assert!(!dir.path().join("apple.png").exists());
+    stderr
+}
+
+#[test]
+fn a_whole_folder_draws_what_the_embedded_model_draws() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = draw(&folder(dir.path()), dir.path());
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let embedded = dir.path().join("embedded.png");
+    let status = Command::new(env!("CARGO_BIN_EXE_nextflow"))
+        .args(["gen", "-q", "-p", "a red apple", "--seed", "1", "-o"])
+        .arg(&embedded)
+        .status();
+    assert!(status.unwrap().success());
+    assert_eq!(std::fs::read(dir.path().join("apple.png")).unwrap(), std::fs::read(embedded).unwrap());
+}
+
+#[test]
+fn missing_and_misshapen_tensors_are_listed() {
+    let stderr = fails(3, |model| {
+        edit(&model.join("model.safetensors"), |tensors| {
+            tensors.retain(|name, _| !name.contains("layers.1."));
+            tensors.insert("model.norm.weight".into(), Tensor::zeros(3, DType::BF16, &Device::Cpu).unwrap());
+        });
+    });
+    assert!(stderr.contains("model.safetensors") && stderr.contains("model.layers.1."), "{stderr}");
+    let listed = stderr.matches("layers.1.").count() + stderr.matches("model.norm.weight").count();
+    assert_eq!(listed, 5, "{stderr}");
+    let stderr = fails(3, |model| {
+        edit(&model.join("image_tokenizer.safetensors"), |tensors| {
+            tensors.insert("quant_conv.bias".into(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap());
+        });
+    });
+    assert!(stderr.contains("quant_conv.bias") && stderr.contains("2, 3"), "{stderr}");
+}
+
+#[test]
+fn truncated_and_absent_files_are_named() {
+    for name in ["model.safetensors", "image_tokenizer.safetensors", "config.json", "tokenizer.json"] {
+        let stderr = fails(3, |model| {
+            let path = model.join(name);
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        });
+        assert!(stderr.contains(name), "{stderr}");
+        let stderr = fails(3, |model| std::fs::remove_file(model.join(name)).unwrap());
+        assert!(stderr.contains(name), "{stderr}");
+    }
+}
+
+#[test]
+fn numbers_that_are_not_finite_stop_the_run() {
+    let stderr = fails(5, |model| {
+        edit(&model.join("model.safetensors"), |tensors| {
+            let norm = &tensors["model.norm.weight"];
+            let nan = Tensor::full(f32::NAN, norm.shape(), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+            tensors.insert("model.norm.weight".into(), nan);
+        });
+    });
+    assert!(stderr.contains("scale 1 (1x1)"), "{stderr}");
+}
