@@ -4,6 +4,7 @@ use candle_core::cpu::erf::erf_f32;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::exp::exp;
 use super::slice::{self, Borrowed};
 
 /// Elements one thread takes at a time.
@@ -43,7 +44,7 @@ fn plain_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + exp(-x))
 }
 
 /// `f` of every pair, on all threads.
@@ -99,7 +100,7 @@ impl CustomOp1 for Gelu {
                 dy * (s + x * s * (1.0 - s) * slope)
             }),
             Gelu::Erf => map2(xs, dys, |x, dy| {
-                let density = INV_SQRT_2PI * (-0.5 * x * x).exp();
+                let density = INV_SQRT_2PI * exp(-0.5 * x * x);
                 dy * (normal_cdf(x) + x * density)
             }),
         };

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::exp::exp;
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
 /// Fewer query rows than this are not worth a task of their own.
@@ -109,8 +110,8 @@ impl Attention {
         gemm(MatrixMut::new(p, rows, s), Into::Overwrite, q, k.t(), self.scale, all);
         for (i, row) in p.chunks_exact_mut(s).enumerate() {
             if let Some(mask) = mask {
-                let dropped = row.iter_mut().zip(&mask[i * s..]).filter(|(_, keep)| **keep == 0);
-                dropped.for_each(|(logit, _)| *logit = f32::NEG_INFINITY);
+                let masked = row.iter_mut().zip(&mask[i * s..]);
+                masked.for_each(|(logit, &keep)| *logit = if keep == 0 { f32::NEG_INFINITY } else { *logit });
             }
             softmax(row);
         }
@@ -119,16 +120,12 @@ impl Attention {
 
 /// In place; a row of nothing but negative infinity becomes zeros.
 fn softmax(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let max = slice::max(row);
     if max == f32::NEG_INFINITY {
         return row.fill(0.0);
     }
-    let mut total = 0.0;
-    for x in row.iter_mut() {
-        *x = (*x - max).exp();
-        total += *x;
-    }
-    let norm = 1.0 / total;
+    row.iter_mut().for_each(|x| *x = exp(*x - max));
+    let norm = 1.0 / slice::sum(row, row, |x, _| x);
     row.iter_mut().for_each(|x| *x *= norm);
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::exp::exp;
 use super::norm::moments;
 use super::slice::{self, Borrowed};
 
@@ -71,7 +72,7 @@ impl CustomOp3 for GroupNorm {
                 let (scale, shift) = (w * r, b - mean * r * w);
                 let affine = out.iter_mut().zip(x.iter().map(|x| x * scale + shift));
                 match self.silu {
-                    true => affine.for_each(|(out, y)| *out = y / (1.0 + (-y).exp())),
+                    true => affine.for_each(|(out, y)| *out = y / (1.0 + exp(-y))),
                     false => affine.for_each(|(out, y)| *out = y),
                 }
             }
@@ -132,7 +133,7 @@ impl CustomOp3 for GroupNorm {
 fn silu_back(dx: &mut [f32], x: &[f32], dy: &[f32], scale: f32, shift: f32) {
     for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
         let y = x * scale + shift;
-        let s = 1.0 / (1.0 + (-y).exp());
+        let s = 1.0 / (1.0 + exp(-y));
         *dx = dy * s * (1.0 + y * (1.0 - s));
     }
 }

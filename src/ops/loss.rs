@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::exp::exp;
 use super::slice::{self, Borrowed};
 
 /// `sum_i weights[i] * -log softmax(logits[i])[targets[i]]`, an f32 scalar, for logits (N, V), targets (N) u32 and
@@ -54,8 +55,8 @@ fn plain_rows(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 }
 
 fn log_sum_exp(row: &[f32]) -> f32 {
-    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    max + row.iter().map(|x| (x - max).exp()).sum::<f32>().ln()
+    let max = slice::max(row);
+    max + slice::sum(row, row, |x, _| exp(x - max)).ln()
 }
 
 fn rows<'a>(logits: &'a [f32], targets: &'a [u32]) -> impl IndexedParallelIterator<Item = f32> + 'a {
@@ -88,7 +89,7 @@ impl CustomOp1 for CrossEntropy {
         let rows = grad.par_chunks_mut(classes).zip(values.par_chunks(classes));
         rows.zip(&self.targets).zip(&self.weights).for_each(|(((grad, row), &target), w)| {
             let (total, w) = (log_sum_exp(row), w * dloss);
-            grad.iter_mut().zip(row).for_each(|(g, x)| *g = (x - total).exp() * w);
+            grad.iter_mut().zip(row).for_each(|(g, x)| *g = exp(x - total) * w);
             grad[target as usize] -= w;
         });
         slice::gradient(logits, grad)

@@ -10,6 +10,7 @@ mod attention;
 #[cfg(test)]
 mod check;
 mod conv;
+mod exp;
 mod group_norm;
 mod linear;
 mod loss;
@@ -26,6 +27,6 @@ pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_rows};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::adamw_step;
+pub use optim::{adamw_step, muon_step};
 pub use resize::{pixel_shuffle, pixel_unshuffle, upsample_nearest2x};
 pub use rope::rope;

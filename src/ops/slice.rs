@@ -70,6 +70,18 @@ pub(super) fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// The largest element that is not NaN, in eight lanes as [`sum`]; negative infinity for none.
+pub(super) fn max(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let chunks = x.chunks_exact(8);
+    let tail = chunks.remainder().iter().fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane = larger(*lane, x));
+    }
+    lanes.iter().fold(tail, |a, &b| larger(a, b))
+}
+
 /// `a + b`, to reduce what the threads accumulated.
 pub(super) fn add(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
     a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
@@ -212,5 +224,6 @@ mod tests {
     fn sums_keep_the_remainder() {
         let x: Vec<f32> = (0..19).map(|i| i as f32).collect();
         assert_eq!(sum(&x, &x, |a, _| a), 171.0);
+        assert_eq!((max(&x), max(&x[..3]), max(&[])), (18.0, 2.0, f32::NEG_INFINITY));
     }
 }

@@ -1,4 +1,5 @@
-//! AdamW with gradient clipping and a cosine schedule, and the exact state to resume from.
+//! Muon for the matrices inside the network and AdamW for everything else, with gradient clipping and a cosine
+//! schedule, and the exact state to resume from.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -41,7 +42,13 @@ struct Param {
     var: Var,
     value: Vec<f32>,
     m: Vec<f32>,
+    /// Second moments; Muon has none.
     v: Vec<f32>,
+}
+
+/// Whether Muon trains a parameter: matrices and kernels that take features to features, not tables of vectors.
+fn muon(name: &str, var: &Var) -> bool {
+    var.rank() > 1 && !["embed", "lm_head"].iter().any(|table| name.contains(table))
 }
 
 /// The trained parameters and their moments.
@@ -56,8 +63,9 @@ impl Optimizer {
     pub fn new(vars: &BTreeMap<String, Var>, select: impl Fn(&str) -> bool) -> Result<Self> {
         let params = vars.iter().filter(|(name, _)| select(name)).map(|(name, var)| {
             let value = var.as_tensor().flatten_all()?.to_vec1::<f32>()?;
-            let zeros = vec![0.0; value.len()];
-            Ok(Param { name: name.clone(), var: var.clone(), value, m: zeros.clone(), v: zeros })
+            let m = vec![0.0; value.len()];
+            let v = if muon(name, var) { Vec::new() } else { m.clone() };
+            Ok(Param { name: name.clone(), var: var.clone(), value, m, v })
         });
         Ok(Self { params: params.collect::<Result<_>>()?, step: 0 })
     }
@@ -85,13 +93,18 @@ impl Optimizer {
             return Ok(norm);
         }
         let scale = (schedule.clip / (norm + 1e-6)).min(1.0) as f32;
-        for (p, grad) in self.params.iter_mut().zip(&grads) {
-            let Some(grad) = grad else { continue };
-            let decay = if p.var.rank() > 1 { schedule.weight_decay } else { 0.0 };
-            let (lr, beta2, decay) = (rate as f32, schedule.beta2 as f32, decay as f32);
-            ops::adamw_step(&mut p.value, grad, &mut p.m, &mut p.v, lr, 0.9, beta2, 1e-8, decay, self.step, scale);
-            p.var.set(&Tensor::from_slice(&p.value, p.var.shape(), p.var.device())?)?;
-        }
+        let (step, lr, beta2) = (self.step, rate as f32, schedule.beta2 as f32);
+        self.params.par_iter_mut().zip(&grads).try_for_each(|(p, grad)| {
+            let Some(grad) = grad else { return Ok(()) };
+            let decay = if p.var.rank() > 1 { schedule.weight_decay as f32 } else { 0.0 };
+            match p.v.is_empty() {
+                true => ops::muon_step(&mut p.value, grad, &mut p.m, p.var.dims()[0], lr, decay, scale),
+                false => {
+                    ops::adamw_step(&mut p.value, grad, &mut p.m, &mut p.v, lr, 0.9, beta2, 1e-8, decay, step, scale)
+                }
+            }
+            p.var.set(&Tensor::from_slice(&p.value, p.var.shape(), p.var.device())?)
+        })?;
         Ok(norm)
     }
 
@@ -99,7 +112,7 @@ impl Optimizer {
     pub fn save(&self, path: &Path) -> crate::error::Result<()> {
         let mut tensors = BTreeMap::new();
         for p in &self.params {
-            for (kind, data) in [("m", &p.m), ("v", &p.v)] {
+            for (kind, data) in [("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
                 let tensor = Tensor::from_slice(data, p.var.shape(), p.var.device())?;
                 tensors.insert(format!("{kind}.{}", p.name), tensor);
             }
@@ -117,7 +130,7 @@ impl Optimizer {
         self.step = step.ok_or_else(|| corrupt("no step".into()))?;
         let tensors = candle_core::safetensors::load_buffer(&bytes, &candle_core::Device::Cpu)?;
         for p in &mut self.params {
-            for (kind, data) in [("m", &mut p.m), ("v", &mut p.v)] {
+            for (kind, data) in [("m", &mut p.m), ("v", &mut p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
                 let key = format!("{kind}.{}", p.name);
                 let tensor = tensors.get(&key).ok_or_else(|| corrupt(format!("no {key}")))?;
                 *data = tensor.flatten_all()?.to_vec1()?;

@@ -102,6 +102,8 @@ impl<'a> Sampler<'a> {
         if rng.uniform(4) < 0.3 {
             mirror(&mut canvas);
         }
+        // What a model draws is softer than a picture.
+        soften(&mut canvas, rng.below(6, 4));
         (canvas.rgb, captions[rng.below(5, captions.len())].clone(), concept)
     }
 
@@ -163,6 +165,20 @@ fn mirror(canvas: &mut Canvas) {
     for row in canvas.rgb.chunks_exact_mut(3 * canvas.width) {
         for x in 0..canvas.width / 2 {
             (0..3).for_each(|c| row.swap(3 * x + c, 3 * (canvas.width - 1 - x) + c));
+        }
+    }
+}
+
+/// Takes the mean over windows of `2 radius + 1` pixels, along rows and then along columns.
+fn soften(canvas: &mut Canvas, radius: usize) {
+    let (w, h) = (canvas.width, canvas.height);
+    for (lines, length, along, across) in [(h, w, 3, 3 * w), (w, h, 3 * w, 3)] {
+        for start in (0..lines).flat_map(|l| (0..3).map(move |c| l * across + c)) {
+            let line: Vec<u32> = (0..length).map(|i| u32::from(canvas.rgb[start + i * along])).collect();
+            for i in 0..length {
+                let window = &line[i.saturating_sub(radius)..(i + radius + 1).min(length)];
+                canvas.rgb[start + i * along] = (window.iter().sum::<u32>() / window.len() as u32) as u8;
+            }
         }
     }
 }
