@@ -1,7 +1,11 @@
 //! Pixels in and out of tensors, and exact resampling: every resize is two small matrix products.
 
+mod file;
+
 use candle_core::{DType, Device, Result, Tensor};
 use image::RgbImage;
+
+pub use file::{cover, open};
 
 /// A linear resampling along one axis: `weights` is (to, from), row-major.
 #[derive(Clone, Debug)]

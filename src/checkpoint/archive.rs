@@ -1,4 +1,4 @@
-//! One safetensors file: tensors read one by one, and written all at once.
+//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also written, all at once.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::header::{self, Entry, Header};
+use super::pickle;
 use crate::error::{Error, Kind, Result};
 
 /// A file whose header is sound, and where its data is.
@@ -43,11 +44,31 @@ pub(super) fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(cannot)
 }
 
+/// The longest JSON file that is read, in bytes.
+const MAX_JSON: u64 = 100_000_000;
+
+/// All of a JSON file.
+pub(super) fn read_json(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = open(path)?.take(MAX_JSON + 1).read_to_end(&mut bytes);
+    read.map_err(|e| Error::model(format!("{} cannot be read: {e}", path.display())))?;
+    if bytes.len() as u64 > MAX_JSON {
+        return Err(Error::model(format!("{} has more than {MAX_JSON} bytes", path.display())));
+    }
+    Ok(bytes)
+}
+
 impl Archive {
     /// Opens a file and checks its header.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let (name, file) = (path.display().to_string(), open(path)?);
-        let header = header::read(&name, &file, file.metadata()?.len())?;
+        let (name, mut file) = (path.display().to_string(), open(path)?);
+        let mut magic = Vec::new();
+        (&file).take(pickle::MAGIC.len() as u64).read_to_end(&mut magic)?;
+        file.rewind()?;
+        let header = match magic == pickle::MAGIC {
+            true => pickle::read(&name, &file)?,
+            false => header::read(&name, &file, file.metadata()?.len())?,
+        };
         Ok(Self { name, header, data: Data::File(Mutex::new(file)) })
     }
 

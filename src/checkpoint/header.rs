@@ -15,7 +15,7 @@ use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
 use crate::error::{Error, Result};
 
 /// The longest header that is read, as in the reference implementation.
-const MAX_HEADER: u64 = 100_000_000;
+pub(super) const MAX_HEADER: u64 = 100_000_000;
 
 /// How a git-lfs pointer begins.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
@@ -45,9 +45,14 @@ pub(super) fn read(name: &str, mut file: impl Read, length: u64) -> Result<Heade
             let message = format!("{name} is a git-lfs pointer file: the weights themselves were not downloaded");
             Error::model(message).hint("git lfs pull, in the folder of the file")
         }
-        Fault::Broken(what) => Error::model(format!("{name} {what}"))
-            .hint("copy the file from its origin again, or name another model: nextflow gen --model FOLDER"),
+        Fault::Broken(what) => broken(name, &what),
     })
+}
+
+/// A file whose content cannot be trusted.
+pub(super) fn broken(name: &str, what: &str) -> Error {
+    Error::model(format!("{name} {what}"))
+        .hint("copy the file from its origin again, or name another model: nextflow gen --model FOLDER")
 }
 
 enum Fault {

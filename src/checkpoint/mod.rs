@@ -9,6 +9,9 @@
 //! | `model.safetensors` | the transformer |
 //! | `image_tokenizer.safetensors` | the image tokenizer |
 //!
+//! Either of the weights' files may also be in shards (`model.safetensors.index.json` names them) or a PyTorch checkpoint
+//! (`model.pt`).
+//!
 //! Keys are those of Qwen2.5-VL and TokenFlow. Weights are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32
 //! tensor `KEY.scale` of one scale per row: value = (byte - 128) * scale.
 //!
@@ -18,6 +21,8 @@
 mod archive;
 mod embedded;
 mod header;
+mod pickle;
+mod shards;
 mod source;
 mod weights;
 

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,12 +9,10 @@ use candle_core::{DType, Device};
 
 use super::archive::{self, Archive};
 use super::embedded;
+use super::shards;
 use super::weights::{Fault, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::text::Text;
-
-/// The longest JSON file that is read, in bytes.
-const MAX_JSON: u64 = 100_000_000;
 
 /// How many faults of a file a message spells out.
 const SHOWN: usize = 5;
@@ -69,7 +66,7 @@ impl Source {
             .map_err(|e| Error { message: format!("{} (of {self})", e.message), ..e })
     }
 
-    /// Builds a part of the model from a safetensors file, as `dtype` on `device`. Tensors that nothing asks for are
+    /// Builds a part of the model from a file of weights or its shards, as `dtype` on `device`. Tensors that nothing asks for are
     /// ignored.
     ///
     /// `build` runs twice: at first without reading a tensor, to compare all keys and shapes with the file's header.
@@ -83,19 +80,22 @@ impl Source {
         build: impl Fn(&Weights) -> candle_core::Result<T>,
     ) -> Result<T> {
         let name = self.name(file);
-        let archive = match self {
-            Self::Embedded => Archive::from_bytes(name.clone(), self.embedded(file)?)?,
-            Self::Folder(folder) => Archive::open(&folder.join(file))?,
+        let archives = match self {
+            Self::Embedded => vec![Archive::from_bytes(name.clone(), self.embedded(file)?)?],
+            Self::Folder(folder) => {
+                let files = shards::find(folder, file)?;
+                files.iter().map(|path| Archive::open(path)).collect::<Result<_>>()?
+            }
         };
-        let archive = Arc::new(archive);
-        let plan = Weights::plan(archive.clone(), dtype);
+        let archives: Vec<_> = archives.into_iter().map(Arc::new).collect();
+        let plan = Weights::plan(archives.clone(), dtype);
         let planned = build(&plan).map(drop);
         let problems = plan.problems();
         if !problems.is_empty() {
             return Err(misfit(&name, &problems, planned.is_err()));
         }
         planned.map_err(|e| failure(&name, e))?;
-        build(&Weights::from_archive(archive, dtype, device)).map_err(|e| failure(&name, e))
+        build(&Weights::from_archives(archives, dtype, device)).map_err(|e| failure(&name, e))
     }
 
     /// How messages call a file.
@@ -114,13 +114,7 @@ impl Source {
 
     fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
         let Self::Folder(folder) = self else { return self.embedded(file).map(Cow::Borrowed) };
-        let mut bytes = Vec::new();
-        let read = archive::open(&folder.join(file))?.take(MAX_JSON + 1).read_to_end(&mut bytes);
-        read.map_err(|e| Error::model(format!("{} cannot be read: {e}", self.name(file))))?;
-        if bytes.len() as u64 > MAX_JSON {
-            return Err(Error::model(format!("{} has more than {MAX_JSON} bytes", self.name(file))));
-        }
-        Ok(bytes.into())
+        Ok(archive::read_json(&folder.join(file))?.into())
     }
 }
 

@@ -47,7 +47,7 @@ enum Store {
     /// Files to read from, as a type; a later file hides keys of an earlier one.
     Files(Vec<Arc<Archive>>, DType),
     /// The same, but nothing is read: faults are collected instead.
-    Plan(Arc<Archive>, DType, Mutex<Problems>),
+    Plan(Vec<Arc<Archive>>, DType, Mutex<Problems>),
     Trainable {
         seed: u64,
         state: Mutex<Trainable>,
@@ -104,15 +104,15 @@ impl Weights {
         Self::new(Store::Trainable { seed, state }, device)
     }
 
-    /// Reads from one open file.
-    pub(super) fn from_archive(archive: Arc<Archive>, dtype: DType, device: &Device) -> Self {
-        Self::new(Store::Files(vec![archive], dtype), device)
+    /// Reads from open files; a later file hides keys of an earlier one.
+    pub(super) fn from_archives(archives: Vec<Arc<Archive>>, dtype: DType, device: &Device) -> Self {
+        Self::new(Store::Files(archives, dtype), device)
     }
 
     /// Weights that read nothing: tensors are a zero broadcast to their shape, and [`Self::problems`] tells what a
     /// model that was built of them found wrong with the file.
-    pub(super) fn plan(archive: Arc<Archive>, dtype: DType) -> Self {
-        Self::new(Store::Plan(archive, dtype, Mutex::default()), &Device::Cpu)
+    pub(super) fn plan(archives: Vec<Arc<Archive>>, dtype: DType) -> Self {
+        Self::new(Store::Plan(archives, dtype, Mutex::default()), &Device::Cpu)
     }
 
     fn new(store: Store, device: &Device) -> Self {
@@ -155,15 +155,12 @@ impl Weights {
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
-            Store::Files(archives, dtype) => {
-                let archive = archives.iter().rev().find(|a| a.entry(&key).is_some());
-                match archive.ok_or(Fault::Missing).and_then(|a| check(a, &key, &shape).map(|()| a)) {
-                    Ok(archive) => archive.read(&key, *dtype, &self.device),
-                    Err(fault) => Err(Error::Msg(format!("{key}: {fault}"))),
-                }
-            }
-            Store::Plan(archive, dtype, problems) => {
-                if let Err(fault) = check(archive, &key, &shape) {
+            Store::Files(archives, dtype) => match check(archives, &key, &shape) {
+                Ok(archive) => archive.read(&key, *dtype, &self.device),
+                Err(fault) => Err(Error::Msg(format!("{key}: {fault}"))),
+            },
+            Store::Plan(archives, dtype, problems) => {
+                if let Err(fault) = check(archives, &key, &shape) {
                     lock(problems).add(key, fault, &shape)?;
                 }
                 Tensor::zeros((), *dtype, &Device::Cpu)?.broadcast_as(shape)
@@ -177,12 +174,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn check(archive: &Archive, key: &str, shape: &Shape) -> std::result::Result<(), Fault> {
-    let entry = archive.entry(key).ok_or(Fault::Missing)?;
+/// The archive that holds a tensor as it is expected.
+fn check<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> std::result::Result<&'a Archive, Fault> {
+    let found = archives.iter().rev().find_map(|a| Some((a, a.entry(key)?)));
+    let (archive, entry) = found.ok_or(Fault::Missing)?;
     if entry.shape != shape.dims() {
         return Err(Fault::Shape { found: entry.shape.clone(), expected: shape.dims().to_vec() });
     }
-    if archive.readable(key, entry) { Ok(()) } else { Err(Fault::Type(entry.dtype)) }
+    if archive.readable(key, entry) { Ok(archive) } else { Err(Fault::Type(entry.dtype)) }
 }
 
 impl Problems {

@@ -78,7 +78,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         model: model.config().name.clone(),
         seed: args.seed,
         per_category: args.per_category,
-        compositions: eval::compositions(&mut |p, s| draw(&mut console, p, s), args.per_category, args.seed)?,
+        compositions: eval::compositions(
+            &mut |p, s| draw(&mut console, p, s),
+            &|image| subject.reconstruct(image),
+            args.per_category,
+            args.seed,
+        )?,
         recognition: None,
         reconstruction: None,
     };

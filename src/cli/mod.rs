@@ -1,5 +1,7 @@
 //! The command line: clap types and one file per command.
 
+mod decode;
+mod encode;
 mod eval;
 mod r#gen;
 #[cfg(feature = "train")]
@@ -27,6 +29,10 @@ struct Cli {
 pub enum Command {
     /// Draw images from prompts
     Gen(GenArgs),
+    /// Turn an image into codes
+    Encode(encode::EncodeArgs),
+    /// Turn codes into an image
+    Decode(decode::DecodeArgs),
     /// Measure a model: recognition, compositions, reconstruction
     Eval(EvalArgs),
     /// Train nano, step by step
@@ -50,6 +56,8 @@ pub fn parse() -> Result<Option<Command>> {
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Gen(args) => r#gen::run(&args),
+        Command::Encode(args) => encode::run(&args),
+        Command::Decode(args) => decode::run(&args),
         Command::Eval(args) => eval::run(&args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args),

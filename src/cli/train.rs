@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use crate::checkpoint::Weights;
 use crate::error::Result;
 use crate::generate::Sampling;
-use crate::library::{Library, Style};
+use crate::library::{Library, SIDE, Style};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::train::pool::{Pool, PoolSizes};
@@ -64,6 +64,9 @@ enum Step {
         /// Compositions of several things in the pool
         #[arg(long, default_value_t = 2000)]
         several: usize,
+        /// Images of each aspect ratio other than 1:1 in the pool
+        #[arg(long, default_value_t = 800)]
+        oblong: usize,
         #[command(flatten)]
         plan: Plan,
     },
@@ -122,7 +125,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Step::Data { .. } | Step::Export { .. } => Ok(()),
         Step::Text => {
             let concepts = (0..library.concepts.len()).flat_map(|c| library.captions(c));
-            let scenes = (0..4000).flat_map(|i| sampler.scene(i).captions);
+            let scenes = (0..4000).flat_map(|i| sampler.scene(i, SIDE, SIDE).captions);
             let several = (0..4000).flat_map(|i| sampler.several(sampler.everyday(), i).captions);
             let captions = concepts.chain(scenes).chain(several);
             crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
@@ -131,10 +134,10 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Step::Tokenizer { stage, plan } => {
             train::tokenizer::train(&run, &sampler, *stage, plan.batch, &plan.schedule())
         }
-        Step::Transformer { part, scales, scenes, several, plan } => {
+        Step::Transformer { part, scales, scenes, several, oblong, plan } => {
             let tokenizer = tokenizer(&run)?;
-            let sizes = PoolSizes { backgrounds: 2, scenes: *scenes, several: *several };
-            let pool = Pool::build(&sampler, &tokenizer, &text()?, sizes)?;
+            let sizes = PoolSizes { backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
+            let pool = Pool::build(&sampler, &tokenizer, &text()?, sizes, run.recipe.scales)?;
             train::transformer::train(&run, tokenizer.quantizer(), &pool, part, *scales, plan.batch, &plan.schedule())
         }
     }

@@ -3,9 +3,9 @@
 use image::RgbImage;
 use serde::Serialize;
 
-use super::Draw;
 use super::detector::detect;
 use super::judge::judge;
+use super::{Draw, Redraw};
 use crate::error::{Error, Kind as Failure, Result};
 use crate::rng::{Rng, Stream};
 use crate::scenes::{KINDS, Kind, Scene, Split};
@@ -17,14 +17,17 @@ pub struct Category {
     pub kind: Kind,
     /// Among those the model drew, 0 to 1.
     pub score: f64,
+    /// Among the rendered scenes of the same prompts after encoding and decoding: what the tokenizer alone allows.
+    pub ceiling: f64,
     /// Among the rendered scenes of the same prompts: what the detector alone achieves.
     pub ground_truth: f64,
 }
 
-/// Draws `per_kind` held-out compositions of every category, the i-th with seed `seed + i`, and judges them.
-pub fn compositions(draw: Draw, per_kind: usize, seed: u64) -> Result<Vec<Category>> {
+/// Draws `per_kind` held-out compositions of every category, the i-th with seed `seed + i`, and judges them. `redraw`
+/// takes an image through the tokenizer and back.
+pub fn compositions(draw: Draw, redraw: Redraw, per_kind: usize, seed: u64) -> Result<Vec<Category>> {
     let category = |(step, kind): (u64, Kind)| {
-        let (mut drawn, mut rendered) = (0, 0);
+        let (mut drawn, mut redrawn, mut rendered) = (0, 0, 0);
         for i in 0..per_kind as u64 {
             let scene = Scene::of_kind(&Rng::new(seed, i, Stream::Train, 100 + step), kind, Split::HeldOut);
             let image = draw(&scene.prompt(), seed.wrapping_add(i))?;
@@ -32,10 +35,11 @@ pub fn compositions(draw: Draw, per_kind: usize, seed: u64) -> Result<Vec<Catego
             drawn += usize::from(judge(&scene, &detect(&image)));
             let truth = RgbImage::from_raw(width, height, scene.render(width as usize, height as usize))
                 .ok_or_else(|| Error::new(Failure::Failure, "a rendered scene has the wrong size"))?;
+            redrawn += usize::from(judge(&scene, &detect(&redraw(&truth)?)));
             rendered += usize::from(judge(&scene, &detect(&truth)));
         }
         let share = |count: usize| count as f64 / per_kind.max(1) as f64;
-        Ok(Category { kind, score: share(drawn), ground_truth: share(rendered) })
+        Ok(Category { kind, score: share(drawn), ceiling: share(redrawn), ground_truth: share(rendered) })
     };
     (0..).zip(KINDS).map(category).collect()
 }
@@ -51,11 +55,15 @@ mod tests {
             calls.push((prompt.to_string(), seed));
             Ok(RgbImage::from_pixel(128, 128, image::Rgb([255; 3])))
         };
-        let categories = compositions(&mut blank, 5, 7).unwrap();
+        let same = |image: &RgbImage| Ok(image.clone());
+        let categories = compositions(&mut blank, &same, 5, 7).unwrap();
         assert_eq!(categories.len(), 6);
-        assert!(categories.iter().all(|c| c.score == 0.0 && c.ground_truth == 1.0), "{categories:?}");
+        assert!(
+            categories.iter().all(|c| c.score == 0.0 && c.ceiling == 1.0 && c.ground_truth == 1.0),
+            "{categories:?}"
+        );
         assert_eq!((calls.len(), calls[0].1, calls[4].1), (30, 7, 11));
         let stop = &mut |_: &str, _: u64| Err(Error::new(Failure::Interrupted, "interrupted"));
-        assert_eq!(compositions(stop, 5, 7).unwrap_err().kind, Failure::Interrupted);
+        assert_eq!(compositions(stop, &same, 5, 7).unwrap_err().kind, Failure::Interrupted);
     }
 }

@@ -24,6 +24,9 @@ use metrics::{nearest, pixel_feature, psnr, ssim};
 /// Draws a prompt with a seed.
 pub type Draw<'a> = &'a mut dyn FnMut(&str, u64) -> Result<RgbImage>;
 
+/// Takes an image through a tokenizer and back.
+pub type Redraw<'a> = &'a dyn Fn(&RgbImage) -> Result<RgbImage>;
+
 /// The image tokenizer of a model and how the model draws: all that pictures are compared with.
 pub struct Subject<'a> {
     /// The tokenizer.
@@ -89,7 +92,7 @@ impl Subject<'_> {
     }
 
     /// An image through encoding and decoding.
-    fn reconstruct(&self, image: &RgbImage) -> Result<RgbImage> {
+    pub fn reconstruct(&self, image: &RgbImage) -> Result<RgbImage> {
         let encoded = self.tokenizer.encode(&self.tensor(image)?, self.scales)?;
         let codes = encoded.first().map_or(&[][..], |e| &e.codes);
         Ok(pixels::to_image(&self.tokenizer.decode(codes, self.scales)?)?)

@@ -41,6 +41,11 @@ impl ModelConfig {
         }
         Ok(config)
     }
+
+    /// The image tokenizer, always in f32, without the transformer.
+    pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
+        source.load("image_tokenizer.safetensors", DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
+    }
 }
 
 /// A loaded model.
@@ -58,8 +63,7 @@ impl Model {
         let config = ModelConfig::read(source)?;
         let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
         let backbone = source.load("model.safetensors", dtype, device, |w| Backbone::load(w, &config.backbone))?;
-        let tokenizer = source
-            .load("image_tokenizer.safetensors", DType::F32, device, |w| ImageTokenizer::load(w, &config.tokenizer))?;
+        let tokenizer = config.load_tokenizer(source, device)?;
         Ok(Self { text: source.text()?, backbone, tokenizer, config })
     }
 

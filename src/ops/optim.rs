@@ -107,7 +107,7 @@ mod tests {
             let square: f32 = gram.iter().map(|g| g * g).sum();
             // Equal eigenvalues have square = trace^2 / n.
             assert!((0.6..1.3).contains(&(trace / n as f32)), "{rows}x{cols}: mean {}", trace / n as f32);
-            assert!(square * n as f32 / (trace * trace) < 1.2, "{rows}x{cols}: spread {square} {trace}");
+            assert!(square * n as f32 / (trace * trace) < 1.3, "{rows}x{cols}: spread {square} {trace}");
 
             let (mut p, mut momentum) = (vec![1f32; rows * cols], vec![0f32; rows * cols]);
             muon_step(&mut p, &grads, &mut momentum, rows, 0.1, 0.5, 1.0);

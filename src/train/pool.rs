@@ -5,6 +5,7 @@ use candle_core::Device;
 
 use super::sampler::{Sample, Sampler};
 use crate::error::Result;
+use crate::generate::schedule;
 use crate::pixels;
 use crate::rng::Rng;
 use crate::scenes::BACKGROUNDS;
@@ -35,22 +36,91 @@ pub struct PoolSizes {
     pub scenes: usize,
     /// Compositions of two to four everyday things.
     pub several: usize,
+    /// Images of each aspect ratio other than 1:1, half of them compositions of shapes.
+    pub oblong: usize,
 }
 
-/// All items by kind.
-pub struct Pool {
+/// All items of one aspect ratio, by kind.
+pub struct Shelf {
+    /// (height, width) of every scale.
+    pub grids: &'static [(usize, usize)],
     plain: Vec<Item>,
     coloured: Vec<Item>,
     scenes: Vec<Item>,
     several: Vec<Item>,
 }
 
+/// All items: square ones, and some of other aspect ratios.
+pub struct Pool {
+    square: Shelf,
+    oblong: Vec<Shelf>,
+}
+
 /// Images encoded at once.
 const BATCH: usize = 16;
+/// Height over width of the other aspect ratios that are trained: what lies between and beyond is left to the
+/// positions, which are relative to the image's extent.
+const RATIOS: [f64; 8] = [0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0];
+/// One batch in so many is not square.
+const OBLONG: usize = 8;
 
 impl Pool {
-    /// Renders and encodes everything.
-    pub fn build(sampler: &Sampler, tokenizer: &ImageTokenizer, text: &Text, sizes: PoolSizes) -> Result<Self> {
+    /// Renders and encodes everything, for images of `scales` scales.
+    pub fn build(
+        sampler: &Sampler,
+        tokenizer: &ImageTokenizer,
+        text: &Text,
+        sizes: PoolSizes,
+        scales: usize,
+    ) -> Result<Self> {
+        let oblong = RATIOS.iter().enumerate().filter(|_| sizes.oblong > 0);
+        let oblong = oblong.map(|(i, &ratio)| {
+            let grids = schedule::nearest(ratio).prefix(scales);
+            let stride = tokenizer.config().encoder.stride();
+            let (h, w) = grids.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
+            let everyday = sampler.everyday();
+            let singles = (0..sizes.oblong / 2).map(|n| {
+                let background = BACKGROUNDS.get(n % (2 * BACKGROUNDS.len()));
+                sampler.single(everyday[(n * RATIOS.len() + i) % everyday.len()], background, w, h)
+            });
+            let scenes = (0..sizes.oblong / 2).map(|n| sampler.scene((1 << 32 | i << 24 | n) as u64, w, h));
+            Ok(Shelf {
+                grids,
+                plain: encode(singles, tokenizer, text)?,
+                coloured: Vec::new(),
+                scenes: encode(scenes, tokenizer, text)?,
+                several: Vec::new(),
+            })
+        });
+        let oblong = oblong.collect::<Result<_>>()?;
+        Ok(Self { square: Shelf::square(sampler, tokenizer, text, sizes, scales)?, oblong })
+    }
+
+    /// Images held.
+    pub fn len(&self) -> usize {
+        self.oblong.iter().chain([&self.square]).map(Shelf::len).sum()
+    }
+
+    /// Whether there is no image.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The images that the batch of a step is drawn from: all of one aspect ratio.
+    pub fn shelf(&self, step: usize) -> &Shelf {
+        let other = if step % OBLONG == OBLONG - 1 { self.oblong.get(step / OBLONG % RATIOS.len()) } else { None };
+        other.unwrap_or(&self.square)
+    }
+}
+
+impl Shelf {
+    fn square(
+        sampler: &Sampler,
+        tokenizer: &ImageTokenizer,
+        text: &Text,
+        sizes: PoolSizes,
+        scales: usize,
+    ) -> Result<Self> {
         let side = crate::library::SIDE;
         let plain = sampler.everyday().iter().map(|&p| sampler.single(p, None, side, side));
         let coloured = (0..sizes.backgrounds).flat_map(|i| {
@@ -60,9 +130,10 @@ impl Pool {
             })
         });
         Ok(Self {
+            grids: schedule::nearest(1.0).prefix(scales),
             plain: encode(plain, tokenizer, text)?,
             coloured: encode(coloured, tokenizer, text)?,
-            scenes: encode((0..sizes.scenes as u64).map(|i| sampler.scene(i)), tokenizer, text)?,
+            scenes: encode((0..sizes.scenes as u64).map(|i| sampler.scene(i, side, side)), tokenizer, text)?,
             several: encode(
                 (0..sizes.several as u64).map(|i| sampler.several(sampler.everyday(), i)),
                 tokenizer,
@@ -71,21 +142,15 @@ impl Pool {
         })
     }
 
-    /// Images held.
-    pub fn len(&self) -> usize {
+    fn len(&self) -> usize {
         [&self.plain, &self.coloured, &self.scenes, &self.several].iter().map(|p| p.len()).sum()
     }
 
-    /// Whether there is no image.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// One item: single concepts 60%, most of them on white, shapes 34%, several things 6%.
+    /// One item: single concepts 46%, most of them on white, shapes 48%, several things 6%.
     pub fn draw(&self, rng: &Rng) -> &Item {
         let kind = match rng.uniform(110) {
-            u if u < 0.52 => &self.plain,
-            u if u < 0.60 => &self.coloured,
+            u if u < 0.40 => &self.plain,
+            u if u < 0.46 => &self.coloured,
             u if u < 0.94 => &self.scenes,
             _ => &self.several,
         };

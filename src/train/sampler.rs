@@ -153,11 +153,11 @@ impl<'a> Sampler<'a> {
     }
 
     /// A composition of plain shapes that is not held out.
-    pub fn scene(&self, index: u64) -> Sample {
+    pub fn scene(&self, index: u64, width: usize, height: usize) -> Sample {
         let scene = Scene::sample(&self.rng(index, 6), Split::Train);
-        let rgb = scene.render(SIDE, SIDE);
+        let rgb = scene.render(width, height);
         let captions = (0..4).map(|i| scene.caption(&self.rng(index, 7 + i))).collect();
-        Sample { canvas: Canvas { width: SIDE, height: SIDE, rgb }, captions }
+        Sample { canvas: Canvas { width, height, rgb }, captions }
     }
 }
 

@@ -48,8 +48,9 @@ impl Stage {
 const SCALE_DROP: f64 = 0.5;
 /// Weight of the pull of the encoder towards its codes (VQ-VAE's beta).
 const COMMITMENT: f64 = 0.25;
-/// Weight of the reconstruction of the semantic features.
-const SEMANTIC: f64 = 0.5;
+/// Weight of the reconstruction of the semantic features: the share of their energy that is missed. More than this, and
+/// the codes serve meaning at the cost of the picture.
+const SEMANTIC: f64 = 0.05;
 /// Weight of the absolute error beside the squared one.
 const ABSOLUTE: f64 = 0.1;
 
@@ -232,7 +233,8 @@ fn losses(
         },
         semantic: match tokens {
             Some(tokens) if stage == Stage::Joint => {
-                (tokenizer.decode_semantic(&through)? - tokens)?.sqr()?.mean_all()?
+                let energy = tokens.sqr()?.mean_all()?;
+                (tokenizer.decode_semantic(&through)? - tokens)?.sqr()?.mean_all()?.div(&energy)?
             }
             _ => zero,
         },

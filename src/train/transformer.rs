@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::optimizer::{Optimizer, Schedule};
-use super::pool::{Item, Pool};
+use super::pool::{Item, Pool, Shelf};
 use super::progress::Progress;
 use super::run::Run;
 use crate::backbone::sequence::Layout;
@@ -42,11 +42,13 @@ pub fn train(
     }
     let mut progress = Progress::new(&format!("transformer {part}"), plan.steps, optimizer.step, batch);
     progress.say(&format!("{} parameters, {} images in the pool", optimizer.count(), pool.len()));
-    let grids = &schedule::nearest(1.0).prefix(run.recipe.scales)[..scales];
-    let names: Vec<String> = grids.iter().map(|(h, w)| format!("{h}x{w}")).collect();
+    let square = &schedule::nearest(1.0).prefix(run.recipe.scales)[..scales];
+    let names: Vec<String> = square.iter().map(|(h, w)| format!("{h}x{w}")).collect();
     while optimizer.step < plan.steps {
         let step = optimizer.step;
-        let batch = Batch::draw(run, quantizer, pool, grids, batch, step as u64)?;
+        let shelf = pool.shelf(step);
+        let grids = &shelf.grids[..scales];
+        let batch = Batch::draw(run, quantizer, shelf, grids, batch, step as u64)?;
         let logits = batch.logits(&backbone, run.recipe.scales)?;
         let (targets, weights) = batch.targets(grids, run.recipe.scale_reweight)?;
         let loss = ops::cross_entropy(&logits, &targets, &weights)?;
@@ -97,21 +99,20 @@ impl Batch {
     fn draw(
         run: &Run,
         quantizer: &Quantizer,
-        pool: &Pool,
+        shelf: &Shelf,
         grids: &[(usize, usize)],
         size: usize,
         step: u64,
     ) -> error::Result<Self> {
         let (config, correction) = (&run.recipe.backbone, &run.recipe.self_correction);
-        let all = schedule::nearest(1.0).prefix(run.recipe.scales);
         let drawn: Vec<(&[u32], Vec<f32>, Vec<u32>)> = (0..size)
             .into_par_iter()
             .map(|i| {
                 let rng = Rng::new(run.recipe.seed, i as u64, Stream::Train, 1 << 32 | step);
-                let item: &Item = pool.draw(&rng);
+                let item: &Item = shelf.draw(&rng);
                 let caption = if rng.uniform(100) < CAPTION_DROP { &[] } else { item.caption(&rng) };
                 let noise = Rng::new(run.recipe.seed, i as u64, Stream::Train, 2 << 32 | step);
-                let encoded = quantizer.encode(&item.features, all, Some((correction, &noise)), |_, _, _| {});
+                let encoded = quantizer.encode(&item.features, shelf.grids, Some((correction, &noise)), |_, _, _| {});
                 let mut input = NextInput::new(config.input_mode);
                 let features = grids.windows(2).zip(&encoded.codes);
                 let features = features.flat_map(|(g, codes)| input.next(quantizer, codes, g[0], g[1])).collect();

@@ -1,0 +1,63 @@
+//! Which files of a folder hold a set of weights: one, or the shards that an index names.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::archive;
+use crate::error::{Error, Result};
+
+/// How many names a message spells out.
+const SHOWN: usize = 5;
+
+/// `model.safetensors.index.json`.
+#[derive(Deserialize)]
+struct Index {
+    /// File by key.
+    weight_map: BTreeMap<String, String>,
+}
+
+/// The files that hold what `file` (`model.safetensors`) stands for: itself, the shards of its index, or a PyTorch
+/// checkpoint of the same stem (`model.pt`).
+///
+/// Errors: a broken index, one that names anything but plain files beside it, or missing shards. Without any of the
+/// three, the path of `file` itself.
+pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
+    let whole = folder.join(file);
+    let index = folder.join(format!("{file}.index.json"));
+    let pytorch = whole.with_extension("pt");
+    match () {
+        _ if whole.exists() => Ok(vec![whole]),
+        _ if index.exists() => shards(folder, &index),
+        _ if pytorch.exists() => Ok(vec![pytorch]),
+        _ => Ok(vec![whole]),
+    }
+}
+
+fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let broken =
+        |what: &str| Error::model(format!("{} {what}", index.display())).hint("copy the file from its origin again");
+    let Index { weight_map } =
+        serde_json::from_slice(&archive::read_json(index)?).map_err(|e| broken(&format!("is no index: {e}")))?;
+    let names: BTreeSet<&String> = weight_map.values().collect();
+    if names.is_empty() {
+        return Err(broken("names no files"));
+    }
+    let plain = |name: &str| {
+        let mut parts = Path::new(name).components();
+        matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) && !name.contains(['/', '\\'])
+    };
+    if let Some(name) = names.iter().find(|n| !plain(n)) {
+        return Err(broken(&format!("names {name:?}, which is no plain file beside it")));
+    }
+    let paths: Vec<PathBuf> = names.iter().map(|n| folder.join(n)).collect();
+    let missing: Vec<String> = paths.iter().filter(|p| !p.exists()).map(|p| p.display().to_string()).collect();
+    if !missing.is_empty() {
+        let more = if missing.len() > SHOWN { ", ..." } else { "" };
+        let shown = missing.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+        let what = format!("{} of {} shards are missing: {shown}{more}", missing.len(), paths.len());
+        return Err(Error::model(what).hint(format!("copy them from their origin into {}", folder.display())));
+    }
+    Ok(paths)
+}

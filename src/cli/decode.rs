@@ -1,0 +1,69 @@
+//! `nextflow decode`: the image of some codes.
+
+use std::io::Cursor;
+use std::path::PathBuf;
+
+use clap::Args;
+use image::ImageFormat;
+
+use crate::checkpoint::Source;
+use crate::codes::Codes;
+use crate::error::{Error, Result};
+use crate::generate::ModelConfig;
+use crate::output::Destination;
+use crate::{device, pixels, terminal};
+
+/// Flags of `nextflow decode`.
+#[derive(Args, Debug)]
+pub struct DecodeArgs {
+    /// A file that `nextflow encode` wrote
+    #[arg(value_name = "CODES")]
+    pub codes: PathBuf,
+    /// Decode the first N scales only
+    #[arg(long, value_name = "N")]
+    pub scales: Option<usize>,
+    /// Write the PNG here; `-` writes it to standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Let -o replace a file
+    #[arg(long)]
+    pub force: bool,
+    /// A model folder [default: the model inside the program]
+    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
+    pub model: Option<String>,
+    /// auto, cpu, cuda:N or metal
+    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
+    pub device: String,
+}
+
+/// Runs `nextflow decode`.
+pub(super) fn run(args: &DecodeArgs) -> Result<()> {
+    let destination = match args.output.as_os_str() == "-" {
+        true => Destination::Stdout,
+        false => Destination::File { path: args.output.clone(), force: args.force },
+    };
+    destination.check()?;
+    let device = device::parse(&args.device)?;
+    let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let config = ModelConfig::read(&source)?;
+    let mut codes = Codes::read(&args.codes)?;
+    codes.check(&config)?;
+    if let Some(scales) = args.scales {
+        let held = codes.codes.len();
+        if !(1..=held).contains(&scales) {
+            let message = format!("--scales {scales}, but {} holds 1 to {held}", args.codes.display());
+            return Err(Error::usage(message).hint(format!("--scales {held}")));
+        }
+        codes.codes.truncate(scales);
+    }
+    let tokenizer = config.load_tokenizer(&source, &device)?;
+    let image = pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)?;
+    let mut png = Cursor::new(Vec::new());
+    image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+    let png = png.into_inner();
+    let _ = match destination.save(&png, "", 0)? {
+        None => terminal::emit(&png)?,
+        Some(path) => terminal::emit_path(&path)?,
+    };
+    Ok(())
+}

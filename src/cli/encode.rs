@@ -1,0 +1,72 @@
+//! `nextflow encode`: an image's codes.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::checkpoint::Source;
+use crate::codes::Codes;
+use crate::error::Result;
+use crate::generate::ModelConfig;
+use crate::output::Destination;
+use crate::request::Size;
+use crate::{device, pixels, terminal};
+
+/// Flags of `nextflow encode`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  nextflow encode photo.jpg -o codes.json && nextflow decode codes.json -o back.png")]
+pub struct EncodeArgs {
+    /// PNG, JPEG or WebP
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); what does not fit is cut off
+    #[arg(long, default_value = "auto")]
+    pub size: String,
+    /// Write here, as JSON or, for a name that ends so, .safetensors [default: JSON to standard output]
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Let -o replace a file
+    #[arg(long, requires = "output")]
+    pub force: bool,
+    /// A model folder [default: the model inside the program]
+    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
+    pub model: Option<String>,
+    /// auto, cpu, cuda:N or metal
+    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
+    pub device: String,
+}
+
+/// Runs `nextflow encode`.
+pub(super) fn run(args: &EncodeArgs) -> Result<()> {
+    let size: Size = args.size.parse()?;
+    let destination = match &args.output {
+        Some(path) if path.as_os_str() != "-" => Destination::File { path: path.clone(), force: args.force },
+        _ => Destination::Stdout,
+    };
+    destination.check()?;
+    let device = device::parse(&args.device)?;
+    let image = pixels::open(&args.image)?;
+    let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let config = ModelConfig::read(&source)?;
+    let size = match size {
+        Size::Auto => Size::Ratio((f64::from(image.height()) / f64::from(image.width())).clamp(0.25, 4.0)),
+        size => size,
+    };
+    let scales = size.scales(config.scales)?;
+    let tokenizer = config.load_tokenizer(&source, &device)?;
+    let stride = tokenizer.config().encoder.stride();
+    let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
+    let image = pixels::cover(&image, w as u32, h as u32);
+    let encoded = tokenizer.encode(&pixels::to_tensor(&[image.as_raw()], h, w, &device)?, &scales)?;
+    let codes = encoded.into_iter().next().map(|e| e.codes).unwrap_or_default();
+    let codes = Codes { model: config.name, codebook_size: config.tokenizer.codebook.size, scales, codes };
+    let bytes = match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e == "safetensors") {
+        true => codes.to_safetensors()?,
+        false => codes.to_json()?,
+    };
+    let _ = match destination.save(&bytes, "", 0)? {
+        None => terminal::emit(&bytes)?,
+        Some(path) => terminal::emit_path(&path)?,
+    };
+    Ok(())
+}

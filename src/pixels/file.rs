@@ -1,0 +1,132 @@
+//! Image files from anywhere: bounded, upright, in plain RGB.
+
+use std::io::{self, BufReader};
+use std::path::Path;
+
+use image::imageops::{self, FilterType};
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage, RgbaImage};
+
+use crate::error::{Error, Result};
+
+/// The largest width and height that is read, in pixels, and the most memory that decoding may take, in bytes.
+const MAX_SIDE: u32 = 8192;
+const MAX_BYTES: u64 = 256 << 20;
+
+/// Reads a PNG, JPEG or WebP file, turned as its EXIF says, what is transparent on white.
+///
+/// Errors: usage, if the file cannot be read, is no such image, or is larger than the limits.
+pub fn open(path: &Path) -> Result<RgbImage> {
+    let shown = path.display();
+    let unreadable = |e: io::Error| {
+        Error::usage(format!("cannot read {shown}: {e}")).hint("check the path: ls, or name another image")
+    };
+    // Opening a pipe would wait for a writer.
+    if !path.metadata().map_err(unreadable)?.is_file() {
+        return Err(Error::usage(format!("{shown} is not a file")).hint("name a PNG, JPEG or WebP file"));
+    }
+    let file = BufReader::new(std::fs::File::open(path).map_err(unreadable)?);
+    let mut reader = ImageReader::new(file).with_guessed_format().map_err(unreadable)?;
+    let mut limits = Limits::default();
+    (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
+    limits.max_alloc = Some(MAX_BYTES);
+    reader.limits(limits);
+    let decoded = reader.into_decoder().and_then(|mut decoder| {
+        let orientation = decoder.orientation()?;
+        let mut image = DynamicImage::from_decoder(decoder)?;
+        image.apply_orientation(orientation);
+        Ok(image)
+    });
+    let image = decoded.map_err(|e| {
+        let limit = matches!(e, image::ImageError::Limits(_));
+        let hint = match limit {
+            true => format!("scale it down: images of up to {MAX_SIDE}x{MAX_SIDE} pixels are read"),
+            false => "name a PNG, JPEG or WebP file".into(),
+        };
+        Error::usage(format!("cannot read {shown} as an image: {e}")).hint(hint)
+    })?;
+    if image.width() == 0 || image.height() == 0 {
+        return Err(Error::usage(format!("{shown} has no pixels")).hint("name another image"));
+    }
+    Ok(match image.color().has_alpha() {
+        true => on_white(&image.to_rgba8()),
+        false => image.to_rgb8(),
+    })
+}
+
+fn on_white(image: &RgbaImage) -> RgbImage {
+    RgbImage::from_fn(image.width(), image.height(), |x, y| {
+        let [r, g, b, a] = image.get_pixel(x, y).0.map(u32::from);
+        image::Rgb([r, g, b].map(|v| ((v * a + 255 * (255 - a) + 127) / 255) as u8))
+    })
+}
+
+/// The image scaled to cover `width` x `height` pixels, its middle cut out: bicubic, antialiased.
+pub fn cover(image: &RgbImage, width: u32, height: u32) -> RgbImage {
+    if image.dimensions() == (width, height) {
+        return image.clone();
+    }
+    let (w, h) = (f64::from(image.width()), f64::from(image.height()));
+    let scale = (f64::from(width) / w).max(f64::from(height) / h);
+    let [w, h] = [(w, width), (h, height)].map(|(from, to)| ((from * scale).round() as u32).max(to));
+    let scaled = imageops::resize(image, w, h, FilterType::CatmullRom);
+    imageops::crop_imm(&scaled, (w - width) / 2, (h - height) / 2, width, height).to_image()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{Rgb, Rgba};
+
+    #[test]
+    fn transparency_is_white_and_grey_is_rgb() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.png");
+        let mut rgba = RgbaImage::from_pixel(3, 2, Rgba([10, 20, 30, 255]));
+        rgba.put_pixel(0, 0, Rgba([10, 20, 30, 0]));
+        rgba.put_pixel(1, 0, Rgba([0, 100, 200, 128]));
+        rgba.save(&path).unwrap();
+        let image = open(&path).unwrap();
+        assert_eq!(image.dimensions(), (3, 2));
+        assert_eq!(
+            [image[(0, 0)], image[(1, 0)], image[(2, 1)]].map(|p| p.0),
+            [[255; 3], [127, 177, 227], [10, 20, 30]]
+        );
+        image::ImageBuffer::from_pixel(2, 2, image::Luma([0xffffu16])).save(&path).unwrap();
+        assert_eq!(open(&path).unwrap()[(1, 1)], Rgb([255; 3]));
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_with_a_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut png = Vec::new();
+        let mut encoder = png::Encoder::new(&mut png, 100_000, 100_000);
+        encoder.set_color(png::ColorType::Grayscale);
+        drop(encoder.write_header().unwrap());
+        let cases: [(&str, &[u8], &str); 4] = [
+            ("empty", b"", "as an image"),
+            ("text", b"hello", "as an image"),
+            ("bomb", &png, "limit"),
+            ("cut", &png[..20], "as an image"),
+        ];
+        for (name, bytes, part) in cases {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let error = open(&path).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.message.to_lowercase().contains(part) && error.hint.is_some(), "{name}: {error}");
+        }
+        assert!(open(dir.path()).unwrap_err().message.contains("is not a file"));
+        assert!(open(&dir.path().join("none")).unwrap_err().message.contains("cannot read"));
+    }
+
+    #[test]
+    fn covering_keeps_the_middle() {
+        let mut image = RgbImage::from_pixel(40, 10, Rgb([0; 3]));
+        (15..25).for_each(|x| (0..10).for_each(|y| image.put_pixel(x, y, Rgb([200; 3]))));
+        let square = cover(&image, 20, 20);
+        assert_eq!(square.dimensions(), (20, 20));
+        assert!(square.pixels().skip(2).take(16).all(|p| p.0[0] > 190), "{square:?}");
+        assert_eq!(cover(&image, 1, 64).dimensions(), (1, 64));
+        assert_eq!(cover(&image, 40, 10), image);
+    }
+}
