@@ -1,11 +1,13 @@
 //! Pixels in and out of tensors, and exact resampling: every resize is two small matrix products.
 
 mod file;
+mod pillow;
 
 use candle_core::{DType, Device, Result, Tensor};
 use image::RgbImage;
 
 pub use file::{cover, open};
+pub use pillow::{Filter, centre_crop, pad_to_square, resize};
 
 /// A linear resampling along one axis: `weights` is (to, from), row-major.
 #[derive(Clone, Debug)]
@@ -18,14 +20,16 @@ pub struct Resampling {
     pub weights: Vec<f32>,
 }
 
-/// Keys' cubic convolution kernel with A = -0.75, as PyTorch's bicubic.
-fn cubic(x: f64) -> f64 {
-    const A: f64 = -0.75;
+/// The A of PyTorch's bicubic.
+const A: f64 = -0.75;
+
+/// Keys' cubic convolution kernel.
+fn cubic(x: f64, a: f64) -> f64 {
     let x = x.abs();
     if x <= 1.0 {
-        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
+        ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
     } else if x < 2.0 {
-        ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A
+        ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
     } else {
         0.0
     }
@@ -47,7 +51,7 @@ impl Resampling {
             let base = centre.floor();
             for tap in -1..=2i64 {
                 let source = (base as i64 + tap).clamp(0, from as i64 - 1) as usize;
-                row[source] += cubic(f64::from(centre - base) - tap as f64) as f32;
+                row[source] += cubic(f64::from(centre - base) - tap as f64, A) as f32;
             }
         }
         Self { from, to, weights }
@@ -59,6 +63,16 @@ impl Resampling {
         for (i, row) in weights.chunks_exact_mut(from).enumerate() {
             let (start, end) = (i * from / to, ((i + 1) * from).div_ceil(to));
             row[start..end].fill(1.0 / (end - start) as f32);
+        }
+        Self { from, to, weights }
+    }
+
+    /// Bilinear, `align_corners` false, with a filter that widens where the axis shrinks (PyTorch's `antialias`).
+    pub fn bilinear_antialiased(from: usize, to: usize) -> Self {
+        let mut weights = vec![0f32; to * from];
+        let taps = pillow::taps(from, to, Filter::Bilinear, 0..to);
+        for (row, (first, taps)) in weights.chunks_exact_mut(from).zip(taps) {
+            row[first..].iter_mut().zip(taps).for_each(|(w, tap)| *w = tap as f32);
         }
         Self { from, to, weights }
     }
@@ -76,6 +90,11 @@ pub struct GridResampling {
 }
 
 impl GridResampling {
+    /// From a resampling of each axis.
+    pub fn new(rows: Resampling, columns: Resampling) -> Self {
+        Self { rows, columns }
+    }
+
     /// Bicubic from one (height, width) to another.
     pub fn bicubic(from: (usize, usize), to: (usize, usize)) -> Self {
         Self { rows: Resampling::bicubic(from.0, to.0), columns: Resampling::bicubic(from.1, to.1) }

@@ -38,6 +38,7 @@ pub enum Init {
 #[derive(Clone, Debug)]
 pub struct Weights {
     prefix: String,
+    unused: bool,
     store: Arc<Store>,
     device: Device,
 }
@@ -52,6 +53,8 @@ enum Store {
         seed: u64,
         state: Mutex<Trainable>,
     },
+    /// No file at all: what is asked for is noted.
+    Inventory(Mutex<BTreeMap<String, Vec<usize>>>),
 }
 
 #[derive(Debug)]
@@ -115,13 +118,25 @@ impl Weights {
         Self::new(Store::Plan(archives, dtype, Mutex::default()), &Device::Cpu)
     }
 
+    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::asked`] then tells the keys
+    /// and shapes of a model without its memory.
+    pub fn inventory() -> Self {
+        Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
+    }
+
     fn new(store: Store, device: &Device) -> Self {
-        Self { prefix: String::new(), store: Arc::new(store), device: device.clone() }
+        Self { prefix: String::new(), unused: false, store: Arc::new(store), device: device.clone() }
     }
 
     /// The weights below `name`: keys are joined with dots.
     pub fn pp(&self, name: impl Display) -> Self {
         Self { prefix: self.key(name), ..self.clone() }
+    }
+
+    /// The same place, for tensors that public checkpoints hold but the model does without: they are never read, and
+    /// may be missing.
+    pub fn unused(&self) -> Self {
+        Self { unused: true, ..self.clone() }
     }
 
     fn key(&self, name: impl Display) -> String {
@@ -141,6 +156,15 @@ impl Weights {
         }
     }
 
+    /// Every key that was asked of an [inventory](Self::inventory) so far, [unused](Self::unused) ones too, with its
+    /// shape; none of other weights.
+    pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
+        match &*self.store {
+            Store::Inventory(asked) => lock(asked).clone(),
+            _ => BTreeMap::new(),
+        }
+    }
+
     /// What [`Self::plan`] found.
     pub(super) fn problems(&self) -> Vec<(String, Fault)> {
         match &*self.store {
@@ -151,10 +175,15 @@ impl Weights {
 
     /// One tensor. `init` gives the values that a trainable tensor starts from if they are not known.
     ///
-    /// Errors: a key that is not there or has another shape, unless the weights are trainable.
+    /// Errors: a key that is not there or has another shape, unless the weights are trainable, unused or an inventory.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
+            Store::Inventory(asked) => {
+                lock(asked).insert(key, shape.dims().to_vec());
+                Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
+            }
+            _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
             Store::Files(archives, dtype) => match check(archives, &key, &shape) {
                 Ok(archive) => archive.read(&key, *dtype, &self.device),
                 Err(fault) => Err(Error::Msg(format!("{key}: {fault}"))),

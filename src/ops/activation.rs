@@ -26,6 +26,18 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// `x * sigmoid(1.702 x)`, CLIP's stand-in for GELU, of x's shape and dtype.
+pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    match slice::fused(&[x]) {
+        true => x.contiguous()?.apply_op1(Gelu::Quick),
+        false => plain_quick_gelu(x),
+    }
+}
+
+fn plain_quick_gelu(x: &Tensor) -> Result<Tensor> {
+    (x * f64::from(QUICK))?.silu()? / f64::from(QUICK)
+}
+
 /// `silu(gate) * up`, of their common shape and dtype.
 ///
 /// Errors when the shapes differ.
@@ -60,11 +72,13 @@ fn map2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
 enum Gelu {
     Tanh,
     Erf,
+    Quick,
 }
 
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 const INV_SQRT_2PI: f32 = 0.398_942_3;
 const CUBIC: f32 = 0.044715;
+const QUICK: f32 = 1.702;
 
 /// `(1 + tanh(u)) / 2 = sigmoid(2u)`, which takes one exponential.
 fn tanh_gate(x: f32) -> f32 {
@@ -85,6 +99,7 @@ impl CustomOp1 for Gelu {
         let y = match self {
             Gelu::Tanh => map2(x, x, |x, _| x * tanh_gate(x)),
             Gelu::Erf => map2(x, x, |x, _| x * normal_cdf(x)),
+            Gelu::Quick => map2(x, x, |x, _| x * sigmoid(QUICK * x)),
         };
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
@@ -102,6 +117,10 @@ impl CustomOp1 for Gelu {
             Gelu::Erf => map2(xs, dys, |x, dy| {
                 let density = INV_SQRT_2PI * exp(-0.5 * x * x);
                 dy * (normal_cdf(x) + x * density)
+            }),
+            Gelu::Quick => map2(xs, dys, |x, dy| {
+                let s = sigmoid(QUICK * x);
+                dy * (s + x * QUICK * s * (1.0 - s))
             }),
         };
         slice::gradient(x, dx)
@@ -148,6 +167,7 @@ mod tests {
         let (x, y) = (random((3, 37), 1), random((3, 37), 2));
         same(&[&x], || gelu_tanh(&x), || x.gelu());
         same(&[&x], || gelu_erf(&x), || x.gelu_erf());
+        same(&[&x], || quick_gelu(&x), || plain_quick_gelu(&x));
         same(&[&x, &y], || swiglu(&x, &y), || plain_swiglu(&x, &y));
         same(&[&x], || gelu_erf(&x.t()?), || x.t()?.gelu_erf());
     }
@@ -155,7 +175,7 @@ mod tests {
     #[test]
     fn far_out_is_finite() -> Result<()> {
         let x = Tensor::new(&[-200f32, -20.0, 20.0, 200.0], &candle_core::Device::Cpu)?;
-        for y in [gelu_tanh(&x)?, gelu_erf(&x)?, swiglu(&x, &x.ones_like()?)?] {
+        for y in [gelu_tanh(&x)?, gelu_erf(&x)?, quick_gelu(&x)?, swiglu(&x, &x.ones_like()?)?] {
             let y = y.to_vec1::<f32>()?;
             assert!(y[0].abs() < 1e-6 && y[1].abs() < 1e-6 && y[2] == 20.0 && y[3] == 200.0, "{y:?}");
         }

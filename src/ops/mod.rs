@@ -20,7 +20,7 @@ mod resize;
 mod rope;
 mod slice;
 
-pub use activation::{gelu_erf, gelu_tanh, swiglu};
+pub use activation::{gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::attention;
 pub use conv::conv2d;
 pub use group_norm::group_norm;

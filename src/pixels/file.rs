@@ -3,9 +3,10 @@
 use std::io::{self, BufReader};
 use std::path::Path;
 
-use image::imageops::{self, FilterType};
+use image::imageops;
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage, RgbaImage};
 
+use super::pillow::{self, Filter};
 use crate::error::{Error, Result};
 
 /// The largest width and height that is read, in pixels, and the most memory that decoding may take, in bytes.
@@ -68,7 +69,7 @@ pub fn cover(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     let (w, h) = (f64::from(image.width()), f64::from(image.height()));
     let scale = (f64::from(width) / w).max(f64::from(height) / h);
     let [w, h] = [(w, width), (h, height)].map(|(from, to)| ((from * scale).round() as u32).max(to));
-    let scaled = imageops::resize(image, w, h, FilterType::CatmullRom);
+    let scaled = pillow::resize(image, (w, h), Filter::Bicubic);
     imageops::crop_imm(&scaled, (w - width) / 2, (h - height) / 2, width, height).to_image()
 }
 

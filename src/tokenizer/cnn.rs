@@ -1,6 +1,6 @@
 //! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Init, Weights};
@@ -9,7 +9,7 @@ use crate::ops;
 const EPS: f64 = 1e-6;
 
 /// Shape of one convolutional half.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CnnConfig {
     /// Channels of the level with the most pixels.
@@ -27,6 +27,14 @@ pub struct CnnConfig {
 }
 
 impl CnnConfig {
+    /// Errors: no levels, more than any image has pixels for, or no patches.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > 1 << 16 {
+            bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
+        }
+        Ok(())
+    }
+
     /// Pixels per code along each axis.
     pub fn stride(&self) -> usize {
         self.patch << (self.ch_mult.len() - 1)
@@ -297,3 +305,6 @@ impl Decoder {
         ops::pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward(&x, true)?)?, self.patch)
     }
 }
+
+#[cfg(test)]
+mod tests;

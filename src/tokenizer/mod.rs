@@ -2,20 +2,30 @@
 //! coarse to fine.
 
 mod cnn;
+mod layers;
+mod presets;
 mod quantizer;
+mod semantic_decoder;
+#[cfg(test)]
+mod tests;
 mod vit;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 pub use cnn::CnnConfig;
+pub use presets::Preset;
 pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
-pub use vit::{SemanticDecoderConfig, SemanticEncoder, VitConfig};
+pub use semantic_decoder::SemanticDecoderConfig;
+pub use vit::{PositionResampling, SemanticEncoder, VitConfig, VitFeatures, VitLayout};
 
-use crate::checkpoint::Weights;
+use crate::checkpoint::{Init, Weights};
+use crate::pixels::GridResampling;
+use layers::Linear;
+use semantic_decoder::SemanticDecoder;
 
 /// Shape of a whole tokenizer.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerConfig {
     /// Semantic encoder.
@@ -28,48 +38,87 @@ pub struct TokenizerConfig {
     pub decoder: CnnConfig,
     /// Dual codebook.
     pub codebook: CodebookConfig,
+    /// Side of the square images that come out, where the pixel decoder's are resized (`siglip_32k`: 432 to 384).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+}
+
+impl TokenizerConfig {
+    /// Errors: sizes that fit no tokenizer.
+    pub fn check(&self) -> Result<()> {
+        self.semantic.check()?;
+        self.semantic_decoder.check(&self.semantic)?;
+        self.encoder.check()?;
+        self.decoder.check()?;
+        let (grid, pixels) = (self.encoder.stride(), self.decoder.stride());
+        if grid != pixels || self.codebook.size == 0 || self.codebook.dim() == 0 || self.image_size == Some(0) {
+            bail!("a tokenizer needs codes, and one stride: its encoder's is {grid}, its decoder's {pixels}");
+        }
+        Ok(())
+    }
+
+    /// The grid of an image of (height, width): that of the semantic encoder's patches.
+    ///
+    /// Errors: an image smaller than a patch.
+    pub fn grid(&self, size: (usize, usize)) -> Result<(usize, usize)> {
+        self.semantic.grid(size)
+    }
 }
 
 /// A loaded tokenizer.
 #[derive(Debug)]
 pub struct ImageTokenizer {
     semantic: SemanticEncoder,
-    encode_task: (vit::Linear, vit::Linear),
+    encode_task: (Linear, Linear),
     encoder: cnn::Encoder,
     quant_conv: cnn::Conv,
     quantizer: Quantizer,
     post_quant_conv: cnn::Conv,
     decoder: cnn::Decoder,
-    semantic_decoder: vit::SemanticDecoder,
-    decode_task: (vit::Linear, vit::Linear),
+    semantic_decoder: SemanticDecoder,
+    decode_task: (Linear, Linear),
     config: TokenizerConfig,
 }
 
 impl ImageTokenizer {
     /// TokenFlow's public keys: `encoder_vqkd`, `encode_task_layer`, `encoder`, `quant_conv`, `quantize`,
     /// `post_quant_conv`, `decoder`, `decoder_vqkd`, `decode_task_layer`.
+    ///
+    /// Errors: tensors that are missing or misshapen, and what [`TokenizerConfig::check`] refuses.
     pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {
+        config.check()?;
         let (d, codes) = (config.semantic.hidden_size, &config.codebook);
         let task = |name: &str, to: usize| -> Result<_> {
             let w = w.pp(name);
-            Ok((vit::Linear::load(&w.pp(0), d, d)?, vit::Linear::load(&w.pp(2), d, to)?))
+            Ok((Linear::load(&w.pp(0), d, d)?, Linear::load(&w.pp(2), d, to)?))
         };
-        let semantic_decoder = w.pp("decoder_vqkd");
+        let semantic = w.pp("encoder_vqkd");
+        let semantic = match config.semantic.layout {
+            VitLayout::Clip => semantic,
+            VitLayout::Siglip | VitLayout::Naflex => semantic.pp("vision_model"),
+        };
+        // Statistics and a loss's constants, left over from training.
+        let unused = w.unused();
+        unused.pp("quantize").get(4 * codes.size, "codebook_used", Init::Zeros)?;
+        if config.semantic.layout == VitLayout::Siglip {
+            unused.pp("scaling_layer").get((1, 3, 1, 1), "shift", Init::Zeros)?;
+            unused.pp("scaling_layer").get((1, 3, 1, 1), "scale", Init::Ones)?;
+        }
         Ok(Self {
-            semantic: SemanticEncoder::load(&w.pp("encoder_vqkd.vision_model"), &config.semantic)?,
+            semantic: SemanticEncoder::load(&semantic, &config.semantic)?,
             encode_task: task("encode_task_layer", codes.semantic_dim)?,
             encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
             quant_conv: cnn::Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
             quantizer: Quantizer::load(&w.pp("quantize"), codes)?,
             post_quant_conv: cnn::Conv::load(&w.pp("post_quant_conv"), codes.pixel_dim, config.decoder.z_channels, 1)?,
             decoder: cnn::Decoder::load(&w.pp("decoder"), &config.decoder)?,
-            semantic_decoder: vit::SemanticDecoder::load(
-                &semantic_decoder,
+            semantic_decoder: SemanticDecoder::load(
+                &w.pp("decoder_vqkd"),
                 &config.semantic,
                 &config.semantic_decoder,
                 codes.semantic_dim,
             )?,
-            decode_task: task("decode_task_layer", d)?,
+            decode_task: task("decode_task_layer", config.semantic_decoder.out_dim.unwrap_or(d))?,
             config: config.clone(),
         })
     }
@@ -97,7 +146,18 @@ impl ImageTokenizer {
 
     /// Pixel half before quantisation: (B, 3, H, W) -> (B, h, w, pixel_dim).
     pub fn pixel_half(&self, image: &Tensor) -> Result<Tensor> {
-        self.quant_conv.forward(&self.encoder.forward(image)?)?.permute((0, 2, 3, 1))?.contiguous()
+        let image = self.pixel_input(image)?;
+        self.quant_conv.forward(&self.encoder.forward(&image)?)?.permute((0, 2, 3, 1))?.contiguous()
+    }
+
+    /// The image as the pixel branch sees it: resized where a code is not as wide as a patch, so that grids agree.
+    fn pixel_input(&self, image: &Tensor) -> Result<Tensor> {
+        let (stride, size) = (self.config.encoder.stride(), (image.dim(2)?, image.dim(3)?));
+        if stride == self.config.semantic.patch_size {
+            return Ok(image.clone());
+        }
+        let (h, w) = self.config.grid(size)?;
+        GridResampling::bicubic(size, (h * stride, w * stride)).channels_first(image)
     }
 
     /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, D), semantic channels first.
@@ -112,15 +172,18 @@ impl ImageTokenizer {
         let f = self.features(image)?;
         let (_, h, w, d) = f.dims4()?;
         if scales.last() != Some(&(h, w)) {
-            candle_core::bail!("an image with a {h}x{w} grid does not fit the scales {scales:?}");
+            bail!("an image with a {h}x{w} grid does not fit the scales {scales:?}");
         }
         let f = f.flatten_all()?.to_vec1::<f32>()?;
         Ok(f.chunks_exact(h * w * d).map(|f| self.quantizer.encode(f, scales, None, |_, _, _| {})).collect())
     }
 
     /// Pixels of one image from its codes, or from those of a prefix of its scales: (3, H, W) around [-1, 1].
+    ///
+    /// Errors: codes that [`Quantizer::check`] refuses.
     pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<Tensor> {
-        let &(h, w) = scales.last().ok_or_else(|| candle_core::Error::Msg("no scales".into()))?;
+        let Some(&(h, w)) = scales.last() else { bail!("no scales") };
+        self.quantizer.check(codes, scales)?;
         let f = self.quantizer.accumulate(codes, scales, (h, w));
         self.decode_features(&self.quantizer.to_tensor(f, (h, w))?)?.squeeze(0)
     }
@@ -129,10 +192,12 @@ impl ImageTokenizer {
     pub fn decode_features(&self, f: &Tensor) -> Result<Tensor> {
         let codes = &self.config.codebook;
         let pixel = f.narrow(3, codes.semantic_dim, codes.pixel_dim)?.permute((0, 3, 1, 2))?.contiguous()?;
-        self.decoder.forward(&self.post_quant_conv.forward(&pixel)?)
+        let image = self.decoder.forward(&self.post_quant_conv.forward(&pixel)?)?;
+        let Some(side) = self.config.image_size else { return Ok(image) };
+        GridResampling::bicubic((image.dim(2)?, image.dim(3)?), (side, side)).channels_first(&image)
     }
 
-    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, width).
+    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, out_dim).
     pub fn decode_semantic(&self, f: &Tensor) -> Result<Tensor> {
         let x = self.semantic_decoder.forward(&f.narrow(3, 0, self.config.codebook.semantic_dim)?.contiguous()?)?;
         self.decode_task.1.forward(&self.decode_task.0.forward(&x)?.tanh()?)

@@ -1,6 +1,6 @@
 //! Multi-scale residual vector quantisation with a dual codebook and one shared index.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use gemm::Parallelism;
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ use crate::rng::Rng;
 const EPS: f32 = 1e-12;
 
 /// Shape and metric of the codebook.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CodebookConfig {
     /// Number of codes.
@@ -224,6 +224,24 @@ impl Quantizer {
         }
         weigh(&mut row, &self.config);
         row.iter().map(|v| v * v).sum()
+    }
+
+    /// Whether `codes` are those of a prefix of `scales`.
+    ///
+    /// Errors: more scales than there are, a scale with too few or too many codes, a code that is not in the table.
+    pub fn check(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<()> {
+        if codes.len() > scales.len() {
+            bail!("codes of {} scales, of {} at most", codes.len(), scales.len());
+        }
+        for (i, (codes, (h, w))) in codes.iter().zip(scales).enumerate() {
+            if h.checked_mul(*w) != Some(codes.len()) {
+                bail!("scale {} ({h}x{w}) has {} codes", i + 1, codes.len());
+            }
+            if let Some(code) = codes.iter().find(|&&code| code as usize >= self.config.size) {
+                bail!("scale {} has code {code}, of {} that there are", i + 1, self.config.size);
+            }
+        }
+        Ok(())
     }
 
     /// F of one image on `grid`, (h * w, D), from the codes of a prefix of the scales.

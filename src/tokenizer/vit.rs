@@ -1,16 +1,14 @@
-//! The semantic branch: a ViT encoder at any grid (SigLIP's layout), and TokenFlow's semantic decoder.
+//! The semantic branch: a ViT encoder at any grid, in the layouts of CLIP, SigLIP and SigLIP2-NaFlex.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
+use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
 use crate::checkpoint::{Init, Weights};
-use crate::ops;
-use crate::pixels::GridResampling;
-
-const EPS: f64 = 1e-6;
+use crate::pixels::{GridResampling, Resampling};
 
 /// Shape of the semantic encoder.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VitConfig {
     /// Width of the tokens.
@@ -23,181 +21,248 @@ pub struct VitConfig {
     pub num_attention_heads: usize,
     /// Pixels per token along each axis.
     pub patch_size: usize,
-    /// Side of the grid on which the position table is stored; other grids read it by bicubic resampling.
+    /// Side of the grid on which the position table is stored.
     pub native_grid: usize,
+    /// Whose keys, activation and norms.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub layout: VitLayout,
+    /// How other grids read the position table; the semantic decoder's too.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub positions: PositionResampling,
+    /// Which of the encoder's states are the features.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub features: VitFeatures,
 }
 
-/// Shape of the semantic decoder.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SemanticDecoderConfig {
-    /// Blocks; width, heads and MLP are the semantic encoder's.
-    pub depth: usize,
+/// Whose keys and details a semantic encoder follows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VitLayout {
+    /// SigLIP2-NaFlex: patches enter by a linear layer; tanh-GELU, norms with 1e-6.
+    #[default]
+    Naflex,
+    /// SigLIP: as NaFlex, but patches enter by a convolution, of pixels clamped to [-1, 1].
+    Siglip,
+    /// OpenAI's CLIP: a class token, a norm before the blocks, packed projections; QuickGELU, norms with 1e-5.
+    Clip,
 }
 
-/// A linear layer with bias.
-#[derive(Debug)]
-pub(super) struct Linear {
-    weight: Tensor,
-    bias: Tensor,
+/// How a grid that is not the stored one reads the position table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PositionResampling {
+    /// Bicubic.
+    #[default]
+    Bicubic,
+    /// Bicubic by a scale factor of (n + 0.1) / native, which guards against rounding down to n - 1 (DINO, TokenFlow).
+    BicubicOffset,
+    /// Bilinear, antialiased where the grid is smaller (SigLIP2-NaFlex).
+    Bilinear,
 }
 
-impl Linear {
-    pub(super) fn load(w: &Weights, from: usize, to: usize) -> Result<Self> {
-        let init = Init::Normal { std: (from as f64).powf(-0.5) };
-        Ok(Self { weight: w.get((to, from), "weight", init)?, bias: w.get(to, "bias", Init::Zeros)? })
+/// Which of the encoder's states are the features.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VitFeatures {
+    /// The last block's output after the last norm.
+    #[default]
+    Normed,
+    /// The last but one block's output as it is (`hidden_states[-2]`).
+    Penultimate,
+}
+
+pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+impl VitConfig {
+    /// Errors: sizes that fit no encoder.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            bail!("{} heads do not divide a width of {}", self.num_attention_heads, self.hidden_size);
+        }
+        if self.patch_size == 0 || self.native_grid == 0 || self.num_hidden_layers == 0 {
+            bail!("a semantic encoder needs patches, a grid and layers");
+        }
+        Ok(())
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, Some(&self.bias))
-    }
-}
-
-#[derive(Debug)]
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl LayerNorm {
-    fn load(w: &Weights, size: usize) -> Result<Self> {
-        Ok(Self { weight: w.get(size, "weight", Init::Ones)?, bias: w.get(size, "bias", Init::Zeros)? })
+    /// Patches along each axis of an image; what is left over at its bottom and right is not seen.
+    ///
+    /// Errors: an image smaller than a patch.
+    pub fn grid(&self, (height, width): (usize, usize)) -> Result<(usize, usize)> {
+        match (height / self.patch_size, width / self.patch_size) {
+            (0, _) | (_, 0) => bail!("an image of {height}x{width} has no patch of {}", self.patch_size),
+            grid => Ok(grid),
+        }
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, EPS)
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Activation {
-    GeluTanh,
-    GeluErf,
-}
-
-/// A pre-norm transformer block; the constructors differ in key names only.
-#[derive(Debug)]
-struct Block {
-    norm1: LayerNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    out: Linear,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-    activation: Activation,
-    heads: usize,
-}
-
-impl Block {
-    fn load_siglip(w: &Weights, c: &VitConfig) -> Result<Self> {
-        let d = c.hidden_size;
-        let attn = w.pp("self_attn");
-        Ok(Self {
-            norm1: LayerNorm::load(&w.pp("layer_norm1"), d)?,
-            q: Linear::load(&attn.pp("q_proj"), d, d)?,
-            k: Linear::load(&attn.pp("k_proj"), d, d)?,
-            v: Linear::load(&attn.pp("v_proj"), d, d)?,
-            out: Linear::load(&attn.pp("out_proj"), d, d)?,
-            norm2: LayerNorm::load(&w.pp("layer_norm2"), d)?,
-            fc1: Linear::load(&w.pp("mlp").pp("fc1"), d, c.intermediate_size)?,
-            fc2: Linear::load(&w.pp("mlp").pp("fc2"), c.intermediate_size, d)?,
-            activation: Activation::GeluTanh,
-            heads: c.num_attention_heads,
-        })
+    fn block(&self) -> BlockShape {
+        let eps = if self.layout == VitLayout::Clip { 1e-5 } else { 1e-6 };
+        BlockShape { width: self.hidden_size, mlp: self.intermediate_size, heads: self.num_attention_heads, eps }
     }
 
-    /// BEiT's layout: one fused qkv matrix, whose key part has no bias.
-    fn load_beit(w: &Weights, c: &VitConfig) -> Result<Self> {
-        let d = c.hidden_size;
-        let attn = w.pp("attn");
-        let qkv = attn.pp("qkv").get((3 * d, d), "weight", Init::Normal { std: (d as f64).powf(-0.5) })?;
-        let q_bias = attn.get(d, "q_bias", Init::Zeros)?;
-        let part = |i: usize, bias: Tensor| -> Result<Linear> { Ok(Linear { weight: qkv.narrow(0, i * d, d)?, bias }) };
-        Ok(Self {
-            norm1: LayerNorm::load(&w.pp("norm1"), d)?,
-            k: part(1, q_bias.zeros_like()?)?,
-            q: part(0, q_bias)?,
-            v: part(2, attn.get(d, "v_bias", Init::Zeros)?)?,
-            out: Linear::load(&attn.pp("proj"), d, d)?,
-            norm2: LayerNorm::load(&w.pp("norm2"), d)?,
-            fc1: Linear::load(&w.pp("mlp").pp("fc1"), d, c.intermediate_size)?,
-            fc2: Linear::load(&w.pp("mlp").pp("fc2"), c.intermediate_size, d)?,
-            activation: Activation::GeluErf,
-            heads: c.num_attention_heads,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, t, d) = x.dims3()?;
-        let head = d / self.heads;
-        let normed = self.norm1.forward(x)?;
-        let split = |l: &Linear| l.forward(&normed)?.reshape((b, t, self.heads, head));
-        let scale = 1.0 / (head as f32).sqrt();
-        let attended = ops::attention(&split(&self.q)?, &split(&self.k)?, &split(&self.v)?, None, scale)?;
-        let x = (x + self.out.forward(&attended.reshape((b, t, d))?)?)?;
-        let h = self.fc1.forward(&self.norm2.forward(&x)?)?;
-        let h = match self.activation {
-            Activation::GeluTanh => ops::gelu_tanh(&h)?,
-            Activation::GeluErf => ops::gelu_erf(&h)?,
-        };
-        x + self.fc2.forward(&h)?
+    /// Blocks that run.
+    fn depth(&self) -> usize {
+        match self.features {
+            VitFeatures::Normed => self.num_hidden_layers,
+            VitFeatures::Penultimate => self.num_hidden_layers - 1,
+        }
     }
 }
 
 /// Positions stored on a square grid, (n, D), read on another grid: (1, h * w, D).
-fn positions_at(table: &Tensor, native: usize, grid: (usize, usize)) -> Result<Tensor> {
+pub(super) fn positions_at(
+    table: &Tensor,
+    native: usize,
+    grid: (usize, usize),
+    rule: PositionResampling,
+) -> Result<Tensor> {
     let d = table.dim(1)?;
     if grid == (native, native) {
         return table.unsqueeze(0);
     }
-    let table = table.reshape((1, native, native, d))?;
-    GridResampling::bicubic((native, native), grid).channels_last(&table)?.reshape((1, grid.0 * grid.1, d))
+    let axis = |to: usize| match rule {
+        PositionResampling::Bicubic => Resampling::bicubic(native, to),
+        PositionResampling::BicubicOffset => Resampling::bicubic_scaled(native, to, native as f64 / (to as f64 + 0.1)),
+        PositionResampling::Bilinear => Resampling::bilinear_antialiased(native, to),
+    };
+    let table = table.contiguous()?.reshape((1, native, native, d))?;
+    let resampling = GridResampling::new(axis(grid.0), axis(grid.1));
+    resampling.channels_last(&table)?.reshape((1, grid.0 * grid.1, d))
 }
 
 /// Image (B, 3, H, W) in [-1, 1] to one token per patch, (B, h * w, D).
 #[derive(Debug)]
 pub struct SemanticEncoder {
     patch_embedding: Linear,
+    /// (D): CLIP's class token; its position is the table's first row.
+    class_embedding: Option<Tensor>,
+    /// (n, D).
     position_embedding: Tensor,
+    pre_norm: Option<LayerNorm>,
     layers: Vec<Block>,
-    post_layernorm: LayerNorm,
+    post_norm: Option<LayerNorm>,
     config: VitConfig,
 }
 
 impl SemanticEncoder {
-    /// Keys of SigLIP2-NaFlex's vision model, whose patch embedding is a linear layer.
+    /// Keys of the layout's public vision model. Tensors that the features do not depend on are not read.
     pub fn load(w: &Weights, config: &VitConfig) -> Result<Self> {
-        let (d, embeddings) = (config.hidden_size, w.pp("embeddings"));
-        let patch = 3 * config.patch_size * config.patch_size;
-        let shape = (config.native_grid * config.native_grid, d);
-        Ok(Self {
-            patch_embedding: Linear::load(&embeddings.pp("patch_embedding"), patch, d)?,
-            position_embedding: embeddings.pp("position_embedding").get(shape, "weight", Init::Normal { std: 0.02 })?,
-            layers: (0..config.num_hidden_layers)
-                .map(|i| Block::load_siglip(&w.pp("encoder.layers").pp(i), config))
+        config.check()?;
+        match config.layout {
+            VitLayout::Clip => Self::load_clip(w, config),
+            VitLayout::Siglip | VitLayout::Naflex => Self::load_siglip(w, config),
+        }
+    }
+
+    fn load_siglip(w: &Weights, config: &VitConfig) -> Result<Self> {
+        let (shape, embeddings) = (config.block(), w.pp("embeddings"));
+        let (d, p, native) = (shape.width, config.patch_size, config.native_grid);
+        let patch = embeddings.pp("patch_embedding");
+        let unused = w.unused();
+        let normed = config.features == VitFeatures::Normed;
+        let encoder = Self {
+            patch_embedding: match config.layout {
+                VitLayout::Naflex => Linear::load(&patch, 3 * p * p, d)?,
+                _ => Linear::new(convolution(&patch, d, p)?, Some(patch.get(d, "bias", Init::Zeros)?)),
+            },
+            class_embedding: None,
+            position_embedding: embeddings.pp("position_embedding").get((native * native, d), "weight", TABLE)?,
+            pre_norm: None,
+            layers: (0..config.depth())
+                .map(|i| Block::load_siglip(&w.pp("encoder.layers").pp(i), shape))
                 .collect::<Result<_>>()?,
-            post_layernorm: LayerNorm::load(&w.pp("post_layernorm"), d)?,
+            post_norm: normed.then(|| LayerNorm::load(&w.pp("post_layernorm"), d, shape.eps)).transpose()?,
+            config: config.clone(),
+        };
+        if !normed {
+            Block::load_siglip(&unused.pp("encoder.layers").pp(config.depth()), shape)?;
+            LayerNorm::load(&unused.pp("post_layernorm"), d, shape.eps)?;
+        }
+        let head = unused.pp("head");
+        head.get((1, 1, d), "probe", Init::Zeros)?;
+        head.pp("attention").get((3 * d, d), "in_proj_weight", Init::Zeros)?;
+        head.pp("attention").get(3 * d, "in_proj_bias", Init::Zeros)?;
+        Linear::load(&head.pp("attention.out_proj"), d, d)?;
+        LayerNorm::load(&head.pp("layernorm"), d, shape.eps)?;
+        Linear::load(&head.pp("mlp.fc1"), d, shape.mlp)?;
+        Linear::load(&head.pp("mlp.fc2"), shape.mlp, d)?;
+        Ok(encoder)
+    }
+
+    fn load_clip(w: &Weights, config: &VitConfig) -> Result<Self> {
+        let (shape, native) = (config.block(), config.native_grid);
+        let (d, blocks) = (shape.width, w.pp("transformer.resblocks"));
+        let norm = |w: &Weights, name: &str| LayerNorm::load(&w.pp(name), d, shape.eps);
+        let normed = config.features == VitFeatures::Normed;
+        if !normed {
+            Block::load_clip(&w.unused().pp("transformer.resblocks").pp(config.depth()), shape)?;
+            norm(&w.unused(), "ln_post")?;
+        }
+        Ok(Self {
+            patch_embedding: Linear::new(convolution(&w.pp("conv1"), d, config.patch_size)?, None),
+            class_embedding: Some(w.get(d, "class_embedding", TABLE)?),
+            position_embedding: w.get((native * native + 1, d), "positional_embedding", TABLE)?,
+            pre_norm: Some(norm(w, "ln_pre")?),
+            layers: (0..config.depth()).map(|i| Block::load_clip(&blocks.pp(i), shape)).collect::<Result<_>>()?,
+            post_norm: normed.then(|| norm(w, "ln_post")).transpose()?,
             config: config.clone(),
         })
     }
 
-    /// Token features after the last norm, (B, h * w, D).
+    /// Token features, (B, h * w, D).
     pub fn forward(&self, image: &Tensor) -> Result<Tensor> {
-        let (b, _, height, width) = image.dims4()?;
-        let p = self.config.patch_size;
-        let (h, w) = (height / p, width / p);
-        // Each patch becomes one row of (patch row, patch column, channel), as NaFlex lays it out.
-        let patches = image.narrow(2, 0, h * p)?.narrow(3, 0, w * p)?.reshape((b, 3, h, p, w * p))?;
-        let patches = patches.reshape(&[b, 3, h, p, w, p][..])?.permute(vec![0, 2, 4, 3, 5, 1])?;
-        let patches = patches.reshape((b, h * w, p * p * 3))?;
-        let positions = positions_at(&self.position_embedding, self.config.native_grid, (h, w))?;
-        let mut x = self.patch_embedding.forward(&patches)?.broadcast_add(&positions)?;
+        let mut x = self.embeddings(image)?;
+        if let Some(norm) = &self.pre_norm {
+            x = norm.forward(&x)?;
+        }
         for layer in &self.layers {
             x = layer.forward(&x)?;
         }
-        self.post_layernorm.forward(&x)
+        if let Some(norm) = &self.post_norm {
+            x = norm.forward(&x)?;
+        }
+        match self.class_embedding {
+            Some(_) => x.narrow(1, 1, x.dim(1)? - 1)?.contiguous(),
+            None => Ok(x),
+        }
+    }
+
+    /// What enters the first norm or block: patches, positions added, behind the class token if there is one.
+    pub(super) fn embeddings(&self, image: &Tensor) -> Result<Tensor> {
+        let (b, _, height, width) = image.dims4()?;
+        let grid = self.config.grid((height, width))?;
+        let (native, rule) = (self.config.native_grid, self.config.positions);
+        let x = self.patch_embedding.forward(&self.patches(image, grid)?)?;
+        let Some(class) = &self.class_embedding else {
+            return x.broadcast_add(&positions_at(&self.position_embedding, native, grid, rule)?);
+        };
+        let d = class.dim(0)?;
+        let table = self.position_embedding.narrow(0, 1, native * native)?;
+        let class = (class.reshape((1, d))? + self.position_embedding.narrow(0, 0, 1)?)?;
+        let x = x.broadcast_add(&positions_at(&table, native, grid, rule)?)?;
+        Tensor::cat(&[class.unsqueeze(0)?.broadcast_as((b, 1, d))?.contiguous()?, x], 1)
+    }
+
+    /// Each patch as one row: (patch row, patch column, channel) for NaFlex, the channel first for a convolution.
+    fn patches(&self, image: &Tensor, (h, w): (usize, usize)) -> Result<Tensor> {
+        let (b, p) = (image.dim(0)?, self.config.patch_size);
+        let image = match self.config.layout {
+            // The reference takes the image to bytes' range and back, as SigLIP's processor would.
+            VitLayout::Siglip => {
+                let bytes = ((image + 1.0)? * 127.5)?.clamp(0f32, 255f32)?;
+                (((bytes / 255.0)? - 0.5)? / 0.5)?
+            }
+            VitLayout::Naflex | VitLayout::Clip => image.clone(),
+        };
+        let order = match self.config.layout {
+            VitLayout::Naflex => vec![0, 2, 4, 3, 5, 1],
+            VitLayout::Siglip | VitLayout::Clip => vec![0, 2, 4, 1, 3, 5],
+        };
+        let patches = image.narrow(2, 0, h * p)?.narrow(3, 0, w * p)?.reshape((b, 3, h, p, w * p))?;
+        let patches = patches.reshape(&[b, 3, h, p, w, p][..])?.permute(order)?;
+        patches.reshape((b, h * w, 3 * p * p))
     }
 
     /// One unit vector per image, (B, D): the mean of its token features.
@@ -207,49 +272,9 @@ impl SemanticEncoder {
     }
 }
 
-/// The semantic half of F to the semantic encoder's features.
-#[derive(Debug)]
-pub struct SemanticDecoder {
-    patch_embed: Linear,
-    cls_token: Tensor,
-    pos_embed: Tensor,
-    blocks: Vec<Block>,
-    fc_norm: LayerNorm,
-    native_grid: usize,
-}
+const TABLE: Init = Init::Normal { std: 0.02 };
 
-impl SemanticDecoder {
-    /// Keys of the reference's `decoder_vqkd`.
-    pub fn load(w: &Weights, encoder: &VitConfig, config: &SemanticDecoderConfig, code_dim: usize) -> Result<Self> {
-        let d = encoder.hidden_size;
-        let proj = w.pp("patch_embed").pp("proj");
-        let init = Init::Normal { std: (code_dim as f64).powf(-0.5) };
-        let weight = proj.get((d, code_dim, 1, 1), "weight", init)?.reshape((d, code_dim))?;
-        let tokens = encoder.native_grid * encoder.native_grid + 1;
-        Ok(Self {
-            patch_embed: Linear { weight, bias: proj.get(d, "bias", Init::Zeros)? },
-            cls_token: w.get((1, 1, d), "cls_token", Init::Normal { std: 0.02 })?,
-            pos_embed: w.get((1, tokens, d), "pos_embed", Init::Normal { std: 0.02 })?,
-            blocks: (0..config.depth)
-                .map(|i| Block::load_beit(&w.pp("blocks").pp(i), encoder))
-                .collect::<Result<_>>()?,
-            fc_norm: LayerNorm::load(&w.pp("fc_norm"), d)?,
-            native_grid: encoder.native_grid,
-        })
-    }
-
-    /// (B, h, w, code_dim) -> (B, h * w, D).
-    pub fn forward(&self, codes: &Tensor) -> Result<Tensor> {
-        let (b, h, w, c) = codes.dims4()?;
-        let x = self.patch_embed.forward(&codes.reshape((b, h * w, c))?)?;
-        let d = x.dim(2)?;
-        let table = self.pos_embed.squeeze(0)?;
-        let grid = positions_at(&table.narrow(0, 1, table.dim(0)? - 1)?, self.native_grid, (h, w))?;
-        let cls = (&self.cls_token + table.narrow(0, 0, 1)?.unsqueeze(0)?)?.broadcast_as((b, 1, d))?;
-        let mut x = Tensor::cat(&[cls, x.broadcast_add(&grid)?], 1)?;
-        for block in &self.blocks {
-            x = block.forward(&x)?;
-        }
-        self.fc_norm.forward(&x.narrow(1, 1, h * w)?.contiguous()?)
-    }
+/// A convolution whose stride is its side, as the matrix (D, 3 * p * p) that it is.
+fn convolution(w: &Weights, d: usize, p: usize) -> Result<Tensor> {
+    w.get((d, 3, p, p), "weight", fan_in(3 * p * p))?.reshape((d, 3 * p * p))
 }

@@ -1,0 +1,133 @@
+//! Antialiased resizing of RGB bytes exactly as Pillow does it, and the two ways TokenFlow makes an image square.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use image::{Rgb, RgbImage, imageops};
+use rayon::prelude::*;
+
+/// A filter of Pillow's `resize`. Where an image shrinks, the filter widens with the scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filter {
+    /// The mean of the pixels beneath.
+    Box,
+    /// Linear interpolation.
+    Bilinear,
+    /// Keys' cubic with A = -0.5 (PyTorch's has -0.75).
+    Bicubic,
+}
+
+impl Filter {
+    /// How far the filter reaches, in pixels of the coarser grid.
+    fn support(self) -> f64 {
+        match self {
+            Self::Box => 0.5,
+            Self::Bilinear => 1.0,
+            Self::Bicubic => 2.0,
+        }
+    }
+
+    fn weight(self, x: f64) -> f64 {
+        match self {
+            Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
+            Self::Bicubic => super::cubic(x, -0.5),
+        }
+    }
+}
+
+/// For each of `outputs`, of `to` over `from` inputs: the first input that it sees, and the weights of the inputs from
+/// there.
+pub(super) fn taps(from: usize, to: usize, filter: Filter, outputs: Range<usize>) -> Vec<(usize, Vec<f64>)> {
+    let scale = from as f64 / to as f64;
+    let stretch = scale.max(1.0);
+    let support = filter.support() * stretch;
+    let row = |i: usize| {
+        let centre = (i as f64 + 0.5) * scale;
+        let first = (centre - support + 0.5).max(0.0) as usize;
+        let end = ((centre + support + 0.5) as usize).min(from);
+        let mut weights: Vec<f64> = (first..end).map(|x| filter.weight((x as f64 - centre + 0.5) / stretch)).collect();
+        let sum: f64 = weights.iter().sum();
+        weights.iter_mut().for_each(|w| *w /= sum);
+        (first, weights)
+    };
+    outputs.map(row).collect()
+}
+
+/// Bits behind the point of Pillow's fixed-point weights.
+const PRECISION: u32 = 22;
+
+/// Taps in fixed point, rounded half away from zero.
+fn fixed_taps(from: usize, to: usize, filter: Filter, outputs: Range<usize>) -> Vec<(usize, Vec<i32>)> {
+    let fix = |w: f64| (w * f64::from(1u32 << PRECISION)).round() as i32;
+    let taps = taps(from, to, filter, outputs).into_iter();
+    taps.map(|(first, weights)| (first, weights.into_iter().map(fix).collect())).collect()
+}
+
+fn weighted(pixels: impl Iterator<Item = u8>, weights: &[i32]) -> u8 {
+    let half = 1i64 << (PRECISION - 1);
+    let sum: i64 = half + pixels.zip(weights).map(|(p, &w)| i64::from(p) * i64::from(w)).sum::<i64>();
+    (sum >> PRECISION).clamp(0, 255) as u8
+}
+
+/// Pillow's `image.resize((width, height), filter)`, bit for bit. An empty image gives black.
+pub fn resize(image: &RgbImage, (width, height): (u32, u32), filter: Filter) -> RgbImage {
+    resize_part(image, (width, height), filter, (0, 0), (width, height))
+}
+
+/// The part of a resized image, of `size`, that begins at `corner` (left, top) and has `part` (width, height) pixels:
+/// columns first, rounded to bytes between the passes.
+fn resize_part(image: &RgbImage, size: (u32, u32), filter: Filter, corner: (u32, u32), part: (u32, u32)) -> RgbImage {
+    let mut out = RgbImage::new(part.0, part.1);
+    let (w_in, h_in) = (image.width() as usize, image.height() as usize);
+    if w_in == 0 || h_in == 0 || part.0 == 0 || part.1 == 0 {
+        return out;
+    }
+    let outputs = |corner: u32, part: u32| corner as usize..(corner + part) as usize;
+    let columns = fixed_taps(w_in, size.0 as usize, filter, outputs(corner.0, part.0));
+    let rows = fixed_taps(h_in, size.1 as usize, filter, outputs(corner.1, part.1));
+    let w = columns.len();
+    let mut narrow = vec![0u8; h_in * w * 3];
+    narrow.par_chunks_mut(w * 3).zip(image.as_raw().par_chunks(w_in * 3)).for_each(|(out, row)| {
+        for (out, (first, weights)) in out.chunks_exact_mut(3).zip(&columns) {
+            for (c, out) in out.iter_mut().enumerate() {
+                *out = weighted(row[first * 3 + c..].iter().step_by(3).copied(), weights);
+            }
+        }
+    });
+    out.par_chunks_mut(w * 3).zip(&rows).for_each(|(out, (first, weights))| {
+        for (x, out) in out.iter_mut().enumerate() {
+            *out = weighted(narrow[first * w * 3 + x..].iter().step_by(w * 3).copied(), weights);
+        }
+    });
+    out
+}
+
+/// The middle of an image as a square of `side`, for encoding: halved by boxes while it is twice too large, then
+/// bicubic until the shorter side fits, then cropped.
+pub fn centre_crop(image: &RgbImage, side: u32) -> RgbImage {
+    let shorter = |image: &RgbImage| image.width().min(image.height());
+    let mut halved = Cow::Borrowed(image);
+    while side > 0 && shorter(&halved) / 2 >= side {
+        halved = Cow::Owned(resize(&halved, (halved.width() / 2, halved.height() / 2), Filter::Box));
+    }
+    let scale = f64::from(side) / f64::from(shorter(&halved).max(1));
+    // Python rounds half to even.
+    let scaled = |length: u32| ((f64::from(length) * scale).round_ties_even() as u32).max(side);
+    let size = (scaled(halved.width()), scaled(halved.height()));
+    // Only the crop is computed: a strip of 1x8000 pixels would become huge.
+    resize_part(&halved, size, Filter::Bicubic, ((size.0 - side) / 2, (size.1 - side) / 2), (side, side))
+}
+
+/// The grey that fills an image up to a square.
+const GREY: Rgb<u8> = Rgb([127; 3]);
+
+/// A whole image as a square of `side`, for understanding: centred on grey, then bicubic.
+pub fn pad_to_square(image: &RgbImage, side: u32) -> RgbImage {
+    let (width, height) = image.dimensions();
+    let longer = width.max(height);
+    let mut square = RgbImage::from_pixel(longer, longer, GREY);
+    let (left, top) = ((longer - width) / 2, (longer - height) / 2);
+    imageops::replace(&mut square, image, i64::from(left), i64::from(top));
+    resize(&square, (side, side), Filter::Bicubic)
+}
