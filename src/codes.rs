@@ -8,8 +8,8 @@ use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Codec;
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, schedule};
 
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 16 << 20;
@@ -96,21 +96,19 @@ impl Codes {
         })
     }
 
-    /// Whether a model's tokenizer can decode them.
+    /// Whether `codec` can decode them.
     ///
     /// Errors: usage, with what does not fit.
-    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+    pub fn check(&self, codec: &Codec) -> Result<()> {
         let bad = |what: String| Error::usage(what).hint("nextflow encode IMAGE -o codes.json makes codes that fit");
-        let size = config.tokenizer.codebook.size;
+        let (name, size) = (&codec.name, codec.config().codebook.size);
         if self.codebook_size != size {
-            let what = format!(
-                "codes of {} for a codebook of {}, but {} has {size}",
-                self.model, self.codebook_size, config.name
-            );
+            let what =
+                format!("codes of {} for a codebook of {}, but {} has {size}", self.model, self.codebook_size, name);
             return Err(bad(what));
         }
-        if !schedule::table().iter().any(|entry| entry.prefix(config.scales) == self.scales) {
-            return Err(bad(format!("{} has no schedule with the scales {:?}", config.name, self.scales)));
+        if !codec.has_scales(&self.scales) {
+            return Err(bad(format!("{} has no schedule with the scales {:?}", name, self.scales)));
         }
         if self.codes.is_empty() || self.codes.len() > self.scales.len() {
             return Err(bad(format!("codes of {} scales, expected 1 to {}", self.codes.len(), self.scales.len())));

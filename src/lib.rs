@@ -6,6 +6,7 @@
 pub mod backbone;
 pub mod checkpoint;
 pub mod cli;
+pub mod codec;
 pub mod codes;
 pub mod device;
 pub mod error;

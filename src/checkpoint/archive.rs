@@ -78,6 +78,19 @@ impl Archive {
         Ok(Self { name, header, data: Data::Bytes(bytes) })
     }
 
+    /// As messages call it.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Every tensor but the scales of others, which are part of the tensors that they belong to.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (&String, &Entry)> {
+        self.header.iter().filter(|(key, _)| {
+            let owner = key.strip_suffix(".scale").and_then(|owner| self.entry(owner));
+            owner.is_none_or(|owner| owner.dtype != Dtype::U8)
+        })
+    }
+
     /// What the header says about a tensor.
     pub(super) fn entry(&self, key: &str) -> Option<&Entry> {
         self.header.get(key)
@@ -180,12 +193,7 @@ fn numbers<const N: usize, T>(file: &mut impl Read, length: u64, f: impl Fn([u8;
 /// All weights of a file, as f32.
 pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let archive = Archive::open(path)?;
-    let weights = archive.header.iter().filter(|(key, entry)| archive.readable(key, entry));
-    // Scales are part of the tensors that they belong to.
-    let weights = weights.filter(|(key, _)| {
-        let owner = key.strip_suffix(".scale").and_then(|owner| archive.entry(owner));
-        owner.is_none_or(|owner| owner.dtype != Dtype::U8)
-    });
+    let weights = archive.tensors().filter(|(key, entry)| archive.readable(key, entry));
     weights.map(|(key, _)| Ok((key.clone(), archive.read(key, DType::F32, &Device::Cpu)?))).collect()
 }
 

@@ -21,13 +21,15 @@
 mod archive;
 mod embedded;
 mod header;
+mod inventory;
 mod pickle;
 mod shards;
 mod source;
 mod weights;
 
 pub use archive::{load, quantise, save, write};
-pub use source::Source;
+pub use inventory::{FileSummary, Fit, Inventory};
+pub use source::{Source, load_file};
 pub use weights::{Init, Weights};
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
@@ -79,23 +79,18 @@ impl Source {
         device: &Device,
         build: impl Fn(&Weights) -> candle_core::Result<T>,
     ) -> Result<T> {
-        let name = self.name(file);
         let archives = match self {
-            Self::Embedded => vec![Archive::from_bytes(name.clone(), self.embedded(file)?)?],
+            Self::Embedded => vec![self.archive(file)?],
             Self::Folder(folder) => {
-                let files = shards::find(folder, file)?;
-                files.iter().map(|path| Archive::open(path)).collect::<Result<_>>()?
+                shards::find(folder, file)?.iter().map(|path| Archive::open(path)).collect::<Result<_>>()?
             }
         };
-        let archives: Vec<_> = archives.into_iter().map(Arc::new).collect();
-        let plan = Weights::plan(archives.clone(), dtype);
-        let planned = build(&plan).map(drop);
-        let problems = plan.problems();
-        if !problems.is_empty() {
-            return Err(misfit(&name, &problems, planned.is_err()));
-        }
-        planned.map_err(|e| failure(&name, e))?;
-        build(&Weights::from_archives(archives, dtype, device)).map_err(|e| failure(&name, e))
+        from_archives(&self.name(file), "config.json", archives, dtype, device, build)
+    }
+
+    /// An embedded file.
+    pub(super) fn archive(&self, file: &str) -> Result<Archive> {
+        Archive::from_bytes(self.name(file), self.embedded(file)?)
     }
 
     /// How messages call a file.
@@ -118,8 +113,38 @@ impl Source {
     }
 }
 
-/// One sentence about a file that does not fit its config; `cut` says that the check gave up early.
-fn misfit(name: &str, problems: &[(String, Fault)], cut: bool) -> Error {
+/// As [`Source::load`], from the one file `path`; a message about what does not fit names `layout`.
+pub fn load_file<T>(
+    path: &Path,
+    layout: &str,
+    dtype: DType,
+    device: &Device,
+    build: impl Fn(&Weights) -> candle_core::Result<T>,
+) -> Result<T> {
+    from_archives(&path.display().to_string(), layout, vec![Archive::open(path)?], dtype, device, build)
+}
+
+fn from_archives<T>(
+    name: &str,
+    layout: &str,
+    archives: Vec<Archive>,
+    dtype: DType,
+    device: &Device,
+    build: impl Fn(&Weights) -> candle_core::Result<T>,
+) -> Result<T> {
+    let archives: Vec<_> = archives.into_iter().map(Arc::new).collect();
+    let plan = Weights::plan(archives.clone(), dtype);
+    let planned = build(&plan).map(drop);
+    let problems = plan.problems();
+    if !problems.is_empty() {
+        return Err(misfit(name, layout, &problems, planned.is_err()));
+    }
+    planned.map_err(|e| failure(name, e))?;
+    build(&Weights::from_archives(archives, dtype, device)).map_err(|e| failure(name, e))
+}
+
+/// One sentence about a file that does not fit its config or layout; `cut` says that the check gave up early.
+fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> Error {
     let count = |is: fn(&Fault) -> bool, what: &str| match problems.iter().filter(|(_, f)| is(f)).count() {
         0 => None,
         n => Some(format!("{n} {what}")),
@@ -135,8 +160,7 @@ fn misfit(name: &str, problems: &[(String, Fault)], cut: bool) -> Error {
         shown.push(format!("and {} more", problems.len() - SHOWN));
     }
     let least = if cut { "at least " } else { "" };
-    let message =
-        format!("{name} does not fit config.json, tensors {least}{}: {}", counts.join(", "), shown.join("; "));
+    let message = format!("{name} does not fit {layout}, tensors {least}{}: {}", counts.join(", "), shown.join("; "));
     Error::model(message).hint("nextflow gen --model FOLDER, with all files in FOLDER from one checkpoint")
 }
 

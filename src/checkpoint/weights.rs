@@ -54,7 +54,15 @@ enum Store {
         state: Mutex<Trainable>,
     },
     /// No file at all: what is asked for is noted.
-    Inventory(Mutex<BTreeMap<String, Vec<usize>>>),
+    Inventory(Mutex<BTreeMap<String, Asked>>),
+}
+
+/// A tensor that a model asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Asked {
+    pub(super) shape: Vec<usize>,
+    /// Not [unused](Weights::unused).
+    pub(super) required: bool,
 }
 
 #[derive(Debug)]
@@ -159,6 +167,11 @@ impl Weights {
     /// Every key that was asked of an [inventory](Self::inventory) so far, [unused](Self::unused) ones too, with its
     /// shape; none of other weights.
     pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
+        self.wishes().into_iter().map(|(key, asked)| (key, asked.shape)).collect()
+    }
+
+    /// As [`Self::asked`], with what is required.
+    pub(super) fn wishes(&self) -> BTreeMap<String, Asked> {
         match &*self.store {
             Store::Inventory(asked) => lock(asked).clone(),
             _ => BTreeMap::new(),
@@ -180,7 +193,7 @@ impl Weights {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
             Store::Inventory(asked) => {
-                lock(asked).insert(key, shape.dims().to_vec());
+                lock(asked).insert(key, Asked { shape: shape.dims().to_vec(), required: !self.unused });
                 Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
             }
             _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),

@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use clap::Args;
 use image::ImageFormat;
 
-use crate::checkpoint::Source;
+use crate::codec::Codec;
 use crate::codes::Codes;
 use crate::error::{Error, Result};
-use crate::generate::ModelConfig;
 use crate::output::Destination;
 use crate::{device, pixels, terminal};
 
@@ -28,8 +27,8 @@ pub struct DecodeArgs {
     /// Let -o replace a file
     #[arg(long)]
     pub force: bool,
-    /// A model folder [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
+    /// A model folder, or a file with one of TokenFlow's tokenizers [default: the model inside the program]
+    #[arg(long, value_name = "FOLDER|FILE", env = "NEXTFLOW_MODEL")]
     pub model: Option<String>,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
@@ -44,10 +43,9 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     };
     destination.check()?;
     let device = device::parse(&args.device)?;
-    let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
-    let config = ModelConfig::read(&source)?;
+    let codec = Codec::find(args.model.as_deref().filter(|m| !m.is_empty()))?;
     let mut codes = Codes::read(&args.codes)?;
-    codes.check(&config)?;
+    codes.check(&codec)?;
     if let Some(scales) = args.scales {
         let held = codes.codes.len();
         if !(1..=held).contains(&scales) {
@@ -56,7 +54,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         }
         codes.codes.truncate(scales);
     }
-    let tokenizer = config.load_tokenizer(&source, &device)?;
+    let tokenizer = codec.load(&device)?;
     let image = pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)?;
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;

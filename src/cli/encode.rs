@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::checkpoint::Source;
+use crate::codec::Codec;
 use crate::codes::Codes;
 use crate::error::Result;
-use crate::generate::ModelConfig;
 use crate::output::Destination;
 use crate::request::Size;
 use crate::{device, pixels, terminal};
@@ -28,8 +27,8 @@ pub struct EncodeArgs {
     /// Let -o replace a file
     #[arg(long, requires = "output")]
     pub force: bool,
-    /// A model folder [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
+    /// A model folder, or a file with one of TokenFlow's tokenizers [default: the model inside the program]
+    #[arg(long, value_name = "FOLDER|FILE", env = "NEXTFLOW_MODEL")]
     pub model: Option<String>,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
@@ -46,20 +45,14 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     destination.check()?;
     let device = device::parse(&args.device)?;
     let image = pixels::open(&args.image)?;
-    let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
-    let config = ModelConfig::read(&source)?;
-    let size = match size {
-        Size::Auto => Size::Ratio((f64::from(image.height()) / f64::from(image.width())).clamp(0.25, 4.0)),
-        size => size,
-    };
-    let scales = size.scales(config.scales)?;
-    let tokenizer = config.load_tokenizer(&source, &device)?;
-    let stride = tokenizer.config().encoder.stride();
-    let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
-    let image = pixels::cover(&image, w as u32, h as u32);
+    let codec = Codec::find(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let (image, scales) = codec.prepare(&image, size)?;
+    let (h, w) = (image.height() as usize, image.width() as usize);
+    let tokenizer = codec.load(&device)?;
     let encoded = tokenizer.encode(&pixels::to_tensor(&[image.as_raw()], h, w, &device)?, &scales)?;
     let codes = encoded.into_iter().next().map(|e| e.codes).unwrap_or_default();
-    let codes = Codes { model: config.name, codebook_size: config.tokenizer.codebook.size, scales, codes };
+    let codebook_size = codec.config().codebook.size;
+    let codes = Codes { model: codec.name, codebook_size, scales, codes };
     let bytes = match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e == "safetensors") {
         true => codes.to_safetensors()?,
         false => codes.to_json()?,

@@ -4,6 +4,7 @@ mod decode;
 mod encode;
 mod eval;
 mod r#gen;
+mod info;
 #[cfg(feature = "train")]
 mod train;
 
@@ -33,6 +34,8 @@ pub enum Command {
     Encode(encode::EncodeArgs),
     /// Turn codes into an image
     Decode(decode::DecodeArgs),
+    /// Tell what a model or a file of weights is
+    Info(info::InfoArgs),
     /// Measure a model: recognition, compositions, reconstruction
     Eval(EvalArgs),
     /// Train nano, step by step
@@ -58,6 +61,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Gen(args) => r#gen::run(&args),
         Command::Encode(args) => encode::run(&args),
         Command::Decode(args) => decode::run(&args),
+        Command::Info(args) => info::run(&args),
         Command::Eval(args) => eval::run(&args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args),

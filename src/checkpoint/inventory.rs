@@ -1,0 +1,129 @@
+//! What files of weights hold, by their headers alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde::Serialize;
+
+use super::archive::Archive;
+use super::header::dims;
+use super::weights::{Asked, Weights};
+use super::{Source, shards};
+use crate::error::Result;
+
+/// The tensors of some files.
+#[derive(Debug)]
+pub struct Inventory {
+    archives: Vec<Archive>,
+}
+
+/// One file in numbers.
+#[derive(Clone, Debug, Serialize)]
+pub struct FileSummary {
+    /// As messages call it.
+    pub name: String,
+    /// Tensors.
+    pub tensors: usize,
+    /// Elements of all tensors.
+    pub parameters: u64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Elements by type as stored.
+    pub dtypes: BTreeMap<String, u64>,
+}
+
+/// How files compare with what a model asks for; sorted lists of keys.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Fit {
+    /// Asked for, but not there.
+    pub missing: Vec<String>,
+    /// There in another shape.
+    pub misshapen: Vec<String>,
+    /// There, but nothing asks for them.
+    pub unknown: Vec<String>,
+}
+
+impl Fit {
+    /// Whether the model can be loaded.
+    pub fn is_complete(&self) -> bool {
+        self.missing.is_empty() && self.misshapen.is_empty()
+    }
+}
+
+impl Inventory {
+    /// The file of weights at `path`, or all of them in the folder `path`.
+    ///
+    /// Errors: a file that is broken.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Ok(Self { archives: vec![Archive::open(path)?] });
+        }
+        let mut files = BTreeSet::new();
+        for entry in std::fs::read_dir(path)? {
+            let file = entry?.path();
+            let weights = file.extension().is_some_and(|e| e == "safetensors" || e == "pt");
+            if weights && file.is_file() {
+                files.insert(file);
+            }
+        }
+        Ok(Self { archives: files.iter().map(|f| Archive::open(f)).collect::<Result<_>>()? })
+    }
+
+    /// The files that `file` stands for in a model (see [`Source::load`]).
+    pub fn of(source: &Source, file: &str) -> Result<Self> {
+        let archives = match source {
+            Source::Embedded => vec![source.archive(file)?],
+            Source::Folder(folder) => {
+                shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?
+            }
+        };
+        Ok(Self { archives })
+    }
+
+    /// Whether any file has a tensor of this key.
+    pub fn has(&self, key: &str) -> bool {
+        self.archives.iter().any(|a| a.entry(key).is_some())
+    }
+
+    /// Every file in numbers.
+    pub fn files(&self) -> Vec<FileSummary> {
+        let summary = |archive: &Archive| {
+            let mut summary = FileSummary {
+                name: archive.name().to_string(),
+                tensors: 0,
+                parameters: 0,
+                bytes: 0,
+                dtypes: BTreeMap::new(),
+            };
+            for (_, entry) in archive.tensors() {
+                let elements = entry.shape.iter().map(|&d| d as u64).product::<u64>();
+                summary.tensors += 1;
+                summary.parameters += elements;
+                summary.bytes += entry.length;
+                let dtype = if entry.dtype == Dtype::U8 { "scaled U8".to_string() } else { entry.dtype.to_string() };
+                *summary.dtypes.entry(dtype).or_default() += elements;
+            }
+            summary
+        };
+        self.archives.iter().map(summary).collect()
+    }
+
+    /// Compares all files with what `model`, an [inventory](Weights::inventory) that a model was built of, was asked for.
+    pub fn compare(&self, model: &Weights) -> Fit {
+        let (asked, mut fit) = (model.wishes(), Fit::default());
+        for (key, Asked { shape, required }) in &asked {
+            match self.archives.iter().rev().find_map(|a| a.entry(key)) {
+                None if *required => fit.missing.push(key.clone()),
+                Some(entry) if entry.shape != *shape => {
+                    fit.misshapen.push(format!("{key}: found {}, expected {}", dims(&entry.shape), dims(shape)));
+                }
+                _ => {}
+            }
+        }
+        let keys = self.archives.iter().flat_map(|a| a.tensors().map(|(key, _)| key.clone()));
+        fit.unknown = keys.filter(|key| !asked.contains_key(key)).collect();
+        fit.unknown.sort();
+        fit
+    }
+}

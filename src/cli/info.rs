@@ -1,0 +1,187 @@
+//! `nextflow info`: what a model, or a file of weights, is.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::backbone::Backbone;
+use crate::checkpoint::{FileSummary, Fit, Inventory, Source, Weights};
+use crate::codec;
+use crate::error::Result;
+use crate::generate::ModelConfig;
+use crate::terminal;
+use crate::tokenizer::ImageTokenizer;
+
+/// How many keys of a list are shown.
+const SHOWN: usize = 5;
+
+/// Flags of `nextflow info`.
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    /// A model folder, or a file of weights (.safetensors or .pt) [default: the model inside the program]
+    #[arg(value_name = "FOLDER|FILE")]
+    pub path: Option<PathBuf>,
+    /// Print JSON in place of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What was found.
+#[derive(Debug, Serialize)]
+struct Info {
+    /// What the weights are.
+    family: String,
+    /// The checkpoint's config, or the public one that its keys belong to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config: Option<serde_json::Value>,
+    files: Vec<FileSummary>,
+    /// How the files compare with what the family's modules ask for; nothing for a family without any here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fit: Option<Fit>,
+}
+
+/// Runs `nextflow info`.
+pub(super) fn run(args: &InfoArgs) -> Result<()> {
+    let info = match &args.path {
+        Some(path) if !path.is_dir() => of_weights(&Inventory::open(path)?)?,
+        Some(path) if !is_model(path) => of_weights(&Inventory::open(path)?)?,
+        Some(path) => of_model(&Source::Folder(path.clone()))?,
+        None => of_model(&Source::Embedded)?,
+    };
+    let _ = match args.json {
+        true => terminal::emit_json(&info)?,
+        false => terminal::emit(info.text().as_bytes())?,
+    };
+    Ok(())
+}
+
+/// Whether a folder has a config of ours.
+fn is_model(folder: &Path) -> bool {
+    let config = Source::Folder(folder.into()).read_config();
+    config.is_ok_and(|c| c.get("backbone").is_some() && c.get("tokenizer").is_some())
+}
+
+/// A whole model by its config.
+fn of_model(source: &Source) -> Result<Info> {
+    let config = ModelConfig::read(source)?;
+    let (mut files, mut fit) = (Vec::new(), Fit::default());
+    for file in ["model.safetensors", "image_tokenizer.safetensors"] {
+        let inventory = Inventory::of(source, file)?;
+        let asked = Weights::inventory();
+        match file {
+            "model.safetensors" => drop(Backbone::load(&asked, &config.backbone)?),
+            _ => drop(ImageTokenizer::load(&asked, &config.tokenizer)?),
+        }
+        let part = inventory.compare(&asked);
+        files.extend(inventory.files());
+        fit.missing.extend(part.missing);
+        fit.misshapen.extend(part.misshapen);
+        fit.unknown.extend(part.unknown);
+    }
+    let family = format!("NextFlow model {}", config.name);
+    let config = serde_json::to_value(config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+    Ok(Info { family, config: Some(config), files, fit: Some(fit) })
+}
+
+/// Weights without a config of ours, by their keys.
+fn of_weights(inventory: &Inventory) -> Result<Info> {
+    let files = inventory.files();
+    if inventory.has("quantize.embedding_vqgan.weight") {
+        let (preset, fit) = codec::nearest(inventory)?;
+        let config = serde_json::to_value(&preset.config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+        return Ok(Info {
+            family: format!("TokenFlow image tokenizer {}", preset.name),
+            config: Some(config),
+            files,
+            fit: Some(fit),
+        });
+    }
+    let family = match () {
+        _ if inventory.has("model.pos_1LC") || inventory.has("pos_1LC") => "TokenFlow-t2i language model",
+        _ if inventory.has("visual.patch_embed.proj.weight") => "Qwen2.5-VL",
+        _ if inventory.has("model.layers.0.self_attn.q_proj.bias") => "a language model of Qwen2's layout",
+        _ if inventory.has("model.layers.0.self_attn.q_proj.weight") => "a language model of Llama's layout",
+        _ if files.is_empty() => "a folder without weights",
+        _ => "weights of no family that is known here",
+    };
+    Ok(Info { family: family.into(), config: None, files, fit: None })
+}
+
+impl Info {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        // Names and keys come from files. A String takes every line.
+        let mut line = |l: String| {
+            let _ = writeln!(text, "{}", terminal::clean(&l));
+        };
+        line(self.family.clone());
+        if let Some(backbone) = self.config.as_ref().and_then(|c| c.get("backbone")) {
+            let number = |key: &str| backbone.get(key).map(ToString::to_string).unwrap_or_default();
+            line(format!(
+                "  transformer: {} layers, {} wide, {} heads over {}, {} words, {} codes",
+                number("num_hidden_layers"),
+                number("hidden_size"),
+                number("num_attention_heads"),
+                number("num_key_value_heads"),
+                number("vocab_size"),
+                number("codebook_size")
+            ));
+        }
+        for f in &self.files {
+            let dtypes: Vec<String> = f.dtypes.iter().map(|(dtype, n)| format!("{} {dtype}", grouped(*n))).collect();
+            let mib = f.bytes as f64 / f64::from(1 << 20);
+            line(format!("  {}: {} tensors, {} parameters, {mib:.1} MiB", f.name, f.tensors, grouped(f.parameters)));
+            line(format!("    stored as {}", dtypes.join(", ")));
+        }
+        let Some(fit) = &self.fit else { return text };
+        for (what, keys) in [("missing", &fit.missing), ("misshapen", &fit.misshapen), ("unknown", &fit.unknown)] {
+            if !keys.is_empty() {
+                let more =
+                    if keys.len() > SHOWN { format!("; and {} more", keys.len() - SHOWN) } else { String::new() };
+                let shown = keys.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("; ");
+                line(format!("  {} {what}: {shown}{more}", keys.len()));
+            }
+        }
+        if fit.is_complete() {
+            line("  complete".into());
+        }
+        text
+    }
+}
+
+/// 1234567 as "1,234,567".
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_are_grouped() {
+        for (n, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
+            assert_eq!(grouped(n), text);
+        }
+    }
+
+    #[cfg(feature = "nano")]
+    #[test]
+    fn the_built_in_model_is_complete_and_nothing_in_it_is_unknown() {
+        let info = of_model(&Source::Embedded).unwrap();
+        let fit = info.fit.as_ref().unwrap();
+        assert!(fit.is_complete() && fit.unknown.is_empty(), "{fit:?}");
+        let text = info.text();
+        assert!(text.starts_with("NextFlow model nano\n") && text.ends_with("  complete\n"), "{text}");
+    }
+}

@@ -1,0 +1,112 @@
+//! Image tokenizers and the grids that they are used with: a model's own, or a public one in a file of its own.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use image::RgbImage;
+
+use crate::checkpoint::{Fit, Inventory, Source, Weights, load_file};
+use crate::error::{Error, Result};
+use crate::generate::{ModelConfig, schedule};
+use crate::pixels;
+use crate::request::Size;
+use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
+
+/// A tokenizer that is known, but not loaded.
+pub struct Codec {
+    /// Of the model, or of the public tokenizer.
+    pub name: String,
+    place: Place,
+}
+
+enum Place {
+    Model(Source, Box<ModelConfig>),
+    File(PathBuf, Box<Preset>),
+}
+
+impl Codec {
+    /// The value of `--model`: a model folder, a file with one of the public tokenizers, or the built-in model.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] if there is nothing of the kind.
+    pub fn find(model: Option<&str>) -> Result<Self> {
+        if let Some(path) = model.map(Path::new).filter(|p| p.is_file()) {
+            let (preset, _) = nearest(&Inventory::open(path)?)?;
+            return Ok(Self { name: preset.name.into(), place: Place::File(path.into(), Box::new(preset)) });
+        }
+        let source = Source::parse(model)?;
+        let config = ModelConfig::read(&source)?;
+        Ok(Self { name: config.name.clone(), place: Place::Model(source, Box::new(config)) })
+    }
+
+    /// Shape.
+    pub fn config(&self) -> &TokenizerConfig {
+        match &self.place {
+            Place::Model(_, config) => &config.tokenizer,
+            Place::File(_, preset) => &preset.config,
+        }
+    }
+
+    /// Whether images have these grids (height, width), coarse to fine.
+    pub fn has_scales(&self, scales: &[(usize, usize)]) -> bool {
+        match &self.place {
+            Place::Model(_, config) => schedule::table().iter().any(|entry| entry.prefix(config.scales) == scales),
+            Place::File(_, preset) => preset.scales == scales,
+        }
+    }
+
+    /// An image as it is encoded, in pixels of the last grid, and the grids.
+    ///
+    /// Errors: usage, for a size that it cannot have.
+    pub fn prepare(&self, image: &RgbImage, size: Size) -> Result<(RgbImage, Vec<(usize, usize)>)> {
+        match &self.place {
+            Place::Model(_, config) => {
+                let size = match size {
+                    Size::Auto => Size::Ratio((f64::from(image.height()) / f64::from(image.width())).clamp(0.25, 4.0)),
+                    size => size,
+                };
+                let scales = size.scales(config.scales)?;
+                let stride = config.tokenizer.encoder.stride();
+                let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
+                Ok((pixels::cover(image, w as u32, h as u32), scales))
+            }
+            Place::File(_, preset) => {
+                if size != Size::Auto {
+                    let message = format!("{} encodes squares of {} pixels only", self.name, preset.image_size);
+                    return Err(Error::usage(message).hint("leave out --size: what does not fit is cut off"));
+                }
+                Ok((pixels::centre_crop(image, preset.image_size as u32), preset.scales.clone()))
+            }
+        }
+    }
+
+    /// Loads the weights, in f32.
+    pub fn load(&self, device: &Device) -> Result<ImageTokenizer> {
+        match &self.place {
+            Place::Model(source, config) => config.load_tokenizer(source, device),
+            Place::File(path, preset) => {
+                let layout = format!("TokenFlow's {}", preset.name);
+                load_file(path, &layout, DType::F32, device, |w| ImageTokenizer::load(w, &preset.config))
+            }
+        }
+    }
+}
+
+/// The public tokenizer that fits a file best, and how it does.
+///
+/// Errors: a file that is none of them at all.
+pub fn nearest(inventory: &Inventory) -> Result<(Preset, Fit)> {
+    if !inventory.has("quantize.embedding_vqgan.weight") {
+        return Err(Error::model("the file holds no image tokenizer of TokenFlow")
+            .hint("nextflow info FILE tells what it holds; a whole model is named by its folder"));
+    }
+    let fit = |preset: Preset| {
+        let asked = Weights::inventory();
+        ImageTokenizer::load(&asked, &preset.config)?;
+        let fit = inventory.compare(&asked);
+        Ok((preset, fit))
+    };
+    let fits = Preset::all().into_iter().map(fit).collect::<Result<Vec<_>>>()?;
+    let faults = |fit: &Fit| fit.missing.len() + fit.misshapen.len();
+    let best = fits.into_iter().min_by_key(|(_, fit)| faults(fit));
+    best.ok_or_else(|| Error::model("no tokenizer is known"))
+}
