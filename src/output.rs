@@ -283,7 +283,7 @@ mod tests {
     use crate::generate::Sampling;
 
     fn settings(prompt: &str) -> Settings {
-        let sampling = Sampling { cfg: 2.5, temperature: 1.0, top_k: Some(100), top_p: 0.95 };
+        let sampling = Sampling { cfg: 2.5, temperature: 1.0, top_k: Some(100), top_p: 0.95, refine: vec![] };
         let job = Job { prompt: prompt.into(), scales: vec![(1, 1), (1, 2)], sampling, seed: 42 };
         Settings::new(&job, "nano", (32, 16))
     }

@@ -112,6 +112,7 @@ fn sampling(args: &GenArgs, defaults: Sampling) -> Sampling {
         temperature: args.temperature.unwrap_or(defaults.temperature),
         top_k: args.top_k.or(defaults.top_k),
         top_p: args.top_p.unwrap_or(defaults.top_p),
+        refine: defaults.refine,
     }
 }
 
@@ -366,7 +367,7 @@ mod tests {
         assert!(with(&|a| a.top_k = Some(0)).is_err());
         assert!(with(&|a| a.top_p = Some(0.0)).is_err());
         assert!(with(&|a| a.top_p = Some(1.01)).is_err());
-        let defaults = Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(5), top_p: 0.9 };
+        let defaults = Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(5), top_p: 0.9, refine: vec![] };
         assert_eq!(sampling(&with(&|_| ()).unwrap(), defaults.clone()), defaults);
         let greedy = with(&|a| (a.temperature, a.cfg) = (Some(0.0), Some(0.0))).unwrap();
         assert_eq!(sampling(&greedy, defaults.clone()), Sampling { cfg: 0.0, temperature: 0.0, ..defaults });

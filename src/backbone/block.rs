@@ -1,46 +1,60 @@
-//! Qwen2.5's block: RMSNorm, grouped-query attention with q/k/v bias, RMSNorm, SwiGLU.
+//! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or behind it (TokenFlow-t2i).
 
 use candle_core::{Result, Tensor};
 
-use super::{BackboneConfig, Cache, Rope};
+use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
 use crate::ops;
+
+/// What new tokens are to the sequence in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Text: each sees itself and what is before it.
+    Text,
+    /// A scale: each sees all of it and what is before it.
+    Scale,
+    /// Another pass over the last scale: seen in the place of the scale as it was first read, which stays in the cache.
+    Again,
+}
 
 /// What the tokens of a forward pass may attend to.
 #[derive(Debug)]
 pub enum Context<'a> {
     /// A whole sequence at once; mask u8 (T, T) or (R, T, T), 1 where a query may attend to a key.
     Masked(&'a Tensor),
-    /// Everything in the rows from `first` on, and the new tokens themselves: all of them (one scale, no mask), or
-    /// only the earlier ones (`causal`: text).
+    /// Everything in the rows from `first` on, and among the new tokens what `step` says.
     Cached {
-        /// Grows by the new tokens.
+        /// Grows by the new tokens, but for another pass.
         cache: &'a mut Cache,
         /// Row of the cache that belongs to row 0 of the input.
         first: usize,
-        /// Each new token sees the new tokens before it and itself only.
-        causal: bool,
+        /// What the new tokens are.
+        step: Step,
     },
 }
 
 impl Context<'_> {
     /// Moves the lengths of `rows` rows on by `tokens`, once every layer has written them.
     pub(super) fn finish(&mut self, rows: usize, tokens: usize) {
-        if let Context::Cached { cache, first, .. } = self {
-            cache.advance(*first..*first + rows, tokens);
+        match self {
+            Context::Masked(_) | Context::Cached { step: Step::Again, .. } => {}
+            Context::Cached { cache, first, .. } => cache.advance(*first..*first + rows, tokens),
         }
     }
 
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
         match self {
             Context::Masked(mask) => ops::attention(q, k, v, Some(mask), scale),
-            Context::Cached { cache, first, causal } => {
+            Context::Cached { cache, first, step } => {
                 let (rows, tokens) = (q.dim(0)?, q.dim(1)?);
                 let outputs = (0..rows)
                     .map(|r| {
                         let (q, k, v) = (q.narrow(0, r, 1)?, k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
-                        let (keys, values) = cache.append(layer, *first + r, &k, &v)?;
-                        let mask = if *causal && tokens > 1 {
+                        let (keys, values) = match step {
+                            Step::Text | Step::Scale => cache.append(layer, *first + r, &k, &v)?,
+                            Step::Again => cache.with_last(layer, *first + r, &k, &v)?,
+                        };
+                        let mask = if *step == Step::Text && tokens > 1 {
                             let seen = keys.dim(1)? - tokens;
                             let mask =
                                 (0..tokens).flat_map(|i| (0..seen + tokens).map(move |j| u8::from(j <= seen + i)));
@@ -93,10 +107,13 @@ impl Linear {
 /// One layer.
 #[derive(Debug)]
 pub(super) struct Block {
+    norm_placement: NormPlacement,
     input_layernorm: RmsNorm,
     q_proj: Linear,
     k_proj: Linear,
     v_proj: Linear,
+    /// Over the channels of every head of queries and keys.
+    qk_norm: Option<(RmsNorm, RmsNorm)>,
     o_proj: Linear,
     post_attention_layernorm: RmsNorm,
     gate_proj: Linear,
@@ -114,11 +131,17 @@ impl Block {
         // The two projections that write to the residual stream start small, by depth.
         let depth = (2.0 * c.num_hidden_layers as f64).powf(-0.5);
         let closing = |fan_in: usize| Init::Normal { std: (fan_in as f64).powf(-0.5) * depth };
+        let qk_norm = |eps: f64| -> Result<_> {
+            let load = |name: &str| RmsNorm::load(&attn.pp("qknorm").pp(name), head_dim, eps);
+            Ok((load("query_norm")?, load("key_norm")?))
+        };
         Ok(Self {
+            norm_placement: c.norm_placement,
             input_layernorm: RmsNorm::load(&w.pp("input_layernorm"), hidden, c.rms_norm_eps)?,
-            q_proj: Linear::load(&attn.pp("q_proj"), hidden, queries, true, normal(hidden))?,
-            k_proj: Linear::load(&attn.pp("k_proj"), hidden, keys, true, normal(hidden))?,
-            v_proj: Linear::load(&attn.pp("v_proj"), hidden, keys, true, normal(hidden))?,
+            q_proj: Linear::load(&attn.pp("q_proj"), hidden, queries, c.qkv_bias, normal(hidden))?,
+            k_proj: Linear::load(&attn.pp("k_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
+            v_proj: Linear::load(&attn.pp("v_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
+            qk_norm: c.qk_norm_eps.map(qk_norm).transpose()?,
             o_proj: Linear::load(&attn.pp("o_proj"), queries, hidden, false, closing(queries))?,
             post_attention_layernorm: RmsNorm::load(&w.pp("post_attention_layernorm"), hidden, c.rms_norm_eps)?,
             gate_proj: Linear::load(&mlp.pp("gate_proj"), hidden, inner, false, normal(hidden))?,
@@ -129,17 +152,33 @@ impl Block {
     }
 
     pub(super) fn forward(&self, x: &Tensor, rope: &Rope, layer: usize, context: &mut Context) -> Result<Tensor> {
+        let (first, second) = (&self.input_layernorm, &self.post_attention_layernorm);
+        match self.norm_placement {
+            NormPlacement::Input => {
+                let x = (x + self.attention(&first.forward(x)?, rope, layer, context)?)?;
+                &x + self.mlp(&second.forward(&x)?)?
+            }
+            NormPlacement::Output => {
+                let x = (x + first.forward(&self.attention(x, rope, layer, context)?)?)?;
+                &x + second.forward(&self.mlp(&x)?)?
+            }
+        }
+    }
+
+    fn attention(&self, x: &Tensor, rope: &Rope, layer: usize, context: &mut Context) -> Result<Tensor> {
         let (rows, tokens, _) = x.dims3()?;
-        let normed = self.input_layernorm.forward(x)?;
-        let heads = |l: &Linear| l.forward(&normed)?.reshape((rows, tokens, (), self.head_dim));
-        let q = ops::rope(&heads(&self.q_proj)?, &rope.cos, &rope.sin)?;
-        let k = ops::rope(&heads(&self.k_proj)?, &rope.cos, &rope.sin)?;
-        let v = heads(&self.v_proj)?;
+        let heads = |l: &Linear| l.forward(x)?.reshape((rows, tokens, (), self.head_dim));
+        let (mut q, mut k, v) = (heads(&self.q_proj)?, heads(&self.k_proj)?, heads(&self.v_proj)?);
+        if let Some((query_norm, key_norm)) = &self.qk_norm {
+            (q, k) = (query_norm.forward(&q)?, key_norm.forward(&k)?);
+        }
+        let (q, k) = (ops::rope(&q, &rope.cos, &rope.sin)?, ops::rope(&k, &rope.cos, &rope.sin)?);
         let scale = 1.0 / (self.head_dim as f32).sqrt();
         let attended = context.attend(layer, &q, &k, &v, scale)?;
-        let x = (x + self.o_proj.forward(&attended.reshape((rows, tokens, ()))?)?)?;
-        let normed = self.post_attention_layernorm.forward(&x)?;
-        let inner = ops::swiglu(&self.gate_proj.forward(&normed)?, &self.up_proj.forward(&normed)?)?;
-        x + self.down_proj.forward(&inner)?
+        self.o_proj.forward(&attended.reshape((rows, tokens, ()))?)
+    }
+
+    fn mlp(&self, x: &Tensor) -> Result<Tensor> {
+        self.down_proj.forward(&ops::swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)?)
     }
 }

@@ -47,6 +47,16 @@ impl Cache {
         Ok((keys.narrow(1, 0, start + tokens)?, values.narrow(1, 0, start + tokens)?))
     }
 
+    /// All keys and values of `row`, with these (1, T, kv_heads, head_dim) in the place of the last T; nothing is written.
+    pub(super) fn with_last(&self, layer: usize, row: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let Some(start) = self.lengths[row].checked_sub(k.dim(1)?) else {
+            candle_core::bail!("a sequence of {} has no {} last tokens", self.lengths[row], k.dim(1)?);
+        };
+        let (keys, values) = &self.layers[layer][row];
+        let join = |kept: &Tensor, new: &Tensor| Tensor::cat(&[&kept.narrow(1, 0, start)?, new], 1);
+        Ok((join(keys, k)?, join(values, v)?))
+    }
+
     pub(super) fn advance(&mut self, rows: std::ops::Range<usize>, tokens: usize) {
         self.lengths[rows].iter_mut().for_each(|l| *l += tokens);
     }

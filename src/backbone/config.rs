@@ -12,11 +12,33 @@ pub enum InputMode {
     Cumulative,
 }
 
+/// Where the two RMSNorms of a block stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NormPlacement {
+    /// Before attention and SwiGLU (Qwen2.5).
+    #[default]
+    Input,
+    /// Behind them, on what they add to the residual stream (TokenFlow-t2i).
+    Output,
+}
+
+/// How codes join the vocabulary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vocabulary {
+    /// Text, `<boi>`, `<eoi>`, codes. Codes have rows in the head only.
+    #[default]
+    Markers,
+    /// Text, codes. Codes have rows in the embedding too, and words of the text open an image (TokenFlow-t2i).
+    Plain,
+}
+
 /// Shape and choices of the transformer; names as in Qwen2.5-VL's config.json where it has them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneConfig {
-    /// Text tokens; `<boi>` and `<eoi>` follow, then the codes.
+    /// Text tokens; what follows them, `vocabulary` says.
     pub vocab_size: usize,
     /// Width.
     pub hidden_size: usize,
@@ -34,8 +56,10 @@ pub struct BackboneConfig {
     pub rope_theta: f64,
     /// Rotary pairs of the scale (or text), row and column axes; their sum is half the head.
     pub mrope_section: [usize; 3],
-    /// C of the paper's Eq. 1: extent of the spatial axes, whatever the grid.
-    pub spatial_extent: f64,
+    /// C of the paper's Eq. 1: extent of the spatial axes, whatever the grid. Without it codes stand where text would:
+    /// at their index in the sequence, pads included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spatial_extent: Option<f64>,
     /// The text rows of the head are the embedding's.
     pub tie_word_embeddings: bool,
     /// Codes of the tokenizer.
@@ -44,10 +68,38 @@ pub struct BackboneConfig {
     pub code_dim: usize,
     /// What the transformer sees of an image.
     pub input_mode: InputMode,
-    /// Rows of the scale embedding: the most scales an image may have.
+    /// The most scales an image may have: rows of the scale embedding.
     pub max_scales: usize,
     /// Add the sinusoidal embedding of an image's number of scales.
     pub scale_length_embedding: bool,
+    /// How codes join the vocabulary.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub vocabulary: Vocabulary,
+    /// Where the RMSNorms of a block stand.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub norm_placement: NormPlacement,
+    /// Queries, keys and values have a bias.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub qkv_bias: bool,
+    /// Epsilon of the RMSNorm over every head's queries and keys, if there is one.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub qk_norm_eps: Option<f64>,
+    /// Round the rotary frequencies to bf16, as TokenFlow-t2i's reference does when it casts the model.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bf16_frequencies: bool,
+    /// Rows of TokenFlow's learned table of code positions: the codes of a whole image. With it the scale embedding has
+    /// a row in front, which is added to text.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub code_positions: Option<usize>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Left out of a config that is written, so that one without TokenFlow's choices looks as if there were none.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl BackboneConfig {
@@ -56,7 +108,7 @@ impl BackboneConfig {
         self.hidden_size / self.num_attention_heads
     }
 
-    /// Id of `<boi>`, after the text tokens.
+    /// Id of `<boi>`, after the text tokens of a vocabulary with markers.
     pub fn boi(&self) -> u32 {
         self.vocab_size as u32
     }
@@ -68,7 +120,41 @@ impl BackboneConfig {
 
     /// Row of code 0 in the head.
     pub fn first_code(&self) -> usize {
-        self.vocab_size + 2
+        match self.vocabulary {
+            Vocabulary::Markers => self.vocab_size + 2,
+            Vocabulary::Plain => self.vocab_size,
+        }
+    }
+
+    /// Rows of the token embedding.
+    pub(super) fn embedding_rows(&self) -> usize {
+        match self.vocabulary {
+            Vocabulary::Markers => self.first_code(),
+            Vocabulary::Plain => self.first_code() + self.codebook_size,
+        }
+    }
+
+    /// Rows of the head that are its own: all, or those of the codes if the others are the embedding's.
+    pub(super) fn head_rows(&self) -> usize {
+        self.codebook_size + if self.tie_word_embeddings { 0 } else { self.first_code() }
+    }
+
+    /// Rows of the scale embedding.
+    pub(super) fn scale_rows(&self) -> usize {
+        self.max_scales + usize::from(self.code_positions.is_some())
+    }
+
+    /// Numbers in all weights.
+    pub fn parameters(&self) -> usize {
+        let (hidden, head_dim) = (self.hidden_size, self.head_dim());
+        let (queries, keys) = (self.num_attention_heads * head_dim, self.num_key_value_heads * head_dim);
+        let bias = if self.qkv_bias { queries + 2 * keys } else { 0 };
+        let qk_norm = if self.qk_norm_eps.is_some() { 2 * head_dim } else { 0 };
+        let attention = 2 * hidden * (queries + keys) + bias + qk_norm;
+        let block = attention + 3 * hidden * self.intermediate_size + 2 * hidden;
+        let connector = (self.code_dim + 1) * hidden + (hidden + 1) * hidden;
+        let tables = self.embedding_rows() + self.head_rows() + self.scale_rows() + self.code_positions.unwrap_or(0);
+        self.num_hidden_layers * block + connector + (tables + 1) * hidden
     }
 
     /// What would make the model's constructor panic or mislead, as one sentence.
@@ -79,6 +165,9 @@ impl BackboneConfig {
         }
         if 2 * self.mrope_section.iter().sum::<usize>() != self.head_dim() {
             return Err(format!("mrope_section {:?} is not half of head_dim {}", self.mrope_section, self.head_dim()));
+        }
+        if self.spatial_extent.is_some() == self.code_positions.is_some() {
+            return Err("one of spatial_extent and code_positions must say where codes stand".into());
         }
         Ok(())
     }

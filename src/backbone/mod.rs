@@ -1,16 +1,18 @@
-//! The decoder-only transformer: Qwen2.5's block, multi-scale 3D RoPE, and the image ends around it.
+//! The decoder-only transformer: its blocks, rotary positions, and the image ends around them. NextFlow and
+//! TokenFlow-t2i are two configurations of it.
 
 mod block;
 mod cache;
 mod config;
+pub mod presets;
 pub mod rope;
 pub mod sequence;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-pub use block::Context;
+pub use block::{Context, Step};
 pub use cache::Cache;
-pub use config::{BackboneConfig, InputMode};
+pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 pub use rope::{Position, Rope};
 
 use crate::checkpoint::{Init, Weights};
@@ -23,37 +25,50 @@ pub struct Backbone {
     embed_tokens: Tensor,
     layers: Vec<Block>,
     norm: RmsNorm,
-    /// (vocab + 2 + codes, hidden); without the text rows if they are tied to `embed_tokens`.
+    /// (first code + codes, hidden); without the rows before the codes if they are tied to `embed_tokens`.
     lm_head: Tensor,
     connector: [(Tensor, Tensor); 2],
-    /// Row k is added to the tokens of scale k; row 0 stands for text and is not used.
+    /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with `code_positions`. The first
+    /// scale is never an input, so its row is not used.
     scale_embed: Tensor,
+    /// Row 0 is added to the token that predicts the first code, the others to the codes of the other scales in order.
+    code_positions: Option<Tensor>,
     config: BackboneConfig,
     device: Device,
 }
 
 impl Backbone {
-    /// Qwen2.5-VL's keys (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`), TokenFlow's `mm_projector`
-    /// for the connector, and our `model.scale_embed`.
+    /// Qwen2.5-VL's keys (`model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`) and TokenFlow's `mm_projector`
+    /// for the connector; the scale embedding is our `model.scale_embed`, or TokenFlow-t2i's `model.lvl_embed` with its
+    /// code positions `model.pos_1LC`.
     pub fn load(w: &Weights, config: &BackboneConfig) -> Result<Self> {
         config.check().map_err(candle_core::Error::Msg)?;
-        let (hidden, text) = (config.hidden_size, config.vocab_size + 2);
+        let hidden = config.hidden_size;
         let model = w.pp("model");
         let normal = |fan_in: usize| Init::Normal { std: (fan_in as f64).powf(-0.5) };
-        let head_rows = config.codebook_size + if config.tie_word_embeddings { 0 } else { text };
         let linear = |w: Weights, from: usize| -> Result<(Tensor, Tensor)> {
             Ok((w.get((hidden, from), "weight", normal(from))?, w.get(hidden, "bias", Init::Zeros)?))
         };
         let connector = model.pp("mm_projector");
+        let levels = (config.scale_rows(), hidden);
+        let table = Init::Normal { std: 0.1 };
         Ok(Self {
-            embed_tokens: model.pp("embed_tokens").get((text, hidden), "weight", Init::Normal { std: 0.5 })?,
+            embed_tokens: model.pp("embed_tokens").get(
+                (config.embedding_rows(), hidden),
+                "weight",
+                Init::Normal { std: 0.5 },
+            )?,
             layers: (0..config.num_hidden_layers)
                 .map(|i| Block::load(&model.pp("layers").pp(i), config))
                 .collect::<Result<_>>()?,
             norm: RmsNorm::load(&model.pp("norm"), hidden, config.rms_norm_eps)?,
-            lm_head: w.pp("lm_head").get((head_rows, hidden), "weight", Init::Normal { std: 0.02 })?,
+            lm_head: w.pp("lm_head").get((config.head_rows(), hidden), "weight", Init::Normal { std: 0.02 })?,
             connector: [linear(connector.pp(0), config.code_dim)?, linear(connector.pp(2), hidden)?],
-            scale_embed: model.get((config.max_scales, hidden), "scale_embed", Init::Normal { std: 0.1 })?,
+            scale_embed: match config.code_positions {
+                None => model.get(levels, "scale_embed", table)?,
+                Some(_) => model.pp("lvl_embed").get(levels, "weight", table)?,
+            },
+            code_positions: config.code_positions.map(|n| model.get((n, hidden), "pos_1LC", table)).transpose()?,
             config: config.clone(),
             device: w.device().clone(),
         })
@@ -77,13 +92,24 @@ impl Backbone {
     /// Text ids, `<boi>` and `<eoi>` among them: (R, T) u32 -> (R, T, hidden).
     pub fn embed_text(&self, ids: &Tensor) -> Result<Tensor> {
         let (rows, tokens) = ids.dims2()?;
-        self.embed_tokens.index_select(&ids.flatten_all()?, 0)?.reshape((rows, tokens, ()))
+        let x = self.embed_tokens.index_select(&ids.flatten_all()?, 0)?.reshape((rows, tokens, ()))?;
+        if self.code_positions.is_some() { x.broadcast_add(&self.scale_embed.narrow(0, 0, 1)?) } else { Ok(x) }
     }
 
-    /// Code features that feed scale `index` (0-based) of an image of `count` scales: (R, T, code_dim) -> (R, T, hidden).
-    pub fn embed_codes(&self, features: &Tensor, index: usize, count: usize) -> Result<Tensor> {
-        let x = self.connect(features)?;
-        x.broadcast_add(&self.scale_rows(&[index], count)?)
+    /// Text of which the last token predicts the first code of an image: as [`Backbone::embed_text`].
+    pub fn embed_prefix(&self, ids: &Tensor) -> Result<Tensor> {
+        let x = self.embed_text(ids)?;
+        let Some(positions) = &self.code_positions else { return Ok(x) };
+        x.broadcast_add(&positions.narrow(0, 0, 1)?.pad_with_zeros(0, x.dim(1)? - 1, 0)?)
+    }
+
+    /// Code features that feed scale `index` (0-based) of an image of the grids `scales`:
+    /// (R, T, code_dim) -> (R, T, hidden).
+    pub fn embed_codes(&self, features: &Tensor, index: usize, scales: &[(usize, usize)]) -> Result<Tensor> {
+        let x = self.connect(features)?.broadcast_add(&self.scale_rows(&[index], scales.len())?)?;
+        let Some(positions) = &self.code_positions else { return Ok(x) };
+        let first = scales[..index].iter().map(|(h, w)| h * w).sum();
+        x.broadcast_add(&positions.narrow(0, first, features.dim(1)?)?)
     }
 
     /// The connector alone: Linear, GELU, Linear.
@@ -94,7 +120,8 @@ impl Backbone {
 
     /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).
     pub fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
-        let ids: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
+        let text = usize::from(self.code_positions.is_some());
+        let ids: Vec<u32> = indices.iter().map(|&i| (i + text) as u32).collect();
         let rows = self.scale_embed.index_select(&Tensor::new(ids, &self.device)?, 0)?;
         if !self.config.scale_length_embedding {
             return Ok(rows);
@@ -119,10 +146,11 @@ impl Backbone {
         ops::linear(hidden, &self.lm_head.narrow(0, first, self.config.codebook_size)?, None)
     }
 
-    /// Logits of text and `<boi>`, (..., hidden) -> (..., vocab + 1).
+    /// Logits of text and, with markers, of `<boi>`: (..., hidden) -> (..., vocab or vocab + 1).
     pub fn text_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = if self.config.tie_word_embeddings { &self.embed_tokens } else { &self.lm_head };
-        ops::linear(hidden, &head.narrow(0, 0, self.config.vocab_size + 1)?, None)
+        let rows = self.config.first_code().min(self.config.vocab_size + 1);
+        ops::linear(hidden, &head.narrow(0, 0, rows)?, None)
     }
 }
 

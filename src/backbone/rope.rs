@@ -1,6 +1,8 @@
-//! Multi-scale 3D RoPE (paper, Eq. 1 and Fig. 5): positions of text and image tokens, and their rotations.
+//! Multi-scale 3D RoPE (paper, Eq. 1 and Fig. 5), one-dimensional where an image is read like text: positions of text
+//! and image tokens, and their rotations.
 
 use candle_core::{Device, Result, Tensor};
+use half::bf16;
 
 use super::BackboneConfig;
 
@@ -31,12 +33,16 @@ pub struct Rope {
 
 impl Rope {
     /// Tables for `rows` of equally many positions. Pair j turns by `theta^(-2j / head_dim)` times the coordinate of
-    /// the axis that owns it: the first `mrope_section[0]` pairs belong to the scale, then rows, then columns.
+    /// the axis that owns it: the first `mrope_section[0]` pairs belong to the scale, then rows, then columns. Where all
+    /// positions are [`text_position`]s that is the plain one-dimensional rotation.
     pub fn new(config: &BackboneConfig, rows: &[&[Position]], device: &Device) -> Result<Self> {
         let half = config.head_dim() / 2;
         let axes = config.mrope_section.iter().enumerate().flat_map(|(axis, &n)| std::iter::repeat_n(axis, n));
-        let pairs: Vec<(usize, f64)> =
-            axes.enumerate().map(|(j, axis)| (axis, config.rope_theta.powf(-(j as f64) / half as f64))).collect();
+        let frequency = |j: usize| match config.rope_theta.powf(-(j as f64) / half as f64) {
+            frequency if config.bf16_frequencies => bf16::from_f64(frequency).to_f64(),
+            frequency => frequency,
+        };
+        let pairs: Vec<(usize, f64)> = axes.enumerate().map(|(j, axis)| (axis, frequency(j))).collect();
         let tokens = rows.first().map_or(0, |r| r.len());
         let angles: Vec<f32> = rows
             .iter()

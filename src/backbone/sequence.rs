@@ -19,6 +19,12 @@ impl Layout {
         Self::default()
     }
 
+    /// An empty sequence that counts from `counter`: behind so many left pads, which nobody sees and which therefore need
+    /// not be there.
+    pub fn behind(counter: usize) -> Self {
+        Self { counter, ..Self::default() }
+    }
+
     /// Tokens so far.
     pub fn len(&self) -> usize {
         self.positions.len()
@@ -37,15 +43,21 @@ impl Layout {
         }
     }
 
-    /// Appends `<boi>` and the grids of an image. `<eoi>` is [`Layout::push_eoi`], which may be left out at the end of
-    /// a sequence.
-    pub fn push_image(&mut self, scales: &[(usize, usize)], extent: f64) {
+    /// Appends `<boi>`, or the last word that opens an image, and the grids of an image. `<eoi>` is
+    /// [`Layout::push_eoi`], which may be left out at the end of a sequence. Without an `extent` codes count on like text.
+    pub fn push_image(&mut self, scales: &[(usize, usize)], extent: Option<f64>) {
         self.push_marker();
-        for (index, &grid) in scales.iter().enumerate().skip(1) {
-            self.positions.extend(grid_positions(self.counter + index, grid, extent));
+        for (index, &(h, w)) in scales.iter().enumerate().skip(1) {
+            match extent {
+                Some(extent) => self.positions.extend(grid_positions(self.counter + index, (h, w), extent)),
+                None => {
+                    self.positions.extend((1..=h * w).map(|i| text_position(self.counter + i)));
+                    self.counter += h * w;
+                }
+            }
             self.ends.resize(self.positions.len(), self.positions.len());
         }
-        self.counter += scales.len();
+        self.counter += if extent.is_some() { scales.len() } else { 1 };
     }
 
     /// Appends `<eoi>`; text goes on counting behind it.
@@ -81,7 +93,7 @@ mod tests {
     fn a_scale_sees_itself_and_everything_before() {
         let mut layout = Layout::new();
         layout.push_text(2);
-        layout.push_image(&[(1, 1), (1, 2), (2, 2)], 64.0);
+        layout.push_image(&[(1, 1), (1, 2), (2, 2)], Some(64.0));
         layout.push_eoi();
         layout.push_text(1);
         assert_eq!(layout.ends, [1, 2, 3, 5, 5, 9, 9, 9, 9, 10, 11]);
@@ -90,10 +102,20 @@ mod tests {
     }
 
     #[test]
+    fn codes_count_like_text_without_an_extent() {
+        let mut layout = Layout::behind(3);
+        layout.push_text(1);
+        layout.push_image(&[(1, 1), (1, 2), (2, 2)], None);
+        layout.push_text(1);
+        assert_eq!(layout.positions, (3..12).map(text_position).collect::<Vec<_>>());
+        assert_eq!(layout.ends, [1, 2, 4, 4, 8, 8, 8, 8, 9]);
+    }
+
+    #[test]
     fn padding_is_seen_by_nobody() {
         let mut layout = Layout::new();
         layout.push_text(1);
-        layout.push_image(&[(1, 1), (1, 2)], 64.0);
+        layout.push_image(&[(1, 1), (1, 2)], Some(64.0));
         let layout = layout.padded(2);
         let mask = layout.mask(2);
         assert_eq!(layout.len(), 6);

@@ -2,20 +2,23 @@
 
 pub mod inputs;
 mod model;
+mod prompt;
+mod rows;
 pub mod sampler;
 pub mod schedule;
+pub mod tokenflow;
 
 use std::ops::ControlFlow;
 
-use candle_core::{DType, Tensor};
-
 pub use model::{Model, ModelConfig};
+pub use prompt::{Prefix, PromptConfig};
+pub use rows::Rows;
 
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, Cache, Context, Position, Rope};
+use crate::backbone::Backbone;
 use crate::error::{Error, Kind, Result};
 use crate::tokenizer::Quantizer;
 use inputs::NextInput;
+use sampler::Filter;
 
 /// How codes are drawn from the logits.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -29,6 +32,22 @@ pub struct Sampling {
     pub top_k: Option<usize>,
     /// Keep the smallest set of codes whose probabilities sum to p; 1 keeps all.
     pub top_p: f64,
+    /// Further passes over every scale but the first, each with a filter of its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refine: Vec<Filter>,
+}
+
+impl Sampling {
+    /// Passes over the scale of an index.
+    pub fn passes(&self, scale: usize) -> usize {
+        if scale == 0 { 1 } else { 1 + self.refine.len() }
+    }
+
+    /// Candidates of a pass; the first is pass 0.
+    fn filter(&self, pass: usize) -> Filter {
+        let first = Filter { top_k: self.top_k, top_p: self.top_p };
+        if pass == 0 { first } else { self.refine.get(pass - 1).copied().unwrap_or(first) }
+    }
 }
 
 /// One image to draw.
@@ -68,79 +87,40 @@ pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
 
 /// Draws the codes of one image, coarse to fine: the next-scale loop.
 ///
-/// With guidance the batch has two rows, the prompt's and that of an empty prompt; each scale is one forward pass over
-/// its grid against the cache, without a mask. The 1x1 code is predicted by `<boi>`, the codes of every later scale by
-/// the upsampled codes of the scale before it.
+/// With guidance the batch has two rows, the prompt's and the unconditional one; each scale is one forward pass over its
+/// grid against the cache, without a mask. The first code is predicted by the last token of the prefix, the codes of every
+/// later scale by the upsampled codes before it; further passes see the scale's own codes as well and draw them anew.
 pub fn draw_codes(
     backbone: &Backbone,
     quantizer: &Quantizer,
-    prompt: &[u32],
+    [conditional, unconditional]: [&Prefix; 2],
     job: &Job,
     observe: Observer,
 ) -> Result<Vec<Vec<u32>>> {
     let (scales, sampling) = (&job.scales, &job.sampling);
-    let prompts: &[&[u32]] = if sampling.cfg > 0.0 { &[prompt, &[]] } else { &[prompt] };
-    let capacity = prompt.len() + 1 + schedule::codes(scales);
-    let mut cache = Cache::new(backbone.config(), prompts.len(), capacity, backbone.dtype(), backbone.device())?;
-    let mut layouts = Vec::new();
-    let mut hidden = Vec::new();
-    for (row, prompt) in prompts.iter().enumerate() {
-        let layout = image_layout(backbone, prompt.len(), scales);
-        hidden.push(prefill(backbone, prompt, &layout, &mut cache, row)?);
-        layouts.push(layout);
-    }
-    tell(observe, Event::Prompt { tokens: prompt.len() })?;
-    let mut hidden = Tensor::cat(&hidden, 0)?;
+    let prefixes: &[&Prefix] = if sampling.cfg > 0.0 { &[conditional, unconditional] } else { &[conditional] };
+    let (mut rows, mut hidden) = Rows::start(backbone, prefixes, scales)?;
+    tell(observe, Event::Prompt { tokens: conditional.ids.len() - 1 })?;
     let mut input = NextInput::new(backbone.config().input_mode);
     let mut codes: Vec<Vec<u32>> = Vec::new();
-    for (si, &(h, w)) in scales.iter().enumerate() {
+    for (si, &grid) in scales.iter().enumerate() {
         if si > 0 {
-            let features = input.next(quantizer, &codes[si - 1], scales[si - 1], (h, w));
-            let features = Tensor::from_vec(features, (1, h * w, backbone.config().code_dim), backbone.device())?;
-            let x = backbone.embed_codes(&features.to_dtype(backbone.dtype())?, si, scales.len())?;
-            let x = x.broadcast_as((prompts.len(), h * w, backbone.config().hidden_size))?.contiguous()?;
-            let rope = rope_at(backbone, &layouts, &cache, h * w)?;
-            hidden = backbone.forward(&x, &rope, Context::Cached { cache: &mut cache, first: 0, causal: false })?;
+            let features = input.next(quantizer, &codes[si - 1], scales[si - 1], grid);
+            hidden = rows.read(si, features, false)?;
         }
-        let logits = backbone.code_logits(&hidden)?.to_dtype(DType::F32)?;
-        let logits = guide(&logits, sampling.cfg * si as f64 / (scales.len() - 1).max(1) as f64)?;
-        codes.push(sampler::sample(&logits, sampling, job.seed, si).map_err(|e| non_finite(e, si, (h, w)))?);
+        let t = sampling.cfg * si as f64 / (scales.len() - 1).max(1) as f64;
+        let mut drawn = Vec::new();
+        for pass in 0..sampling.passes(si) {
+            if pass > 0 {
+                hidden = rows.read(si, input.with(quantizer, &drawn), true)?;
+            }
+            let logits = rows.guided_logits(&hidden, t)?;
+            drawn = sampler::sample(&logits, sampling, job.seed, si, pass).map_err(|e| non_finite(e, si, grid))?;
+        }
+        codes.push(drawn);
         tell(observe, Event::Scale { codes: &codes, scales })?;
     }
     Ok(codes)
-}
-
-/// VAR's guidance: (1 + t) conditional - t unconditional; logits (R, T, codes) -> (T, codes).
-fn guide(logits: &Tensor, t: f64) -> Result<Tensor> {
-    let conditional = logits.get(0)?;
-    if logits.dim(0)? == 1 || t == 0.0 {
-        return Ok(conditional);
-    }
-    Ok(((conditional * (1.0 + t))? - (logits.get(1)? * t)?)?)
-}
-
-fn image_layout(backbone: &Backbone, prompt: usize, scales: &[(usize, usize)]) -> Layout {
-    let mut layout = Layout::new();
-    layout.push_text(prompt);
-    layout.push_image(scales, backbone.config().spatial_extent);
-    layout
-}
-
-/// Reads the prompt and `<boi>` into a row of the cache; the hidden state of `<boi>`, (1, 1, hidden).
-fn prefill(backbone: &Backbone, prompt: &[u32], layout: &Layout, cache: &mut Cache, row: usize) -> Result<Tensor> {
-    let ids: Vec<u32> = prompt.iter().copied().chain([backbone.config().boi()]).collect();
-    let tokens = ids.len();
-    let x = backbone.embed_text(&Tensor::from_vec(ids, (1, tokens), backbone.device())?)?;
-    let rope = Rope::new(backbone.config(), &[&layout.positions[..tokens]], backbone.device())?;
-    let hidden = backbone.forward(&x, &rope, Context::Cached { cache, first: row, causal: true })?;
-    Ok(hidden.narrow(1, tokens - 1, 1)?.contiguous()?)
-}
-
-/// Rotations of `tokens` tokens of each row, from its position in the cache on.
-fn rope_at(backbone: &Backbone, layouts: &[Layout], cache: &Cache, tokens: usize) -> Result<Rope> {
-    let rows: Vec<&[Position]> =
-        layouts.iter().enumerate().map(|(row, l)| &l.positions[cache.len(row)..][..tokens]).collect();
-    Ok(Rope::new(backbone.config(), &rows, backbone.device())?)
 }
 
 fn tell(observe: &mut dyn FnMut(Event) -> ControlFlow<()>, event: Event) -> Result<()> {

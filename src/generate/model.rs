@@ -4,8 +4,8 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Job, Observer, Sampling, draw_codes};
-use crate::backbone::{Backbone, BackboneConfig};
+use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes};
+use crate::backbone::{Backbone, BackboneConfig, Vocabulary};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::pixels;
@@ -22,6 +22,9 @@ pub struct ModelConfig {
     pub scales: usize,
     /// Sampling when the user asks for nothing else.
     pub sampling: Sampling,
+    /// How a prompt becomes tokens.
+    #[serde(default, skip_serializing_if = "PromptConfig::is_default")]
+    pub prompt: PromptConfig,
     /// The transformer.
     pub backbone: BackboneConfig,
     /// The image tokenizer.
@@ -39,6 +42,10 @@ impl ModelConfig {
             let message = format!("config.json of {source}: transformer and tokenizer disagree about the codebook");
             return Err(Error::model(message));
         }
+        if codes.vocabulary == Vocabulary::Plain && config.prompt.image_start.is_empty() {
+            let message = format!("config.json of {source}: neither <boi> nor prompt.image_start opens an image");
+            return Err(Error::model(message));
+        }
         Ok(config)
     }
 
@@ -52,6 +59,9 @@ impl ModelConfig {
 #[derive(Debug)]
 pub struct Model {
     text: Text,
+    /// Tokens that open an image.
+    opening: Vec<u32>,
+    unconditional: Prefix,
     backbone: Backbone,
     tokenizer: ImageTokenizer,
     config: ModelConfig,
@@ -64,7 +74,10 @@ impl Model {
         let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
         let backbone = source.load("model.safetensors", dtype, device, |w| Backbone::load(w, &config.backbone))?;
         let tokenizer = config.load_tokenizer(source, device)?;
-        Ok(Self { text: source.text()?, backbone, tokenizer, config })
+        let text = source.text()?;
+        let opening = config.prompt.opening(&text, config.backbone.boi())?;
+        let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);
+        Ok(Self { text, opening, unconditional, backbone, tokenizer, config })
     }
 
     /// The checkpoint's config.
@@ -87,8 +100,9 @@ impl Model {
     /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks, [`crate::error::Kind::NonFinite`] if the
     /// model gives no finite numbers.
     pub fn draw(&self, job: &Job, observe: Observer) -> Result<RgbImage> {
-        let prompt = self.text.encode(&job.prompt)?;
-        let codes = draw_codes(&self.backbone, self.tokenizer.quantizer(), &prompt, job, observe)?;
+        let prompt = self.config.prompt.prefix(&self.text.encode(&job.prompt)?, &self.opening);
+        let prefixes = [&prompt, &self.unconditional];
+        let codes = draw_codes(&self.backbone, self.tokenizer.quantizer(), prefixes, job, observe)?;
         super::tell(observe, Event::Decode)?;
         self.decode(&codes, &job.scales)
     }

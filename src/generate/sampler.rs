@@ -1,6 +1,7 @@
 //! From logits to codes: temperature, top-k, top-p, and a draw that depends on (seed, scale, position) alone.
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use super::Sampling;
 use crate::rng::{Rng, Stream};
@@ -12,28 +13,44 @@ pub struct NonFinite {
     pub position: usize,
 }
 
-/// One code per row of `logits` (T, codes), f32.
-pub fn sample(logits: &Tensor, sampling: &Sampling, seed: u64, scale: usize) -> Result<Vec<u32>, NonFinite> {
+/// Which codes stay candidates.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Filter {
+    /// The k likeliest.
+    pub top_k: Option<usize>,
+    /// Of these the smallest set whose probabilities sum to p; 1 keeps all.
+    pub top_p: f64,
+}
+
+/// One code per row of `logits` (T, codes), f32, in one of the passes over a scale.
+pub fn sample(
+    logits: &Tensor,
+    sampling: &Sampling,
+    seed: u64,
+    scale: usize,
+    pass: usize,
+) -> Result<Vec<u32>, NonFinite> {
     let rows = logits.to_vec2::<f32>().map_err(|_| NonFinite { position: 0 })?;
-    let rng = Rng::new(seed, 0, Stream::Code, scale as u64);
+    let rng = Rng::new(seed, 0, Stream::Code, scale as u64 | (pass as u64) << 32);
+    let filter = sampling.filter(pass);
     rows.into_iter()
         .enumerate()
         .map(|(position, row)| {
             if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
                 return Err(NonFinite { position });
             }
-            Ok(sample_row(row, sampling, rng.uniform(position as u64)))
+            Ok(sample_row(row, sampling.temperature, filter, rng.uniform(position as u64)))
         })
         .collect()
 }
 
-fn sample_row(mut row: Vec<f32>, sampling: &Sampling, u: f64) -> u32 {
-    if sampling.temperature == 0.0 || sampling.top_k == Some(1) {
+fn sample_row(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
+    if temperature == 0.0 || kept.top_k == Some(1) {
         return argmax(&row);
     }
-    let temperature = sampling.temperature as f32;
-    row.iter_mut().for_each(|v| *v /= temperature);
-    let kept = filter(&row, sampling.top_k, sampling.top_p);
+    row.iter_mut().for_each(|v| *v /= temperature as f32);
+    let kept = filter(&row, kept.top_k, kept.top_p);
     let probabilities = softmax(&row, &kept);
     let mut rest = u * probabilities.iter().sum::<f64>();
     for (&index, p) in kept.iter().zip(&probabilities) {
@@ -118,31 +135,41 @@ mod tests {
     }
 
     fn sampling(temperature: f64, top_k: Option<usize>, top_p: f64) -> Sampling {
-        Sampling { cfg: 0.0, temperature, top_k, top_p }
+        Sampling { cfg: 0.0, temperature, top_k, top_p, refine: vec![] }
     }
 
     #[test]
     fn temperature_zero_is_argmax() {
         let logits = Tensor::new(&[[0f32, 3.0, 1.0], [2.0, 0.0, 1.0]], &Device::Cpu).unwrap();
-        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0).unwrap(), [1, 0]);
+        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0).unwrap(), [1, 0]);
     }
 
     #[test]
     fn draws_follow_the_distribution() {
         let row = [0.7f32, 0.2, 0.1].map(f32::ln);
         let logits = Tensor::new(&[row; 4000], &Device::Cpu).unwrap();
-        let drawn = sample(&logits, &sampling(1.0, None, 1.0), 5, 0).unwrap();
+        let drawn = sample(&logits, &sampling(1.0, None, 1.0), 5, 0, 0).unwrap();
         let share = drawn.iter().filter(|&&c| c == 0).count() as f64 / 4000.0;
         assert!((share - 0.7).abs() < 0.03, "{share}");
-        assert_ne!(drawn, sample(&logits, &sampling(1.0, None, 1.0), 6, 0).unwrap());
-        assert_ne!(drawn, sample(&logits, &sampling(1.0, None, 1.0), 5, 1).unwrap());
+        assert_ne!(drawn, sample(&logits, &sampling(1.0, None, 1.0), 6, 0, 0).unwrap());
+        assert_ne!(drawn, sample(&logits, &sampling(1.0, None, 1.0), 5, 1, 0).unwrap());
+    }
+
+    #[test]
+    fn every_pass_has_its_own_filter_and_noise() {
+        let logits = Tensor::new(&[[0f32, 1.0, 0.5]; 200], &Device::Cpu).unwrap();
+        let refine = vec![Filter { top_k: None, top_p: 1.0 }, Filter { top_k: Some(1), top_p: 1.0 }];
+        let sampling = Sampling { refine, ..sampling(1.0, None, 1.0) };
+        let draw = |pass| sample(&logits, &sampling, 5, 0, pass).unwrap();
+        assert_ne!(draw(0), draw(1));
+        assert_eq!(draw(2), [1; 200]);
     }
 
     #[test]
     fn logits_that_are_not_finite_stop_the_run() {
         let logits = Tensor::new(&[[0f32, 1.0], [f32::NAN, 1.0]], &Device::Cpu).unwrap();
-        assert_eq!(sample(&logits, &sampling(1.0, None, 1.0), 5, 0).unwrap_err().position, 1);
+        assert_eq!(sample(&logits, &sampling(1.0, None, 1.0), 5, 0, 0).unwrap_err().position, 1);
         let logits = Tensor::new(&[[f32::NEG_INFINITY, f32::NEG_INFINITY]], &Device::Cpu).unwrap();
-        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0).unwrap_err().position, 0);
+        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0).unwrap_err().position, 0);
     }
 }

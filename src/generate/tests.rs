@@ -4,7 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::inputs::NextInput;
 use super::*;
-use crate::backbone::{BackboneConfig, InputMode};
+use crate::backbone::sequence::Layout;
+use crate::backbone::{BackboneConfig, Cache, Context, InputMode, NormPlacement, Rope, Step, Vocabulary};
 use crate::checkpoint::Weights;
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::{CodebookConfig, Quantizer};
@@ -20,13 +21,19 @@ fn config(input_mode: InputMode) -> BackboneConfig {
         rms_norm_eps: 1e-6,
         rope_theta: 100.0,
         mrope_section: [2, 3, 3],
-        spatial_extent: 64.0,
+        spatial_extent: Some(64.0),
         tie_word_embeddings: false,
         codebook_size: 40,
         code_dim: 6,
         input_mode,
         max_scales: 18,
         scale_length_embedding: true,
+        vocabulary: Vocabulary::Markers,
+        norm_placement: NormPlacement::Input,
+        qkv_bias: true,
+        qk_norm_eps: None,
+        bf16_frequencies: false,
+        code_positions: None,
     }
 }
 
@@ -101,7 +108,7 @@ fn step_input(
 ) -> Tensor {
     let features = input.next(q, &codes[si - 1], scales[si - 1], scales[si]);
     let features = Tensor::from_vec(features, (1, scales[si].0 * scales[si].1, 6), &Device::Cpu).unwrap();
-    backbone.embed_codes(&features, si, scales.len()).unwrap()
+    backbone.embed_codes(&features, si, scales).unwrap()
 }
 
 /// The same, step by step against the cache.
@@ -110,10 +117,10 @@ fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
     let mut cache = Cache::new(config, 1, 400, DType::F32, &Device::Cpu).unwrap();
     let mut layout = Layout::new();
     let mut out = Vec::new();
-    let mut step = |x: Tensor, layout: &Layout, causal: bool| {
+    let mut step = |x: Tensor, layout: &Layout, step: Step| {
         let (start, tokens) = (cache.len(0), x.dim(1).unwrap());
         let rope = Rope::new(config, &[&layout.positions[start..start + tokens]], &Device::Cpu).unwrap();
-        let context = Context::Cached { cache: &mut cache, first: 0, causal };
+        let context = Context::Cached { cache: &mut cache, first: 0, step };
         out.push(backbone.forward(&x, &rope, context).unwrap());
     };
     let embed =
@@ -122,17 +129,17 @@ fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
         match part {
             Part::Text(ids) => {
                 layout.push_text(ids.len());
-                step(embed(ids), &layout, true);
+                step(embed(ids), &layout, Step::Text);
             }
             Part::Image(scales, codes) => {
                 layout.push_image(scales, config.spatial_extent);
                 layout.push_eoi();
-                step(embed(&[config.boi()]), &layout, true);
+                step(embed(&[config.boi()]), &layout, Step::Text);
                 let mut input = NextInput::new(config.input_mode);
                 for si in 1..scales.len() {
-                    step(step_input(backbone, q, &mut input, codes, scales, si), &layout, false);
+                    step(step_input(backbone, q, &mut input, codes, scales, si), &layout, Step::Scale);
                 }
-                step(embed(&[config.eoi()]), &layout, true);
+                step(embed(&[config.eoi()]), &layout, Step::Text);
             }
         }
     }
@@ -168,8 +175,14 @@ fn cached_inference_equals_the_masked_pass() {
     }
 }
 
+/// The codes drawn after a prompt of these tokens.
+fn draw(backbone: &Backbone, q: &Quantizer, prompt: &[u32], job: &Job, observe: Observer) -> Result<Vec<Vec<u32>>> {
+    let rows = [prompt, &[]].map(|text| PromptConfig::default().prefix(text, &[backbone.config().boi()]));
+    draw_codes(backbone, q, [&rows[0], &rows[1]], job, observe)
+}
+
 fn job(cfg: f64, seed: u64) -> Job {
-    let sampling = Sampling { cfg, temperature: 1.0, top_k: Some(20), top_p: 0.9 };
+    let sampling = Sampling { cfg, temperature: 1.0, top_k: Some(20), top_p: 0.9, refine: vec![] };
     Job { prompt: String::new(), scales: schedule::nearest(1.0).prefix(5).to_vec(), sampling, seed }
 }
 
@@ -181,7 +194,7 @@ fn the_loop_draws_what_the_masked_pass_says() {
         let mut job = job(3.0, 1);
         job.sampling.temperature = 0.0;
         let prompt = [7u32, 8, 9, 10];
-        let codes = draw_codes(&backbone, &q, &prompt, &job, &mut |_| ControlFlow::Continue(())).unwrap();
+        let codes = draw(&backbone, &q, &prompt, &job, &mut |_| ControlFlow::Continue(())).unwrap();
         let rows: Vec<Tensor> = [&prompt[..], &[]]
             .iter()
             .map(|p| {
@@ -206,11 +219,16 @@ fn the_loop_draws_what_the_masked_pass_says() {
 fn a_seed_decides_everything_and_an_observer_may_stop() {
     let (backbone, q) = model(InputMode::Residual);
     let mut go = |_: Event| ControlFlow::Continue(());
-    let draw = |job: &Job, go: Observer| draw_codes(&backbone, &q, &[1, 2], job, go);
+    let draw = |job: &Job, go: Observer| draw(&backbone, &q, &[1, 2], job, go);
     let first = draw(&job(2.0, 1), &mut go).unwrap();
     assert_eq!(first, draw(&job(2.0, 1), &mut go).unwrap());
     assert_ne!(first, draw(&job(2.0, 2), &mut go).unwrap());
     assert_ne!(first, draw(&job(0.0, 1), &mut go).unwrap());
+    let mut twice = job(2.0, 1);
+    twice.sampling.refine.push(Filter { top_k: Some(1), top_p: 1.0 });
+    let refined = draw(&twice, &mut go).unwrap();
+    assert_eq!(first[0], refined[0]);
+    assert_ne!(first[1], refined[1]);
     let mut seen = 0;
     let mut stop = |e: Event| match e {
         Event::Scale { codes, .. } if codes.len() == 2 => ControlFlow::Break(()),
@@ -228,7 +246,7 @@ fn weights_without_finite_numbers_end_the_run() {
     let (backbone, q) = model(InputMode::Residual);
     let broken = Tensor::full(f32::NAN, (1, 1, 64), &Device::Cpu).unwrap();
     let logits = backbone.code_logits(&broken).unwrap().squeeze(0).unwrap();
-    let error = sampler::sample(&logits, &job(0.0, 1).sampling, 1, 0).unwrap_err();
+    let error = sampler::sample(&logits, &job(0.0, 1).sampling, 1, 0, 0).unwrap_err();
     assert_eq!(non_finite(error, 0, (1, 1)).kind, Kind::NonFinite);
     assert_eq!(q.config().size, 40);
 }

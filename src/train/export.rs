@@ -6,7 +6,7 @@ use std::path::Path;
 use super::run::Run;
 use crate::checkpoint::{load, quantise};
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, Sampling};
+use crate::generate::{ModelConfig, PromptConfig, Sampling};
 
 /// Writes `config.json`, `tokenizer.json`, `model.safetensors` and `image_tokenizer.safetensors` (matrices as
 /// bytes) to `out`.
@@ -34,7 +34,8 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
         tokenizer.decoder = run.recipe.decoder_final.clone();
     }
     let backbone = run.recipe.backbone.clone();
-    let config = ModelConfig { name: "nano".into(), scales: run.recipe.scales, sampling, backbone, tokenizer };
+    let (name, prompt) = ("nano".into(), PromptConfig::default());
+    let config = ModelConfig { name, scales: run.recipe.scales, sampling, prompt, backbone, tokenizer };
     let json = serde_json::to_string_pretty(&config).map_err(|e| Error::usage(e.to_string()))?;
     crate::checkpoint::write(&out.join("config.json"), (json + "\n").as_bytes())?;
     std::fs::copy(run.file("tokenizer.json"), out.join("tokenizer.json"))?;

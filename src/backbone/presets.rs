@@ -1,0 +1,89 @@
+//! Shapes of the large models.
+
+use super::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
+
+/// NextFlow on Qwen2.5-VL-7B (paper, section on the backbone), with TokenFlow's codebook.
+pub const NEXTFLOW_7B: BackboneConfig = BackboneConfig {
+    vocab_size: 152_064,
+    hidden_size: 3584,
+    intermediate_size: 18_944,
+    num_hidden_layers: 28,
+    num_attention_heads: 28,
+    num_key_value_heads: 4,
+    rms_norm_eps: 1e-6,
+    rope_theta: 1e6,
+    mrope_section: [16, 24, 24],
+    spatial_extent: Some(64.0),
+    tie_word_embeddings: false,
+    codebook_size: 32_768,
+    code_dim: 40,
+    input_mode: InputMode::Residual,
+    max_scales: 18,
+    scale_length_embedding: true,
+    vocabulary: Vocabulary::Markers,
+    norm_placement: NormPlacement::Input,
+    qkv_bias: true,
+    qk_norm_eps: None,
+    bf16_frequencies: false,
+    code_positions: None,
+};
+
+/// TokenFlow-t2i: Llama-2-7B's widths, 256 px. [PAD] is the last of the text tokens.
+pub const TOKENFLOW_T2I_7B: BackboneConfig = BackboneConfig {
+    vocab_size: 32_001,
+    hidden_size: 4096,
+    intermediate_size: 11_008,
+    num_hidden_layers: 32,
+    num_attention_heads: 32,
+    num_key_value_heads: 32,
+    rms_norm_eps: 1e-5,
+    rope_theta: 1e4,
+    mrope_section: [64, 0, 0],
+    spatial_extent: None,
+    tie_word_embeddings: false,
+    codebook_size: 32_768,
+    code_dim: 40,
+    input_mode: InputMode::Cumulative,
+    max_scales: 9,
+    scale_length_embedding: false,
+    vocabulary: Vocabulary::Plain,
+    norm_placement: NormPlacement::Output,
+    qkv_bias: false,
+    // The reference leaves it at its class's default, other than the blocks' norms.
+    qk_norm_eps: Some(1e-6),
+    bf16_frequencies: true,
+    code_positions: Some(817),
+};
+
+/// The preset of a name: `nextflow-7b` or `tokenflow-t2i-7b`.
+pub fn named(name: &str) -> Option<&'static BackboneConfig> {
+    match name {
+        "nextflow-7b" => Some(&NEXTFLOW_7B),
+        "tokenflow-t2i-7b" => Some(&TOKENFLOW_T2I_7B),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_are_sound_and_of_the_published_sizes() {
+        for name in ["nextflow-7b", "tokenflow-t2i-7b"] {
+            let preset = named(name).unwrap();
+            assert_eq!(preset.check(), Ok(()));
+            let json = serde_json::to_string(preset).unwrap();
+            let again: BackboneConfig = serde_json::from_str(&json).unwrap();
+            assert_eq!(serde_json::to_string(&again).unwrap(), json);
+        }
+        assert!(named("nano").is_none());
+        // Every tensor of the public checkpoint but its two scalars.
+        assert_eq!(TOKENFLOW_T2I_7B.parameters(), 7_027_204_096);
+        assert_eq!(TOKENFLOW_T2I_7B.first_code(), 32_001);
+        // Qwen2.5-7B, two markers in embedding and head, the codes' rows in the head, connector and scale embedding.
+        let image_ends = (2 + 2 + 32_768 + 40 + 1 + 3584 + 1 + 18) * 3584;
+        assert_eq!(NEXTFLOW_7B.parameters(), 7_615_616_512 + image_ends);
+        assert_eq!((NEXTFLOW_7B.boi(), NEXTFLOW_7B.eoi(), NEXTFLOW_7B.first_code()), (152_064, 152_065, 152_066));
+    }
+}

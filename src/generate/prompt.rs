@@ -1,0 +1,76 @@
+//! What a model reads before the first code of an image.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::text::Text;
+
+/// How a prompt becomes tokens. The default is NextFlow's: the text, then `<boi>`; nothing but `<boi>` for the
+/// unconditional row of guidance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PromptConfig {
+    /// Token before the text.
+    pub bos: Option<u32>,
+    /// Words that open an image in place of `<boi>`.
+    pub image_start: String,
+    /// Positions count as if text and `bos` were padded on the left to so many tokens; longer prompts are cut to it.
+    pub padded_to: Option<usize>,
+    /// Text of the unconditional row.
+    pub negative: String,
+}
+
+/// The tokens of one row up to the one that predicts the first code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// Token ids; never empty.
+    pub ids: Vec<u32>,
+    /// Left pads before them. Nobody sees a pad, so none is ever read: the positions begin behind them.
+    pub pads: usize,
+}
+
+impl PromptConfig {
+    /// Whether everything is NextFlow's.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The tokens that open an image: those of the words in the config, or `boi`.
+    pub(super) fn opening(&self, text: &Text, boi: u32) -> Result<Vec<u32>> {
+        if self.image_start.is_empty() { Ok(vec![boi]) } else { text.encode(&self.image_start) }
+    }
+
+    /// The text of the unconditional row.
+    pub(super) fn negative(&self, text: &Text) -> Result<Vec<u32>> {
+        if self.negative.is_empty() { Ok(Vec::new()) } else { text.encode(&self.negative) }
+    }
+
+    /// The row of a text's tokens before an image that `opening` opens.
+    pub fn prefix(&self, text: &[u32], opening: &[u32]) -> Prefix {
+        let mut ids: Vec<u32> = self.bos.iter().chain(text).copied().collect();
+        let length = self.padded_to.unwrap_or(ids.len());
+        ids.truncate(length);
+        let pads = length - ids.len();
+        ids.extend(opening);
+        Prefix { ids, pads }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_text_and_boi() {
+        let config = PromptConfig::default();
+        assert_eq!(config.prefix(&[5, 6], &[9]), Prefix { ids: vec![5, 6, 9], pads: 0 });
+        assert_eq!(config.prefix(&[], &[9]), Prefix { ids: vec![9], pads: 0 });
+    }
+
+    #[test]
+    fn short_prompts_are_padded_and_long_ones_cut() {
+        let config = PromptConfig { bos: Some(1), padded_to: Some(4), ..PromptConfig::default() };
+        assert_eq!(config.prefix(&[5], &[8, 9]), Prefix { ids: vec![1, 5, 8, 9], pads: 2 });
+        assert_eq!(config.prefix(&[5, 6, 7, 4], &[8, 9]), Prefix { ids: vec![1, 5, 6, 7, 8, 9], pads: 0 });
+    }
+}

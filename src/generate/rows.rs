@@ -1,0 +1,72 @@
+//! The sequences that one image is drawn in: the prompt's and, for guidance, the unconditional one.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{Prefix, schedule};
+use crate::backbone::sequence::Layout;
+use crate::backbone::{Backbone, Cache, Context, Position, Rope, Step};
+
+/// A batch of rows that see the same codes behind prefixes of their own.
+#[derive(Debug)]
+pub struct Rows<'a> {
+    backbone: &'a Backbone,
+    scales: &'a [(usize, usize)],
+    layouts: Vec<Layout>,
+    cache: Cache,
+}
+
+impl<'a> Rows<'a> {
+    /// Reads the prefixes of an image of the grids `scales`. Gives the hidden states that predict the first code as well,
+    /// (R, 1, hidden).
+    pub fn start(backbone: &'a Backbone, prefixes: &[&Prefix], scales: &'a [(usize, usize)]) -> Result<(Self, Tensor)> {
+        let longest = prefixes.iter().map(|p| p.ids.len()).max().unwrap_or(0);
+        let capacity = longest + schedule::codes(scales);
+        let cache = Cache::new(backbone.config(), prefixes.len(), capacity, backbone.dtype(), backbone.device())?;
+        let layout = |prefix: &&Prefix| {
+            let mut layout = Layout::behind(prefix.pads);
+            layout.push_text(prefix.ids.len().saturating_sub(1));
+            layout.push_image(scales, backbone.config().spatial_extent);
+            layout
+        };
+        let mut rows = Self { backbone, scales, layouts: prefixes.iter().map(layout).collect(), cache };
+        let hidden: Vec<Tensor> =
+            prefixes.iter().enumerate().map(|(row, prefix)| rows.prefill(row, &prefix.ids)).collect::<Result<_>>()?;
+        let hidden = Tensor::cat(&hidden, 0)?;
+        Ok((rows, hidden))
+    }
+
+    /// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
+    fn prefill(&mut self, row: usize, ids: &[u32]) -> Result<Tensor> {
+        let tokens = ids.len();
+        let x = self.backbone.embed_prefix(&Tensor::new(ids, self.backbone.device())?.unsqueeze(0)?)?;
+        let rope = Rope::new(self.backbone.config(), &[&self.layouts[row].positions[..tokens]], x.device())?;
+        let context = Context::Cached { cache: &mut self.cache, first: row, step: Step::Text };
+        self.backbone.forward(&x, &rope, context)?.narrow(1, tokens - 1, 1)?.contiguous()
+    }
+
+    /// Reads scale `si`, whose features (h * w, D) are the same in every row: hidden states (R, h * w, hidden), which
+    /// predict its codes. With `again` the scale, already read, is looked at with other features, which leave no trace.
+    pub fn read(&mut self, si: usize, features: Vec<f32>, again: bool) -> Result<Tensor> {
+        let (config, (h, w)) = (self.backbone.config(), self.scales[si]);
+        let features = Tensor::from_vec(features, (1, h * w, config.code_dim), self.backbone.device())?;
+        let x = self.backbone.embed_codes(&features.to_dtype(self.backbone.dtype())?, si, self.scales)?;
+        let x = x.broadcast_as((self.layouts.len(), h * w, config.hidden_size))?.contiguous()?;
+        let rows = self.layouts.iter().enumerate().map(|(row, layout)| {
+            let start = self.cache.len(row) - if again { h * w } else { 0 };
+            &layout.positions[start..][..h * w]
+        });
+        let rope = Rope::new(config, &rows.collect::<Vec<&[Position]>>(), self.backbone.device())?;
+        let step = if again { Step::Again } else { Step::Scale };
+        self.backbone.forward(&x, &rope, Context::Cached { cache: &mut self.cache, first: 0, step })
+    }
+
+    /// Code logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, hidden) -> (T, codes).
+    pub fn guided_logits(&self, hidden: &Tensor, t: f64) -> Result<Tensor> {
+        let logits = self.backbone.code_logits(hidden)?.to_dtype(DType::F32)?;
+        let conditional = logits.get(0)?;
+        if logits.dim(0)? == 1 || t == 0.0 {
+            return Ok(conditional);
+        }
+        (conditional * (1.0 + t))? - (logits.get(1)? * t)?
+    }
+}

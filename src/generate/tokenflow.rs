@@ -1,0 +1,43 @@
+//! What TokenFlow-t2i's reference draws with: grids, prompt format and sampling.
+
+use super::sampler::Filter;
+use super::{PromptConfig, Sampling};
+
+/// Grids of its one size, 256 x 256 pixels.
+pub const SCALES: [(usize, usize); 9] =
+    [(1, 1), (2, 2), (4, 4), (6, 6), (8, 8), (10, 10), (12, 12), (14, 14), (16, 16)];
+
+const NEGATIVE: &str = "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, \
+                        cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, \
+                        username, blurry.";
+
+/// `<s>`, the caption, `<img>` spelt in plain pieces of text; a fixed negative prompt for guidance.
+pub fn prompt() -> PromptConfig {
+    PromptConfig { bos: Some(1), image_start: "<img>".into(), padded_to: Some(128), negative: NEGATIVE.into() }
+}
+
+/// Its sampling with 1, 2 or 3 passes over a scale, the last of several greedy.
+pub fn sampling(passes: usize) -> Sampling {
+    let filter = |k: usize, p: f64| Filter { top_k: Some(k), top_p: p };
+    let (first, refine) = match passes {
+        0 | 1 => (filter(600, 0.6), vec![]),
+        2 => (filter(1200, 0.8), vec![filter(1, 1.0)]),
+        _ => (filter(1200, 0.8), vec![filter(100, 0.8), filter(1, 1.0)]),
+    };
+    Sampling { cfg: 7.5, temperature: 1.0, top_k: first.top_k, top_p: first.top_p, refine }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backbone::presets::TOKENFLOW_T2I_7B;
+    use crate::generate::schedule;
+
+    #[test]
+    fn an_image_fills_the_tables() {
+        assert_eq!(Some(schedule::codes(&SCALES)), TOKENFLOW_T2I_7B.code_positions);
+        assert_eq!(SCALES.len(), TOKENFLOW_T2I_7B.max_scales);
+        assert_eq!((1..=3).map(|n| sampling(n).passes(1)).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(sampling(3).passes(0), 1);
+    }
+}
