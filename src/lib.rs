@@ -12,6 +12,8 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod library;
 pub mod ops;
 pub mod output;

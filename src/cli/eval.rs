@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::eval::{self, Report, Subject};
 use crate::generate::{Job, Model, schedule};
 use crate::library::Library;
+use crate::scenes::Split;
 use crate::terminal::{self, Console, Level};
 
 /// The picture library that `nextflow train data` writes.
@@ -28,6 +29,9 @@ pub struct EvalArgs {
     /// The picture library, for recognition and reconstruction [default: data/library.safetensors if it exists]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+    /// Compositions that were held out, or of those that nano was trained on
+    #[arg(long, value_enum, default_value_t = Split::HeldOut)]
+    pub split: Split,
     /// Prompts per category of compositions
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub per_category: usize,
@@ -77,10 +81,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let mut report = Report {
         model: model.config().name.clone(),
         seed: args.seed,
+        split: args.split,
         per_category: args.per_category,
         compositions: eval::compositions(
             &mut |p, s| draw(&mut console, p, s),
             &|image| subject.reconstruct(image),
+            args.split,
             args.per_category,
             args.seed,
         )?,

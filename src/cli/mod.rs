@@ -5,6 +5,8 @@ mod encode;
 mod eval;
 mod r#gen;
 mod info;
+#[cfg(feature = "hub")]
+mod models;
 #[cfg(feature = "train")]
 mod train;
 
@@ -36,6 +38,9 @@ pub enum Command {
     Decode(decode::DecodeArgs),
     /// Tell what a model or a file of weights is
     Info(info::InfoArgs),
+    /// List, download, check and remove models
+    #[cfg(feature = "hub")]
+    Models(models::ModelsArgs),
     /// Measure a model: recognition, compositions, reconstruction
     Eval(EvalArgs),
     /// Train nano, step by step
@@ -62,6 +67,8 @@ pub fn run(command: Command) -> Result<()> {
         Command::Encode(args) => encode::run(&args),
         Command::Decode(args) => decode::run(&args),
         Command::Info(args) => info::run(&args),
+        #[cfg(feature = "hub")]
+        Command::Models(args) => models::run(&args),
         Command::Eval(args) => eval::run(&args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args),

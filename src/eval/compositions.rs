@@ -1,4 +1,4 @@
-//! GenEval's six categories on compositions that no model was trained on.
+//! GenEval's six categories, on compositions that no model was trained on or, to see the difference, on others.
 
 use image::RgbImage;
 use serde::Serialize;
@@ -23,13 +23,13 @@ pub struct Category {
     pub ground_truth: f64,
 }
 
-/// Draws `per_kind` held-out compositions of every category, the i-th with seed `seed + i`, and judges them. `redraw`
+/// Draws `per_kind` compositions of every category, the i-th with seed `seed + i`, and judges them. `redraw`
 /// takes an image through the tokenizer and back.
-pub fn compositions(draw: Draw, redraw: Redraw, per_kind: usize, seed: u64) -> Result<Vec<Category>> {
+pub fn compositions(draw: Draw, redraw: Redraw, split: Split, per_kind: usize, seed: u64) -> Result<Vec<Category>> {
     let category = |(step, kind): (u64, Kind)| {
         let (mut drawn, mut redrawn, mut rendered) = (0, 0, 0);
         for i in 0..per_kind as u64 {
-            let scene = Scene::of_kind(&Rng::new(seed, i, Stream::Train, 100 + step), kind, Split::HeldOut);
+            let scene = Scene::of_kind(&Rng::new(seed, i, Stream::Train, 100 + step), kind, split);
             let image = draw(&scene.prompt(), seed.wrapping_add(i))?;
             let (width, height) = image.dimensions();
             drawn += usize::from(judge(&scene, &detect(&image)));
@@ -56,7 +56,7 @@ mod tests {
             Ok(RgbImage::from_pixel(128, 128, image::Rgb([255; 3])))
         };
         let same = |image: &RgbImage| Ok(image.clone());
-        let categories = compositions(&mut blank, &same, 5, 7).unwrap();
+        let categories = compositions(&mut blank, &same, Split::HeldOut, 5, 7).unwrap();
         assert_eq!(categories.len(), 6);
         assert!(
             categories.iter().all(|c| c.score == 0.0 && c.ceiling == 1.0 && c.ground_truth == 1.0),
@@ -64,6 +64,6 @@ mod tests {
         );
         assert_eq!((calls.len(), calls[0].1, calls[4].1), (30, 7, 11));
         let stop = &mut |_: &str, _: u64| Err(Error::new(Failure::Interrupted, "interrupted"));
-        assert_eq!(compositions(stop, &same, 5, 7).unwrap_err().kind, Failure::Interrupted);
+        assert_eq!(compositions(stop, &same, Split::Train, 5, 7).unwrap_err().kind, Failure::Interrupted);
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::{Category, Recognition, Reconstruction};
-use crate::scenes::Kind;
+use crate::scenes::{Kind, Split};
 
 /// Results of all suites that ran.
 #[derive(Clone, Debug, Serialize)]
@@ -14,6 +14,8 @@ pub struct Report {
     pub model: String,
     /// Decided all randomness.
     pub seed: u64,
+    /// Where the compositions are from.
+    pub split: Split,
     /// Prompts per category of compositions.
     pub per_category: usize,
     /// By category, in GenEval's order.
@@ -46,7 +48,8 @@ impl Report {
             let _ = writeln!(table, "{gap}{}", row.trim_end());
         };
         let percent = |share: f64| format!("{:.1}%", 100.0 * share);
-        line(&format!("compositions ({} each)", self.per_category), "model", "reconstructed", "ground truth");
+        let split = if self.split == Split::Train { "trained, " } else { "" };
+        line(&format!("compositions ({split}{} each)", self.per_category), "model", "reconstructed", "ground truth");
         for c in &self.compositions {
             line(&format!("  {}", name(c.kind)), &percent(c.score), &percent(c.ceiling), &percent(c.ground_truth));
         }
@@ -82,6 +85,7 @@ mod tests {
         let mut report = Report {
             model: "nano".into(),
             seed: 3,
+            split: Split::HeldOut,
             per_category: 50,
             compositions: KINDS.map(|kind| Category { kind, score: 0.5, ceiling: 0.75, ground_truth: 1.0 }).into(),
             recognition: Some(Recognition {

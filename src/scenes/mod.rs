@@ -145,7 +145,8 @@ pub struct Scene {
 }
 
 /// Which compositions to draw from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Split {
     /// For training.
     Train,

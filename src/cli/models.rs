@@ -1,0 +1,116 @@
+//! `nextflow models`: the models that are here, and how to get, check and remove others.
+
+use std::io::Write;
+
+use clap::{Args, Subcommand};
+
+use crate::error::{Error, Result};
+use crate::hub::{Cache, Client, Id};
+use crate::terminal;
+
+/// Flags of `nextflow models`.
+#[derive(Args, Debug)]
+pub struct ModelsArgs {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// The built-in model and those in the cache of the Hugging Face hub
+    List {
+        /// Print JSON in place of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Download a model, or go on with a download
+    Pull {
+        /// OWNER/NAME, or OWNER/NAME@REVISION
+        id: Id,
+        /// Say nothing but results and errors
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Check the files of a model against their SHA-256
+    Verify {
+        /// OWNER/NAME
+        id: Id,
+    },
+    /// Remove a model from the cache
+    Rm {
+        /// OWNER/NAME
+        id: Id,
+    },
+}
+
+/// Runs `nextflow models`.
+pub(super) fn run(args: &ModelsArgs) -> Result<()> {
+    let cache = Cache::from_env()?;
+    match &args.action {
+        Action::List { json } => list(&cache, *json),
+        Action::Pull { id, quiet } => {
+            let folder = Client::from_env().pull(id, &cache, &mut progress(*quiet)?)?;
+            terminal::emit_path(&folder).map(drop)
+        }
+        Action::Verify { id } => verify(&cache, id),
+        Action::Rm { id } => {
+            let bytes = cache.remove(id)?;
+            terminal::emit(format!("removed {id}, {} freed\n", size(bytes)).as_bytes()).map(drop)
+        }
+    }
+}
+
+fn list(cache: &Cache, json: bool) -> Result<()> {
+    let models = cache.list()?;
+    if json {
+        return terminal::emit_json(&models).map(drop);
+    }
+    let built_in = if cfg!(feature = "nano") { "nano (built in)\n" } else { "" };
+    let mut text = built_in.to_string();
+    for model in models {
+        let commits: Vec<&str> = model.commits.iter().map(|c| c.get(..7).unwrap_or(c)).collect();
+        text += &format!(
+            "{} · {} · {}\n",
+            terminal::clean(&model.id),
+            size(model.bytes),
+            terminal::clean(&commits.join(", "))
+        );
+    }
+    terminal::emit(text.as_bytes()).map(drop)
+}
+
+fn verify(cache: &Cache, id: &Id) -> Result<()> {
+    let verdict = cache.verify(id)?;
+    let bad: Vec<String> = verdict.corrupt.iter().chain(&verdict.missing).map(|p| p.display().to_string()).collect();
+    if !bad.is_empty() {
+        return Err(Error::model(format!("{id} is damaged: {}", bad.join(", ")))
+            .hint(format!("nextflow models rm {id} && nextflow models pull {id}")));
+    }
+    let text = format!("{id}: {} files sound, {} without a hash\n", verdict.sound, verdict.unhashed);
+    terminal::emit(text.as_bytes()).map(drop)
+}
+
+/// Tells on stderr how a download goes, a line for every tenth of a file; Ctrl-C breaks it off.
+pub(super) fn progress(quiet: bool) -> Result<impl FnMut(&str, u64, u64) -> Result<()>> {
+    let stop = terminal::interrupts()?;
+    let mut last = (String::new(), 0);
+    Ok(move |name: &str, done: u64, all: u64| {
+        if stop.check().is_break() {
+            return Err(terminal::interrupted());
+        }
+        let tenth = done * 10 / all.max(1);
+        if !quiet && (last.0 != name || last.1 != tenth) {
+            last = (name.into(), tenth);
+            let _ = writeln!(std::io::stderr(), "{}: {} of {}", terminal::clean(name), size(done), size(all));
+        }
+        Ok(())
+    })
+}
+
+fn size(bytes: u64) -> String {
+    match bytes as f64 {
+        b if b >= 1e9 => format!("{:.1} GB", b / 1e9),
+        b if b >= 1e6 => format!("{:.1} MB", b / 1e6),
+        b => format!("{:.1} kB", b / 1e3),
+    }
+}

@@ -1,0 +1,233 @@
+//! Models from a hub that is a few lines of this file, and does everything that a hub should not do.
+#![cfg(feature = "hub")]
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
+
+use sha2::{Digest, Sha256};
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What the server answers to a path.
+#[derive(Clone)]
+struct Answer {
+    status: u16,
+    body: Vec<u8>,
+    /// Bytes after which the first connection for it is cut.
+    cut: Option<usize>,
+}
+
+fn ok(body: impl Into<Vec<u8>>) -> Answer {
+    Answer { status: 200, body: body.into(), cut: None }
+}
+
+struct Hub {
+    endpoint: String,
+    /// Every request: path and range.
+    log: Arc<Mutex<Vec<(String, String)>>>,
+}
+
+impl Hub {
+    fn serve(answers: HashMap<String, Answer>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let answers = Arc::new(Mutex::new(answers));
+        let requests = log.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (answers, requests) = (answers.clone(), requests.clone());
+                std::thread::spawn(move || answer(stream, &answers, &requests));
+            }
+        });
+        Self { endpoint, log }
+    }
+
+    fn requests(&self, part: &str) -> Vec<String> {
+        self.log
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|(path, _)| path.contains(part))
+            .map(|(_, range)| range.clone())
+            .collect()
+    }
+}
+
+fn answer(mut stream: TcpStream, answers: &Mutex<HashMap<String, Answer>>, log: &Mutex<Vec<(String, String)>>) {
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+    let Some(first) = lines.next() else { return };
+    let path = first.split(' ').nth(1).unwrap_or_default().to_string();
+    let headers: Vec<String> = lines.take_while(|l| !l.is_empty()).map(|l| l.to_lowercase()).collect();
+    let range = headers.iter().find_map(|h| h.strip_prefix("range: ")).unwrap_or_default().to_string();
+    log.lock().unwrap().push((path.clone(), range.clone()));
+    let found = {
+        let mut answers = answers.lock().unwrap();
+        let found = answers.get(&path).cloned();
+        // Only the first connection is cut.
+        answers.entry(path).and_modify(|a| a.cut = None);
+        found
+    };
+    let Answer { mut status, mut body, cut } = found.unwrap_or(Answer { status: 404, body: Vec::new(), cut: None });
+    if let Some(from) = range.strip_prefix("bytes=").and_then(|r| r.strip_suffix('-')?.parse::<usize>().ok()) {
+        (status, body) = (206, body.split_off(from));
+    }
+    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let _ = stream.write_all(head.as_bytes());
+    let _ = stream.write_all(&body[..cut.unwrap_or(body.len())]);
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn weights() -> Vec<u8> {
+    (0..300_000u32).flat_map(|i| (i.wrapping_mul(2_654_435_761) >> 7).to_le_bytes()).collect()
+}
+
+/// The listing of a model with a config and one large file of this name and hash.
+fn listing(commit: &str, name: &str, hash: &str, size: usize) -> String {
+    let blob = "a".repeat(40);
+    serde_json::json!({ "sha": commit, "siblings": [
+        { "rfilename": ".gitattributes", "size": 3, "blobId": blob },
+        { "rfilename": "README.md", "size": 3, "blobId": blob },
+        { "rfilename": "config.json", "size": 2, "blobId": blob },
+        { "rfilename": name, "size": size, "blobId": blob, "lfs": { "sha256": hash, "size": size } },
+    ]})
+    .to_string()
+}
+
+fn model(list: String, name: &str, file: Answer) -> Hub {
+    Hub::serve(HashMap::from([
+        ("/api/models/o/m/revision/main?blobs=true".to_string(), ok(list)),
+        (format!("/o/m/resolve/{COMMIT}/config.json"), ok("{}")),
+        (format!("/o/m/resolve/{COMMIT}/{name}"), file),
+    ]))
+}
+
+fn command(home: &Path, hub: &Hub, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+    command.args(args).env("HF_HOME", home).env("HF_ENDPOINT", &hub.endpoint).env("HF_TOKEN", "hf_secret");
+    command.env_remove("HF_HUB_CACHE").env_remove("HF_HUB_OFFLINE").env_remove("NEXTFLOW_MODEL");
+    command
+}
+
+fn nextflow(home: &Path, hub: &Hub, args: &[&str]) -> (i32, String, String) {
+    let Output { status, stdout, stderr } = command(home, hub, args).output().unwrap();
+    let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+    assert!(!stdout.contains("hf_secret") && !stderr.contains("hf_secret"), "the token is told: {stdout}{stderr}");
+    (status.code().unwrap(), stdout, stderr)
+}
+
+#[test]
+fn a_cut_download_goes_on_and_the_cache_can_be_checked_and_emptied() {
+    let (home, bytes) = (tempfile::tempdir().unwrap(), weights());
+    let hash = hex(&bytes);
+    let file = Answer { cut: Some(700_001), ..ok(bytes.clone()) };
+    let hub = model(listing(COMMIT, "sub/w.safetensors", &hash, bytes.len()), "sub/w.safetensors", file);
+    let (code, stdout, stderr) = nextflow(home.path(), &hub, &["models", "pull", "o/m"]);
+    assert_eq!(code, 0, "{stderr}");
+    let snapshot = Path::new(stdout.trim_end());
+    assert!(snapshot.ends_with(format!("hub/models--o--m/snapshots/{COMMIT}")), "{stdout}");
+    assert_eq!(std::fs::read(snapshot.join("sub/w.safetensors")).unwrap(), bytes);
+    assert_eq!(std::fs::read(snapshot.join("config.json")).unwrap(), b"{}");
+    assert!(!snapshot.join("README.md").exists() && !snapshot.join(".gitattributes").exists());
+    let ranges = hub.requests("w.safetensors");
+    assert!(ranges.len() == 2 && ranges[0].is_empty() && ranges[1].starts_with("bytes="), "{ranges:?}");
+    // What is there is not downloaded again.
+    assert_eq!(nextflow(home.path(), &hub, &["models", "pull", "o/m"]).0, 0);
+    assert_eq!(hub.requests("w.safetensors").len(), 2);
+
+    let (code, stdout, _) = nextflow(home.path(), &hub, &["models", "list"]);
+    assert!(code == 0 && stdout.contains("o/m · 1.2 MB · 0123456"), "{stdout}");
+    let (code, stdout, _) = nextflow(home.path(), &hub, &["models", "verify", "o/m"]);
+    assert!(code == 0 && stdout.contains("1 files sound, 1 without a hash"), "{stdout}");
+    let blob = home.path().join("hub/models--o--m/blobs").join(&hash);
+    let mut changed = bytes.clone();
+    changed[5000] ^= 1;
+    std::fs::write(&blob, changed).unwrap();
+    let (code, _, stderr) = nextflow(home.path(), &hub, &["models", "verify", "o/m"]);
+    assert!(code == 3 && stderr.contains(&hash) && stderr.contains("hint: nextflow models rm o/m"), "{stderr}");
+    let (code, stdout, _) = nextflow(home.path(), &hub, &["models", "rm", "o/m"]);
+    assert!(code == 0 && stdout.contains("removed o/m, 1.2 MB freed"), "{stdout}");
+    assert_eq!(nextflow(home.path(), &hub, &["models", "rm", "o/m"]).0, 3);
+    assert_eq!(nextflow(home.path(), &hub, &["models", "verify", "o/m"]).0, 3);
+}
+
+#[test]
+fn wrong_bytes_are_deleted() {
+    let (home, bytes) = (tempfile::tempdir().unwrap(), weights());
+    let mut wrong = bytes.clone();
+    wrong[77] ^= 1;
+    for (sent, part) in [(wrong, "SHA-256"), ([&bytes[..], b"x"].concat(), "bytes, not")] {
+        let list = listing(COMMIT, "w.pt", &hex(&bytes), bytes.len());
+        let hub = model(list, "w.pt", ok(sent));
+        let (code, stdout, stderr) = nextflow(home.path(), &hub, &["models", "pull", "-q", "o/m"]);
+        assert!(code == 3 && stdout.is_empty() && stderr.contains(part) && stderr.contains("hint: "), "{stderr}");
+        let blobs = std::fs::read_dir(home.path().join("hub/models--o--m/blobs")).unwrap();
+        let names: Vec<String> = blobs.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(names.iter().all(|n| n.ends_with(".lock") || n.len() == 40), "{names:?}");
+    }
+}
+
+#[test]
+fn hostile_answers_touch_nothing() {
+    let bytes = b"evil".to_vec();
+    let hash = hex(&bytes);
+    let up = "../".repeat(12);
+    let cases = [
+        (listing(&format!("{up}tmp/x"), "w.pt", &hash, 4), "is not hexadecimal"),
+        (listing(&COMMIT.to_uppercase(), "w.pt", &hash, 4), "is not hexadecimal"),
+        (listing(COMMIT, "w.pt", &format!("{up}tmp/x"), 4), "is not hexadecimal"),
+        (listing(COMMIT, "../w.pt", &hash, 4), "is not plain"),
+        (listing(COMMIT, "a/../../w.pt", &hash, 4), "is not plain"),
+        (listing(COMMIT, "/tmp/w.pt", &hash, 4), "is not plain"),
+        (listing(COMMIT, r"..\w.pt", &hash, 4), "is not plain"),
+        ("{".to_string(), "a wrong answer"),
+        ("[]".to_string(), "a wrong answer"),
+    ];
+    for (list, part) in cases {
+        let home = tempfile::tempdir().unwrap();
+        let hub = model(list.clone(), "w.pt", ok(bytes.clone()));
+        let (code, _, stderr) = nextflow(home.path(), &hub, &["models", "pull", "o/m"]);
+        assert!(code == 3 && stderr.contains(part), "{list}: {stderr}");
+        assert!(!stderr.contains('\x1b'));
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0, "{list} left something");
+    }
+}
+
+#[test]
+fn refusals_say_what_to_do() {
+    let home = tempfile::tempdir().unwrap();
+    let path = "/api/models/o/m/revision/main?blobs=true".to_string();
+    for (status, part, hint) in [
+        (401, "who asks", "HF_TOKEN"),
+        (403, "who asks", "HF_TOKEN"),
+        (404, "no such model", "/o"),
+        (500, "answered 500", "again"),
+    ] {
+        let hub = Hub::serve(HashMap::from([(path.clone(), Answer { status, ..ok("") })]));
+        let (code, _, stderr) = nextflow(home.path(), &hub, &["models", "pull", "o/m"]);
+        let lines: Vec<&str> = stderr.lines().collect();
+        assert!(code == 3 && lines.len() == 2 && lines[0].contains(part) && lines[1].contains(hint), "{stderr}");
+    }
+    let nobody = Hub { endpoint: "http://127.0.0.1:9".into(), log: Arc::default() };
+    let (code, _, stderr) = nextflow(home.path(), &nobody, &["models", "pull", "o/m"]);
+    assert!(code == 1 && stderr.contains("cannot be reached") && stderr.contains("hint: "), "{stderr}");
+    assert_eq!(nextflow(home.path(), &nobody, &["models", "pull", "../m"]).0, 2);
+}
+
+#[test]
+fn two_processes_share_one_download() {
+    let (home, bytes) = (tempfile::tempdir().unwrap(), weights());
+    let hub = model(listing(COMMIT, "w.pt", &hex(&bytes), bytes.len()), "w.pt", ok(bytes));
+    let pull = || command(home.path(), &hub, &["models", "pull", "-q", "o/m"]).spawn().unwrap();
+    for mut child in [pull(), pull()] {
+        assert!(child.wait().unwrap().success());
+    }
+    assert_eq!(hub.requests("w.pt").len(), 1);
+}
