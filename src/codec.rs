@@ -49,6 +49,7 @@ impl Codec {
     /// Whether images have these grids (height, width), coarse to fine.
     pub fn has_scales(&self, scales: &[(usize, usize)]) -> bool {
         match &self.place {
+            Place::Model(_, config) if !config.grids.is_empty() => config.grids == scales,
             Place::Model(_, config) => schedule::table().iter().any(|entry| entry.prefix(config.scales) == scales),
             Place::File(_, preset) => preset.scales == scales,
         }
@@ -61,10 +62,12 @@ impl Codec {
         match &self.place {
             Place::Model(_, config) => {
                 let size = match size {
-                    Size::Auto => Size::Ratio((f64::from(image.height()) / f64::from(image.width())).clamp(0.25, 4.0)),
+                    Size::Auto if config.grids.is_empty() => {
+                        Size::Ratio((f64::from(image.height()) / f64::from(image.width())).clamp(0.25, 4.0))
+                    }
                     size => size,
                 };
-                let scales = size.scales(config.scales)?;
+                let scales = size.grids(config)?;
                 let stride = config.tokenizer.encoder.stride();
                 let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
                 Ok((pixels::cover(image, w as u32, h as u32), scales))

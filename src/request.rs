@@ -56,7 +56,7 @@ impl Request {
         let device = device::parse(&args.device)?;
         let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
         let config = ModelConfig::read(&source)?;
-        let scales = size.scales(config.scales)?;
+        let scales = size.grids(&config)?;
         destination.check()?;
         let (sampling, model) = (sampling(args, config.sampling), config.name);
         Ok(Self { prompts, seed, count: args.count, scales, sampling, destination, source, model, device })
@@ -246,8 +246,18 @@ impl FromStr for Size {
 }
 
 impl Size {
-    /// The grids (height, width) of an image of this size, for a model of at most `max` scales.
-    pub fn scales(self, max: usize) -> Result<Vec<(usize, usize)>> {
+    /// The grids (height, width) of an image of this size, coarse to fine.
+    ///
+    /// Errors: usage, for a size that the model cannot draw.
+    pub fn grids(self, config: &ModelConfig) -> Result<Vec<(usize, usize)>> {
+        match &config.grids[..] {
+            [] => self.scales(config.scales),
+            grids => self.only(grids),
+        }
+    }
+
+    /// The grids of a model of at most `max` scales of the paper's table.
+    fn scales(self, max: usize) -> Result<Vec<(usize, usize)>> {
         let max = max.clamp(1, 18);
         let (width, height) = match self {
             Self::Auto => return Ok(schedule::nearest(1.0).scales[..max].to_vec()),
@@ -277,11 +287,38 @@ impl Size {
                 .hint(format!("--size {w}x{h} is the closest it can"))),
         }
     }
+
+    /// The grids of a model that draws a single size, which must be this one.
+    fn only(self, grids: &[(usize, usize)]) -> Result<Vec<(usize, usize)>> {
+        let (h, w) = grids.last().copied().unwrap_or_default();
+        let (w, h) = (w as u64 * STRIDE, h as u64 * STRIDE);
+        let fits = match self {
+            Self::Auto => true,
+            Self::Ratio(ratio) => ratio * w as f64 == h as f64,
+            Self::Pixels { width, height } => (width, height) == (w, h),
+        };
+        match fits {
+            true => Ok(grids.to_vec()),
+            false => Err(Error::usage(format!("this model draws {w}x{h} pixels only")).hint(format!("--size {w}x{h}"))),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_of_one_size_draws_no_other() {
+        let grids = [(1, 1), (16, 16)];
+        for size in ["auto", "1:1", "256x256"] {
+            assert_eq!(size.parse::<Size>().unwrap().only(&grids).unwrap(), grids);
+        }
+        for size in ["4:3", "128x128"] {
+            let error = size.parse::<Size>().unwrap().only(&grids).unwrap_err();
+            assert_eq!((error.exit_code(), error.hint.as_deref()), (2, Some("--size 256x256")));
+        }
+    }
 
     fn drawn(size: &str, max: usize) -> Result<(usize, usize)> {
         let scales = size.parse::<Size>()?.scales(max)?;

@@ -4,13 +4,16 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes};
+use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule};
 use crate::backbone::{Backbone, BackboneConfig, Vocabulary};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::pixels;
 use crate::text::Text;
 use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
+
+/// The longest side of a grid: 4096 pixels.
+const MAX_GRID: usize = 256;
 
 /// A checkpoint's `config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -20,6 +23,9 @@ pub struct ModelConfig {
     pub name: String,
     /// Scales of an image: 8, 12, 16 or 18 for the 128, 256, 512 or 1024 px level.
     pub scales: usize,
+    /// Grids (height, width) of the only size that it draws, in place of the paper's table.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grids: Vec<(usize, usize)>,
     /// Sampling when the user asks for nothing else.
     pub sampling: Sampling,
     /// How a prompt becomes tokens.
@@ -42,16 +48,33 @@ impl ModelConfig {
             let message = format!("config.json of {source}: transformer and tokenizer disagree about the codebook");
             return Err(Error::model(message));
         }
-        if codes.vocabulary == Vocabulary::Plain && config.prompt.image_start.is_empty() {
-            let message = format!("config.json of {source}: neither <boi> nor prompt.image_start opens an image");
-            return Err(Error::model(message));
-        }
+        config.check_image().map_err(|what| Error::model(format!("config.json of {source}: {what}")))?;
         Ok(config)
     }
 
     /// The image tokenizer, always in f32, without the transformer.
     pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
         source.load("image_tokenizer.safetensors", DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
+    }
+
+    /// What would keep the transformer from drawing an image, as one sentence.
+    fn check_image(&self) -> std::result::Result<(), String> {
+        let (backbone, count) = (&self.backbone, self.grids.len());
+        if backbone.vocabulary == Vocabulary::Plain && self.prompt.image_start.is_empty() {
+            return Err("neither <boi> nor prompt.image_start opens an image".into());
+        }
+        if count > 0 && (count != self.scales || self.grids[0] != (1, 1)) {
+            return Err(format!("grids must be {} from 1x1 on, as many as scales", self.scales));
+        }
+        if self.grids.iter().any(|&(h, w)| h == 0 || w == 0 || h > MAX_GRID || w > MAX_GRID) {
+            return Err(format!("grids must have sides from 1 to {MAX_GRID}"));
+        }
+        match backbone.code_positions {
+            Some(rows) if rows != schedule::codes(&self.grids) => {
+                Err(format!("the grids hold {} codes, code_positions {rows}", schedule::codes(&self.grids)))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

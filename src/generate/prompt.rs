@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::text::Text;
 
 /// How a prompt becomes tokens. The default is NextFlow's: the text, then `<boi>`; nothing but `<boi>` for the
@@ -37,7 +37,12 @@ impl PromptConfig {
 
     /// The tokens that open an image: those of the words in the config, or `boi`.
     pub(super) fn opening(&self, text: &Text, boi: u32) -> Result<Vec<u32>> {
-        if self.image_start.is_empty() { Ok(vec![boi]) } else { text.encode(&self.image_start) }
+        match self.image_start.as_str() {
+            "" => Ok(vec![boi]),
+            words => Some(text.encode(words)?).filter(|ids| !ids.is_empty()).ok_or_else(|| {
+                Error::model(format!("tokenizer.json has no tokens for {words:?}, which opens an image"))
+            }),
+        }
     }
 
     /// The text of the unconditional row.

@@ -17,7 +17,7 @@ pub struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// Reads the prefixes of an image of the grids `scales`. Gives the hidden states that predict the first code as well,
-    /// (R, 1, hidden).
+    /// (R, 1, hidden). Errors when a prefix is empty.
     pub fn start(backbone: &'a Backbone, prefixes: &[&Prefix], scales: &'a [(usize, usize)]) -> Result<(Self, Tensor)> {
         let longest = prefixes.iter().map(|p| p.ids.len()).max().unwrap_or(0);
         let capacity = longest + schedule::codes(scales);
@@ -37,11 +37,11 @@ impl<'a> Rows<'a> {
 
     /// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
     fn prefill(&mut self, row: usize, ids: &[u32]) -> Result<Tensor> {
-        let tokens = ids.len();
+        let Some(last) = ids.len().checked_sub(1) else { candle_core::bail!("nothing opens the image") };
         let x = self.backbone.embed_prefix(&Tensor::new(ids, self.backbone.device())?.unsqueeze(0)?)?;
-        let rope = Rope::new(self.backbone.config(), &[&self.layouts[row].positions[..tokens]], x.device())?;
+        let rope = Rope::new(self.backbone.config(), &[&self.layouts[row].positions[..=last]], x.device())?;
         let context = Context::Cached { cache: &mut self.cache, first: row, step: Step::Text };
-        self.backbone.forward(&x, &rope, context)?.narrow(1, tokens - 1, 1)?.contiguous()
+        self.backbone.forward(&x, &rope, context)?.narrow(1, last, 1)?.contiguous()
     }
 
     /// Reads scale `si`, whose features (h * w, D) are the same in every row: hidden states (R, h * w, hidden), which

@@ -34,8 +34,15 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
         tokenizer.decoder = run.recipe.decoder_final.clone();
     }
     let backbone = run.recipe.backbone.clone();
-    let (name, prompt) = ("nano".into(), PromptConfig::default());
-    let config = ModelConfig { name, scales: run.recipe.scales, sampling, prompt, backbone, tokenizer };
+    let config = ModelConfig {
+        name: "nano".into(),
+        scales: run.recipe.scales,
+        grids: Vec::new(),
+        sampling,
+        prompt: PromptConfig::default(),
+        backbone,
+        tokenizer,
+    };
     let json = serde_json::to_string_pretty(&config).map_err(|e| Error::usage(e.to_string()))?;
     crate::checkpoint::write(&out.join("config.json"), (json + "\n").as_bytes())?;
     std::fs::copy(run.file("tokenizer.json"), out.join("tokenizer.json"))?;
