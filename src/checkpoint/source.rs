@@ -88,6 +88,14 @@ impl Source {
         from_archives(&self.name(file), "config.json", archives, dtype, device, build)
     }
 
+    /// Whether there is something that [`Source::load`] would read for `file`.
+    pub fn has(&self, file: &str) -> bool {
+        match self {
+            Self::Embedded => embedded::file(file).is_some(),
+            Self::Folder(folder) => shards::find(folder, file).is_ok_and(|files| files.iter().all(|f| f.exists())),
+        }
+    }
+
     /// An embedded file.
     pub(super) fn archive(&self, file: &str) -> Result<Archive> {
         Archive::from_bytes(self.name(file), self.embedded(file)?)

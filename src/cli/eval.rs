@@ -9,8 +9,9 @@ use crate::checkpoint::Source;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Report, Subject};
-use crate::generate::{Job, Model, schedule};
+use crate::generate::{Job, Model};
 use crate::library::Library;
+use crate::request::Size;
 use crate::scenes::Split;
 use crate::terminal::{self, Console, Level};
 
@@ -65,7 +66,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     console.loading();
     let model = Model::load(&source, &device)?;
-    let scales = schedule::nearest(1.0).prefix(model.config().scales);
+    let scales = &Size::Auto.grids(model.config())?[..];
     let subject = Subject { tokenizer: model.tokenizer(), scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());

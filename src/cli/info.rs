@@ -10,7 +10,7 @@ use crate::backbone::Backbone;
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, Weights};
 use crate::codec;
 use crate::error::Result;
-use crate::generate::ModelConfig;
+use crate::generate::{ModelConfig, tokenflow};
 use crate::terminal;
 use crate::tokenizer::ImageTokenizer;
 
@@ -57,17 +57,17 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
     Ok(())
 }
 
-/// Whether a folder has a config of ours.
+/// Whether a folder has a config of ours, or one that stands for one.
 fn is_model(folder: &Path) -> bool {
     let config = Source::Folder(folder.into()).read_config();
-    config.is_ok_and(|c| c.get("backbone").is_some() && c.get("tokenizer").is_some())
+    config.is_ok_and(|c| tokenflow::is_public(&c) || c.get("backbone").is_some() && c.get("tokenizer").is_some())
 }
 
 /// A whole model by its config.
 fn of_model(source: &Source) -> Result<Info> {
     let config = ModelConfig::read(source)?;
     let (mut files, mut fit) = (Vec::new(), Fit::default());
-    for file in ["model.safetensors", "image_tokenizer.safetensors"] {
+    for file in ["model.safetensors", config.tokenizer_file(source)] {
         let inventory = Inventory::of(source, file)?;
         let asked = Weights::inventory();
         match file {

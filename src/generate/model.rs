@@ -4,13 +4,13 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule};
+use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, Vocabulary};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::pixels;
 use crate::text::Text;
-use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
+use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
 
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
@@ -38,10 +38,15 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads and checks the config of a checkpoint, without its weights.
+    /// Reads and checks the config of a checkpoint, without its weights. That of the public TokenFlow-t2i stands for
+    /// [`tokenflow::config`].
     pub fn read(source: &Source) -> Result<Self> {
-        let config: Self = serde_json::from_value(source.read_config()?)
-            .map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
+        let config = source.read_config()?;
+        if tokenflow::is_public(&config) {
+            return Ok(tokenflow::config());
+        }
+        let config: Self =
+            serde_json::from_value(config).map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
         config.backbone.check().map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
         let (codes, book) = (&config.backbone, &config.tokenizer.codebook);
         if codes.codebook_size != book.size || codes.code_dim != book.dim() {
@@ -54,7 +59,14 @@ impl ModelConfig {
 
     /// The image tokenizer, always in f32, without the transformer.
     pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
-        source.load("image_tokenizer.safetensors", DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
+        source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
+    }
+
+    /// The image tokenizer's file in a model folder: ours, or the public one under its own name.
+    pub fn tokenizer_file(&self, source: &Source) -> &'static str {
+        const PUBLIC: &str = "tokenflow_clipb_32k_enhanced.safetensors";
+        let (ours, preset) = ("image_tokenizer.safetensors", Preset::clipb_32k_enhanced());
+        if self.tokenizer == preset.config && !source.has(ours) && source.has(PUBLIC) { PUBLIC } else { ours }
     }
 
     /// What would keep the transformer from drawing an image, as one sentence.

@@ -1,7 +1,9 @@
 //! What TokenFlow-t2i's reference draws with: grids, prompt format and sampling.
 
 use super::sampler::Filter;
-use super::{PromptConfig, Sampling};
+use super::{ModelConfig, PromptConfig, Sampling};
+use crate::backbone::presets::TOKENFLOW_T2I_7B;
+use crate::tokenizer::Preset;
 
 /// Grids of its one size, 256 x 256 pixels.
 pub const SCALES: [(usize, usize); 9] =
@@ -27,10 +29,28 @@ pub fn sampling(passes: usize) -> Sampling {
     Sampling { cfg: 7.5, temperature: 1.0, top_k: first.top_k, top_p: first.top_p, refine }
 }
 
+/// The whole model, with one pass over a scale.
+pub fn config() -> ModelConfig {
+    ModelConfig {
+        name: "TokenFlow-t2i".into(),
+        scales: SCALES.len(),
+        grids: SCALES.to_vec(),
+        sampling: sampling(1),
+        prompt: prompt(),
+        backbone: TOKENFLOW_T2I_7B,
+        tokenizer: Preset::clipb_32k_enhanced().config,
+    }
+}
+
+/// Whether a `config.json` is the public checkpoint's: it is of a Llama with this many words and codes, like no other.
+pub fn is_public(config: &serde_json::Value) -> bool {
+    let words = (TOKENFLOW_T2I_7B.vocab_size + TOKENFLOW_T2I_7B.codebook_size) as u64;
+    config.get("backbone").is_none() && config.get("vocab_size").and_then(|v| v.as_u64()) == Some(words)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backbone::presets::TOKENFLOW_T2I_7B;
     use crate::generate::schedule;
 
     #[test]
