@@ -134,17 +134,17 @@ fn images_are_made_square_as_the_reference_does() {
     for name in ["recon_square", "recon_tall", "recon_wide"] {
         let get = |part: &str| &golden[&format!("{name}.{part}")];
         let crop = pixels::centre_crop(&picture(get("in_hwc_u8")), 80);
-        assert_eq!(crop, picture(get("crop_hwc_u8")), "{name}");
+        assert!(crop == picture(get("crop_hwc_u8")), "{name}");
         close(name, &normalised(&crop), get("out_chw_f32"), 1e-6);
     }
     for name in ["understand_small", "understand_tall", "understand_wide"] {
         let get = |part: &str| &golden[&format!("{name}.{part}")];
         let image = picture(get("in_hwc_u8"));
         let square = picture(get("square_hwc_u8"));
-        assert_eq!(pixels::pad_to_square(&image, square.width()), square, "{name}");
+        assert!(pixels::pad_to_square(&image, square.width()) == square, "{name}");
         let padded = pixels::pad_to_square(&image, 60);
         let resized = get("resized_chw_u8").permute((1, 2, 0)).unwrap();
-        assert_eq!(padded, picture(&resized), "{name}");
+        assert!(padded == picture(&resized), "{name}");
         close(name, &normalised(&padded), get("out_chw_f32"), 1e-6);
     }
 }

@@ -8,7 +8,7 @@ use super::super::tests::{Tiny, clipb, siglip};
 fn probe(x: &Tensor, like: &Tensor, step: usize) -> Tensor {
     let at = |n: usize| Tensor::arange_step(0u32, n as u32, step as u32, x.device()).unwrap();
     let (_, c, h, w) = x.dims4().unwrap();
-    let x = x.narrow(1, 0, like.dim(1).unwrap().min(c)).unwrap();
+    let x = x.narrow(1, 0, like.dim(1).unwrap().min(c)).unwrap().contiguous().unwrap();
     x.index_select(&at(h), 2).unwrap().index_select(&at(w), 3).unwrap()
 }
 
