@@ -323,7 +323,7 @@ impl<'a> Machine<'a> {
 
     fn insert(&mut self, items: &[usize]) -> Result<(), String> {
         let target = *self.stack.last().ok_or("items without a dictionary")?;
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err("a key without a value".into());
         }
         // The attributes of other objects do not matter.

@@ -250,3 +250,11 @@ fn weights_without_finite_numbers_end_the_run() {
     assert_eq!(non_finite(error, 0, (1, 1)).kind, Kind::NonFinite);
     assert_eq!(q.config().size, 40);
 }
+
+#[test]
+fn nanos_config_is_written_as_it_was_read() {
+    // Fields that only other models have leave no trace in it.
+    let text = include_str!("../../assets/nano/config.json");
+    let config: ModelConfig = serde_json::from_str(text).unwrap();
+    assert_eq!(serde_json::to_string_pretty(&config).unwrap() + "\n", text);
+}
