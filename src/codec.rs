@@ -25,15 +25,16 @@ enum Place {
 }
 
 impl Codec {
-    /// The value of `--model`: a model folder, a file with one of the public tokenizers, or the built-in model.
+    /// The public tokenizer in a file.
     ///
-    /// Errors: [`crate::error::Kind::Model`] if there is nothing of the kind.
-    pub fn find(model: Option<&str>) -> Result<Self> {
-        if let Some(path) = model.map(Path::new).filter(|p| p.is_file()) {
-            let (preset, _) = nearest(&Inventory::open(path)?)?;
-            return Ok(Self { name: preset.name.into(), place: Place::File(path.into(), Box::new(preset)) });
-        }
-        let source = Source::parse(model)?;
+    /// Errors: [`crate::error::Kind::Model`] if there is none in it.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        let (preset, _) = nearest(&Inventory::open(path)?)?;
+        Ok(Self { name: preset.name.into(), place: Place::File(path.into(), Box::new(preset)) })
+    }
+
+    /// The tokenizer of a whole model.
+    pub fn of_model(source: Source) -> Result<Self> {
         let config = ModelConfig::read(&source)?;
         Ok(Self { name: config.name.clone(), place: Place::Model(source, Box::new(config)) })
     }

@@ -54,10 +54,10 @@ impl Request {
         let prompts = prompts(args)?;
         let destination = destination(args, prompts.len() as u64 > 1 || args.count > 1)?;
         let device = device::parse(&args.device)?;
-        let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
+        destination.check()?;
+        let source = args.model.source()?;
         let config = ModelConfig::read(&source)?;
         let scales = size.grids(&config)?;
-        destination.check()?;
         let (sampling, model) = (sampling(args, config.sampling), config.name);
         Ok(Self { prompts, seed, count: args.count, scales, sampling, destination, source, model, device })
     }

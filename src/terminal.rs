@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -84,10 +84,13 @@ impl Stop {
 
 /// Takes over Ctrl-C and SIGTERM: work stops at its next step or, where that takes too long, the process ends.
 pub fn interrupts() -> Result<Stop> {
-    let stop = Stop(Arc::new(AtomicBool::new(false)));
-    let flag = stop.clone();
+    static STOP: OnceLock<Stop> = OnceLock::new();
+    if let Some(stop) = STOP.get() {
+        return Ok(stop.clone());
+    }
+    let stop = STOP.get_or_init(|| Stop(Arc::new(AtomicBool::new(false))));
     let handler = move || {
-        flag.0.store(true, Ordering::Relaxed);
+        stop.0.store(true, Ordering::Relaxed);
         std::thread::sleep(Duration::from_millis(700));
         // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
         clear_line();
@@ -95,7 +98,7 @@ pub fn interrupts() -> Result<Stop> {
         std::process::exit(Kind::Interrupted as i32);
     };
     ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Failure, format!("cannot watch for Ctrl-C: {e}")))?;
-    Ok(stop)
+    Ok(stop.clone())
 }
 
 /// The error of a run that the user stopped.

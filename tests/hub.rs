@@ -231,3 +231,60 @@ fn two_processes_share_one_download() {
     }
     assert_eq!(hub.requests("w.pt").len(), 1);
 }
+
+/// A model whose files are `files`, all without a stated SHA-256.
+fn small(id: &str, files: &[(&str, Vec<u8>)]) -> HashMap<String, Answer> {
+    let sibling = |(i, (name, body)): (usize, &(&str, Vec<u8>))| serde_json::json!({ "rfilename": name, "size": body.len(), "blobId": format!("{i:040x}") });
+    let siblings: Vec<_> = files.iter().enumerate().map(sibling).collect();
+    let list = serde_json::json!({ "sha": COMMIT, "siblings": siblings }).to_string();
+    let mut answers = HashMap::from([(format!("/api/models/{id}/revision/main?blobs=true"), ok(list))]);
+    answers.extend(files.iter().map(|(name, body)| (format!("/{id}/resolve/{COMMIT}/{name}"), ok(body.clone()))));
+    answers
+}
+
+#[cfg(feature = "nano")]
+#[test]
+fn gen_draws_with_a_model_of_the_hub_and_offline_with_the_cache_alone() {
+    let home = tempfile::tempdir().unwrap();
+    let read = |name| (name, std::fs::read(Path::new("assets/nano").join(name)).unwrap());
+    let names = ["config.json", "tokenizer.json", "model.safetensors", "image_tokenizer.safetensors"];
+    let hub = Hub::serve(small("o/m", &names.map(read)));
+    let draw = |more: &[&str]| {
+        let args = [&["gen", "-p", "a red apple", "--seed", "3", "-q", "-o", "-"], more].concat();
+        let Output { status, stdout, stderr } = command(home.path(), &hub, &args).output().unwrap();
+        (status.code().unwrap(), stdout, String::from_utf8(stderr).unwrap())
+    };
+    let (code, _, stderr) = draw(&["--model", "o/m", "--offline"]);
+    assert_eq!(code, 3, "{stderr}");
+    assert!(stderr.contains("o/m is not in the cache") && stderr.contains("models pull o/m"), "{stderr}");
+    assert!(hub.requests("").is_empty());
+
+    let (code, built_in, _) = draw(&[]);
+    assert_eq!(code, 0);
+    let (code, drawn, stderr) = draw(&["--model", "o/m"]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(drawn == built_in);
+    let requests = hub.requests("").len();
+    assert!(draw(&["--model", "o/m", "--offline"]).1 == built_in);
+    assert_eq!(hub.requests("").len(), requests);
+    // Flags that are wrong cost no download.
+    assert_eq!(draw(&["--model", "o/other", "--top-k", "0"]).0, 2);
+    assert_eq!(hub.requests("").len(), requests);
+}
+
+#[test]
+fn tokenflow_t2i_brings_the_image_tokenizer_that_is_published_apart() {
+    let home = tempfile::tempdir().unwrap();
+    let config = br#"{"architectures": ["LlavaLlamaForCausalLM"], "vocab_size": 64769}"#.to_vec();
+    let (file, other) = ("tokenflow_clipb_32k_enhanced.pt", b"not needed".to_vec());
+    let mut answers = small("o/t2i", &[("config.json", config)]);
+    answers
+        .extend(small("ByteVisionLab/TokenFlow", &[(file, b"weights".to_vec()), ("tokenflow_siglip_32k.pt", other)]));
+    let hub = Hub::serve(answers);
+    let (code, _, stderr) = nextflow(home.path(), &hub, &["gen", "-p", "x", "--model", "o/t2i", "-o", "x.png"]);
+    assert_eq!(code, 3, "{stderr}");
+    assert!(stderr.contains("model.safetensors is missing"), "{stderr}");
+    let snapshot = home.path().join(format!("hub/models--o--t2i/snapshots/{COMMIT}"));
+    assert_eq!(std::fs::read(snapshot.join(file)).unwrap(), b"weights");
+    assert!(hub.requests("siglip").is_empty());
+}

@@ -9,7 +9,7 @@
 //! | `model.safetensors` | the transformer |
 //! | `image_tokenizer.safetensors` | the image tokenizer |
 //!
-//! Either of the weights' files may also be in shards (`model.safetensors.index.json` names them) or a PyTorch checkpoint
+//! SentencePiece's `tokenizer.model` may take the place of `tokenizer.json`. Either of the weights' files may also be in shards (`model.safetensors.index.json` names them) or a PyTorch checkpoint
 //! (`model.pt`).
 //!
 //! Keys are those of Qwen2.5-VL and TokenFlow. Weights are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32

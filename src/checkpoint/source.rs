@@ -60,10 +60,17 @@ impl Source {
         })
     }
 
-    /// The text tokenizer of `tokenizer.json`.
+    /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
-        Text::from_bytes(&self.bytes("tokenizer.json")?)
-            .map_err(|e| Error { message: format!("{} (of {self})", e.message), ..e })
+        let sentencepiece = match self {
+            Self::Folder(folder) => !folder.join("tokenizer.json").exists() && folder.join("tokenizer.model").exists(),
+            Self::Embedded => false,
+        };
+        let text = match sentencepiece {
+            true => Text::from_sentencepiece(&self.bytes("tokenizer.model")?),
+            false => Text::from_bytes(&self.bytes("tokenizer.json")?),
+        };
+        text.map_err(|e| Error { message: format!("{} (of {self})", e.message), ..e })
     }
 
     /// Builds a part of the model from a file of weights or its shards, as `dtype` on `device`. Tensors that nothing asks for are

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use image::ImageFormat;
 
-use crate::codec::Codec;
+use super::ModelArgs;
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
@@ -27,9 +27,8 @@ pub struct DecodeArgs {
     /// Let -o replace a file
     #[arg(long)]
     pub force: bool,
-    /// A model folder, or a file with one of TokenFlow's tokenizers [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER|FILE", env = "NEXTFLOW_MODEL")]
-    pub model: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
     pub device: String,
@@ -43,7 +42,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     };
     destination.check()?;
     let device = device::parse(&args.device)?;
-    let codec = Codec::find(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let codec = args.model.codec()?;
     let mut codes = Codes::read(&args.codes)?;
     codes.check(&codec)?;
     if let Some(scales) = args.scales {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::codec::Codec;
+use super::ModelArgs;
 use crate::codes::Codes;
 use crate::error::Result;
 use crate::output::Destination;
@@ -27,9 +27,8 @@ pub struct EncodeArgs {
     /// Let -o replace a file
     #[arg(long, requires = "output")]
     pub force: bool,
-    /// A model folder, or a file with one of TokenFlow's tokenizers [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER|FILE", env = "NEXTFLOW_MODEL")]
-    pub model: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
     pub device: String,
@@ -45,7 +44,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     destination.check()?;
     let device = device::parse(&args.device)?;
     let image = pixels::open(&args.image)?;
-    let codec = Codec::find(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let codec = args.model.codec()?;
     let (image, scales) = codec.prepare(&image, size)?;
     let (h, w) = (image.height() as usize, image.width() as usize);
     let tokenizer = codec.load(&device)?;

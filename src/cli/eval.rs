@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use clap::Args;
 
-use crate::checkpoint::Source;
+use super::ModelArgs;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Report, Subject};
@@ -21,9 +21,9 @@ const LIBRARY: &str = "data/library.safetensors";
 /// Flags of `nextflow eval`.
 #[derive(Args, Debug)]
 pub struct EvalArgs {
-    /// A model folder [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
-    pub model: Option<String>,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
     pub device: String,
@@ -55,7 +55,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
     let device = device::parse(&args.device)?;
-    let source = Source::parse(args.model.as_deref().filter(|m| !m.is_empty()))?;
+    let source = args.model.source()?;
     let library = match &args.data {
         Some(path) => Some(Library::load(path)?),
         None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),

@@ -8,6 +8,7 @@ use std::time::Instant;
 use clap::{ArgGroup, Args};
 use serde::Serialize;
 
+use super::ModelArgs;
 use crate::error::Result;
 use crate::generate::{Job, Model};
 use crate::output::{self, Settings};
@@ -62,9 +63,9 @@ pub struct GenArgs {
     /// Let -o replace a file
     #[arg(long, requires = "output")]
     pub force: bool,
-    /// A model folder [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER", env = "NEXTFLOW_MODEL")]
-    pub model: Option<String>,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
     pub device: String,

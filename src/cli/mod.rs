@@ -5,6 +5,7 @@ mod encode;
 mod eval;
 mod r#gen;
 mod info;
+mod model;
 #[cfg(feature = "hub")]
 mod models;
 #[cfg(feature = "train")]
@@ -12,6 +13,7 @@ mod train;
 
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
+pub use model::ModelArgs;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};

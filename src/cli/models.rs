@@ -49,7 +49,7 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
     match &args.action {
         Action::List { json } => list(&cache, *json),
         Action::Pull { id, quiet } => {
-            let folder = Client::from_env().pull(id, &cache, &mut progress(*quiet)?)?;
+            let folder = Client::from_env().pull(id, None, &cache, &mut progress(*quiet)?)?;
             terminal::emit_path(&folder).map(drop)
         }
         Action::Verify { id } => verify(&cache, id),

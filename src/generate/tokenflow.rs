@@ -3,6 +3,7 @@
 use super::sampler::Filter;
 use super::{ModelConfig, PromptConfig, Sampling};
 use crate::backbone::presets::TOKENFLOW_T2I_7B;
+use crate::checkpoint::Source;
 use crate::tokenizer::Preset;
 
 /// Grids of its one size, 256 x 256 pixels.
@@ -46,6 +47,15 @@ pub fn config() -> ModelConfig {
 pub fn is_public(config: &serde_json::Value) -> bool {
     let words = (TOKENFLOW_T2I_7B.vocab_size + TOKENFLOW_T2I_7B.codebook_size) as u64;
     config.get("backbone").is_none() && config.get("vocab_size").and_then(|v| v.as_u64()) == Some(words)
+}
+
+/// The file that holds its image tokenizer, and the model of the hub that has the file: the two are published apart.
+const TOKENIZER: (&str, &str) = ("ByteVisionLab/TokenFlow", "tokenflow_clipb_32k_enhanced.pt");
+
+/// Where on the hub the image tokenizer of a public checkpoint is that comes without one: model and file.
+pub fn tokenizer_elsewhere(source: &Source) -> Option<(&'static str, &'static str)> {
+    let public = source.read_config().is_ok_and(|c| is_public(&c));
+    (public && !source.has(config().tokenizer_file(source))).then_some(TOKENIZER)
 }
 
 #[cfg(test)]

@@ -81,16 +81,22 @@ impl Client {
         Self { agent: Agent::new_with_config(config), endpoint: endpoint.trim_end_matches('/').into(), token }
     }
 
-    /// Downloads what a model needs and is not there yet; the snapshot's folder.
+    /// Downloads what a model needs, or one file of it, and is not there yet; the snapshot's folder.
     ///
     /// Errors: [`Kind::Model`] for what the hub refuses or gets wrong, [`Kind::Failure`] for network and disk.
-    pub fn pull(&self, id: &Id, cache: &Cache, progress: Progress) -> Result<PathBuf> {
-        let (commit, files) = self.list(id)?;
+    pub fn pull(&self, id: &Id, only: Option<&str>, cache: &Cache, progress: Progress) -> Result<PathBuf> {
+        let (commit, mut files) = self.list(id)?;
+        if let Some(name) = only {
+            files.retain(|file| file.name == name);
+            if files.is_empty() {
+                return Err(Error::model(format!("{id} has no file {name}")).hint(format!("nextflow models pull {id}")));
+            }
+        }
         let folder = cache.folder(id);
         let snapshot = folder.join("snapshots").join(&commit);
         for file in &files {
             self.fetch(id, &commit, file, &folder, progress)?;
-            link(&folder, &snapshot, file)?;
+            link(&snapshot, file)?;
         }
         let reference = folder.join("refs").join(&id.revision);
         make_parent(&reference)?;
@@ -273,18 +279,20 @@ fn make_parent(path: &Path) -> Result<()> {
 }
 
 /// Puts a blob into a snapshot: by a relative link, or as a copy where there are none.
-fn link(folder: &Path, snapshot: &Path, file: &Remote) -> Result<()> {
-    let (place, blob) = (snapshot.join(&file.path), Path::new("blobs").join(&file.hash));
-    debug_assert!(folder.join(&blob).exists(), "a link to nothing");
-    make_parent(&place)?;
-    let _ = fs::remove_file(&place);
+fn link(snapshot: &Path, file: &Remote) -> Result<()> {
+    // Up from snapshots/COMMIT and from the file's own folders.
+    let up: PathBuf = std::iter::repeat_n("..", 1 + file.path.components().count()).collect();
+    put(&snapshot.join(&file.path), &up.join("blobs").join(&file.hash))
+}
+
+/// Makes `place` stand for `target`, which is a path from there or an absolute one.
+pub(super) fn put(place: &Path, target: &Path) -> Result<()> {
+    make_parent(place)?;
+    let _ = fs::remove_file(place);
     #[cfg(unix)]
-    {
-        let up: PathBuf = std::iter::repeat_n("..", 1 + file.path.components().count()).collect();
-        std::os::unix::fs::symlink(up.join(blob), &place).map_err(|e| cannot(&place, &e))
-    }
+    return std::os::unix::fs::symlink(target, place).map_err(|e| cannot(place, &e));
     #[cfg(not(unix))]
-    fs::copy(folder.join(blob), &place).map(drop).map_err(|e| cannot(&place, &e))
+    fs::copy(place.with_file_name("").join(target), place).map(drop).map_err(|e| cannot(place, &e))
 }
 
 /// A path as part of a URL.

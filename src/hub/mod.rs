@@ -8,7 +8,7 @@ mod cache;
 mod client;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 pub use cache::{Cache, Cached, Verdict};
@@ -61,17 +61,24 @@ impl Id {
     }
 }
 
-/// The snapshot's folder of a model: from the cache, or downloaded into it unless `offline`.
-pub fn fetch(id: &Id, offline: bool, progress: Progress) -> Result<PathBuf> {
+/// The snapshot's folder of a model, or one with at least the file `only` of it: from the cache, or downloaded into it
+/// unless `offline`.
+pub fn fetch(id: &Id, only: Option<&str>, offline: bool, progress: Progress) -> Result<PathBuf> {
     let cache = Cache::from_env()?;
-    if let Some(folder) = cache.snapshot(id) {
+    if let Some(folder) = cache.snapshot(id).filter(|folder| only.is_none_or(|name| folder.join(name).exists())) {
         return Ok(folder);
     }
     if offline {
         return Err(Error::model(format!("{id} is not in the cache {}", cache.root().display()))
             .hint(format!("without --offline and HF_HUB_OFFLINE: nextflow models pull {id}")));
     }
-    Client::from_env().pull(id, &cache, progress)
+    Client::from_env().pull(id, only, &cache, progress)
+}
+
+/// Puts `file` of another model into a snapshot's folder.
+pub fn borrow(folder: &Path, id: &Id, file: &str, offline: bool, progress: Progress) -> Result<()> {
+    let target = fetch(id, Some(file), offline, progress)?.join(file);
+    client::put(&folder.join(file), &target.canonicalize()?)
 }
 
 #[cfg(test)]

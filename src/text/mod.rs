@@ -1,4 +1,6 @@
-//! Words to ids: byte-level BPE, and what a prompt may be.
+//! Words to ids: BPE, and what a prompt may be.
+
+mod sentencepiece;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -19,14 +21,22 @@ pub struct Text {
 }
 
 impl Text {
-    /// Reads a `tokenizer.json` with a byte-level BPE.
+    /// Reads a `tokenizer.json` with a BPE.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let mut file: Value = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+        Self::from_json(serde_json::from_slice(bytes).map_err(|e| bad(&e))?)
+    }
+
+    /// Reads a `tokenizer.model` of SentencePiece with a BPE, as Llama's.
+    pub fn from_sentencepiece(bytes: &[u8]) -> Result<Self> {
+        Self::from_json(sentencepiece::convert(bytes)?)
+    }
+
+    fn from_json(mut file: Value) -> Result<Self> {
         // Other models, and these two affixes, reach code of the library that panics on crafted files.
         let model = &file["model"];
         let none = |key: &str| matches!(&model[key], Value::Null) || model[key] == "";
         if model["type"] != "BPE" || !none("continuing_subword_prefix") || !none("end_of_word_suffix") {
-            return Err(bad(&"not a byte-level BPE"));
+            return Err(bad(&"not a plain BPE"));
         }
         if let Some(fields) = file.as_object_mut() {
             // Control words would be recognised in prompts, and the other two would silently change them.

@@ -1,0 +1,72 @@
+//! `--model` and `--offline`: which model a command uses.
+
+use std::path::Path;
+
+use clap::Args;
+#[cfg(feature = "hub")]
+use clap::builder::FalseyValueParser;
+
+use crate::checkpoint::Source;
+use crate::codec::Codec;
+use crate::error::Result;
+#[cfg(feature = "hub")]
+use crate::{generate::tokenflow, hub};
+
+/// Which model to use.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ModelArgs {
+    /// A model folder, or OWNER/NAME of the Hugging Face hub [default: the model inside the program]
+    #[arg(long, value_name = "FOLDER|ID", env = "NEXTFLOW_MODEL")]
+    pub model: Option<String>,
+    /// Download nothing: a model of the hub has to be in the cache
+    #[cfg(feature = "hub")]
+    #[arg(long, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
+    pub offline: bool,
+}
+
+impl ModelArgs {
+    /// What was asked for; nothing stands for the built-in model.
+    fn name(&self) -> Option<&str> {
+        self.model.as_deref().filter(|m| !m.is_empty())
+    }
+
+    /// Where the model's files are; those of the hub are in its cache afterwards.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] if there is no such model, and those of a download.
+    pub fn source(&self) -> Result<Source> {
+        #[cfg(feature = "hub")]
+        if let Some(id) = self.name().and_then(hub_id) {
+            return self.fetch(&id);
+        }
+        Source::parse(self.name())
+    }
+
+    /// The image tokenizer of the model, or the one in a file of its own.
+    ///
+    /// Errors: as [`Self::source`].
+    pub fn codec(&self) -> Result<Codec> {
+        match self.name().map(Path::new).filter(|path| path.is_file()) {
+            Some(file) => Codec::of_file(file),
+            None => Codec::of_model(self.source()?),
+        }
+    }
+
+    #[cfg(feature = "hub")]
+    fn fetch(&self, id: &hub::Id) -> Result<Source> {
+        let mut progress = super::models::progress(false)?;
+        let folder = hub::fetch(id, None, self.offline, &mut progress)?;
+        let source = Source::Folder(folder.clone());
+        if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&source) {
+            hub::borrow(&folder, &other.parse()?, file, self.offline, &mut progress)?;
+        }
+        Ok(source)
+    }
+}
+
+/// What looks like an id of the hub and is nothing on the disk.
+#[cfg(feature = "hub")]
+fn hub_id(name: &str) -> Option<hub::Id> {
+    let parent = Path::new(name).parent().filter(|p| !p.as_os_str().is_empty());
+    let here = Path::new(name).exists() || parent.is_some_and(Path::is_dir);
+    if here { None } else { name.parse().ok() }
+}
