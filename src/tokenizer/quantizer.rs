@@ -10,6 +10,8 @@ use crate::rng::Rng;
 
 /// Guards divisions by a norm, as the reference.
 const EPS: f32 = 1e-12;
+/// Numbers in a codebook; a config that asks for more is nonsense.
+const MAX_ELEMENTS: usize = 1 << 27;
 
 /// Shape and metric of the codebook.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,6 +77,10 @@ pub struct Quantizer {
 impl Quantizer {
     /// Keys `embedding_vqkd.weight` (semantic) and `embedding_vqgan.weight` (pixel).
     pub fn load(w: &Weights, config: &CodebookConfig) -> Result<Self> {
+        let elements = config.semantic_dim.checked_add(config.pixel_dim).and_then(|dim| dim.checked_mul(config.size));
+        if elements.is_none_or(|n| n > MAX_ELEMENTS) {
+            bail!("a codebook of {} rows of {} + {} is too large", config.size, config.semantic_dim, config.pixel_dim);
+        }
         let half = |name: &str, dim: usize| {
             let bound = 1.0 / config.size as f64;
             w.pp(name).get((config.size, dim), "weight", Init::Uniform { bound })
