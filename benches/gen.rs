@@ -24,7 +24,7 @@ fn part(model: &Model, job: &Job, part: usize) -> Duration {
 }
 
 fn generate(c: &mut Criterion) {
-    let load = || Model::load(&Source::Embedded, &Device::Cpu).expect("the embedded model loads");
+    let load = || Model::load(&Source::Embedded, &Device::Cpu, None).expect("the embedded model loads");
     c.bench_function("load", |b| b.iter(load));
     let model = load();
     let scales = schedule::nearest(1.0).prefix(model.config().scales).to_vec();

@@ -9,10 +9,10 @@ use std::str::FromStr;
 
 use candle_core::Device;
 
-use crate::checkpoint::Source;
+use crate::checkpoint::{Source, WeightType};
 use crate::cli::GenArgs;
 use crate::error::{Error, Result};
-use crate::generate::{Job, ModelConfig, Sampling, schedule};
+use crate::generate::{Job, ModelConfig, Sampling, TRANSFORMER, schedule};
 use crate::output::Destination;
 use crate::{device, text};
 
@@ -32,8 +32,12 @@ pub struct Request {
     pub destination: Destination,
     /// Where weights come from.
     pub source: Source,
-    /// The name of the model.
+    /// The model's config.
+    pub config: ModelConfig,
+    /// The name of the model, and its weights' type if one was asked for.
     pub model: String,
+    /// The weights' type, if one was asked for.
+    pub weights: Option<WeightType>,
     /// What computes.
     pub device: Device,
 }
@@ -58,8 +62,14 @@ impl Request {
         let source = args.model.source()?;
         let config = ModelConfig::read(&source)?;
         let scales = size.grids(&config)?;
-        let (sampling, model) = (sampling(args, config.sampling), config.name);
-        Ok(Self { prompts, seed, count: args.count, scales, sampling, destination, source, model, device })
+        if args.quant.is_some() && source.is_gguf(TRANSFORMER) {
+            let message = format!("the weights of {source} have their type already");
+            return Err(Error::usage(message).hint("leave out --quant"));
+        }
+        let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
+        let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
+        let count = args.count;
+        Ok(Self { prompts, seed, count, scales, sampling, destination, source, config, model, weights, device })
     }
 
     /// Images in all.

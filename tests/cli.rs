@@ -62,7 +62,7 @@ fn help_and_version_are_data() {
 #[test]
 fn usage_errors() {
     refused(&[], b"", 2, "subcommand", "--help");
-    refused(&["paint"], b"", 2, "paint", "--help");
+    refused(&["xyzzy"], b"", 2, "xyzzy", "--help");
     refused(&["gen"], b"", 2, "no prompt", "-p");
     refused(&["gen", "-p", "x", "--sed", "1"], b"", 2, "--sed", "--seed");
     refused(&["gen", "-p", "x", "--seed", "-1"], b"", 2, "--seed", "");

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
-use crate::ops;
+use crate::ops::{self, WeightMatrix};
 
 /// What new tokens are to the sequence in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,18 +89,18 @@ impl RmsNorm {
 
 #[derive(Debug)]
 struct Linear {
-    weight: Tensor,
+    weight: WeightMatrix,
     bias: Option<Tensor>,
 }
 
 impl Linear {
     fn load(w: &Weights, from: usize, to: usize, bias: bool, init: Init) -> Result<Self> {
         let bias = if bias { Some(w.get(to, "bias", Init::Zeros)?) } else { None };
-        Ok(Self { weight: w.get((to, from), "weight", init)?, bias })
+        Ok(Self { weight: w.matrix((to, from), "weight", init)?, bias })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
+        self.weight.linear(x, self.bias.as_ref())
     }
 }
 

@@ -16,18 +16,18 @@ pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 pub use rope::{Position, Rope};
 
 use crate::checkpoint::{Init, Weights};
-use crate::ops;
+use crate::ops::{self, WeightMatrix};
 use block::{Block, RmsNorm};
 
 /// A loaded transformer. It holds no state: what a sequence has seen is in its [`Cache`].
 #[derive(Debug)]
 pub struct Backbone {
-    embed_tokens: Tensor,
+    embed_tokens: WeightMatrix,
     layers: Vec<Block>,
     norm: RmsNorm,
     /// (first code + codes, hidden); without the rows before the codes if they are tied to `embed_tokens`.
-    lm_head: Tensor,
-    connector: [(Tensor, Tensor); 2],
+    lm_head: WeightMatrix,
+    connector: [(WeightMatrix, Tensor); 2],
     /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with `code_positions`. The first
     /// scale is never an input, so its row is not used.
     scale_embed: Tensor,
@@ -46,14 +46,14 @@ impl Backbone {
         let hidden = config.hidden_size;
         let model = w.pp("model");
         let normal = |fan_in: usize| Init::Normal { std: (fan_in as f64).powf(-0.5) };
-        let linear = |w: Weights, from: usize| -> Result<(Tensor, Tensor)> {
-            Ok((w.get((hidden, from), "weight", normal(from))?, w.get(hidden, "bias", Init::Zeros)?))
+        let linear = |w: Weights, from: usize| -> Result<(WeightMatrix, Tensor)> {
+            Ok((w.matrix((hidden, from), "weight", normal(from))?, w.get(hidden, "bias", Init::Zeros)?))
         };
         let connector = model.pp("mm_projector");
         let levels = (config.scale_rows(), hidden);
         let table = Init::Normal { std: 0.1 };
         Ok(Self {
-            embed_tokens: model.pp("embed_tokens").get(
+            embed_tokens: model.pp("embed_tokens").matrix(
                 (config.embedding_rows(), hidden),
                 "weight",
                 Init::Normal { std: 0.5 },
@@ -62,7 +62,7 @@ impl Backbone {
                 .map(|i| Block::load(&model.pp("layers").pp(i), config))
                 .collect::<Result<_>>()?,
             norm: RmsNorm::load(&model.pp("norm"), hidden, config.rms_norm_eps)?,
-            lm_head: w.pp("lm_head").get((config.head_rows(), hidden), "weight", Init::Normal { std: 0.02 })?,
+            lm_head: w.pp("lm_head").matrix((config.head_rows(), hidden), "weight", Init::Normal { std: 0.02 })?,
             connector: [linear(connector.pp(0), config.code_dim)?, linear(connector.pp(2), hidden)?],
             scale_embed: match config.code_positions {
                 None => model.get(levels, "scale_embed", table)?,
@@ -92,7 +92,7 @@ impl Backbone {
     /// Text ids, `<boi>` and `<eoi>` among them: (R, T) u32 -> (R, T, hidden).
     pub fn embed_text(&self, ids: &Tensor) -> Result<Tensor> {
         let (rows, tokens) = ids.dims2()?;
-        let x = self.embed_tokens.index_select(&ids.flatten_all()?, 0)?.reshape((rows, tokens, ()))?;
+        let x = self.embed_tokens.select(&ids.flatten_all()?)?.reshape((rows, tokens, ()))?;
         if self.code_positions.is_some() { x.broadcast_add(&self.scale_embed.narrow(0, 0, 1)?) } else { Ok(x) }
     }
 
@@ -115,7 +115,7 @@ impl Backbone {
     /// The connector alone: Linear, GELU, Linear.
     pub fn connect(&self, features: &Tensor) -> Result<Tensor> {
         let [(w0, b0), (w2, b2)] = &self.connector;
-        ops::linear(&ops::gelu_erf(&ops::linear(features, w0, Some(b0))?)?, w2, Some(b2))
+        w2.linear(&ops::gelu_erf(&w0.linear(features, Some(b0))?)?, Some(b2))
     }
 
     /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).
@@ -143,14 +143,14 @@ impl Backbone {
     /// Code logits, (..., hidden) -> (..., codes): only the head's code rows are computed.
     pub fn code_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let first = if self.config.tie_word_embeddings { 0 } else { self.config.first_code() };
-        ops::linear(hidden, &self.lm_head.narrow(0, first, self.config.codebook_size)?, None)
+        self.lm_head.narrow(first, self.config.codebook_size)?.linear(hidden, None)
     }
 
     /// Logits of text and, with markers, of `<boi>`: (..., hidden) -> (..., vocab or vocab + 1).
     pub fn text_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = if self.config.tie_word_embeddings { &self.embed_tokens } else { &self.lm_head };
         let rows = self.config.first_code().min(self.config.vocab_size + 1);
-        ops::linear(hidden, &head.narrow(0, 0, rows)?, None)
+        head.narrow(0, rows)?.linear(hidden, None)
     }
 }
 

@@ -6,13 +6,15 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::header::{self, Entry, Header};
-use super::pickle;
+use super::header::{self, Entry, Header, Stored};
+use super::{gguf, pickle};
 use crate::error::{Error, Kind, Result};
+use crate::ops::{self, WeightMatrix};
 
 /// A file whose header is sound, and where its data is.
 #[derive(Debug)]
@@ -44,6 +46,9 @@ pub(super) fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(cannot)
 }
 
+/// Numbers that are turned into blocks at a time.
+const PIECE: usize = 1 << 22;
+
 /// The longest JSON file that is read, in bytes.
 const MAX_JSON: u64 = 100_000_000;
 
@@ -65,9 +70,10 @@ impl Archive {
         let mut magic = Vec::new();
         (&file).take(pickle::MAGIC.len() as u64).read_to_end(&mut magic)?;
         file.rewind()?;
-        let header = match magic == pickle::MAGIC {
-            true => pickle::read(&name, &file)?,
-            false => header::read(&name, &file, file.metadata()?.len())?,
+        let header = match &magic[..] {
+            pickle::MAGIC => pickle::read(&name, &file)?,
+            gguf::MAGIC => gguf::read(&name, &file, file.metadata()?.len())?,
+            _ => header::read(&name, &file, file.metadata()?.len())?,
         };
         Ok(Self { name, header, data: Data::File(Mutex::new(file)) })
     }
@@ -87,7 +93,7 @@ impl Archive {
     pub(super) fn tensors(&self) -> impl Iterator<Item = (&String, &Entry)> {
         self.header.iter().filter(|(key, _)| {
             let owner = key.strip_suffix(".scale").and_then(|owner| self.entry(owner));
-            owner.is_none_or(|owner| owner.dtype != Dtype::U8)
+            owner.is_none_or(|owner| owner.stored != BYTES)
         })
     }
 
@@ -109,20 +115,60 @@ impl Archive {
             Data::Bytes(bytes) => decode(&mut &bytes[entry.start as usize..], entry, dtype),
         };
         let tensor = tensor.map_err(|e| fail(&e))?;
-        let tensor = match entry.dtype {
-            Dtype::U8 => {
-                dequantise(&tensor, &self.read(&scale_key(key), DType::F32, &Device::Cpu)?)?.to_dtype(dtype)?
-            }
+        let tensor = match entry.stored {
+            BYTES => dequantise(&tensor, &self.read(&scale_key(key), DType::F32, &Device::Cpu)?)?.to_dtype(dtype)?,
             _ => tensor,
         };
         tensor.to_device(device)
     }
 
+    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks of `dtype`.
+    pub(super) fn read_blocks(
+        &self,
+        key: &str,
+        dtype: GgmlDType,
+        device: &Device,
+    ) -> candle_core::Result<WeightMatrix> {
+        let fail = |e: &dyn std::fmt::Display| candle_core::Error::Msg(format!("{}: {key}: {e}", self.name));
+        let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
+        let &[rows, columns] = &entry.shape[..] else { return Err(fail(&"not a matrix")) };
+        match (entry.stored, &self.data) {
+            (Stored::Blocks(stored), Data::File(file)) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.seek(SeekFrom::Start(entry.start)).map_err(|e| fail(&e))?;
+                let bytes = numbers(&mut *file, entry.length, |[b]: [u8; 1]| b).map_err(|e| fail(&e))?;
+                Ok(QTensor::new(QStorage::from_data(bytes.into(), device, stored)?, (rows, columns))?.into())
+            }
+            (Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16), Data::File(file)) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.seek(SeekFrom::Start(entry.start)).map_err(|e| fail(&e))?;
+                // A few rows at a time: the tensor is never in memory as f32.
+                let (at_once, mut bytes) = ((PIECE / columns.max(1)).max(1), Vec::new());
+                for first in (0..rows).step_by(at_once) {
+                    let count = at_once.min(rows - first);
+                    let length = entry.length / rows as u64 * count as u64;
+                    let piece = Entry { stored: entry.stored, shape: vec![count, columns], start: 0, length };
+                    let values = decode(&mut *file, &piece, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                    bytes.extend_from_slice(&ops::quantise(&values, (count, columns), dtype, &Device::Cpu)?.data()?);
+                }
+                Ok(QTensor::new(QStorage::from_data(bytes.into(), device, dtype)?, (rows, columns))?.into())
+            }
+            _ => {
+                let values = self.read(key, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+                Ok(ops::quantise(&values, (rows, columns), dtype, device)?.into())
+            }
+        }
+    }
+
     /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row.
     pub(super) fn readable(&self, key: &str, entry: &Entry) -> bool {
-        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        let scaled = |scale: &Entry| is_float(scale.dtype) && Some(&scale.shape[..]) == entry.shape.get(..1);
-        is_float(entry.dtype) || entry.dtype == Dtype::U8 && self.entry(&scale_key(key)).is_some_and(scaled)
+        let is_float = |e: &Entry| matches!(e.stored, Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16));
+        let scaled = |scale: &Entry| is_float(scale) && Some(&scale.shape[..]) == entry.shape.get(..1);
+        match entry.stored {
+            Stored::Blocks(_) => true,
+            BYTES => self.entry(&scale_key(key)).is_some_and(scaled),
+            _ => is_float(entry),
+        }
     }
 }
 
@@ -130,6 +176,9 @@ impl Archive {
 fn scale_key(key: &str) -> String {
     format!("{key}.scale")
 }
+
+/// Bytes with a scale per row.
+const BYTES: Stored = Stored::Plain(Dtype::U8);
 
 /// The byte that stands for zero.
 const ZERO: f64 = 128.0;
@@ -151,13 +200,21 @@ fn dequantise(bytes: &Tensor, scale: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 fn decode(file: &mut impl Read, entry: &Entry, dtype: DType) -> candle_core::Result<Tensor> {
-    match entry.dtype {
-        Dtype::F32 => tensor(file, entry, dtype, f32::from_le_bytes),
-        Dtype::F16 => tensor(file, entry, dtype, |b| f16::from_le_bytes(b).to_f32()),
-        Dtype::BF16 => tensor(file, entry, dtype, |b| bf16::from_le_bytes(b).to_f32()),
-        Dtype::U8 => tensor(file, entry, DType::F32, |[b]: [u8; 1]| f32::from(b)),
+    match entry.stored {
+        Stored::Blocks(blocks) => unblock(file, entry, blocks)?.to_dtype(dtype),
+        Stored::Plain(Dtype::F32) => tensor(file, entry, dtype, f32::from_le_bytes),
+        Stored::Plain(Dtype::F16) => tensor(file, entry, dtype, |b| f16::from_le_bytes(b).to_f32()),
+        Stored::Plain(Dtype::BF16) => tensor(file, entry, dtype, |b| bf16::from_le_bytes(b).to_f32()),
+        BYTES => tensor(file, entry, DType::F32, |[b]: [u8; 1]| f32::from(b)),
         other => Err(candle_core::Error::Msg(format!("stored as {other}, expected F32, F16, BF16 or scaled U8"))),
     }
+}
+
+fn unblock(file: &mut impl Read, entry: &Entry, dtype: GgmlDType) -> candle_core::Result<Tensor> {
+    let bytes = numbers(file, entry.length, |[b]: [u8; 1]| b)?;
+    let mut values = vec![0f32; entry.shape.iter().product()];
+    ops::dequantise(&bytes, dtype, &mut values)?;
+    Tensor::from_vec(values, entry.shape.as_slice(), &Device::Cpu)
 }
 
 /// Converts on the way, through f32: exact unless the asked type is narrower than the stored one.

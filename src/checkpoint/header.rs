@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
 
+use candle_core::quantized::GgmlDType;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -20,11 +21,30 @@ pub(super) const MAX_HEADER: u64 = 100_000_000;
 /// How a git-lfs pointer begins.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
+/// How elements are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stored {
+    /// One after the other.
+    Plain(Dtype),
+    /// In GGML's blocks.
+    Blocks(GgmlDType),
+}
+
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Plain(dtype) => dtype.fmt(f),
+            Self::Blocks(GgmlDType::Q4K) => f.write_str("Q4_K"),
+            Self::Blocks(dtype) => write!(f, "{dtype:?}"),
+        }
+    }
+}
+
 /// One tensor of a file.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Type of the elements as stored.
-    pub(super) dtype: Dtype,
+    /// How the elements are stored.
+    pub(super) stored: Stored,
     /// Shape as stored.
     pub(super) shape: Vec<usize>,
     /// First byte, counted from the start of the file.
@@ -109,7 +129,7 @@ fn check(raw: BTreeMap<String, RawEntry>, start: u64, length: u64) -> Result<Hea
             return Err(format!("is truncated: {key:?} is at {from}..{to} of only {length} bytes of data"));
         }
         spans.push((from, to, key.clone()));
-        header.insert(key, Entry { dtype, shape, start: start + from, length: to - from });
+        header.insert(key, Entry { stored: Stored::Plain(dtype), shape, start: start + from, length: to - from });
     }
     spans.sort();
     let mut end = 0;

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use serde::Serialize;
 
 use super::archive::Archive;
-use super::header::dims;
+use super::header::{Stored, dims};
 use super::weights::{Asked, Weights};
 use super::{Source, shards};
 use crate::error::Result;
@@ -101,7 +101,8 @@ impl Inventory {
                 summary.tensors += 1;
                 summary.parameters += elements;
                 summary.bytes += entry.length;
-                let dtype = if entry.dtype == Dtype::U8 { "scaled U8".to_string() } else { entry.dtype.to_string() };
+                let scaled = entry.stored == Stored::Plain(Dtype::U8);
+                let dtype = if scaled { "scaled U8".to_string() } else { entry.stored.to_string() };
                 *summary.dtypes.entry(dtype).or_default() += elements;
             }
             summary
@@ -112,7 +113,7 @@ impl Inventory {
     /// Compares all files with what `model`, an [inventory](Weights::inventory) that a model was built of, was asked for.
     pub fn compare(&self, model: &Weights) -> Fit {
         let (asked, mut fit) = (model.wishes(), Fit::default());
-        for (key, Asked { shape, required }) in &asked {
+        for (key, Asked { shape, required, .. }) in &asked {
             match self.archives.iter().rev().find_map(|a| a.entry(key)) {
                 None if *required => fit.missing.push(key.clone()),
                 Some(entry) if entry.shape != *shape => {

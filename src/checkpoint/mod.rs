@@ -19,17 +19,23 @@
 //! with what the config asks for before anything large is allocated. Tensors are read one by one, converted on the way.
 
 mod archive;
+mod convert;
 mod embedded;
+mod gguf;
 mod header;
 mod inventory;
 mod pickle;
 mod shards;
 mod source;
+mod synthetic;
+mod weight_type;
 mod weights;
 
 pub use archive::{load, quantise, save, write};
+pub use convert::quantise as quantise_model;
 pub use inventory::{FileSummary, Fit, Inventory};
 pub use source::{Source, load_file};
+pub use weight_type::WeightType;
 pub use weights::{Init, Weights};
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use safetensors::Dtype;
 use zip::{CompressionMethod, ZipArchive};
 
-use super::header::{self, Entry, Header, MAX_HEADER};
+use super::header::{self, Entry, Header, MAX_HEADER, Stored};
 use crate::error::Result;
 
 /// How a zip archive begins.
@@ -150,7 +150,7 @@ impl Tensor {
         if first.checked_add(bytes).is_none_or(|end| end > length) {
             return Err(format!("bytes {first} and {bytes} more lie outside a storage of {length} bytes"));
         }
-        Ok(Entry { dtype: self.dtype, shape: self.shape.clone(), start: start + first, length: bytes })
+        Ok(Entry { stored: Stored::Plain(self.dtype), shape: self.shape.clone(), start: start + first, length: bytes })
     }
 }
 

@@ -18,18 +18,19 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files that hold what `file` (`model.safetensors`) stands for: itself, the shards of its index, or a PyTorch
-/// checkpoint of the same stem (`model.pt`).
+/// The files that hold what `file` (`model.safetensors`) stands for: itself, the shards of its index, or a GGUF file or
+/// PyTorch checkpoint of the same stem (`model.gguf`, `model.pt`).
 ///
-/// Errors: a broken index, one that names anything but plain files beside it, or missing shards. Without any of the
-/// three, the path of `file` itself.
+/// Errors: a broken index, one that names anything but plain files beside it, or missing shards. Without any of
+/// them, the path of `file` itself.
 pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
     let whole = folder.join(file);
     let index = folder.join(format!("{file}.index.json"));
-    let pytorch = whole.with_extension("pt");
+    let (gguf, pytorch) = (whole.with_extension("gguf"), whole.with_extension("pt"));
     match () {
         _ if whole.exists() => Ok(vec![whole]),
         _ if index.exists() => shards(folder, &index),
+        _ if gguf.exists() => Ok(vec![gguf]),
         _ if pytorch.exists() => Ok(vec![pytorch]),
         _ => Ok(vec![whole]),
     }

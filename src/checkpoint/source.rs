@@ -103,6 +103,26 @@ impl Source {
         }
     }
 
+    /// Whether what [`Source::load`] would read for `file` is GGUF, whose weights stay in the type that they have there.
+    pub fn is_gguf(&self, file: &str) -> bool {
+        let gguf = |files: Vec<PathBuf>| files.iter().all(|f| f.extension().is_some_and(|e| e == "gguf"));
+        matches!(self, Self::Folder(folder) if shards::find(folder, file).is_ok_and(gguf))
+    }
+
+    /// Copies a file, or its shards and their index, into a folder.
+    pub(super) fn copy(&self, file: &str, folder: &Path) -> Result<()> {
+        let Self::Folder(from) = self else { return archive::write(&folder.join(file), self.embedded(file)?) };
+        let index = from.join(format!("{file}.index.json"));
+        for path in shards::find(from, file)?.into_iter().chain(Some(index).filter(|i| i.exists())) {
+            let to = path.file_name().map(|name| folder.join(name)).unwrap_or_else(|| folder.to_path_buf());
+            std::fs::copy(&path, &to).map_err(|e| {
+                let message = format!("cannot copy {} to {}: {e}", path.display(), folder.display());
+                Error::new(Kind::Failure, message).hint("check free space: df -h")
+            })?;
+        }
+        Ok(())
+    }
+
     /// An embedded file.
     pub(super) fn archive(&self, file: &str) -> Result<Archive> {
         Archive::from_bytes(self.name(file), self.embedded(file)?)

@@ -5,10 +5,13 @@ use std::fmt::{self, Display};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 
 use super::archive::Archive;
-use super::header::dims;
+use super::header::{Stored, dims};
+use super::synthetic;
+use crate::ops::WeightMatrix;
 use crate::rng::{Rng, Stream, fnv1a};
 
 /// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
@@ -39,6 +42,7 @@ pub enum Init {
 pub struct Weights {
     prefix: String,
     unused: bool,
+    matrices: Option<GgmlDType>,
     store: Arc<Store>,
     device: Device,
 }
@@ -53,6 +57,8 @@ enum Store {
         seed: u64,
         state: Mutex<Trainable>,
     },
+    /// Random numbers.
+    Synthetic(DType),
     /// No file at all: what is asked for is noted.
     Inventory(Mutex<BTreeMap<String, Asked>>),
 }
@@ -63,6 +69,8 @@ pub(super) struct Asked {
     pub(super) shape: Vec<usize>,
     /// Not [unused](Weights::unused).
     pub(super) required: bool,
+    /// Asked for as a [matrix](Weights::matrix).
+    pub(super) matrix: bool,
 }
 
 #[derive(Debug)]
@@ -76,7 +84,7 @@ struct Trainable {
 pub(super) enum Fault {
     Missing,
     Shape { found: Vec<usize>, expected: Vec<usize> },
-    Type(safetensors::Dtype),
+    Type(Stored),
 }
 
 impl Display for Fault {
@@ -132,8 +140,13 @@ impl Weights {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
     }
 
+    /// Random weights as `dtype` that are made when they are asked for, in next to no time.
+    pub fn synthetic(dtype: DType, device: &Device) -> Self {
+        Self::new(Store::Synthetic(dtype), device)
+    }
+
     fn new(store: Store, device: &Device) -> Self {
-        Self { prefix: String::new(), unused: false, store: Arc::new(store), device: device.clone() }
+        Self { prefix: String::new(), unused: false, matrices: None, store: Arc::new(store), device: device.clone() }
     }
 
     /// The weights below `name`: keys are joined with dots.
@@ -145,6 +158,11 @@ impl Weights {
     /// may be missing.
     pub fn unused(&self) -> Self {
         Self { unused: true, ..self.clone() }
+    }
+
+    /// The same place, with [matrices](Self::matrix) in blocks of a type; `None` keeps them as tensors.
+    pub fn with_matrices(&self, blocks: Option<GgmlDType>) -> Self {
+        Self { matrices: blocks, ..self.clone() }
     }
 
     fn key(&self, name: impl Display) -> String {
@@ -178,6 +196,19 @@ impl Weights {
         }
     }
 
+    /// Bytes of everything that was asked of an [inventory](Self::inventory), as `dtype` with matrices in `blocks`.
+    pub fn bytes(&self, dtype: DType, blocks: Option<GgmlDType>) -> u64 {
+        let bytes = |asked: &Asked| {
+            let elements: usize = asked.shape.iter().product();
+            let blocks = blocks.filter(|_| asked.matrix).and_then(|blocks| fitting(blocks, asked.shape[1]));
+            match blocks {
+                Some(blocks) => elements / blocks.block_size() * blocks.type_size(),
+                None => elements * dtype.size_in_bytes(),
+            }
+        };
+        self.wishes().values().filter(|asked| asked.required).map(|asked| bytes(asked) as u64).sum()
+    }
+
     /// What [`Self::plan`] found.
     pub(super) fn problems(&self) -> Vec<(String, Fault)> {
         match &*self.store {
@@ -193,7 +224,7 @@ impl Weights {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
             Store::Inventory(asked) => {
-                lock(asked).insert(key, Asked { shape: shape.dims().to_vec(), required: !self.unused });
+                lock(asked).insert(key, Asked { shape: shape.dims().to_vec(), required: !self.unused, matrix: false });
                 Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
             }
             _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
@@ -207,9 +238,46 @@ impl Weights {
                 }
                 Tensor::zeros((), *dtype, &Device::Cpu)?.broadcast_as(shape)
             }
+            Store::Synthetic(dtype) => synthetic::tensor(&shape, init, *dtype, &self.device),
             Store::Trainable { seed, state } => lock(state).get(key, shape, init, *seed, &self.device),
         }
     }
+
+    /// As [`Self::get`], for the weights (rows, columns) of a linear layer or a table of rows. What a file holds in blocks
+    /// stays in them; blocks that the columns do not divide into are those of Q8_0, or none.
+    pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<WeightMatrix> {
+        match &*self.store {
+            Store::Inventory(asked) => {
+                let required = !self.unused;
+                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true };
+                lock(asked).insert(self.key(name), wish);
+                Ok(WeightMatrix::Dense(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?))
+            }
+            Store::Synthetic(_) => match self.matrices.and_then(|blocks| fitting(blocks, shape.1)) {
+                Some(blocks) => synthetic::matrix(shape, init, blocks, &self.device),
+                None => self.get(shape, name, init).map(WeightMatrix::Dense),
+            },
+            Store::Files(archives, _) if !self.unused => {
+                let key = self.key(name);
+                let archive = check(archives, &key, &shape.into());
+                let archive = archive.map_err(|fault| Error::Msg(format!("{key}: {fault}")))?;
+                let stored = match archive.entry(&key).map(|entry| entry.stored) {
+                    Some(Stored::Blocks(blocks)) => Some(blocks),
+                    _ => self.matrices.and_then(|blocks| fitting(blocks, shape.1)),
+                };
+                match stored {
+                    Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
+                    None => self.get(shape, name, init).map(WeightMatrix::Dense),
+                }
+            }
+            _ => self.get(shape, name, init).map(WeightMatrix::Dense),
+        }
+    }
+}
+
+/// The type of blocks for rows of so many columns.
+pub(super) fn fitting(blocks: GgmlDType, columns: usize) -> Option<GgmlDType> {
+    [blocks, GgmlDType::Q8_0].into_iter().find(|blocks| columns.is_multiple_of(blocks.block_size()))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -223,7 +291,7 @@ fn check<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> std::res
     if entry.shape != shape.dims() {
         return Err(Fault::Shape { found: entry.shape.clone(), expected: shape.dims().to_vec() });
     }
-    if archive.readable(key, entry) { Ok(archive) } else { Err(Fault::Type(entry.dtype)) }
+    if archive.readable(key, entry) { Ok(archive) } else { Err(Fault::Type(entry.stored)) }
 }
 
 impl Problems {

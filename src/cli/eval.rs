@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::Args;
 
 use super::ModelArgs;
+use crate::checkpoint::WeightType;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Report, Subject};
@@ -24,6 +25,9 @@ pub struct EvalArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quant: Option<WeightType>,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
     pub device: String,
@@ -65,7 +69,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let mut console = Console::new(Level::Normal, (6 * args.per_category + concepts) as u64);
     let stop = terminal::interrupts()?;
     console.loading();
-    let model = Model::load(&source, &device)?;
+    let model = Model::load(&source, &device, args.quant)?;
     let scales = &Size::Auto.grids(model.config())?[..];
     let subject = Subject { tokenizer: model.tokenizer(), scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {

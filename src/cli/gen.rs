@@ -9,8 +9,10 @@ use clap::{ArgGroup, Args};
 use serde::Serialize;
 
 use super::ModelArgs;
+use crate::checkpoint::WeightType;
 use crate::error::Result;
-use crate::generate::{Job, Model};
+use crate::generate::cost::{self, Memory};
+use crate::generate::{Job, Model, schedule};
 use crate::output::{self, Settings};
 use crate::request::Request;
 use crate::terminal::{self, Console, Level};
@@ -66,9 +68,15 @@ pub struct GenArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quant: Option<WeightType>,
     /// auto, cpu, cuda:N or metal
     #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
     pub device: String,
+    /// Check everything, tell what would be drawn and how much memory it takes, and draw nothing
+    #[arg(long)]
+    pub dry_run: bool,
     /// Say nothing but results and errors
     #[arg(short, long, conflicts_with = "verbose")]
     pub quiet: bool,
@@ -93,6 +101,9 @@ struct Line<'a> {
 /// Runs `nextflow gen`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &GenArgs) -> Result<()> {
     let request = Request::new(args)?;
+    if args.dry_run {
+        return plan(&request, args.json);
+    }
     let level = match (args.quiet, args.verbose) {
         (true, _) => Level::Quiet,
         (_, true) => Level::Verbose,
@@ -102,7 +113,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     let started = Instant::now();
     console.loading();
-    let model = Model::load(&request.source, &request.device)?;
+    let model = Model::load(&request.source, &request.device, request.weights)?;
     console.detail(&format!("loaded {} in {:.2} s", request.model, started.elapsed().as_secs_f64()));
     for job in request.jobs() {
         let started = Instant::now();
@@ -128,6 +139,56 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What `--dry-run` tells.
+#[derive(Serialize)]
+struct Plan<'a> {
+    model: &'a str,
+    images: u64,
+    seed: u64,
+    size: String,
+    scales: &'a [(usize, usize)],
+    codes: usize,
+    passes: usize,
+    memory: Memory,
+    peak_memory: u64,
+}
+
+fn plan(request: &Request, json: bool) -> Result<()> {
+    let (config, scales) = (&request.config, &request.scales);
+    let memory = cost::memory(config, &request.source, request.weights, scales, &request.sampling, &request.device)?;
+    let stride = config.tokenizer.encoder.stride();
+    let (h, w) = scales.last().copied().unwrap_or((0, 0));
+    let plan = Plan {
+        model: &request.model,
+        images: request.images(),
+        seed: request.seed,
+        size: format!("{}x{}", w * stride, h * stride),
+        scales,
+        codes: schedule::codes(scales),
+        passes: (0..scales.len()).map(|si| request.sampling.passes(si)).sum(),
+        peak_memory: memory.peak(),
+        memory,
+    };
+    if json {
+        return terminal::emit_json(&plan).map(drop);
+    }
+    let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
+    let Plan { model, images, seed, size, codes, passes, .. } = &plan;
+    let Memory { transformer, cache, activations, tokenizer, decode, program } = plan.memory;
+    let text = format!(
+        "{images} x {size} with {model}, seed {seed}: {codes} codes in {} scales, {passes} passes\n\
+         memory {}: transformer {}, cache {}, image tokenizer {}, at work {}, program {}\n",
+        scales.len(),
+        mb(plan.peak_memory),
+        mb(transformer),
+        mb(cache),
+        mb(tokenizer),
+        mb(activations.max(decode)),
+        mb(program),
+    );
+    terminal::emit(text.as_bytes()).map(drop)
 }
 
 /// Prints what was saved, for people and scripts.

@@ -10,7 +10,7 @@ use crate::backbone::Backbone;
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, Weights};
 use crate::codec;
 use crate::error::Result;
-use crate::generate::{ModelConfig, tokenflow};
+use crate::generate::{ModelConfig, TRANSFORMER, tokenflow};
 use crate::terminal;
 use crate::tokenizer::ImageTokenizer;
 
@@ -67,11 +67,11 @@ fn is_model(folder: &Path) -> bool {
 fn of_model(source: &Source) -> Result<Info> {
     let config = ModelConfig::read(source)?;
     let (mut files, mut fit) = (Vec::new(), Fit::default());
-    for file in ["model.safetensors", config.tokenizer_file(source)] {
+    for file in [TRANSFORMER, config.tokenizer_file(source)] {
         let inventory = Inventory::of(source, file)?;
         let asked = Weights::inventory();
         match file {
-            "model.safetensors" => drop(Backbone::load(&asked, &config.backbone)?),
+            TRANSFORMER => drop(Backbone::load(&asked, &config.backbone)?),
             _ => drop(ImageTokenizer::load(&asked, &config.tokenizer)?),
         }
         let part = inventory.compare(&asked);

@@ -1,5 +1,6 @@
 //! The command line: clap types and one file per command.
 
+mod bench;
 mod decode;
 mod encode;
 mod eval;
@@ -8,6 +9,7 @@ mod info;
 mod model;
 #[cfg(feature = "hub")]
 mod models;
+mod quantize;
 #[cfg(feature = "train")]
 mod train;
 
@@ -40,6 +42,10 @@ pub enum Command {
     Decode(decode::DecodeArgs),
     /// Tell what a model or a file of weights is
     Info(info::InfoArgs),
+    /// Measure speed and memory with random weights
+    Bench(bench::BenchArgs),
+    /// Write a smaller copy of a model
+    Quantize(quantize::QuantizeArgs),
     /// List, download, check and remove models
     #[cfg(feature = "hub")]
     Models(models::ModelsArgs),
@@ -69,6 +75,8 @@ pub fn run(command: Command) -> Result<()> {
         Command::Encode(args) => encode::run(&args),
         Command::Decode(args) => decode::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         #[cfg(feature = "hub")]
         Command::Models(args) => models::run(&args),
         Command::Eval(args) => eval::run(&args),

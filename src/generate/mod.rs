@@ -1,5 +1,6 @@
 //! From a prompt to an image: schedules, guidance, sampling and the next-scale loop.
 
+pub mod cost;
 pub mod inputs;
 mod model;
 mod prompt;
@@ -10,7 +11,7 @@ pub mod tokenflow;
 
 use std::ops::ControlFlow;
 
-pub use model::{Model, ModelConfig};
+pub use model::{Model, ModelConfig, TRANSFORMER};
 pub use prompt::{Prefix, PromptConfig};
 pub use rows::Rows;
 

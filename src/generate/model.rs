@@ -6,11 +6,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, Vocabulary};
-use crate::checkpoint::Source;
+use crate::checkpoint::{Source, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::pixels;
 use crate::text::Text;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
+
+/// The file of the transformer's weights.
+pub const TRANSFORMER: &str = "model.safetensors";
 
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
@@ -103,11 +106,16 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads everything onto `device`: f32 on a CPU, bf16 elsewhere; the tokenizer always in f32.
-    pub fn load(source: &Source, device: &Device) -> Result<Self> {
+    /// Loads everything onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or as a
+    /// GGUF file has it; the image tokenizer always in f32.
+    pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
-        let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-        let backbone = source.load("model.safetensors", dtype, device, |w| Backbone::load(w, &config.backbone))?;
+        let gguf = source.is_gguf(TRANSFORMER);
+        // Blocks are multiplied in f32 everywhere.
+        let usual = WeightType::usual(device.is_cpu() || gguf);
+        let (dtype, blocks) = weights.unwrap_or(usual).placed(device.is_cpu());
+        let build = |w: &Weights| Backbone::load(&w.with_matrices(blocks), &config.backbone);
+        let backbone = source.load(TRANSFORMER, dtype, device, build)?;
         let tokenizer = config.load_tokenizer(source, device)?;
         let text = source.text()?;
         let opening = config.prompt.opening(&text, config.backbone.boi())?;

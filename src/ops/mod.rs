@@ -7,6 +7,7 @@
 
 mod activation;
 mod attention;
+mod blocks;
 #[cfg(test)]
 mod check;
 mod conv;
@@ -14,6 +15,7 @@ mod exp;
 mod group_norm;
 mod linear;
 mod loss;
+mod matrix;
 mod norm;
 mod optim;
 mod resize;
@@ -22,10 +24,12 @@ mod slice;
 
 pub use activation::{gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::attention;
+pub use blocks::{dequantise, quantise};
 pub use conv::conv2d;
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_rows};
+pub use matrix::WeightMatrix;
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{adamw_step, muon_step};
 pub use resize::{pixel_shuffle, pixel_unshuffle, upsample_nearest2x};

@@ -1,0 +1,83 @@
+//! A model folder in another weight type.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device};
+
+use super::archive::Archive;
+use super::weights::{Weights, fitting};
+use super::{Source, WeightType, shards};
+use crate::error::{Error, Kind, Result};
+use crate::ops;
+
+/// Writes the model at `source` to `folder`, which must not exist: the transformer, of which `asked` is the
+/// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, the
+/// files of the image tokenizer, as they are.
+///
+/// The folder appears whole or not at all. Errors: [`Kind::Usage`] if it exists, [`Kind::Model`] for a source that does
+/// not fit, [`Kind::Failure`] if it cannot be written.
+pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &str, folder: &Path) -> Result<()> {
+    if folder.exists() {
+        return Err(Error::usage(format!("{} exists already", folder.display())).hint("-o ANOTHER_FOLDER"));
+    }
+    let unwritten = |e: &dyn std::fmt::Display| {
+        Error::new(Kind::Failure, format!("cannot write {}: {e}", folder.display()))
+            .hint("check the folder's permissions and free space: df -h")
+    };
+    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let part = tempfile::Builder::new().prefix(".nextflow-").tempdir_in(parent).map_err(|e| unwritten(&e))?;
+    let tensors = tensors(source, asked, weights)?;
+    let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
+    let mut file = BufWriter::new(File::create(part.path().join("model.gguf")).map_err(|e| unwritten(&e))?);
+    let architecture = Value::String("nextflow".into());
+    gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
+    file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))?;
+    for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
+        if source.has(name) {
+            source.copy(name, part.path())?;
+        }
+    }
+    source.copy(others, part.path())?;
+    // A temporary folder is private; this one is to become an ordinary one.
+    #[cfg(unix)]
+    fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(|e| unwritten(&e))?;
+    fs::rename(part.keep(), folder).map_err(|e| unwritten(&e))
+}
+
+/// Every tensor that is asked for, in blocks.
+fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
+    const MODEL: &str = "model.safetensors";
+    let archives = match source {
+        Source::Embedded => vec![source.archive(MODEL)?],
+        Source::Folder(folder) => {
+            shards::find(folder, MODEL)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?
+        }
+    };
+    let mut tensors = Vec::new();
+    for (key, asked) in asked.wishes() {
+        let Some(archive) = archives.iter().rev().find(|a| a.entry(&key).is_some()) else {
+            if asked.required {
+                return Err(Error::model(format!("{key} is missing from {MODEL} of {source}"))
+                    .hint("nextflow info FOLDER lists what is missing"));
+            }
+            continue;
+        };
+        let tensor = archive.read(&key, DType::F32, &Device::Cpu)?;
+        let blocks = match tensor.dims() {
+            &[_, columns] if asked.matrix => weights.blocks().and_then(|blocks| fitting(blocks, columns)),
+            _ => None,
+        };
+        let tensor = match (blocks, tensor.dims()) {
+            (Some(blocks), &[rows, columns]) => {
+                ops::quantise(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
+            }
+            _ => QTensor::quantize(&tensor, GgmlDType::F32)?,
+        };
+        tensors.push((key, tensor));
+    }
+    Ok(tensors)
+}

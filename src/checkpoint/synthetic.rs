@@ -1,0 +1,44 @@
+//! Weights of random numbers, for measuring a model that is not at hand.
+
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Result, Shape, Tensor};
+
+use super::Init;
+use crate::ops::{self, WeightMatrix};
+use crate::rng::{Rng, Stream};
+
+/// Rows, or single numbers, that are drawn; the others repeat them.
+const DRAWN: usize = 64;
+
+fn draw(count: usize, init: Init) -> Vec<f32> {
+    let rng = Rng::new(0, 0, Stream::Train, 0);
+    let value = |i: u64| match init {
+        Init::Zeros => 0.0,
+        Init::Ones => 1.0,
+        Init::Normal { std } => rng.normal(i) * std,
+        Init::Uniform { bound } => (2.0 * rng.uniform(i) - 1.0) * bound,
+    };
+    (0..count as u64).map(|i| value(i) as f32).collect()
+}
+
+/// A tensor that begins as `init` says and repeats itself.
+pub(super) fn tensor(shape: &Shape, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+    let count = shape.elem_count();
+    let period = shape.dims().last().map_or(1, |columns| columns * DRAWN).clamp(1, count.max(1));
+    let values: Vec<f32> = draw(period, init).into_iter().cycle().take(count).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+}
+
+/// As [`tensor`], in blocks: never more than a few rows of it are f32.
+pub(super) fn matrix(
+    (rows, columns): (usize, usize),
+    init: Init,
+    blocks: GgmlDType,
+    device: &Device,
+) -> Result<WeightMatrix> {
+    let drawn = rows.min(DRAWN);
+    let few = ops::quantise(&draw(drawn * columns, init), (drawn, columns), blocks, &Device::Cpu)?;
+    let few = few.data()?;
+    let bytes: Vec<u8> = few.chunks(few.len() / drawn).cycle().take(rows).flatten().copied().collect();
+    Ok(QTensor::new(QStorage::from_data(bytes.into(), device, blocks)?, (rows, columns))?.into())
+}

@@ -1,0 +1,63 @@
+//! In which type the bulk of a model is kept.
+
+use std::fmt;
+
+use candle_core::DType;
+use candle_core::quantized::GgmlDType;
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// Type of the linear layers' weights and of the table of tokens. Norms, biases and small tables stay in the type of the
+/// activations: f32 on a CPU and beside quantised weights, else this type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightType {
+    /// 32 bits a number
+    F32,
+    /// 16 bits, with the range of f32
+    Bf16,
+    /// 16 bits, with more precision
+    F16,
+    /// 8.5 bits: blocks of 32 signed bytes and a scale
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 4.5 bits: GGML's blocks of 256
+    #[value(name = "q4_K", alias = "q4_k")]
+    #[serde(rename = "q4_K")]
+    Q4K,
+}
+
+impl fmt::Display for WeightType {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.to_possible_value().map_or(Ok(()), |value| f.write_str(value.get_name()))
+    }
+}
+
+impl WeightType {
+    /// The blocks that hold it; none for plain f32.
+    pub fn blocks(self) -> Option<GgmlDType> {
+        match self {
+            Self::F32 => None,
+            Self::Bf16 => Some(GgmlDType::BF16),
+            Self::F16 => Some(GgmlDType::F16),
+            Self::Q8_0 => Some(GgmlDType::Q8_0),
+            Self::Q4K => Some(GgmlDType::Q4K),
+        }
+    }
+
+    /// What is used if nothing is asked for.
+    pub fn usual(cpu: bool) -> Self {
+        if cpu { Self::F32 } else { Self::Bf16 }
+    }
+
+    /// How a device keeps it: the type of tensors and activations, and the blocks of matrices. A GPU computes in half
+    /// precision by itself; a CPU computes in f32 from whatever the blocks are.
+    pub(crate) fn placed(self, cpu: bool) -> (DType, Option<GgmlDType>) {
+        match self {
+            Self::Bf16 if !cpu => (DType::BF16, None),
+            Self::F16 if !cpu => (DType::F16, None),
+            _ => (DType::F32, self.blocks()),
+        }
+    }
+}

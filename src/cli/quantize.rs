@@ -1,0 +1,38 @@
+//! `nextflow quantize`: a smaller copy of a model.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::ModelArgs;
+use crate::backbone::Backbone;
+use crate::checkpoint::{self, WeightType, Weights};
+use crate::error::Result;
+use crate::generate::ModelConfig;
+use crate::terminal;
+
+/// Flags of `nextflow quantize`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  nextflow quantize --model ByteVisionLab/TokenFlow-t2i --type q8_0 -o t2i-q8\n  \
+                        nextflow gen --model t2i-q8 -p \"a red apple\"")]
+pub struct QuantizeArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Type of the transformer's weights
+    #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = WeightType::Q8_0)]
+    pub weights: WeightType,
+    /// Write the new model folder here; it must not exist
+    #[arg(short, long, value_name = "FOLDER")]
+    pub output: PathBuf,
+}
+
+/// Runs `nextflow quantize`.
+pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
+    let source = args.model.source()?;
+    let config = ModelConfig::read(&source)?;
+    let asked = Weights::inventory();
+    Backbone::load(&asked, &config.backbone)?;
+    checkpoint::quantise_model(&source, &asked, args.weights, config.tokenizer_file(&source), &args.output)?;
+    terminal::emit_path(&args.output).map(drop)
+}

@@ -1,0 +1,110 @@
+//! What drawing an image takes, counted from shapes: memory, and the arithmetic of every pass.
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
+use serde::Serialize;
+
+use super::{ModelConfig, Sampling, TRANSFORMER};
+use crate::backbone::{Backbone, BackboneConfig};
+use crate::checkpoint::{Inventory, Source, WeightType, Weights};
+use crate::error::Result;
+use crate::tokenizer::ImageTokenizer;
+
+/// Bytes that a process needs for one image.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    /// Weights of the transformer.
+    pub transformer: u64,
+    /// Keys and values.
+    pub cache: u64,
+    /// What a pass over the largest scale holds at once.
+    pub activations: u64,
+    /// Weights of the image tokenizer.
+    pub tokenizer: u64,
+    /// What decoding pixels holds at once.
+    pub decode: u64,
+    /// The program itself, its threads and vocabulary.
+    pub program: u64,
+}
+
+impl Memory {
+    /// At the peak: either the last scale or the decoder is at work.
+    pub fn peak(&self) -> u64 {
+        let kept = self.transformer + self.cache + self.tokenizer + self.program;
+        kept + self.activations.max(self.decode)
+    }
+}
+
+/// The program with its libraries, buffers and threads, as measured.
+const PROGRAM: u64 = 24 << 20;
+
+/// What an image of the grids `scales` needs, with the weights as `source` has them or, where it is not GGUF, as
+/// `weights`.
+///
+/// Errors: a source whose header cannot be read.
+pub fn memory(
+    config: &ModelConfig,
+    source: &Source,
+    weights: Option<WeightType>,
+    scales: &[(usize, usize)],
+    sampling: &Sampling,
+    device: &Device,
+) -> Result<Memory> {
+    let (dtype, blocks) = weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+    let mut memory = synthetic_memory(config, dtype, blocks, scales, sampling)?;
+    if source.is_gguf(TRANSFORMER) {
+        memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
+    }
+    Ok(memory)
+}
+
+/// As [`memory`], for weights that are in no file.
+pub fn synthetic_memory(
+    config: &ModelConfig,
+    dtype: DType,
+    blocks: Option<GgmlDType>,
+    scales: &[(usize, usize)],
+    sampling: &Sampling,
+) -> Result<Memory> {
+    let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
+    Backbone::load(&transformer, &config.backbone)?;
+    ImageTokenizer::load(&tokenizer, &config.tokenizer)?;
+    let (c, width) = (&config.backbone, dtype.size_in_bytes());
+    let rows = if sampling.cfg > 0.0 { 2 } else { 1 };
+    let codes: usize = scales.iter().map(|(h, w)| h * w).sum();
+    let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
+    let prefix = config.prompt.padded_to.unwrap_or(0) + PREFIX;
+    let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
+    // Gate and up, each as it is computed and as it is laid out, beside the residual stream and its norm.
+    let block = rows * largest * (4 * c.intermediate_size + 4 * c.hidden_size) * width;
+    // Logits of both rows, the guided ones, and the copy that is filtered.
+    let logits = (2 * rows + 2) * largest * c.codebook_size * 4;
+    let cnn = &config.tokenizer.decoder;
+    let side = cnn.stride() / cnn.patch;
+    let pixels = largest * side * side;
+    let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
+    Ok(Memory {
+        transformer: transformer.bytes(dtype, blocks),
+        cache: cache as u64,
+        activations: block.max(logits) as u64,
+        tokenizer: tokenizer.bytes(DType::F32, None),
+        decode: (DECODE * pixels * first * 4) as u64,
+        program: PROGRAM,
+    })
+}
+
+/// Tokens of a prompt, with what opens an image, where their number is not known.
+const PREFIX: usize = 32;
+/// Feature maps of full size that the decoder holds at once.
+const DECODE: usize = 5;
+
+/// Floating-point operations of one pass of `tokens` tokens in each of `rows` rows behind `seen` ones, `heads` of which
+/// tokens go through the head.
+pub fn flops(c: &BackboneConfig, rows: usize, tokens: usize, seen: usize, heads: usize) -> f64 {
+    let (hidden, inner, head) = (c.hidden_size, c.intermediate_size, c.head_dim());
+    let (queries, keys) = (c.num_attention_heads * head, c.num_key_value_heads * head);
+    let block = hidden * (2 * queries + 2 * keys) + 3 * hidden * inner;
+    let attention = 2 * (seen + tokens) * queries;
+    let layers = c.num_hidden_layers * (block + attention);
+    2.0 * (rows * tokens) as f64 * layers as f64 + 2.0 * (rows * heads) as f64 * (hidden * c.codebook_size) as f64
+}
