@@ -19,11 +19,6 @@ pub struct Preset {
 }
 
 impl Preset {
-    /// The presets by name.
-    pub fn find(name: &str) -> Option<Self> {
-        Self::all().into_iter().find(|preset| preset.name == name)
-    }
-
     /// Every preset.
     pub fn all() -> [Self; 2] {
         [Self::clipb_32k_enhanced(), Self::siglip_32k()]
