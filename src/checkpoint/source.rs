@@ -109,6 +109,15 @@ impl Source {
         matches!(self, Self::Folder(folder) if shards::find(folder, file).is_ok_and(gguf))
     }
 
+    /// Bytes of the program itself that hold the model's weights.
+    pub fn embedded_bytes(&self) -> u64 {
+        let bytes = |name: &str| embedded::file(name).map_or(0, |bytes| bytes.len() as u64);
+        match self {
+            Self::Embedded => bytes("model.safetensors") + bytes("image_tokenizer.safetensors"),
+            Self::Folder(_) => 0,
+        }
+    }
+
     /// Copies a file, or its shards and their index, into a folder.
     pub(super) fn copy(&self, file: &str, folder: &Path) -> Result<()> {
         let Self::Folder(from) = self else { return archive::write(&folder.join(file), self.embedded(file)?) };

@@ -23,7 +23,7 @@ pub struct Memory {
     pub tokenizer: u64,
     /// What decoding pixels holds at once.
     pub decode: u64,
-    /// The program itself, its threads and vocabulary.
+    /// The program itself, with what is embedded in it, its threads and vocabulary.
     pub program: u64,
 }
 
@@ -36,7 +36,7 @@ impl Memory {
 }
 
 /// The program with its libraries, buffers and threads, as measured.
-const PROGRAM: u64 = 24 << 20;
+const PROGRAM: u64 = 20 << 20;
 
 /// What an image of the grids `scales` needs, with the weights as `source` has them or, where it is not GGUF, as
 /// `weights`.
@@ -52,6 +52,7 @@ pub fn memory(
 ) -> Result<Memory> {
     let (dtype, blocks) = weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let mut memory = synthetic_memory(config, dtype, blocks, scales, sampling)?;
+    memory.program += source.embedded_bytes();
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
     }
