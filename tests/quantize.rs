@@ -54,7 +54,7 @@ fn fewer_bits_change_the_logits_little() {
     let size = norm(&mut exact.iter().copied());
     let mut last = 0.0;
     for (weights, limit) in
-        [(WeightType::F16, 2e-3), (WeightType::Bf16, 2e-2), (WeightType::Q8_0, 3e-2), (WeightType::Q4K, 0.35)]
+        [(WeightType::F16, 2e-3), (WeightType::Bf16, 2e-2), (WeightType::Q8_0, 5e-2), (WeightType::Q4K, 0.5)]
     {
         let off = norm(&mut logits(weights).iter().zip(&exact).map(|(a, b)| a - b)) / size;
         assert!(off > last && off < limit, "{weights}: {off}");
@@ -97,11 +97,12 @@ fn json(bytes: &[u8]) -> serde_json::Value {
 #[test]
 fn the_forecast_holds() {
     let here = Path::new(".");
+    let embedded = Source::Embedded.embedded_bytes();
     for weights in ["f32", "q8_0"] {
         let plan = json(&stdout(here, &["gen", "-p", "x", "--quant", weights, "--dry-run", "--json"]));
         assert_eq!((&plan["codes"], &plan["passes"], &plan["size"]), (&204.into(), &8.into(), &"128x128".into()));
         let report = json(&stdout(here, &["bench", "--synthetic", "nano", "--quant", weights, "--json"]));
-        assert_eq!(plan["peak_memory"], report["forecast_bytes"]);
+        assert_eq!(plan["peak_memory"].as_u64(), report["forecast_bytes"].as_u64().map(|bytes| bytes + embedded));
         assert_eq!(report["parts"].as_array().unwrap().len(), 9);
         // Only Linux tells the peak.
         let (Some(peak), forecast) = (report["peak_bytes"].as_f64(), report["forecast_bytes"].as_f64().unwrap()) else {

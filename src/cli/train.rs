@@ -105,7 +105,7 @@ impl Plan {
 }
 
 /// Sampling of the exported checkpoint.
-const SAMPLING: Sampling = Sampling { cfg: 1.5, temperature: 0.7, top_k: Some(50), top_p: 0.9, refine: Vec::new() };
+const SAMPLING: Sampling = Sampling { cfg: 1.5, temperature: 0.5, top_k: Some(50), top_p: 0.9, refine: Vec::new() };
 
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
