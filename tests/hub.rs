@@ -158,6 +158,36 @@ fn a_cut_download_goes_on_and_the_cache_can_be_checked_and_emptied() {
     assert_eq!(nextflow(home.path(), &hub, &["models", "verify", "o/m"]).0, 3);
 }
 
+/// A limit on the size of files stands for a disk that is full.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_keeps_what_is_there() {
+    let (home, bytes) = (tempfile::tempdir().unwrap(), weights());
+    let list = listing(COMMIT, "w.safetensors", &hex(&bytes), bytes.len());
+    let hub = model(list, "w.safetensors", ok(bytes.clone()));
+    let pull = command(home.path(), &hub, &["models", "pull", "o/m"]);
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$0\" \"$@\""])
+        .arg(pull.get_program())
+        .args(pull.get_args());
+    for (key, value) in pull.get_envs() {
+        match value {
+            Some(value) => limited.env(key, value),
+            None => limited.env_remove(key),
+        };
+    }
+    let output = limited.output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(".incomplete: ") && stderr.contains("hint: nextflow models rm"), "{stderr}");
+    // With room again it goes on from there.
+    let (code, stdout, stderr) = nextflow(home.path(), &hub, &["models", "pull", "o/m"]);
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(std::fs::read(Path::new(stdout.trim_end()).join("w.safetensors")).unwrap(), bytes);
+    assert!(hub.requests("w.safetensors")[1].starts_with("bytes="), "{:?}", hub.requests("w.safetensors"));
+}
+
 #[test]
 fn wrong_bytes_are_deleted() {
     let (home, bytes) = (tempfile::tempdir().unwrap(), weights());

@@ -62,6 +62,19 @@ fn a_whole_folder_draws_what_the_embedded_model_draws() {
 }
 
 #[test]
+fn tensors_that_nothing_uses_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = folder(dir.path());
+    edit(&model.join("model.safetensors"), |tensors| {
+        tensors.insert("visual.norm.weight".into(), Tensor::zeros(3, DType::BF16, &Device::Cpu).unwrap());
+    });
+    let args = ["gen", "-p", "a cat", "-v", "-o", "-", "--model"];
+    let output = Command::new(env!("CARGO_BIN_EXE_nextflow")).args(args).arg(&model).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.contains("1 tensors are not used, visual.norm.weight among"), "{stderr}");
+}
+
+#[test]
 fn missing_and_misshapen_tensors_are_listed() {
     let stderr = fails(3, |model| {
         edit(&model.join("model.safetensors"), |tensors| {

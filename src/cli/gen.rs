@@ -115,6 +115,15 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     console.loading();
     let model = Model::load(&request.source, &request.device, request.weights)?;
     console.detail(&format!("loaded {} in {:.2} s", request.model, started.elapsed().as_secs_f64()));
+    if level == Level::Verbose {
+        let unknown = request.config.compare(&request.source)?.1.unknown;
+        if let Some(first) = unknown.first() {
+            console.detail(&format!(
+                "{} tensors are not used, {first} among them; nextflow info lists them",
+                unknown.len()
+            ));
+        }
+    }
     for job in request.jobs() {
         let started = Instant::now();
         console.start();

@@ -6,13 +6,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
-use crate::backbone::Backbone;
-use crate::checkpoint::{FileSummary, Fit, Inventory, Source, Weights};
+use crate::checkpoint::{FileSummary, Fit, Inventory, Source};
 use crate::codec;
 use crate::error::Result;
-use crate::generate::{ModelConfig, TRANSFORMER, tokenflow};
+use crate::generate::{ModelConfig, tokenflow};
 use crate::terminal;
-use crate::tokenizer::ImageTokenizer;
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -66,20 +64,7 @@ fn is_model(folder: &Path) -> bool {
 /// A whole model by its config.
 fn of_model(source: &Source) -> Result<Info> {
     let config = ModelConfig::read(source)?;
-    let (mut files, mut fit) = (Vec::new(), Fit::default());
-    for file in [TRANSFORMER, config.tokenizer_file(source)] {
-        let inventory = Inventory::of(source, file)?;
-        let asked = Weights::inventory();
-        match file {
-            TRANSFORMER => drop(Backbone::load(&asked, &config.backbone)?),
-            _ => drop(ImageTokenizer::load(&asked, &config.tokenizer)?),
-        }
-        let part = inventory.compare(&asked);
-        files.extend(inventory.files());
-        fit.missing.extend(part.missing);
-        fit.misshapen.extend(part.misshapen);
-        fit.unknown.extend(part.unknown);
-    }
+    let (files, fit) = config.compare(source)?;
     let family = format!("NextFlow model {}", config.name);
     let config = serde_json::to_value(config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
     Ok(Info { family, config: Some(config), files, fit: Some(fit) })

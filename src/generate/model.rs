@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, Vocabulary};
-use crate::checkpoint::{Source, WeightType, Weights};
+use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::pixels;
 use crate::text::Text;
@@ -70,6 +70,27 @@ impl ModelConfig {
         const PUBLIC: &str = "tokenflow_clipb_32k_enhanced.safetensors";
         let (ours, preset) = ("image_tokenizer.safetensors", Preset::clipb_32k_enhanced());
         if self.tokenizer == preset.config && !source.has(ours) && source.has(PUBLIC) { PUBLIC } else { ours }
+    }
+
+    /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.
+    ///
+    /// Errors: a file that is missing or broken.
+    pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
+        let (mut files, mut fit) = (Vec::new(), Fit::default());
+        for file in [TRANSFORMER, self.tokenizer_file(source)] {
+            let inventory = Inventory::of(source, file)?;
+            let asked = Weights::inventory();
+            match file {
+                TRANSFORMER => drop(Backbone::load(&asked, &self.backbone)?),
+                _ => drop(ImageTokenizer::load(&asked, &self.tokenizer)?),
+            }
+            let part = inventory.compare(&asked);
+            files.extend(inventory.files());
+            fit.missing.extend(part.missing);
+            fit.misshapen.extend(part.misshapen);
+            fit.unknown.extend(part.unknown);
+        }
+        Ok((files, fit))
     }
 
     /// What would keep the transformer from drawing an image, as one sentence.

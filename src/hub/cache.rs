@@ -175,7 +175,7 @@ pub(super) fn sha256(path: &Path) -> Result<String> {
 pub(super) fn cannot(path: &Path, e: &io::Error) -> Error {
     let error = Error::new(Kind::Failure, format!("{}: {e}", path.display()));
     match e.kind() {
-        io::ErrorKind::StorageFull => {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             error.hint("nextflow models rm OWNER/NAME frees space, HF_HOME=FOLDER puts the cache elsewhere")
         }
         _ => error.hint("HF_HOME=FOLDER puts the cache elsewhere"),
