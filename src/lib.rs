@@ -4,6 +4,7 @@
 //! [`tokenizer`]) -> [`generate`] over the [`backbone`] -> [`tokenizer`] -> [`output`].
 
 pub mod backbone;
+pub mod chat;
 pub mod checkpoint;
 pub mod cli;
 pub mod codec;
@@ -26,3 +27,4 @@ pub mod text;
 pub mod tokenizer;
 #[cfg(feature = "train")]
 pub mod train;
+pub mod vision;

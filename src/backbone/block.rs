@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
-use crate::ops::{self, WeightMatrix};
+use crate::ops::{self, Mask, WeightMatrix};
 
 /// What new tokens are to the sequence in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,25 +44,17 @@ impl Context<'_> {
 
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
         match self {
-            Context::Masked(mask) => ops::attention(q, k, v, Some(mask), scale),
+            Context::Masked(mask) => ops::attention(q, k, v, Mask::Kept(mask), scale),
             Context::Cached { cache, first, step } => {
-                let (rows, tokens) = (q.dim(0)?, q.dim(1)?);
-                let outputs = (0..rows)
+                let outputs = (0..q.dim(0)?)
                     .map(|r| {
                         let (q, k, v) = (q.narrow(0, r, 1)?, k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
                         let (keys, values) = match step {
                             Step::Text | Step::Scale => cache.append(layer, *first + r, &k, &v)?,
                             Step::Again => cache.with_last(layer, *first + r, &k, &v)?,
                         };
-                        let mask = if *step == Step::Text && tokens > 1 {
-                            let seen = keys.dim(1)? - tokens;
-                            let mask =
-                                (0..tokens).flat_map(|i| (0..seen + tokens).map(move |j| u8::from(j <= seen + i)));
-                            Some(Tensor::from_iter(mask, q.device())?.reshape((tokens, seen + tokens))?)
-                        } else {
-                            None
-                        };
-                        ops::attention(&q, &keys, &values, mask.as_ref(), scale)
+                        let mask = if *step == Step::Text { Mask::Causal } else { Mask::None };
+                        ops::attention(&q, &keys, &values, mask, scale)
                     })
                     .collect::<Result<Vec<_>>>()?;
                 Tensor::cat(&outputs, 0)

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::BackboneConfig;
 
-/// Preallocated from the schedule: nothing grows while an image is drawn. Every row has a length of its own, so rows
+/// Preallocated from the schedule: nothing grows while an image is drawn, and a conversation grows it in large steps. Every row has a length of its own, so rows
 /// with prompts of different lengths need neither padding nor a mask.
 #[derive(Debug)]
 pub struct Cache {
@@ -22,6 +22,30 @@ impl Cache {
         let layer = || (0..rows).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<Vec<_>>>();
         let layers = (0..c.num_hidden_layers).map(|_| layer()).collect::<Result<_>>()?;
         Ok(Self { layers, lengths: vec![0; rows], capacity })
+    }
+
+    /// Makes room for `capacity` positions in a row; what is there stays. Grows by half at least, so that a conversation
+    /// is not copied at every word.
+    pub fn reserve(&mut self, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity {
+            return Ok(());
+        }
+        let capacity = capacity.max(self.capacity + self.capacity / 2);
+        for (keys, values) in self.layers.iter_mut().flatten() {
+            for old in [keys, values] {
+                let (rows, _, heads, d) = old.dims4()?;
+                let new = Tensor::zeros((rows, capacity, heads, d), old.dtype(), old.device())?;
+                new.slice_set(old, 1, 0)?;
+                *old = new;
+            }
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
+    /// Forgets all but the first `length` positions of a row.
+    pub fn truncate(&mut self, row: usize, length: usize) {
+        self.lengths[row] = self.lengths[row].min(length);
     }
 
     /// Positions filled in a row.

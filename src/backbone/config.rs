@@ -62,7 +62,7 @@ pub struct BackboneConfig {
     pub spatial_extent: Option<f64>,
     /// The text rows of the head are the embedding's.
     pub tie_word_embeddings: bool,
-    /// Codes of the tokenizer.
+    /// Codes of the tokenizer; 0 in a model of text alone.
     pub codebook_size: usize,
     /// Channels of a code.
     pub code_dim: usize,
@@ -152,9 +152,12 @@ impl BackboneConfig {
         let qk_norm = if self.qk_norm_eps.is_some() { 2 * head_dim } else { 0 };
         let attention = 2 * hidden * (queries + keys) + bias + qk_norm;
         let block = attention + 3 * hidden * self.intermediate_size + 2 * hidden;
-        let connector = (self.code_dim + 1) * hidden + (hidden + 1) * hidden;
-        let tables = self.embedding_rows() + self.head_rows() + self.scale_rows() + self.code_positions.unwrap_or(0);
-        self.num_hidden_layers * block + connector + (tables + 1) * hidden
+        let words = self.embedding_rows() + self.head_rows() + 1;
+        let image = match self.codebook_size {
+            0 => 0,
+            _ => self.code_dim + 1 + hidden + 1 + self.scale_rows() + self.code_positions.unwrap_or(0),
+        };
+        self.num_hidden_layers * block + (words + image) * hidden
     }
 
     /// What would make the model's constructor panic or mislead, as one sentence.
@@ -166,7 +169,7 @@ impl BackboneConfig {
         if 2 * self.mrope_section.iter().sum::<usize>() != self.head_dim() {
             return Err(format!("mrope_section {:?} is not half of head_dim {}", self.mrope_section, self.head_dim()));
         }
-        if self.spatial_extent.is_some() == self.code_positions.is_some() {
+        if self.codebook_size > 0 && self.spatial_extent.is_some() == self.code_positions.is_some() {
             return Err("one of spatial_extent and code_positions must say where codes stand".into());
         }
         Ok(())

@@ -60,6 +60,18 @@ impl Layout {
         self.counter += if extent.is_some() { scales.len() } else { 1 };
     }
 
+    /// Appends the tokens of an image that Qwen2.5-VL's own encoder has read, a grid of (height, width): rows and columns
+    /// count from where text stands, and text goes on behind the larger of the two. They are read one after the other,
+    /// like text.
+    pub fn push_patches(&mut self, (h, w): (usize, usize)) {
+        let t = self.counter;
+        for i in 0..h * w {
+            self.positions.push([t, t + i / w, t + i % w].map(|p| p as f32));
+            self.ends.push(self.positions.len());
+        }
+        self.counter += h.max(w);
+    }
+
     /// Appends `<eoi>`; text goes on counting behind it.
     pub fn push_eoi(&mut self) {
         self.push_text(1);
@@ -109,6 +121,16 @@ mod tests {
         layout.push_text(1);
         assert_eq!(layout.positions, (3..12).map(text_position).collect::<Vec<_>>());
         assert_eq!(layout.ends, [1, 2, 4, 4, 8, 8, 8, 8, 9]);
+    }
+
+    #[test]
+    fn patches_count_along_both_sides() {
+        let mut layout = Layout::new();
+        layout.push_text(2);
+        layout.push_patches((1, 3));
+        layout.push_text(1);
+        assert_eq!(layout.positions[2..], [[2., 2., 2.], [2., 2., 3.], [2., 2., 4.], [5., 5., 5.]]);
+        assert_eq!(layout.ends, [1, 2, 3, 4, 5, 6]);
     }
 
     #[test]

@@ -54,8 +54,21 @@ impl Source {
 
     /// The content of `config.json`.
     pub fn read_config(&self) -> Result<serde_json::Value> {
-        serde_json::from_slice(&self.bytes("config.json")?).map_err(|e| {
-            Error::model(format!("config.json of {self} is not JSON: {e}"))
+        self.read_json("config.json")
+    }
+
+    /// Whether there is a file of this name.
+    pub fn has_file(&self, file: &str) -> bool {
+        match self {
+            Self::Embedded => embedded::file(file).is_some(),
+            Self::Folder(folder) => folder.join(file).is_file(),
+        }
+    }
+
+    /// The content of a small file of JSON.
+    pub fn read_json(&self, file: &str) -> Result<serde_json::Value> {
+        serde_json::from_slice(&self.bytes(file)?).map_err(|e| {
+            Error::model(format!("{file} of {self} is not JSON: {e}"))
                 .hint("copy the file from its origin again, or name another model: nextflow gen --model FOLDER")
         })
     }

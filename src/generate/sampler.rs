@@ -40,12 +40,13 @@ pub fn sample(
             if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
                 return Err(NonFinite { position });
             }
-            Ok(sample_row(row, sampling.temperature, filter, rng.uniform(position as u64)))
+            Ok(draw(row, sampling.temperature, filter, rng.uniform(position as u64)))
         })
         .collect()
 }
 
-fn sample_row(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
+/// One of the entries that `kept` leaves of a row of finite logits, by `u` of (0, 1); at temperature 0 the largest.
+pub fn draw(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
     if temperature == 0.0 || kept.top_k == Some(1) {
         return argmax(&row);
     }

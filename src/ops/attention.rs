@@ -1,35 +1,64 @@
 //! Scaled dot-product attention with grouped keys and values.
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::exp::exp;
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
-/// Fewer query rows than this are not worth a task of their own.
+/// Fewer query rows than this are not worth a task of their own; more keep too many weights at a time.
 const MIN_ROWS: usize = 16;
+const MAX_ROWS: usize = 256;
+
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug)]
+pub enum Mask<'a> {
+    /// All.
+    None,
+    /// Of T queries behind S keys the i-th sees all but the last T - 1 - i: what comes after it.
+    Causal,
+    /// Those where (T, S) or (B, T, S), u8, is not zero; a query without any gives zeros.
+    Kept(&'a Tensor),
+}
 
 /// `softmax(scale * q kᵀ) v` for q (B, T, H, D) and k, v (B, S, KV, D), where H is a multiple of KV: (B, T, H, D), of
-/// q's dtype. `mask`, (T, S) or (B, T, S) u8, keeps the pairs that are not zero; a row without any gives zeros.
+/// q's dtype.
 ///
 /// Keys and values may be views of a cache: any batch and sequence strides, the last two dimensions contiguous; other
 /// strides are copied. Errors when the shapes do not fit.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> Result<Tensor> {
     let (b, t, h, d) = q.dims4()?;
     let (kb, s, kv, kd) = k.dims4()?;
     if (kb, kd) != (b, d) || kv == 0 || h % kv != 0 || v.dims() != k.dims() {
         bail!("attention: queries {:?}, keys {:?} and values {:?} do not fit", q.dims(), k.dims(), v.dims());
     }
-    if let Some(m) = mask
-        && (m.dtype() != DType::U8 || m.dims() != [t, s] && m.dims() != [b, t, s])
-    {
-        bail!("attention: a {:?} mask {:?} does not fit {t} queries and {s} keys", m.dtype(), m.dims());
+    match mask {
+        Mask::Kept(m) if m.dtype() != DType::U8 || m.dims() != [t, s] && m.dims() != [b, t, s] => {
+            bail!("attention: a {:?} mask {:?} does not fit {t} queries and {s} keys", m.dtype(), m.dims());
+        }
+        Mask::Causal if t > s => bail!("attention: {t} queries do not stand behind {s} keys"),
+        _ => {}
     }
     if !slice::fused(&[q, k, v]) {
-        return plain(q, k, v, mask, scale);
+        let kept = match mask {
+            Mask::None => None,
+            Mask::Causal => Some(causal(t, s, q.device())?),
+            Mask::Kept(mask) => Some(mask.clone()),
+        };
+        return plain(q, k, v, kept.as_ref(), scale);
     }
-    let mask = mask.map(Tensor::contiguous).transpose()?;
-    q.contiguous()?.apply_op3(&heads_contiguous(k)?, &heads_contiguous(v)?, Attention { mask, scale })
+    let (mask, causal) = match mask {
+        Mask::None => (None, false),
+        Mask::Causal => (None, t > 1),
+        Mask::Kept(mask) => (Some(mask.contiguous()?), false),
+    };
+    q.contiguous()?.apply_op3(&heads_contiguous(k)?, &heads_contiguous(v)?, Attention { mask, causal, scale })
+}
+
+/// [`Mask::Causal`] as a mask.
+fn causal(t: usize, s: usize, device: &Device) -> Result<Tensor> {
+    let keep = (0..t).flat_map(|i| (0..s).map(move |j| u8::from(j + t <= i + s)));
+    Tensor::from_iter(keep, device)?.reshape((t, s))
 }
 
 fn heads_contiguous(x: &Tensor) -> Result<Tensor> {
@@ -68,7 +97,18 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) 
 
 struct Attention {
     mask: Option<Tensor>,
+    causal: bool,
     scale: f32,
+}
+
+/// Which keys some queries see.
+#[derive(Clone, Copy)]
+enum Seen<'a> {
+    All,
+    /// So many more than the index of the query, and its own.
+    Behind(usize),
+    /// By the mask's rows.
+    Kept(&'a [u8]),
 }
 
 /// The heads of queries, keys or values, (B, N, heads, D), with the last two dimensions contiguous.
@@ -105,13 +145,17 @@ impl Attention {
         if self.mask.as_ref().is_some_and(|m| m.rank() == 3) { batch * t } else { 0 }
     }
 
-    /// The weights of some queries of one head over its keys, into `p` (rows, S), by the mask's rows for them.
-    fn weights(&self, q: Matrix, k: Matrix, mask: Option<&[u8]>, p: &mut [f32], (rows, s): (usize, usize), all: bool) {
+    /// The weights of some queries of one head over its keys, into `p` (rows, S).
+    fn weights(&self, q: Matrix, k: Matrix, seen: Seen, p: &mut [f32], (rows, s): (usize, usize), all: bool) {
         gemm(MatrixMut::new(p, rows, s), Into::Overwrite, q, k.t(), self.scale, all);
         for (i, row) in p.chunks_exact_mut(s).enumerate() {
-            if let Some(mask) = mask {
-                let masked = row.iter_mut().zip(&mask[i * s..]);
-                masked.for_each(|(logit, &keep)| *logit = if keep == 0 { f32::NEG_INFINITY } else { *logit });
+            match seen {
+                Seen::All => {}
+                Seen::Behind(before) => row[before + i + 1..].fill(f32::NEG_INFINITY),
+                Seen::Kept(mask) => {
+                    let masked = row.iter_mut().zip(&mask[i * s..]);
+                    masked.for_each(|(logit, &keep)| *logit = if keep == 0 { f32::NEG_INFINITY } else { *logit });
+                }
             }
             softmax(row);
         }
@@ -151,7 +195,7 @@ impl CustomOp3 for Attention {
         let mask = mask.as_ref().map(Borrowed::slice::<u8>).transpose()?;
         // A task writes whole rows, all heads of them, or, where there is but one row, the heads of one group.
         let blocks = (2 * rayon::current_num_threads()).div_ceil(b).clamp(1, t.div_ceil(MIN_ROWS));
-        let rows = t.div_ceil(blocks);
+        let rows = t.div_ceil(blocks).min(MAX_ROWS);
         let task = if t == 1 { group * d } else { rows * h * d };
         let mut out = vec![0f32; b * t * h * d];
         out.par_chunks_mut(t * h * d).enumerate().for_each(|(bi, out)| {
@@ -162,13 +206,19 @@ impl CustomOp3 for Attention {
                     let (first, heads) = if t == 1 { (0, i * group..(i + 1) * group) } else { (i * rows, 0..h) };
                     let stride = heads.len() * d;
                     let rows = out.len() / stride;
-                    let p = &mut p[..rows * s];
-                    let mask = mask.map(|m| &m[(self.mask_row(bi, t) + first) * s..]);
+                    let before = s.saturating_sub(t) + first;
+                    let (keys, seen) = match mask {
+                        Some(m) => (s, Seen::Kept(&m[(self.mask_row(bi, t) + first) * s..])),
+                        None if self.causal => (before + rows, Seen::Behind(before)),
+                        None => (s, Seen::All),
+                    };
+                    let p = &mut p[..rows * keys];
                     for (j, head) in heads.enumerate() {
-                        let (q, k) = (q.rows(bi, head, first, rows), k.head(bi, head / group));
-                        self.weights(q, k, mask, p, (rows, s), false);
+                        let (q, k) = (q.rows(bi, head, first, rows), k.rows(bi, head / group, 0, keys));
+                        self.weights(q, k, seen, p, (rows, keys), false);
+                        let v = v.rows(bi, head / group, 0, keys);
                         let out = MatrixMut::strided(&mut out[j * d..], rows, d, stride);
-                        gemm(out, Into::Overwrite, Matrix::new(p, rows, s), v.head(bi, head / group), 1.0, false);
+                        gemm(out, Into::Overwrite, Matrix::new(p, rows, keys), v, 1.0, false);
                     }
                 },
             );
@@ -202,12 +252,16 @@ impl CustomOp3 for Attention {
         grads.enumerate().for_each_init(
             || (vec![0f32; t * s], vec![0f32; t * s]),
             |(p, dp), (bi, ((dq, dk), dv))| {
-                let mask = mask.map(|m| &m[self.mask_row(bi, t) * s..]);
+                let seen = match mask {
+                    Some(m) => Seen::Kept(&m[self.mask_row(bi, t) * s..]),
+                    None if self.causal => Seen::Behind(s - t),
+                    None => Seen::All,
+                };
                 for head in 0..h {
                     let (q, dy) = (qs.head(bi, head), dys.head(bi, head));
                     let (k, v) = (ks.head(bi, head / group), vs.head(bi, head / group));
                     let at = head / group * d;
-                    self.weights(q, k, mask, p, (t, s), all);
+                    self.weights(q, k, seen, p, (t, s), all);
                     let dv = MatrixMut::strided(&mut dv[at..], s, d, key);
                     gemm(dv, Into::Add, Matrix::new(p, t, s).t(), dy, 1.0, all);
                     gemm(MatrixMut::new(dp, t, s), Into::Overwrite, dy, v.t(), 1.0, all);
@@ -249,12 +303,14 @@ mod tests {
     #[test]
     fn matches_the_composition() -> Result<()> {
         for (b, t, s, heads) in
-            [(2, 5, 7, (4, 2, 6)), (1, 70, 70, (2, 1, 9)), (3, 1, 11, (6, 2, 8)), (1, 1, 3, (1, 1, 5))]
+            [(2, 5, 7, (4, 2, 6)), (1, 70, 70, (2, 1, 9)), (1, 600, 610, (1, 1, 2)), (3, 1, 11, (6, 2, 8))]
         {
             let [q, k, v] = &inputs(b, t, s, heads);
-            for mask in [None, Some(mask(None, t, s)?), Some(mask(Some(b), t, s)?)] {
-                let mask = mask.as_ref();
-                same(&[q, k, v], || attention(q, k, v, mask, 0.4), || plain(q, k, v, mask, 0.4));
+            same(&[q, k, v], || attention(q, k, v, Mask::None, 0.4), || plain(q, k, v, None, 0.4));
+            let behind = causal(t, s, &Device::Cpu)?;
+            same(&[q, k, v], || attention(q, k, v, Mask::Causal, 0.4), || plain(q, k, v, Some(&behind), 0.4));
+            for mask in [mask(None, t, s)?, mask(Some(b), t, s)?] {
+                same(&[q, k, v], || attention(q, k, v, Mask::Kept(&mask), 0.4), || plain(q, k, v, Some(&mask), 0.4));
             }
         }
         Ok(())
@@ -263,7 +319,7 @@ mod tests {
     #[test]
     fn rows_that_see_nothing_are_zero() -> Result<()> {
         let [q, k, v] = &inputs(2, 4, 5, (2, 1, 3));
-        let y = attention(q, k, v, Some(&mask(Some(2), 4, 5)?), 1.0)?.narrow(1, 1, 1)?;
+        let y = attention(q, k, v, Mask::Kept(&mask(Some(2), 4, 5)?), 1.0)?.narrow(1, 1, 1)?;
         assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().all(|&y| y == 0.0));
         Ok(())
     }
@@ -272,29 +328,29 @@ mod tests {
     fn reads_views_of_a_cache() {
         let [q, k, v] = &inputs(2, 3, 12, (4, 2, 5));
         let view = |x: &Var| x.narrow(1, 2, 6);
-        let kernel = || attention(q, &view(k)?, &view(v)?, None, 0.5);
+        let kernel = || attention(q, &view(k)?, &view(v)?, Mask::None, 0.5);
         same(&[q, k, v], kernel, || plain(q, &view(k)?, &view(v)?, None, 0.5));
         // Strides of the heads themselves are copied.
         let turned = |x: &Var| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
-        same(&[q, k, v], || attention(q, &turned(k)?, &turned(v)?, None, 0.5), || plain(q, k, v, None, 0.5));
+        same(&[q, k, v], || attention(q, &turned(k)?, &turned(v)?, Mask::None, 0.5), || plain(q, k, v, None, 0.5));
     }
 
     #[test]
     fn other_dtypes_compose() -> Result<()> {
         let [q, k, v] = &inputs(1, 3, 4, (2, 1, 4));
         let half = |x: &Var| x.to_dtype(DType::F64);
-        let y = attention(&half(q)?, &half(k)?, &half(v)?, None, 0.5)?;
+        let y = attention(&half(q)?, &half(k)?, &half(v)?, Mask::Causal, 0.5)?;
         assert_eq!(y.dtype(), DType::F64);
-        agree("f64", &y.to_dtype(DType::F32)?, &attention(q, k, v, None, 0.5)?)
+        agree("f64", &y.to_dtype(DType::F32)?, &attention(q, k, v, Mask::Causal, 0.5)?)
     }
 
     #[test]
     fn rejects_shapes_that_do_not_fit() -> Result<()> {
         let [q, k, v] = &inputs(1, 3, 4, (3, 2, 4));
-        assert!(attention(q, k, v, None, 1.0).is_err());
+        assert!(attention(q, k, v, Mask::None, 1.0).is_err());
         let [q, k, v] = &inputs(1, 3, 4, (4, 2, 4));
-        assert!(attention(q, k, v, Some(&mask(None, 4, 3)?), 1.0).is_err());
-        assert!(attention(q, k, &v.narrow(1, 0, 2)?, None, 1.0).is_err());
+        assert!(attention(q, k, v, Mask::Kept(&mask(None, 4, 3)?), 1.0).is_err());
+        assert!(attention(q, k, &v.narrow(1, 0, 2)?, Mask::None, 1.0).is_err());
         Ok(())
     }
 }

@@ -23,7 +23,7 @@ mod rope;
 mod slice;
 
 pub use activation::{gelu_erf, gelu_tanh, quick_gelu, swiglu};
-pub use attention::attention;
+pub use attention::{Mask, attention};
 pub use blocks::{dequantise, quantise};
 pub use conv::conv2d;
 pub use group_norm::group_norm;

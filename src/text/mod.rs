@@ -2,6 +2,7 @@
 
 mod sentencepiece;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -18,6 +19,8 @@ pub const MAX_PROMPT: usize = 8192;
 #[derive(Debug)]
 pub struct Text {
     tokenizer: Tokenizer,
+    /// Ids of the control tokens.
+    control: BTreeMap<String, u32>,
 }
 
 impl Text {
@@ -38,13 +41,21 @@ impl Text {
         if model["type"] != "BPE" || !none("continuing_subword_prefix") || !none("end_of_word_suffix") {
             return Err(bad(&"not a plain BPE"));
         }
+        let added = file["added_tokens"].as_array().into_iter().flatten();
+        let control = added.filter_map(|t| Some((t["content"].as_str()?.into(), t["id"].as_u64()?.try_into().ok()?)));
+        let control: BTreeMap<String, u32> = control.collect();
         if let Some(fields) = file.as_object_mut() {
             // Control words would be recognised in prompts, and the other two would silently change them.
             fields.insert("added_tokens".into(), Value::Array(Vec::new()));
             fields.insert("truncation".into(), Value::Null);
             fields.insert("padding".into(), Value::Null);
         }
-        guard(|| serde_json::from_value(file).map_err(|e| bad(&e))).map(|tokenizer| Self { tokenizer })
+        guard(|| serde_json::from_value(file).map_err(|e| bad(&e))).map(|tokenizer| Self { tokenizer, control })
+    }
+
+    /// The id of a control token, such as `<|im_start|>`.
+    pub fn control(&self, word: &str) -> Option<u32> {
+        self.control.get(word).copied()
     }
 
     /// Ids of a text; never those of control tokens.

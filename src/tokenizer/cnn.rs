@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Init, Weights};
-use crate::ops;
+use crate::ops::{self, Mask};
 
 const EPS: f64 = 1e-6;
 
@@ -151,7 +151,7 @@ impl AttnBlock {
         let normed = self.norm.forward(x, false)?;
         let tokens = |conv: &Conv| conv.forward(&normed)?.flatten_from(2)?.transpose(1, 2)?.reshape((b, h * w, 1, c));
         let scale = 1.0 / (c as f32).sqrt();
-        let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, None, scale)?;
+        let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, Mask::None, scale)?;
         let out = out.reshape((b, h * w, c))?.transpose(1, 2)?.reshape((b, c, h, w))?;
         x + self.proj_out.forward(&out)?
     }

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::checkpoint::{Init, Weights};
-use crate::ops;
+use crate::ops::{self, Mask};
 
 /// A linear layer.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ impl Block {
         let normed = self.norm1.forward(x)?;
         let split = |l: &Linear| l.forward(&normed)?.reshape((b, t, self.heads, head));
         let scale = 1.0 / (head as f32).sqrt();
-        let attended = ops::attention(&split(&self.q)?, &split(&self.k)?, &split(&self.v)?, None, scale)?;
+        let attended = ops::attention(&split(&self.q)?, &split(&self.k)?, &split(&self.v)?, Mask::None, scale)?;
         let x = (x + self.out.forward(&attended.reshape((b, t, d))?)?)?;
         let h = self.fc1.forward(&self.norm2.forward(&x)?)?;
         let h = match self.activation {

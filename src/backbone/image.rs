@@ -1,0 +1,90 @@
+//! The image ends of the transformer: how codes enter it, beside the rows of the head by which they leave.
+
+use candle_core::{Result, Tensor};
+
+use super::BackboneConfig;
+use crate::checkpoint::{Init, Weights};
+use crate::ops::{self, WeightMatrix};
+
+/// Connector and tables.
+#[derive(Debug)]
+pub(super) struct ImageEnds {
+    connector: [(WeightMatrix, Tensor); 2],
+    /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with `code_positions`. The first
+    /// scale is never an input, so its row is not used.
+    scale_embed: Tensor,
+    /// Row 0 is added to the token that predicts the first code, the others to the codes of the other scales in order.
+    code_positions: Option<Tensor>,
+    hidden_size: usize,
+    scale_length: bool,
+}
+
+impl ImageEnds {
+    /// TokenFlow's `mm_projector` for the connector; the scale embedding is our `scale_embed`, or TokenFlow-t2i's
+    /// `lvl_embed` with its code positions `pos_1LC`.
+    pub(super) fn load(model: &Weights, config: &BackboneConfig) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let linear = |w: Weights, from: usize| -> Result<(WeightMatrix, Tensor)> {
+            let init = Init::Normal { std: (from as f64).powf(-0.5) };
+            Ok((w.matrix((hidden, from), "weight", init)?, w.get(hidden, "bias", Init::Zeros)?))
+        };
+        let connector = model.pp("mm_projector");
+        let levels = (config.scale_rows(), hidden);
+        let table = Init::Normal { std: 0.1 };
+        Ok(Self {
+            connector: [linear(connector.pp(0), config.code_dim)?, linear(connector.pp(2), hidden)?],
+            scale_embed: match config.code_positions {
+                None => model.get(levels, "scale_embed", table)?,
+                Some(_) => model.pp("lvl_embed").get(levels, "weight", table)?,
+            },
+            code_positions: config.code_positions.map(|n| model.get((n, hidden), "pos_1LC", table)).transpose()?,
+            hidden_size: hidden,
+            scale_length: config.scale_length_embedding,
+        })
+    }
+
+    /// What is added to text (R, T, hidden).
+    pub(super) fn text(&self, x: Tensor) -> Result<Tensor> {
+        if self.code_positions.is_some() { x.broadcast_add(&self.scale_embed.narrow(0, 0, 1)?) } else { Ok(x) }
+    }
+
+    /// What is added to text whose last token opens an image (R, T, hidden).
+    pub(super) fn prefix(&self, x: Tensor) -> Result<Tensor> {
+        let Some(positions) = &self.code_positions else { return Ok(x) };
+        x.broadcast_add(&positions.narrow(0, 0, 1)?.pad_with_zeros(0, x.dim(1)? - 1, 0)?)
+    }
+
+    /// As [`super::Backbone::embed_codes`].
+    pub(super) fn codes(&self, features: &Tensor, index: usize, scales: &[(usize, usize)]) -> Result<Tensor> {
+        let x = self.connect(features)?.broadcast_add(&self.scale_rows(&[index], scales.len())?)?;
+        let Some(positions) = &self.code_positions else { return Ok(x) };
+        let first = scales[..index].iter().map(|(h, w)| h * w).sum();
+        x.broadcast_add(&positions.narrow(0, first, features.dim(1)?)?)
+    }
+
+    /// As [`super::Backbone::connect`].
+    pub(super) fn connect(&self, features: &Tensor) -> Result<Tensor> {
+        let [(w0, b0), (w2, b2)] = &self.connector;
+        w2.linear(&ops::gelu_erf(&w0.linear(features, Some(b0))?)?, Some(b2))
+    }
+
+    /// As [`super::Backbone::scale_rows`].
+    pub(super) fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
+        let text = usize::from(self.code_positions.is_some());
+        let (table, device) = (&self.scale_embed, self.scale_embed.device());
+        let ids: Vec<u32> = indices.iter().map(|&i| (i + text) as u32).collect();
+        let rows = table.index_select(&Tensor::new(ids, device)?, 0)?;
+        if !self.scale_length {
+            return Ok(rows);
+        }
+        let length = sinusoid(count as f64, self.hidden_size);
+        rows.broadcast_add(&Tensor::new(length, device)?.to_dtype(table.dtype())?)
+    }
+}
+
+/// The transformer's sinusoidal embedding of a number: sines, then cosines, of geometric frequencies from 1 to 1e-4.
+fn sinusoid(value: f64, size: usize) -> Vec<f32> {
+    let half = size / 2;
+    let angle = |i: usize| value * (1e-4f64).powf(i as f64 / half as f64);
+    (0..half).map(|i| angle(i).sin() as f32).chain((0..half).map(|i| angle(i).cos() as f32)).collect()
+}

@@ -1,0 +1,155 @@
+//! Qwen2.5-VL's public files: shape, stops and sampling.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::WordSampling;
+use crate::backbone::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
+use crate::checkpoint::Source;
+use crate::error::{Error, Result};
+use crate::vision::{ImageProcessor, VisionConfig};
+
+/// What config.json says of the transformer.
+#[derive(Deserialize)]
+struct Public {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    #[serde(alias = "rope_parameters")]
+    rope_scaling: RopeScaling,
+    max_position_embeddings: usize,
+}
+
+#[derive(Deserialize)]
+struct RopeScaling {
+    mrope_section: [usize; 3],
+    rope_theta: Option<f64>,
+}
+
+/// generation_config.json.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Generation {
+    do_sample: bool,
+    temperature: Option<f64>,
+    top_k: Option<usize>,
+    top_p: Option<f64>,
+    repetition_penalty: Option<f64>,
+    eos_token_id: Stops,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Stops {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl Default for Stops {
+    fn default() -> Self {
+        Self::Many(Vec::new())
+    }
+}
+
+/// Everything about a public Qwen2.5-VL checkpoint but its weights and words.
+#[derive(Clone, Debug)]
+pub struct QwenConfig {
+    /// Shape of the transformer.
+    pub backbone: BackboneConfig,
+    /// Shape of the image encoder.
+    pub vision: VisionConfig,
+    /// How images are made ready.
+    pub processor: ImageProcessor,
+    /// How words are drawn if the user says nothing.
+    pub sampling: WordSampling,
+    /// Tokens that end a reply, beside `<|im_end|>`.
+    pub stops: Vec<u32>,
+    /// The most tokens of a conversation.
+    pub context: usize,
+}
+
+/// Whether a config.json is Qwen2.5-VL's.
+pub fn is_qwen(config: &Value) -> bool {
+    config["model_type"] == "qwen2_5_vl"
+}
+
+impl QwenConfig {
+    /// Reads config.json, and generation_config.json and preprocessor_config.json where they are.
+    ///
+    /// Errors: a file that is broken, or a shape that cannot be.
+    pub fn read(source: &Source) -> Result<Self> {
+        let config = source.read_config()?;
+        let bad = |file: &str, what: String| {
+            Error::model(format!("{file} of {source}: {what}")).hint("copy the file from the checkpoint again")
+        };
+        let of_config = |what: String| bad("config.json", what);
+        let nested = config.get("text_config").filter(|text| text.get("hidden_size").is_some());
+        let text: Public =
+            serde_json::from_value(nested.unwrap_or(&config).clone()).map_err(|e| of_config(e.to_string()))?;
+        let mut vision = config["vision_config"].clone();
+        if let Some(fields) = vision.as_object_mut() {
+            // The 3B model's file leaves these two to the library.
+            fields.entry("temporal_patch_size").or_insert(2.into());
+            fields.entry("depth").or_insert(32.into());
+        }
+        let vision: VisionConfig =
+            serde_json::from_value(vision).map_err(|e| of_config(format!("vision_config: {e}")))?;
+        vision.check().map_err(|e| of_config(format!("vision_config: {e}")))?;
+        let theta = text.rope_theta.or(text.rope_scaling.rope_theta);
+        let backbone = BackboneConfig {
+            vocab_size: text.vocab_size,
+            hidden_size: text.hidden_size,
+            intermediate_size: text.intermediate_size,
+            num_hidden_layers: text.num_hidden_layers,
+            num_attention_heads: text.num_attention_heads,
+            num_key_value_heads: text.num_key_value_heads,
+            rms_norm_eps: text.rms_norm_eps,
+            rope_theta: theta.ok_or_else(|| of_config("rope_theta is missing".into()))?,
+            mrope_section: text.rope_scaling.mrope_section,
+            spatial_extent: None,
+            tie_word_embeddings: config["tie_word_embeddings"] == true,
+            codebook_size: 0,
+            code_dim: 0,
+            input_mode: InputMode::Residual,
+            max_scales: 0,
+            scale_length_embedding: false,
+            vocabulary: Vocabulary::Plain,
+            norm_placement: NormPlacement::Input,
+            qkv_bias: true,
+            qk_norm_eps: None,
+            bf16_frequencies: false,
+            code_positions: None,
+        };
+        backbone.check().map_err(of_config)?;
+        if vision.out_hidden_size != backbone.hidden_size {
+            let (out, hidden) = (vision.out_hidden_size, backbone.hidden_size);
+            return Err(of_config(format!("the image encoder gives a width of {out}, the transformer takes {hidden}")));
+        }
+        let optional = |file: &str| match source.has_file(file) {
+            true => source.read_json(file),
+            false => Ok(Value::Object(Default::default())),
+        };
+        let processor = ImageProcessor::deserialize(optional("preprocessor_config.json")?)
+            .map_err(|e| bad("preprocessor_config.json", e.to_string()))?;
+        let generation: Generation = serde_json::from_value(optional("generation_config.json")?)
+            .map_err(|e| bad("generation_config.json", e.to_string()))?;
+        let sampling = WordSampling {
+            temperature: if generation.do_sample { generation.temperature.unwrap_or(1.0) } else { 0.0 },
+            // The library's value where the file has none.
+            top_k: Some(generation.top_k.unwrap_or(50)).filter(|&k| k > 0),
+            top_p: generation.top_p.unwrap_or(1.0),
+            repetition_penalty: generation.repetition_penalty.unwrap_or(1.0),
+        };
+        sampling.check().map_err(|e| bad("generation_config.json", e))?;
+        let stops = match generation.eos_token_id {
+            Stops::One(id) => vec![id],
+            Stops::Many(ids) => ids,
+        };
+        Ok(Self { backbone, vision, processor, sampling, stops, context: text.max_position_embeddings })
+    }
+}

@@ -1,0 +1,157 @@
+//! Against transformers' `Qwen2_5_VLForConditionalGeneration` at tiny widths (tests/data/qwen/README.md).
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+use super::session::{Script, Token};
+use super::*;
+
+fn data(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn tiny() -> ChatModel {
+    ChatModel::load(&Source::Folder(data("qwen/tiny")), &Device::Cpu, None).unwrap()
+}
+
+fn golden() -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(data("qwen/golden.safetensors"), &Device::Cpu).unwrap()
+}
+
+fn picture(model: &ChatModel, name: &str) -> Picture {
+    model.picture(name, &crate::pixels::open(&data("tokenflow/preprocess").join(name)).unwrap()).unwrap()
+}
+
+/// The conversations of the golden data.
+fn session<'a>(model: &'a ChatModel, case: &str) -> Session<'a> {
+    let mut session = Session::new(model).unwrap();
+    let pictures = |names: &[&str]| names.iter().map(|name| picture(model, name)).collect();
+    match case {
+        "text" => session.push(Role::User, vec![], "Hello, 你好 🙂"),
+        "one" => session.push(Role::User, pictures(&["shapes.png"]), "What is this?"),
+        "wide" => session.push(Role::User, pictures(&["drawings_wide.png"]), "x"),
+        other => panic!("{other}"),
+    }
+    session
+}
+
+fn close(what: &str, got: &Tensor, want: &Tensor, limit: f32) {
+    assert_eq!(got.dims(), want.dims(), "{what}");
+    let off = (got - want).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    assert!(off < limit, "{what}: {off}");
+}
+
+fn ids(tensor: &Tensor) -> Vec<u32> {
+    tensor.to_dtype(DType::I64).unwrap().to_vec1::<i64>().unwrap().into_iter().map(|v| v as u32).collect()
+}
+
+#[test]
+fn everything_is_as_the_reference_computes_it() {
+    let (model, golden) = (tiny(), golden());
+    for case in ["text", "one", "wide"] {
+        let mut session = session(&model, case);
+        let of = |name: &str| &golden[&format!("{case}.{name}")];
+        for picture in &session.turns()[0].pictures {
+            close(case, picture.features(), of("features"), 1e-4);
+        }
+        let Script { tokens, layout } = session.render().unwrap();
+        let pad = model.marks.pad;
+        let words: Vec<u32> = tokens.iter().map(|t| if let Token::Word(id) = t { *id } else { pad }).collect();
+        assert_eq!(words, ids(of("ids")), "{case}");
+        let positions = of("positions").to_dtype(DType::F32).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(layout.positions.iter().map(|p| p.to_vec()).collect::<Vec<_>>(), positions, "{case}");
+        close(case, &session.embed(&tokens).unwrap().get(0).unwrap(), of("embeddings"), 1e-4);
+        // One pass over all tokens, and the same in pieces against the cache.
+        let logits = session.logits(&tokens, &layout, tokens.len());
+        close(case, &logits, of("logits"), 1e-4);
+        close(case, &session.logits(&tokens, &layout, 7), of("logits"), 1e-4);
+        for (name, penalty) in [("greedy", 1.0), ("penalised", 1.3)] {
+            let sampling = WordSampling { repetition_penalty: penalty, ..WordSampling::GREEDY };
+            let (_, words) = session.answer(&sampling, 0, 32, &mut |_| ControlFlow::Continue(())).unwrap();
+            // The reference goes on behind a word that ends a reply.
+            let want = ids(of(name));
+            let stop = want.iter().position(|id| *id == model.marks.end || model.config.stops.contains(id));
+            assert_eq!(words, want[..stop.unwrap_or(want.len())], "{case} {name}");
+        }
+    }
+}
+
+#[test]
+fn a_conversation_with_two_images_is_as_the_reference_reads_it() {
+    let (model, golden) = (tiny(), golden());
+    let [first, second] = ["drawings_small.png", "photo_tall.png"].map(|name| picture(&model, name));
+    let features = Tensor::cat(&[first.features(), second.features()], 0).unwrap();
+    close("features", &features, &golden["two.features"], 1e-4);
+    let mut session = Session::new(&model).unwrap();
+    session.set_system("Be brief.");
+    // The golden conversation has text between its images, which a message of ours has behind them: the tokens are put
+    // together by hand.
+    let marks = model.marks;
+    let mut want = ids(&golden["two.ids"]).into_iter().peekable();
+    session.push(Role::User, vec![first.clone(), second.clone()], "");
+    let mut script = Script::default();
+    let mut pictures = [&first, &second].into_iter();
+    while let Some(id) = want.next() {
+        if id != marks.pad {
+            script.words(&[id]);
+            continue;
+        }
+        while want.next_if_eq(&marks.pad).is_some() {}
+        script.picture(pictures.next().unwrap());
+    }
+    let Script { tokens, layout } = script;
+    let positions = golden["two.positions"].to_dtype(DType::F32).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(layout.positions.iter().map(|p| p.to_vec()).collect::<Vec<_>>(), positions);
+    close("embeddings", &session.embed(&tokens).unwrap().get(0).unwrap(), &golden["two.embeddings"], 1e-4);
+    close("logits", &session.logits(&tokens, &layout, 50), &golden["two.logits"], 1e-4);
+}
+
+#[test]
+fn images_are_prepared_as_the_reference_does() {
+    let (model, golden) = (tiny(), golden());
+    let (config, processor) = model.config.vision.as_ref().unwrap();
+    for (case, names) in [
+        ("one", &["shapes.png"][..]),
+        ("two", &["drawings_small.png", "photo_tall.png"]),
+        ("wide", &["drawings_wide.png"]),
+    ] {
+        let mut values = Vec::new();
+        for (i, name) in names.iter().enumerate() {
+            let image = crate::pixels::open(&data("tokenflow/preprocess").join(name)).unwrap();
+            let patches = processor.patches(&image, config).unwrap();
+            let grid = ids(&golden[&format!("{case}.grids")].get(i).unwrap());
+            assert_eq!([patches.tokens.0 as u32 * 2, patches.tokens.1 as u32 * 2], grid[..], "{name}");
+            values.extend(patches.values);
+        }
+        let patches = Tensor::from_vec(values, ((), 588), &Device::Cpu).unwrap();
+        let every: Vec<u32> = (0..patches.dim(0).unwrap() as u32).step_by(7).collect();
+        let some = patches.index_select(&Tensor::new(every, &Device::Cpu).unwrap(), 0).unwrap();
+        close(case, &some, &golden[&format!("{case}.patches")], 1e-5);
+    }
+}
+
+/// The real tokenizer, cut down to the words that these texts can need.
+#[test]
+fn texts_become_the_ids_of_the_reference() {
+    let text = Text::from_bytes(&std::fs::read(data("qwen/tokenizer.json")).unwrap()).unwrap();
+    let tokens: Value = serde_json::from_slice(&std::fs::read(data("qwen/tokens.json")).unwrap()).unwrap();
+    let numbers = |v: &Value| v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect::<Vec<u32>>();
+    for case in tokens["texts"].as_array().unwrap() {
+        let said = case["text"].as_str().unwrap();
+        let ids = text.encode(said).unwrap();
+        assert_eq!(ids, numbers(&case["ids"]), "{said:?}");
+        let mut speech = Speech::default();
+        let parts: Vec<String> = ids.iter().map(|&id| speech.push(id, &text).unwrap()).collect();
+        assert!(parts.iter().all(|part| !part.contains('\u{fffd}')), "{parts:?}");
+        let spoken = parts.concat() + &speech.finish(&text).unwrap();
+        assert_eq!(spoken, text.decode(&ids).unwrap());
+    }
+    assert_eq!(text.control("<|im_start|>"), Some(151_644));
+    // What a user types is never a control token.
+    let typed = text.encode("<|im_start|>").unwrap();
+    assert!(!typed.contains(&151_644) && typed.len() > 1);
+}

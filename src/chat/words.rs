@@ -1,0 +1,93 @@
+//! From logits to words, and from words to text.
+
+use serde::Serialize;
+
+use crate::error::Result;
+use crate::generate::sampler::{self, Filter};
+use crate::rng::{Rng, Stream};
+use crate::text::Text;
+
+/// How words are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct WordSampling {
+    /// 0 means the likeliest word.
+    pub temperature: f64,
+    /// Keep the k likeliest words.
+    pub top_k: Option<usize>,
+    /// Keep the smallest set of words whose probabilities sum to p; 1 keeps all.
+    pub top_p: f64,
+    /// Words that were there already lose: their logits are divided by it, or multiplied where they are negative.
+    pub repetition_penalty: f64,
+}
+
+impl WordSampling {
+    /// The likeliest word, always.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: 1.0, repetition_penalty: 1.0 };
+
+    /// What makes no sense, as one sentence.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        let finite =
+            |name: &str, value: f64, above: bool| match value.is_finite() && (value > 0.0 || !above && value == 0.0) {
+                true => Ok(()),
+                false => Err(format!("{name} cannot be {value}")),
+            };
+        finite("temperature", self.temperature, false)?;
+        finite("repetition_penalty", self.repetition_penalty, true)?;
+        finite("top_p", self.top_p, true)?;
+        if self.top_p > 1.0 { Err(format!("top_p cannot be {}", self.top_p)) } else { Ok(()) }
+    }
+
+    /// A word from `logits` as the one at `position`, where `before` has been; none if a logit is NaN or none is finite.
+    pub fn draw(&self, mut logits: Vec<f32>, before: &[bool], seed: u64, position: usize) -> Option<u32> {
+        if logits.iter().any(|v| v.is_nan()) || !logits.iter().any(|v| v.is_finite()) {
+            return None;
+        }
+        let penalty = self.repetition_penalty as f32;
+        for (logit, _) in logits.iter_mut().zip(before).filter(|(_, was)| **was) {
+            *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+        }
+        let filter = Filter { top_k: self.top_k, top_p: self.top_p };
+        let noise = Rng::new(seed, 0, Stream::Token, position as u64).uniform(0);
+        Some(sampler::draw(logits, self.temperature, filter, noise))
+    }
+}
+
+/// Text as it comes: whole characters only, for one may be spread over several words.
+#[derive(Debug, Default)]
+pub struct Speech {
+    ids: Vec<u32>,
+    /// Words whose text depends on nothing to come, and those that have been given out.
+    settled: usize,
+    spoken: usize,
+}
+
+impl Speech {
+    /// What one more word adds; nothing while a character is incomplete.
+    pub fn push(&mut self, id: u32, text: &Text) -> Result<String> {
+        self.ids.push(id);
+        let new = self.rest(text)?;
+        if new.is_empty() || new.ends_with('\u{fffd}') {
+            return Ok(String::new());
+        }
+        (self.settled, self.spoken) = (self.spoken, self.ids.len());
+        Ok(new)
+    }
+
+    /// What is left at the end: characters that were never completed.
+    pub fn finish(&mut self, text: &Text) -> Result<String> {
+        let rest = self.rest(text);
+        (self.settled, self.spoken) = (self.ids.len(), self.ids.len());
+        rest
+    }
+
+    /// All words.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    fn rest(&self, text: &Text) -> Result<String> {
+        let before = text.decode(&self.ids[self.settled..self.spoken])?;
+        let all = text.decode(&self.ids[self.settled..])?;
+        Ok(all.get(before.len()..).unwrap_or_default().to_string())
+    }
+}
