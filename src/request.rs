@@ -92,7 +92,7 @@ impl Request {
 }
 
 /// A seed from the operating system's entropy (through the keys of std's hasher); 32 bits are easily typed again.
-fn any_seed() -> u64 {
+pub fn any_seed() -> u64 {
     RandomState::new().hash_one(0) >> 32
 }
 

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,27 @@ pub fn emit(bytes: &[u8]) -> Result<ControlFlow<()>> {
     }
 }
 
+/// Writes a piece of a model's answer to stdout: as it is to a pipe; on a terminal with all but its lines and tabs
+/// [cleaned](clean).
+pub fn speak(text: &str) -> Result<ControlFlow<()>> {
+    if !io::stdout().is_terminal() {
+        return emit(text.as_bytes());
+    }
+    let parts: Vec<Cow<str>> = text
+        .split_inclusive(['\n', '\t'])
+        .flat_map(|part| {
+            let end = part.len() - usize::from(part.ends_with(['\n', '\t']));
+            [clean(&part[..end]), Cow::Borrowed(&part[end..])]
+        })
+        .collect();
+    emit(parts.concat().as_bytes())
+}
+
+/// Writes a line to stderr.
+pub fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "{}", clean(text));
+}
+
 /// Writes a path and a newline to stdout: its exact bytes to a pipe, spelt out on a terminal.
 pub fn emit_path(path: &Path) -> Result<ControlFlow<()>> {
     let mut line = match io::stdout().is_terminal() {
@@ -73,12 +94,34 @@ fn ascii_controls(json: &str) -> String {
 
 /// Whether the user asked to stop.
 #[derive(Clone)]
-pub struct Stop(Arc<AtomicBool>);
+pub struct Stop(Arc<AtomicBool>, Arc<AtomicU8>);
+
+/// What Ctrl-C means.
+#[repr(u8)]
+enum Meaning {
+    /// The end of the process, if its work does not end within a moment.
+    End,
+    /// Its end at once: a conversation waits for the user.
+    Leave,
+    /// The end of a reply; once more, of the process.
+    Hush,
+}
 
 impl Stop {
     /// `Break` once the user pressed Ctrl-C.
     pub fn check(&self) -> ControlFlow<()> {
         if self.0.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    /// A conversation waits for the user: Ctrl-C leaves it.
+    pub fn waiting(&self) {
+        self.1.store(Meaning::Leave as u8, Ordering::Relaxed);
+    }
+
+    /// A reply is on its way: Ctrl-C ends it and no more.
+    pub fn speaking(&self) {
+        self.0.store(false, Ordering::Relaxed);
+        self.1.store(Meaning::Hush as u8, Ordering::Relaxed);
     }
 }
 
@@ -88,10 +131,16 @@ pub fn interrupts() -> Result<Stop> {
     if let Some(stop) = STOP.get() {
         return Ok(stop.clone());
     }
-    let stop = STOP.get_or_init(|| Stop(Arc::new(AtomicBool::new(false))));
+    let stop = STOP.get_or_init(|| Stop(Arc::default(), Arc::new(AtomicU8::new(Meaning::End as u8))));
     let handler = move || {
-        stop.0.store(true, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(700));
+        let again = stop.0.swap(true, Ordering::Relaxed);
+        let meaning = stop.1.load(Ordering::Relaxed);
+        if meaning == Meaning::Hush as u8 && !again {
+            return;
+        }
+        if meaning == Meaning::End as u8 {
+            std::thread::sleep(Duration::from_millis(700));
+        }
         // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
         clear_line();
         report(&interrupted());

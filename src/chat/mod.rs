@@ -1,6 +1,7 @@
 //! Conversations about images: Qwen2.5-VL's public weights, or NextFlow's, over the same transformer.
 
 mod config;
+mod cost;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -9,6 +10,7 @@ mod words;
 use candle_core::{Device, Tensor};
 
 pub use config::{QwenConfig, is_qwen};
+pub use cost::ChatMemory;
 pub use session::{Ending, Picture, Reply, Role, Session, Turn};
 pub use words::{Speech, WordSampling};
 
@@ -104,11 +106,10 @@ pub struct ChatModel {
 }
 
 impl ChatModel {
-    /// Loads everything onto `device`, as `weights`, by default f32 on a CPU and bf16 elsewhere.
+    /// Loads the checkpoint of `config` onto `device`, as `weights`, by default f32 on a CPU and bf16 elsewhere.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not talk.
-    pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
-        let config = ChatConfig::read(source)?;
+    pub fn load(source: &Source, config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let text = source.text()?;
         let marks = Marks::of(&text)?;
         let usual = WeightType::usual(device.is_cpu() || source.is_gguf(TRANSFORMER));
@@ -128,10 +129,15 @@ impl ChatModel {
     /// Errors: usage, if the model sees no images or this one is too narrow.
     pub fn picture(&self, name: &str, image: &image::RgbImage) -> Result<Picture> {
         let (Some(tower), Some((config, processor))) = (&self.vision, &self.config.vision) else {
-            return Err(Error::usage("this model sees no images").hint("nextflow chat \"...\" without -i"));
+            return Err(Self::sees_nothing());
         };
         let patches = processor.patches(image, config)?;
         Ok(Picture::new(name, tower.forward(&patches)?, patches.tokens))
+    }
+
+    /// The error of an image for a model without an image encoder.
+    pub fn sees_nothing() -> Error {
+        Error::usage("this model sees no images").hint("nextflow chat \"...\" without -i")
     }
 
     /// Logits of all words of the vocabulary for hidden states (1, 1, hidden).

@@ -12,7 +12,7 @@ use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
 
 /// Tokens that are read in one pass.
-const CHUNK: usize = 512;
+pub(super) const CHUNK: usize = 512;
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]

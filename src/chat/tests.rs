@@ -15,7 +15,8 @@ fn data(name: &str) -> PathBuf {
 }
 
 fn tiny() -> ChatModel {
-    ChatModel::load(&Source::Folder(data("qwen/tiny")), &Device::Cpu, None).unwrap()
+    let source = Source::Folder(data("qwen/tiny"));
+    ChatModel::load(&source, ChatConfig::read(&source).unwrap(), &Device::Cpu, None).unwrap()
 }
 
 fn golden() -> HashMap<String, Tensor> {

@@ -10,11 +10,11 @@ use serde::Serialize;
 use crate::backbone::Backbone;
 use crate::backbone::presets::NEXTFLOW_7B;
 use crate::checkpoint::{WeightType, Weights};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::generate::{Event, Job, ModelConfig, Prefix, Sampling, cost, draw_codes, tokenflow};
 use crate::request::Size;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig, VitConfig};
-use crate::{device, ops, pixels, terminal};
+use crate::{device, memory, ops, pixels, terminal};
 
 /// Shapes to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -94,8 +94,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let config = config(args.synthetic)?;
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     let (dtype, blocks) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-    let memory = cost::synthetic_memory(&config, dtype, blocks, &scales, &config.sampling)?;
-    enough(&memory, &device)?;
+    let needed = cost::synthetic_memory(&config, dtype, blocks, &scales, &config.sampling)?;
+    memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
     let stop = terminal::interrupts()?;
 
     let started = Instant::now();
@@ -117,18 +117,18 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let drawn = Instant::now();
     pixels::to_image(&tokenizer.decode(&codes, &scales)?)?;
     let decode = drawn.elapsed();
-    let peak_bytes = peak_memory();
+    let peak_bytes = memory::peak();
 
     let machine = Machine::measure(&device, dtype)?;
     let seconds: Vec<f64> = marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect();
-    let parts = parts(&config, &scales, &prefixes, &seconds, &machine, memory.transformer);
+    let parts = parts(&config, &scales, &prefixes, &seconds, &machine, needed.transformer);
     let sum = |f: fn(&Part) -> f64| parts.iter().map(f).sum::<f64>();
     let (spent, floor) = (sum(|p| p.seconds), sum(|p| p.floor_seconds));
     let report = Report {
         model: config.name.clone(),
         weights: args.quant,
         parameters: config.backbone.parameters() as u64,
-        weight_bytes: memory.transformer,
+        weight_bytes: needed.transformer,
         load_seconds,
         decode_seconds: decode.as_secs_f64(),
         image_seconds: spent + decode.as_secs_f64(),
@@ -137,7 +137,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         read_gbytes_per_second: machine.bandwidth.map(|b| b / 1e9),
         floor_seconds: floor,
         share_of_floor: floor / spent,
-        forecast_bytes: memory.peak(),
+        forecast_bytes: needed.peak(),
         peak_bytes,
         parts,
     };
@@ -175,18 +175,6 @@ fn prefixes(config: &ModelConfig, tokens: u32) -> [Prefix; 2] {
     let text: Vec<u32> = (0..tokens).collect();
     let unconditional = if prompt.negative.is_empty() { &[][..] } else { &text };
     [prompt.prefix(&text, &opening), prompt.prefix(unconditional, &opening)]
-}
-
-/// Refuses what the machine's memory has no room for.
-fn enough(memory: &cost::Memory, device: &Device) -> Result<()> {
-    match available_memory().filter(|_| device.is_cpu()) {
-        Some(available) if available < memory.peak() => {
-            let gb = |bytes: u64| bytes as f64 / 1e9;
-            let message = format!("{:.1} GB are needed, {:.1} GB are free", gb(memory.peak()), gb(available));
-            Err(Error::new(Kind::Memory, message).hint("--quant q8_0, --quant q4_K, or a smaller --size"))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn parts(
@@ -267,22 +255,6 @@ fn best(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
         best = best.min(started.elapsed());
     }
     Ok(best)
-}
-
-/// The number of kB in a line of a file of Linux's /proc, as bytes.
-fn proc_bytes(file: &str, key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)
-}
-
-/// The largest resident size of this process so far.
-fn peak_memory() -> Option<u64> {
-    proc_bytes("/proc/self/status", "VmHWM")
-}
-
-fn available_memory() -> Option<u64> {
-    proc_bytes("/proc/meminfo", "MemAvailable")
 }
 
 impl Report {

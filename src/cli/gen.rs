@@ -13,6 +13,7 @@ use crate::checkpoint::WeightType;
 use crate::error::Result;
 use crate::generate::cost::{self, Memory};
 use crate::generate::{Job, Model, schedule};
+use crate::memory;
 use crate::output::{self, Settings};
 use crate::request::Request;
 use crate::terminal::{self, Console, Level};
@@ -104,6 +105,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     if args.dry_run {
         return plan(&request, args.json);
     }
+    let needed = forecast(&request)?.peak();
+    memory::check(needed, &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
     let level = match (args.quiet, args.verbose) {
         (true, _) => Level::Quiet,
         (_, true) => Level::Verbose,
@@ -164,9 +167,13 @@ struct Plan<'a> {
     peak_memory: u64,
 }
 
+fn forecast(request: &Request) -> Result<Memory> {
+    let Request { config, source, weights, scales, sampling, device, .. } = request;
+    cost::memory(config, source, *weights, scales, sampling, device)
+}
+
 fn plan(request: &Request, json: bool) -> Result<()> {
-    let (config, scales) = (&request.config, &request.scales);
-    let memory = cost::memory(config, &request.source, request.weights, scales, &request.sampling, &request.device)?;
+    let (config, scales, memory) = (&request.config, &request.scales, forecast(request)?);
     let stride = config.tokenizer.encoder.stride();
     let (h, w) = scales.last().copied().unwrap_or((0, 0));
     let plan = Plan {

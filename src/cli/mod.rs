@@ -1,6 +1,7 @@
 //! The command line: clap types and one file per command.
 
 mod bench;
+mod chat;
 mod decode;
 mod encode;
 mod eval;
@@ -10,6 +11,7 @@ mod model;
 #[cfg(feature = "hub")]
 mod models;
 mod quantize;
+mod repl;
 #[cfg(feature = "train")]
 mod train;
 
@@ -36,6 +38,8 @@ struct Cli {
 pub enum Command {
     /// Draw images from prompts
     Gen(GenArgs),
+    /// Talk about images
+    Chat(chat::ChatArgs),
     /// Turn an image into codes
     Encode(encode::EncodeArgs),
     /// Turn codes into an image
@@ -72,6 +76,7 @@ pub fn parse() -> Result<Option<Command>> {
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Gen(args) => r#gen::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Encode(args) => encode::run(&args),
         Command::Decode(args) => decode::run(&args),
         Command::Info(args) => info::run(&args),

@@ -36,7 +36,7 @@ impl Memory {
 }
 
 /// The program with its libraries, buffers and threads, as measured.
-const PROGRAM: u64 = 20 << 20;
+pub const PROGRAM: u64 = 20 << 20;
 
 /// What an image of the grids `scales` needs, with the weights as `source` has them or, where it is not GGUF, as
 /// `weights`.

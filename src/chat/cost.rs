@@ -1,0 +1,70 @@
+//! What a conversation takes, counted from shapes.
+
+use candle_core::Device;
+use serde::Serialize;
+
+use super::ChatConfig;
+use super::session::CHUNK;
+use crate::checkpoint::{Inventory, Source, WeightType, Weights};
+use crate::error::Result;
+use crate::generate::{TRANSFORMER, cost};
+
+/// Bytes that a process needs for a conversation.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ChatMemory {
+    /// All weights, the image encoder's too.
+    pub weights: u64,
+    /// Keys and values.
+    pub cache: u64,
+    /// What a pass of the transformer, or of the image encoder over the largest image, holds at once.
+    pub activations: u64,
+    /// The program itself, its threads and vocabulary.
+    pub program: u64,
+}
+
+impl ChatMemory {
+    /// At the peak.
+    pub fn peak(&self) -> u64 {
+        self.weights + self.cache + self.activations + self.program
+    }
+}
+
+/// Bytes of the vocabulary by word: the tables of the `tokenizers` library, as measured.
+const WORD: u64 = 400;
+
+impl ChatConfig {
+    /// What a conversation of so many `tokens` needs, the largest of whose images is a grid of tokens `image`, with the
+    /// weights as `source` has them (it is GGUF, or they are random) or as `weights`.
+    ///
+    /// Errors: a source whose header cannot be read.
+    pub fn memory(
+        &self,
+        source: Option<&Source>,
+        weights: Option<WeightType>,
+        tokens: usize,
+        image: Option<(usize, usize)>,
+        device: &Device,
+    ) -> Result<ChatMemory> {
+        let (dtype, blocks) = weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+        let asked = Weights::inventory();
+        self.build(&asked)?;
+        let weights = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
+            Some(source) => Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum(),
+            None => asked.bytes(dtype, blocks),
+        };
+        let (c, width) = (&self.backbone, dtype.size_in_bytes());
+        let cache = 2 * c.num_hidden_layers * tokens.max(CHUNK) * c.num_key_value_heads * c.head_dim() * width;
+        let pass = tokens.min(CHUNK) * (4 * c.intermediate_size + 6 * c.hidden_size) * width;
+        let seen = self.vision.as_ref().zip(image).map_or(0, |((v, _), (h, w))| {
+            let patches = h * w * v.spatial_merge_size * v.spatial_merge_size;
+            patches * (4 * v.intermediate_size).max(9 * v.hidden_size) * width
+        });
+        let words = c.vocab_size * 4 * width;
+        Ok(ChatMemory {
+            weights,
+            cache: cache as u64,
+            activations: (pass + words).max(seen) as u64,
+            program: cost::PROGRAM + WORD * c.vocab_size as u64,
+        })
+    }
+}

@@ -1,0 +1,320 @@
+//! `nextflow chat`: questions about images, one at a time or as a conversation.
+
+use std::io::{self, Read};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use candle_core::Device;
+use clap::Args;
+use image::RgbImage;
+use serde::Serialize;
+
+use super::ModelArgs;
+use super::repl::Repl;
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Picture, Reply, Session, WordSampling};
+use crate::checkpoint::{Source, WeightType};
+use crate::error::{Error, Result};
+use crate::generate::TRANSFORMER;
+use crate::terminal::{self, Console, Level, Stop};
+use crate::{device, memory, pixels, request};
+
+/// The longest message, in bytes.
+pub(super) const MAX_MESSAGE: usize = 64 << 10;
+
+/// Flags of `nextflow chat`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  nextflow chat -i photo.jpg \"what is this?\"\n  echo \"describe it\" | nextflow chat -i photo.jpg -\n  \
+                        nextflow chat --model Qwen/Qwen2.5-VL-3B-Instruct --quant q8_0\n\nWithout TEXT every line of the \
+                        terminal, or of standard input, is a message; /help tells more."
+)]
+pub struct ChatArgs {
+    /// What to say, or - to read it from standard input; without it a conversation begins
+    #[arg(value_name = "TEXT")]
+    pub text: Option<String>,
+    /// An image to talk about; may be given several times
+    #[arg(short, long = "image", value_name = "FILE")]
+    pub images: Vec<PathBuf>,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What the model is told about itself
+    #[arg(long, value_name = "TEXT", default_value = crate::chat::SYSTEM)]
+    pub system: String,
+    /// The longest reply, in tokens
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// Decides all randomness [default: chosen, told with -v and --json]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// 0 is the likeliest word, always [default: the model's]
+    #[arg(long, value_name = "X")]
+    pub temperature: Option<f64>,
+    /// Keep the K likeliest words [default: the model's]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Keep the smallest set of words whose probabilities sum to P [default: the model's]
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Above 1 words that were said already lose [default: the model's]
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f64>,
+    /// Enlarge images to so many pixels [default: the model's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
+    pub min_pixels: Option<u32>,
+    /// Reduce images to so many pixels: fewer are faster and take less memory [default: the model's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
+    pub max_pixels: Option<u32>,
+    /// Keep the weights in this type [default: f32 on a CPU, else bf16]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quant: Option<WeightType>,
+    /// auto, cpu, cuda:N or metal
+    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
+    pub device: String,
+    /// Print a line of JSON per reply
+    #[arg(long)]
+    pub json: bool,
+    /// Check everything, tell tokens and memory, and say nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print replies and errors only
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Tell what is done, and how fast
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// How replies are made and shown.
+pub(super) struct Manner {
+    pub sampling: WordSampling,
+    pub seed: u64,
+    pub longest: usize,
+    pub json: bool,
+    pub verbose: bool,
+    pub stop: Stop,
+}
+
+/// One line of `--json`.
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(flatten)]
+    reply: &'a Reply,
+    seed: u64,
+    seconds: f64,
+}
+
+/// What `--dry-run` tells.
+#[derive(Serialize)]
+struct Plan {
+    images: Vec<ImagePlan>,
+    memory: ChatMemory,
+    peak_memory: u64,
+}
+
+#[derive(Serialize)]
+struct ImagePlan {
+    file: String,
+    tokens: usize,
+}
+
+/// Runs `nextflow chat`.
+pub(super) fn run(args: &ChatArgs) -> Result<()> {
+    let text = args.text.as_deref().map(message).transpose()?;
+    let images = args.images.iter().map(|path| pixels::open(path)).collect::<Result<Vec<_>>>()?;
+    let device = device::parse(&args.device)?;
+    let source = args.model.source()?;
+    let mut config = ChatConfig::read(&source)?;
+    if args.quant.is_some() && source.is_gguf(TRANSFORMER) {
+        let message = format!("the weights of {source} have their type already");
+        return Err(Error::usage(message).hint("leave out --quant"));
+    }
+    if let Some((_, processor)) = &mut config.vision {
+        processor.min_pixels = args.min_pixels.map_or(processor.min_pixels, |n| n as usize);
+        processor.max_pixels = args.max_pixels.map_or(processor.max_pixels, |n| n as usize);
+        if processor.min_pixels > processor.max_pixels {
+            let message = format!("--min-pixels {} is above {}", processor.min_pixels, processor.max_pixels);
+            return Err(Error::usage(message).hint(format!("--min-pixels {}", processor.max_pixels)));
+        }
+    }
+    let sampling = sampling(args, config.sampling)?;
+    let plan = plan(args, &config, &source, &images, &device)?;
+    if args.dry_run {
+        return plan.emit(args.json);
+    }
+    memory::check(plan.peak_memory, &device, "--quant q8_0, --quant q4_K, or a smaller --max-pixels")?;
+
+    let level = match (args.quiet, args.verbose) {
+        (true, _) => Level::Quiet,
+        (_, true) => Level::Verbose,
+        _ => Level::Normal,
+    };
+    let stop = terminal::interrupts()?;
+    let mut console = Console::new(level, 1);
+    let started = Instant::now();
+    console.loading();
+    let model = ChatModel::load(&source, config, &device, args.quant)?;
+    console.detail(&format!("loaded the model in {:.2} s", started.elapsed().as_secs_f64()));
+    let pictures = args.images.iter().zip(&images).map(|(path, image)| {
+        let started = Instant::now();
+        let picture = model.picture(&path.display().to_string(), image)?;
+        let (h, w) = picture.tokens;
+        console.detail(&format!(
+            "read {} as {} tokens in {:.2} s",
+            picture.name,
+            h * w,
+            started.elapsed().as_secs_f64()
+        ));
+        Ok(picture)
+    });
+    let pictures = pictures.collect::<Result<Vec<_>>>()?;
+    drop(console);
+    let seed = args.seed.unwrap_or_else(request::any_seed);
+    let longest = args.max_tokens as usize;
+    let manner = Manner { sampling, seed, longest, json: args.json, verbose: args.verbose, stop };
+    let mut session = Session::new(&model)?;
+    session.set_system(&args.system);
+    match text {
+        None => Repl::new(&model, session, manner, pictures, args.quiet)?.run(),
+        Some(text) => match manner.say(&mut session, pictures, &text)?.ending {
+            Ending::Interrupted => Err(terminal::interrupted()),
+            Ending::Stop | Ending::Length => Ok(()),
+        },
+    }
+}
+
+/// The value of TEXT, as a message.
+fn message(text: &str) -> Result<String> {
+    if text != "-" {
+        return check(text.as_bytes());
+    }
+    let mut bytes = Vec::new();
+    let read = io::stdin().lock().take(1 + (16 << 20)).read_to_end(&mut bytes);
+    read.map_err(|e| Error::usage(format!("cannot read standard input: {e}")).hint("nextflow chat \"...\""))?;
+    check(&bytes)
+}
+
+/// Bytes that a user gave as a message.
+///
+/// Errors: usage, for what is empty, too long, or not UTF-8.
+pub(super) fn check(bytes: &[u8]) -> Result<String> {
+    if bytes.len() > MAX_MESSAGE {
+        let message = format!("the message has {} bytes, the limit is {MAX_MESSAGE}", bytes.len());
+        return Err(Error::usage(message).hint("say it in several messages"));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|e| {
+        Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))
+            .hint("nextflow chat \"what is this?\"")
+    })?;
+    match text.trim() {
+        "" => Err(Error::usage("the message is empty").hint("nextflow chat \"what is this?\"")),
+        text => Ok(text.into()),
+    }
+}
+
+/// The model's own sampling with the given settings in its place.
+fn sampling(args: &ChatArgs, defaults: WordSampling) -> Result<WordSampling> {
+    if args.top_k == Some(0) {
+        return Err(Error::usage("--top-k 0 is not 1 or more").hint("--top-k 50"));
+    }
+    let sampling = WordSampling {
+        temperature: args.temperature.unwrap_or(defaults.temperature),
+        top_k: args.top_k.or(defaults.top_k),
+        top_p: args.top_p.unwrap_or(defaults.top_p),
+        repetition_penalty: args.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+    };
+    let hint = "--temperature 0.7 --top-p 0.9 --repetition-penalty 1.05";
+    sampling.check().map_err(|message| Error::usage(message).hint(hint))?;
+    Ok(sampling)
+}
+
+fn plan(args: &ChatArgs, config: &ChatConfig, source: &Source, images: &[RgbImage], device: &Device) -> Result<Plan> {
+    let mut grids = Vec::new();
+    for image in images {
+        let (vision, processor) = config.vision.as_ref().ok_or_else(ChatModel::sees_nothing)?;
+        grids.push(processor.tokens(image.dimensions(), vision)?);
+    }
+    let of_images: usize = grids.iter().map(|(h, w)| h * w).sum();
+    let tokens = of_images + args.text.as_ref().map_or(0, String::len) / 3 + args.max_tokens as usize;
+    let largest = grids.iter().copied().max_by_key(|(h, w)| h * w);
+    let memory = config.memory(Some(source), args.quant, tokens, largest, device)?;
+    let plans = args.images.iter().zip(&grids);
+    let images = plans.map(|(file, (h, w))| ImagePlan { file: file.display().to_string(), tokens: h * w });
+    Ok(Plan { images: images.collect(), peak_memory: memory.peak(), memory })
+}
+
+impl Plan {
+    fn emit(&self, json: bool) -> Result<()> {
+        if json {
+            return terminal::emit_json(self).map(drop);
+        }
+        let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
+        let ChatMemory { weights, cache, activations, program } = self.memory;
+        let mut text = String::new();
+        for ImagePlan { file, tokens } in &self.images {
+            text += &format!("{}: {tokens} tokens\n", terminal::clean(file));
+        }
+        text += &format!(
+            "memory {}: weights {}, cache {}, at work {}, program {}\n",
+            mb(self.peak_memory),
+            mb(weights),
+            mb(cache),
+            mb(activations),
+            mb(program)
+        );
+        terminal::emit(text.as_bytes()).map(drop)
+    }
+}
+
+impl Manner {
+    /// Says something and shows the answer as it comes.
+    pub fn say(&self, session: &mut Session, pictures: Vec<Picture>, text: &str) -> Result<Reply> {
+        let (started, mut first, mut lost) = (Instant::now(), None, None);
+        let settings = (self.seed, self.longest);
+        let reply = session.say(pictures, text, &self.sampling, settings, &mut |words| {
+            if !words.is_empty() {
+                first.get_or_insert_with(|| started.elapsed());
+            }
+            if !self.json {
+                match terminal::speak(words) {
+                    Ok(ControlFlow::Continue(())) => {}
+                    Ok(ControlFlow::Break(())) => return ControlFlow::Break(()),
+                    Err(e) => {
+                        lost = Some(e);
+                        return ControlFlow::Break(());
+                    }
+                }
+            }
+            self.stop.check()
+        });
+        if let Some(error) = lost {
+            return Err(error);
+        }
+        let reply = reply?;
+        let seconds = started.elapsed().as_secs_f64();
+        let _ = match self.json {
+            true => {
+                terminal::emit_json(&Line { reply: &reply, seed: self.seed, seconds: (1e3 * seconds).round() / 1e3 })?
+            }
+            false => terminal::speak("\n")?,
+        };
+        if self.verbose {
+            let first = first.unwrap_or_default().as_secs_f64();
+            let speed = (reply.tokens as f64 - 1.0).max(0.0) / (seconds - first).max(1e-9);
+            terminal::note(&format!(
+                "seed {} · {} tokens read, {} of them before · first word after {first:.2} s · {} tokens at {speed:.1}/s",
+                self.seed, reply.prompt_tokens, reply.cached_tokens, reply.tokens
+            ));
+        }
+        if reply.ending == Ending::Length && !self.json {
+            terminal::note("(cut at --max-tokens)");
+        }
+        Ok(reply)
+    }
+}
+
+/// Opens an image for a conversation.
+pub(super) fn picture(model: &ChatModel, path: &Path) -> Result<Picture> {
+    model.picture(&path.display().to_string(), &pixels::open(path)?)
+}

@@ -1,0 +1,337 @@
+//! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a slash.
+
+use std::fs;
+use std::io::{self, BufRead, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+use serde::{Deserialize, Serialize};
+
+use super::chat::{self, MAX_MESSAGE, Manner};
+use crate::chat::{ChatModel, Ending, Picture, Role, Session};
+use crate::checkpoint;
+use crate::error::{Error, Kind, Result};
+use crate::terminal;
+
+const HELP: &str = "\
+/image FILE    show an image with the next message
+/undo          take the last question and its answer back
+/clear         forget everything
+/system TEXT   tell the model something else about itself
+/show          the conversation so far
+/save FILE     write it to a file; /load FILE goes on from there
+/exit          leave (or Ctrl-D); Ctrl-C stops a reply
+A line that ends in \\ goes on in the next one; \"\"\" begins and ends a message of several lines.";
+
+/// The largest file that `/load` reads, in bytes.
+const MAX_FILE: u64 = 16 << 20;
+
+/// A conversation in a file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    system: String,
+    turns: Vec<SavedTurn>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedTurn {
+    role: Role,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    images: Vec<String>,
+    text: String,
+}
+
+/// Where lines come from.
+enum Lines {
+    Terminal(Box<DefaultEditor>, Option<PathBuf>),
+    Pipe,
+}
+
+/// A line, or why there is none.
+enum Line {
+    Text(Vec<u8>),
+    /// Ctrl-C while typing.
+    Dropped,
+    End,
+}
+
+/// A running conversation.
+pub(super) struct Repl<'a> {
+    model: &'a ChatModel,
+    session: Session<'a>,
+    manner: Manner,
+    /// Images for the next message.
+    pictures: Vec<Picture>,
+    lines: Lines,
+    quiet: bool,
+    /// An error was told: the exit code of a pipe.
+    failed: bool,
+}
+
+impl<'a> Repl<'a> {
+    pub fn new(
+        model: &'a ChatModel,
+        session: Session<'a>,
+        manner: Manner,
+        pictures: Vec<Picture>,
+        quiet: bool,
+    ) -> Result<Self> {
+        let lines = match io::stdin().is_terminal() {
+            false => Lines::Pipe,
+            true => {
+                let broken = |e: ReadlineError| Error::new(Kind::Failure, format!("cannot use the terminal: {e}"));
+                let mut editor = DefaultEditor::new().map_err(broken)?;
+                let history = history();
+                // A history that cannot be read is an empty one.
+                let _ = history.as_ref().map(|path| editor.load_history(path));
+                Lines::Terminal(Box::new(editor), history)
+            }
+        };
+        Ok(Self { model, session, manner, pictures, lines, quiet, failed: false })
+    }
+
+    /// Until the user leaves.
+    pub fn run(mut self) -> Result<()> {
+        let terminal = matches!(self.lines, Lines::Terminal(..));
+        if terminal && !self.quiet {
+            terminal::note("/help tells what there is beside talking; /exit leaves");
+        }
+        loop {
+            self.manner.stop.waiting();
+            let outcome = match self.message() {
+                Ok(None) => break,
+                Ok(Some(text)) if text.is_empty() => continue,
+                Ok(Some(text)) => match text.strip_prefix('/') {
+                    Some(command) if command.trim_end() == "exit" => break,
+                    Some(command) => self.command(command),
+                    None => self.say(&text),
+                },
+                Err(error) => Err(error),
+            };
+            if let Err(error) = outcome {
+                self.failed = true;
+                terminal::report(&error);
+            }
+        }
+        if let Lines::Terminal(editor, Some(path)) = &mut self.lines {
+            let _ = path.parent().map(fs::create_dir_all);
+            let _ = editor.save_history(path);
+        }
+        match self.failed && !terminal {
+            true => Err(Error::new(Kind::Failure, "a part of the conversation failed").hint("see the errors above")),
+            false => Ok(()),
+        }
+    }
+
+    fn say(&mut self, text: &str) -> Result<()> {
+        let text = chat::check(text.as_bytes())?;
+        self.manner.stop.speaking();
+        let pictures = self.pictures.clone();
+        match self.manner.say(&mut self.session, pictures, &text) {
+            Ok(reply) => {
+                self.pictures.clear();
+                if reply.ending == Ending::Interrupted && !self.quiet {
+                    terminal::note("(stopped)");
+                }
+                Ok(())
+            }
+            Err(error) if error.kind == Kind::Interrupted => {
+                terminal::note("(stopped before the first word; nothing was kept)");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn command(&mut self, command: &str) -> Result<()> {
+        let (name, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        let rest = rest.trim();
+        let quiet = self.quiet;
+        let tell = |text: &str| {
+            if !quiet {
+                terminal::note(text);
+            }
+        };
+        match (name, rest) {
+            ("help", _) => HELP.lines().for_each(terminal::note),
+            ("image", "") => return Err(Error::usage("/image needs a file").hint("/image photo.jpg")),
+            ("image", file) => {
+                self.manner.stop.speaking();
+                let picture = chat::picture(self.model, Path::new(file))?;
+                tell(&format!("{file} goes with the next message: {} tokens", picture.tokens.0 * picture.tokens.1));
+                self.pictures.push(picture);
+            }
+            ("undo", _) => match self.session.undo() {
+                true => tell("the last question and its answer are gone"),
+                false => tell("nothing was said yet"),
+            },
+            ("clear", _) => {
+                self.session.clear();
+                self.pictures.clear();
+                tell("everything is forgotten");
+            }
+            ("system", "") => terminal::note(self.session.system()),
+            ("system", text) => self.session.set_system(text),
+            ("show", _) => self.show(),
+            ("save" | "load", "") => {
+                return Err(Error::usage(format!("/{name} needs a file")).hint(format!("/{name} a.json")));
+            }
+            ("save", file) => {
+                self.save(Path::new(file))?;
+                tell(&format!("saved to {file}"));
+            }
+            ("load", file) => {
+                self.load(Path::new(file))?;
+                tell(&format!("{} messages from {file}", self.session.turns().len()));
+            }
+            _ => return Err(Error::usage(format!("there is no command /{name}")).hint("/help")),
+        }
+        Ok(())
+    }
+
+    fn show(&self) {
+        terminal::note(&format!("system: {}", self.session.system()));
+        for turn in self.session.turns() {
+            let role = match turn.role {
+                Role::User => "you",
+                Role::Assistant => "model",
+            };
+            turn.pictures.iter().for_each(|picture| terminal::note(&format!("{role}: [{}]", picture.name)));
+            turn.text.lines().for_each(|line| terminal::note(&format!("{role}: {line}")));
+        }
+    }
+
+    fn save(&self, path: &Path) -> Result<()> {
+        if path.exists() {
+            return Err(Error::usage(format!("{} exists already", path.display())).hint("/save ANOTHER_FILE"));
+        }
+        let turns = self.session.turns().iter().map(|turn| SavedTurn {
+            role: turn.role,
+            images: turn.pictures.iter().map(|picture| picture.name.clone()).collect(),
+            text: turn.text.clone(),
+        });
+        let saved = Saved { system: self.session.system().into(), turns: turns.collect() };
+        let json = serde_json::to_vec_pretty(&saved).map_err(|e| Error::new(Kind::Failure, e.to_string()))?;
+        checkpoint::write(path, &json)
+    }
+
+    /// Everything is read before anything changes.
+    fn load(&mut self, path: &Path) -> Result<()> {
+        let bad = |what: String| {
+            Error::usage(format!("cannot load {}: {what}", path.display())).hint("/load a file that /save wrote")
+        };
+        let mut bytes = Vec::new();
+        let file = fs::File::open(path).map_err(|e| bad(e.to_string()))?;
+        file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
+        if bytes.len() as u64 > MAX_FILE {
+            return Err(bad(format!("it is longer than {} MB", MAX_FILE >> 20)));
+        }
+        let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        let open = |name: &String| chat::picture(self.model, Path::new(name));
+        let turns =
+            saved.turns.iter().map(|turn| Ok((turn, turn.images.iter().map(open).collect::<Result<Vec<_>>>()?)));
+        let turns = turns.collect::<Result<Vec<_>>>()?;
+        self.session.clear();
+        self.session.set_system(&saved.system);
+        turns.into_iter().for_each(|(turn, pictures)| self.session.push(turn.role, pictures, &turn.text));
+        Ok(())
+    }
+
+    /// The next message; none at the end.
+    fn message(&mut self) -> Result<Option<String>> {
+        let mut text = Vec::new();
+        let mut block = false;
+        loop {
+            let line = match self.line(!text.is_empty() || block)? {
+                Line::Text(line) => line,
+                Line::Dropped => return Ok(Some(String::new())),
+                Line::End if text.is_empty() => return Ok(None),
+                Line::End => break,
+            };
+            let trimmed = line.trim_ascii();
+            let quote = trimmed == b"\"\"\"";
+            if quote && block {
+                break;
+            }
+            if quote {
+                block = true;
+                continue;
+            }
+            let more = !block && line.ends_with(b"\\");
+            text.extend_from_slice(if more { &line[..line.len() - 1] } else { &line });
+            text.push(b'\n');
+            if text.len() > MAX_MESSAGE {
+                // The rest of a block belongs to what is refused.
+                while block && matches!(self.line(true)?, Line::Text(line) if line.trim_ascii() != b"\"\"\"") {}
+                return chat::check(&text).map(Some);
+            }
+            if !block && !more {
+                break;
+            }
+        }
+        let bad = |e: std::str::Utf8Error| {
+            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint("say it again")
+        };
+        Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
+    }
+
+    fn line(&mut self, more: bool) -> Result<Line> {
+        let Lines::Terminal(editor, _) = &mut self.lines else { return pipe() };
+        let prompt = match (more, self.pictures.len()) {
+            (true, _) => "… ".to_string(),
+            (_, 0) => "> ".to_string(),
+            (_, n) => format!("[{n} image{}] > ", if n > 1 { "s" } else { "" }),
+        };
+        match editor.readline(&prompt) {
+            Ok(line) => {
+                if line.len() <= MAX_MESSAGE {
+                    let _ = editor.add_history_entry(&line);
+                }
+                Ok(Line::Text(line.into_bytes()))
+            }
+            Err(ReadlineError::Interrupted) => Ok(Line::Dropped),
+            Err(ReadlineError::Eof) => Ok(Line::End),
+            Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
+        }
+    }
+}
+
+/// A line of standard input; the rest of one that is too long is passed over.
+fn pipe() -> Result<Line> {
+    let (mut input, mut line) = (io::stdin().lock(), Vec::new());
+    let limit = MAX_MESSAGE as u64 + 2;
+    if input.by_ref().take(limit).read_until(b'\n', &mut line)? == 0 {
+        return Ok(Line::End);
+    }
+    if line.last() != Some(&b'\n') {
+        let mut length = line.len();
+        loop {
+            let buffer = input.fill_buf()?;
+            let (n, end) = match buffer.iter().position(|b| *b == b'\n') {
+                Some(at) => (at + 1, true),
+                None => (buffer.len(), buffer.is_empty()),
+            };
+            length += n;
+            input.consume(n);
+            if end {
+                break;
+            }
+        }
+        if length > MAX_MESSAGE {
+            let message = format!("the message has {length} bytes, the limit is {MAX_MESSAGE}");
+            return Err(Error::usage(message).hint("say it in several messages"));
+        }
+    }
+    let line = line.strip_suffix(b"\n").unwrap_or(&line);
+    Ok(Line::Text(line.strip_suffix(b"\r").unwrap_or(line).to_vec()))
+}
+
+/// Where lines are remembered.
+fn history() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let state = folder("XDG_STATE_HOME").or_else(|| Some(folder("HOME")?.join(".local/state")))?;
+    Some(state.join("nextflow/history"))
+}

@@ -1,0 +1,36 @@
+//! The machine's memory: what is free, what was used, and whether a forecast fits.
+
+use candle_core::Device;
+
+use crate::error::{Error, Kind, Result};
+
+/// The number of kB in a line of a file of Linux's /proc, as bytes.
+fn proc_bytes(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+/// The largest resident size of this process so far, in bytes; unknown but on Linux.
+pub fn peak() -> Option<u64> {
+    proc_bytes("/proc/self/status", "VmHWM")
+}
+
+/// Bytes that are free or can be freed; unknown but on Linux.
+pub fn available() -> Option<u64> {
+    proc_bytes("/proc/meminfo", "MemAvailable")
+}
+
+/// Refuses what the machine has no room for, as far as that is known.
+///
+/// Errors: [`Kind::Memory`], with `hint`.
+pub fn check(needed: u64, device: &Device, hint: &str) -> Result<()> {
+    match available().filter(|_| device.is_cpu()) {
+        Some(available) if available < needed => {
+            let gb = |bytes: u64| bytes as f64 / 1e9;
+            let message = format!("{:.1} GB of memory are needed, {:.1} GB are free", gb(needed), gb(available));
+            Err(Error::new(Kind::Memory, message).hint(hint))
+        }
+        _ => Ok(()),
+    }
+}
