@@ -74,3 +74,59 @@ fn the_public_tokenizers_are_known_by_their_keys() {
     let text = String::from_utf8(works(here, &["info"])).unwrap();
     assert!(text.starts_with("NextFlow model nano\n") && text.ends_with("  complete\n"), "{text}");
 }
+
+/// Every key of a list in which `N a.*.b SHAPE` stands for N layers, as lines of one key each.
+fn spelt(list: &str) -> Vec<String> {
+    let all = list.lines().flat_map(|line| {
+        let (count, rest) = line.split_once(' ').unwrap();
+        (0..count.parse::<usize>().unwrap()).map(move |i| rest.replacen(".*.", &format!(".{i}."), 1))
+    });
+    all.collect()
+}
+
+#[test]
+fn qwens_public_checkpoints_are_complete_and_nothing_in_them_is_unknown() {
+    let tiny: serde_json::Value = serde_json::from_str(include_str!("data/qwen/tiny/config.json")).unwrap();
+    for (list, tensors, shape, eyes, layers) in [
+        (include_str!("data/qwen/keys_3b.txt"), 824, [2048, 11008, 16, 2, 151_936], 3420, 36),
+        (include_str!("data/qwen/keys_7b.txt"), 729, [3584, 18944, 28, 4, 152_064], 3420, 28),
+        (include_str!("data/qwen/keys_72b.txt"), 1353, [8192, 29568, 64, 8, 152_064], 3456, 80),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let [hidden, inner, heads, kv, words] = shape;
+        let mut config = tiny.clone();
+        for (key, value) in [
+            ("hidden_size", hidden),
+            ("intermediate_size", inner),
+            ("num_attention_heads", heads),
+            ("num_key_value_heads", kv),
+            ("vocab_size", words),
+            ("num_hidden_layers", layers),
+        ] {
+            config[key] = value.into();
+        }
+        config["tie_word_embeddings"] = (tensors == 824).into();
+        config["rope_scaling"]["mrope_section"] = serde_json::json!([16, 24, 24]);
+        let eyes = [("depth", 32), ("hidden_size", 1280), ("intermediate_size", eyes), ("num_heads", 16)];
+        eyes.iter().for_each(|&(key, value)| config["vision_config"][key] = value.into());
+        config["vision_config"]["out_hidden_size"] = hidden.into();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        // In shards, as they are published.
+        let keys = spelt(list);
+        let mut map = serde_json::Map::new();
+        for (i, part) in keys.chunks(500).enumerate() {
+            let name = format!("model-{i}.safetensors");
+            header_only(&dir.path().join(&name), &part.join("\n"), |_| Some(vec![]));
+            part.iter().for_each(|line| drop(map.insert(line.split(' ').next().unwrap().into(), name.clone().into())));
+        }
+        let index = serde_json::json!({ "weight_map": map });
+        std::fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+        let info: serde_json::Value = serde_json::from_slice(&works(dir.path(), &["info", ".", "--json"])).unwrap();
+        assert_eq!(info["family"], "Qwen2.5-VL");
+        let found: u64 = info["files"].as_array().unwrap().iter().map(|f| f["tensors"].as_u64().unwrap()).sum();
+        assert_eq!((found, map.len()), (tensors, tensors as usize));
+        for what in ["missing", "misshapen", "unknown"] {
+            assert_eq!(info["fit"][what], serde_json::json!([]), "{what}");
+        }
+    }
+}

@@ -93,7 +93,7 @@ impl QwenConfig {
             serde_json::from_value(nested.unwrap_or(&config).clone()).map_err(|e| of_config(e.to_string()))?;
         let mut vision = config["vision_config"].clone();
         if let Some(fields) = vision.as_object_mut() {
-            // The 3B model's file leaves these two to the library.
+            // What a file may leave to the library's defaults.
             fields.entry("temporal_patch_size").or_insert(2.into());
             fields.entry("depth").or_insert(32.into());
         }

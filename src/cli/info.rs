@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use crate::chat::{self, ChatConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source};
 use crate::codec;
 use crate::error::Result;
@@ -44,8 +45,11 @@ struct Info {
 pub(super) fn run(args: &InfoArgs) -> Result<()> {
     let info = match &args.path {
         Some(path) if !path.is_dir() => of_weights(&Inventory::open(path)?)?,
-        Some(path) if !is_model(path) => of_weights(&Inventory::open(path)?)?,
-        Some(path) => of_model(&Source::Folder(path.clone()))?,
+        Some(path) => match config(path) {
+            Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
+            Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
+            _ => of_weights(&Inventory::open(path)?)?,
+        },
         None => of_model(&Source::Embedded)?,
     };
     let _ = match args.json {
@@ -55,10 +59,21 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
     Ok(())
 }
 
-/// Whether a folder has a config of ours, or one that stands for one.
-fn is_model(folder: &Path) -> bool {
-    let config = Source::Folder(folder.into()).read_config();
-    config.is_ok_and(|c| tokenflow::is_public(&c) || c.get("backbone").is_some() && c.get("tokenizer").is_some())
+fn config(folder: &Path) -> Option<serde_json::Value> {
+    Source::Folder(folder.into()).read_config().ok()
+}
+
+/// Whether a config is ours, or stands for one.
+fn is_model(config: &serde_json::Value) -> bool {
+    tokenflow::is_public(config) || config.get("backbone").is_some() && config.get("tokenizer").is_some()
+}
+
+/// Qwen2.5-VL's public folder.
+fn of_qwen(source: &Source) -> Result<Info> {
+    let config = ChatConfig::read(source)?;
+    let (files, fit) = config.compare(source)?;
+    let config = serde_json::json!({ "backbone": config.backbone });
+    Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, fit: Some(fit) })
 }
 
 /// A whole model by its config.
