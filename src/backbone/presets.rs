@@ -28,6 +28,40 @@ pub const NEXTFLOW_7B: BackboneConfig = BackboneConfig {
     code_positions: None,
 };
 
+/// Qwen2.5-VL-7B's transformer.
+pub const QWEN2_5_VL_7B: BackboneConfig = BackboneConfig {
+    spatial_extent: None,
+    codebook_size: 0,
+    code_dim: 0,
+    max_scales: 0,
+    scale_length_embedding: false,
+    vocabulary: Vocabulary::Plain,
+    ..NEXTFLOW_7B
+};
+
+/// Qwen2.5-VL-3B's transformer.
+pub const QWEN2_5_VL_3B: BackboneConfig = BackboneConfig {
+    vocab_size: 151_936,
+    hidden_size: 2048,
+    intermediate_size: 11_008,
+    num_hidden_layers: 36,
+    num_attention_heads: 16,
+    num_key_value_heads: 2,
+    tie_word_embeddings: true,
+    ..QWEN2_5_VL_7B
+};
+
+/// Qwen2.5-0.5B, which reads text alone.
+pub const QWEN2_5_0_5B: BackboneConfig = BackboneConfig {
+    hidden_size: 896,
+    intermediate_size: 4864,
+    num_hidden_layers: 24,
+    num_attention_heads: 14,
+    num_key_value_heads: 2,
+    mrope_section: [32, 0, 0],
+    ..QWEN2_5_VL_3B
+};
+
 /// TokenFlow-t2i: Llama-2-7B's widths, 256 px. [PAD] is the last of the text tokens.
 pub const TOKENFLOW_T2I_7B: BackboneConfig = BackboneConfig {
     vocab_size: 32_001,
@@ -61,7 +95,7 @@ mod tests {
 
     #[test]
     fn presets_are_sound_and_of_the_published_sizes() {
-        for preset in [NEXTFLOW_7B, TOKENFLOW_T2I_7B] {
+        for preset in [NEXTFLOW_7B, TOKENFLOW_T2I_7B, QWEN2_5_VL_7B, QWEN2_5_VL_3B, QWEN2_5_0_5B] {
             assert_eq!(preset.check(), Ok(()));
             let json = serde_json::to_string(&preset).unwrap();
             let again: BackboneConfig = serde_json::from_str(&json).unwrap();

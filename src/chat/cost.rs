@@ -1,6 +1,7 @@
 //! What a conversation takes, counted from shapes.
 
-use candle_core::Device;
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::ChatConfig;
@@ -8,6 +9,7 @@ use super::session::CHUNK;
 use crate::checkpoint::{Inventory, Source, WeightType, Weights};
 use crate::error::Result;
 use crate::generate::{TRANSFORMER, cost};
+use crate::vision::VisionTower;
 
 /// Bytes that a process needs for a conversation.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -66,5 +68,12 @@ impl ChatConfig {
             activations: (pass + words).max(seen) as u64,
             program: cost::PROGRAM + WORD * c.vocab_size as u64,
         })
+    }
+
+    /// Bytes of the image encoder's weights.
+    pub fn vision_bytes(&self, dtype: DType, blocks: Option<GgmlDType>) -> u64 {
+        let asked = Weights::inventory();
+        let vision = self.vision.as_ref().map(|(config, _)| VisionTower::load(&asked, config));
+        vision.and_then(|tower| tower.ok()).map_or(0, |_| asked.bytes(dtype, blocks))
     }
 }

@@ -51,6 +51,12 @@ impl ChatConfig {
         Ok(Self { backbone, vision: None, sampling: WordSampling::GREEDY, context: 32_768, stops: Vec::new() })
     }
 
+    /// A model of random weights.
+    pub fn synthetic(backbone: BackboneConfig, vision: Option<VisionConfig>) -> Self {
+        let vision = vision.map(|config| (config, ImageProcessor::default()));
+        Self { backbone, vision, sampling: WordSampling::GREEDY, context: 32_768, stops: Vec::new() }
+    }
+
     /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.
     ///
     /// Errors: a file that is missing or broken.
@@ -61,7 +67,8 @@ impl ChatConfig {
         Ok((inventory.files(), inventory.compare(&asked)))
     }
 
-    fn build(&self, w: &Weights) -> candle_core::Result<(Backbone, Option<VisionTower>)> {
+    /// The transformer and, where there is one, the image encoder.
+    pub fn build(&self, w: &Weights) -> candle_core::Result<(Backbone, Option<VisionTower>)> {
         let vision = self.vision.as_ref().map(|(config, _)| VisionTower::load(&w.pp("visual"), config)).transpose()?;
         Ok((Backbone::load(w, &self.backbone)?, vision))
     }

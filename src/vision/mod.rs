@@ -43,6 +43,22 @@ pub struct VisionConfig {
 }
 
 impl VisionConfig {
+    /// The encoder of Qwen2.5-VL-3B and 7B, for a transformer of width `out`.
+    pub fn qwen2_5_vl(out: usize) -> Self {
+        Self {
+            depth: 32,
+            hidden_size: 1280,
+            intermediate_size: 3420,
+            num_heads: 16,
+            out_hidden_size: out,
+            patch_size: 14,
+            spatial_merge_size: 2,
+            temporal_patch_size: 2,
+            window_size: 112,
+            fullatt_block_indexes: vec![7, 15, 23, 31],
+        }
+    }
+
     /// What would make the encoder panic or mislead, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { hidden_size, num_heads, patch_size, spatial_merge_size: merge, window_size, .. } = *self;
@@ -68,6 +84,18 @@ impl VisionConfig {
 
     fn head_dim(&self) -> usize {
         self.hidden_size / self.num_heads
+    }
+
+    /// Floating-point operations for an image of a grid (height, width) of tokens.
+    pub fn flops(&self, (h, w): (usize, usize)) -> f64 {
+        let merge = self.spatial_merge_size.pow(2);
+        let (patches, d, full) = (h * w * merge, self.hidden_size, self.fullatt_block_indexes.len());
+        let block = 4 * d * d + 3 * d * self.intermediate_size;
+        let window = self.window().pow(2) * merge;
+        let attention = 2 * d * (full * patches + (self.depth - full.min(self.depth)) * window.min(patches));
+        let embed = 3 * self.patch_size * self.patch_size * d;
+        let merger = h * w * merge * d * (merge * d + self.out_hidden_size);
+        2.0 * (patches * (embed + self.depth * block + attention) + merger) as f64
     }
 
     /// Numbers in all weights.

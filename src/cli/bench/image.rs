@@ -1,12 +1,13 @@
-//! `nextflow bench`: how fast a model's shape runs here, with random weights.
+//! A model that draws: one image.
 
 use std::fmt::Write;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
-use clap::{Args, ValueEnum};
+use candle_core::DType;
 use serde::Serialize;
 
+use super::machine::Machine;
+use super::{BenchArgs, Shape, gb};
 use crate::backbone::Backbone;
 use crate::backbone::presets::NEXTFLOW_7B;
 use crate::checkpoint::{WeightType, Weights};
@@ -14,45 +15,7 @@ use crate::error::Result;
 use crate::generate::{Event, Job, ModelConfig, Prefix, Sampling, cost, draw_codes, tokenflow};
 use crate::request::Size;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig, VitConfig};
-use crate::{device, memory, ops, pixels, terminal};
-
-/// Shapes to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Shape {
-    /// The built-in model's
-    #[cfg(feature = "nano")]
-    Nano,
-    /// TokenFlow-t2i, 256 px
-    #[value(name = "tokenflow-t2i-7b")]
-    TokenflowT2i7b,
-    /// NextFlow on Qwen2.5-VL-7B with TokenFlow's tokenizer
-    #[value(name = "nextflow-7b")]
-    Nextflow7b,
-}
-
-/// Flags of `nextflow bench`.
-#[derive(Args, Debug)]
-#[command(after_help = "Example:\n  nextflow bench --synthetic nextflow-7b --quant q8_0 --size 256x256")]
-pub struct BenchArgs {
-    /// Random weights of these shapes
-    #[arg(long, value_name = "PRESET", value_enum)]
-    pub synthetic: Shape,
-    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
-    #[arg(long, value_name = "TYPE", value_enum)]
-    pub quant: Option<WeightType>,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the largest square)
-    #[arg(long, default_value = "auto")]
-    pub size: String,
-    /// Text tokens of the prompt
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub prompt: u32,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
-    /// Print JSON in place of a table
-    #[arg(long)]
-    pub json: bool,
-}
+use crate::{device, memory, pixels, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -88,7 +51,7 @@ struct Part {
     floor_seconds: f64,
 }
 
-/// Runs `nextflow bench`.
+/// Draws one image of a shape.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let device = device::parse(&args.device)?;
     let config = config(args.synthetic)?;
@@ -105,7 +68,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let load_seconds = started.elapsed().as_secs_f64();
 
     let job = Job { prompt: String::new(), scales: scales.clone(), sampling: config.sampling.clone(), seed: 0 };
-    let prefixes = prefixes(&config, args.prompt);
+    let prefixes = prefixes(&config, args.prompt.unwrap_or(16));
     let mut marks = vec![Instant::now()];
     let rows = [&prefixes[0], &prefixes[1]];
     let codes = draw_codes(&backbone, tokenizer.quantizer(), rows, &job, &mut |event| {
@@ -153,7 +116,8 @@ fn config(shape: Shape) -> Result<ModelConfig> {
         #[cfg(feature = "nano")]
         Shape::Nano => ModelConfig::read(&crate::checkpoint::Source::Embedded),
         Shape::TokenflowT2i7b => Ok(tokenflow::config()),
-        Shape::Nextflow7b => {
+        // The others do not draw.
+        _ => {
             let public = Preset::clipb_32k_enhanced().config;
             Ok(ModelConfig {
                 name: "nextflow-7b".into(),
@@ -206,63 +170,8 @@ fn parts(
     parts
 }
 
-/// How fast this machine could be.
-struct Machine {
-    /// Floating-point operations a second of a large matrix product.
-    flops: f64,
-    /// Bytes a second of reading memory; unknown of a GPU's.
-    bandwidth: Option<f64>,
-}
-
-impl Machine {
-    fn measure(device: &Device, dtype: DType) -> Result<Self> {
-        const SIDE: usize = 2048;
-        let random = || Tensor::randn(0f32, 1.0, (SIDE, SIDE), device)?.to_dtype(dtype);
-        let (x, w) = (random()?, random()?);
-        let product = || -> Result<()> {
-            ops::linear(&x, &w, None)?;
-            Ok(device.synchronize()?)
-        };
-        let flops = 2.0 * (SIDE as f64).powi(3) / best(product)?.as_secs_f64();
-        if !device.is_cpu() {
-            return Ok(Self { flops, bandwidth: None });
-        }
-        use rayon::prelude::*;
-        let numbers = vec![1u64; 1 << 25];
-        let sum = || -> Result<()> {
-            let sum: u64 =
-                numbers.par_chunks(1 << 16).map(|part| part.iter().fold(0u64, |a, b| a.wrapping_add(*b))).sum();
-            std::hint::black_box(sum);
-            Ok(())
-        };
-        let bandwidth = (numbers.len() * 8) as f64 / best(sum)?.as_secs_f64();
-        Ok(Self { flops, bandwidth: Some(bandwidth) })
-    }
-
-    /// The shortest time of a pass: its arithmetic, or reading the weights.
-    fn floor(&self, flops: f64, weights: u64) -> f64 {
-        let read = self.bandwidth.map_or(0.0, |bandwidth| weights as f64 / bandwidth);
-        (flops / self.flops).max(read)
-    }
-}
-
-/// The best of a few runs.
-fn best(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
-    let mut best = Duration::MAX;
-    for _ in 0..7 {
-        let started = Instant::now();
-        run()?;
-        best = best.min(started.elapsed());
-    }
-    Ok(best)
-}
-
 impl Report {
     fn table(&self) -> String {
-        let gb = |bytes: u64| match bytes as f64 {
-            b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
-            b => format!("{:.1} MB", b / 1e6),
-        };
         let weights = self.weights.map_or(String::new(), |w| format!(" in {w}"));
         let mut text = format!(
             "{}, {:.2} B parameters{weights}, {} of weights, made in {:.1} s\n\n{:<10} {:>6} {:>7} {:>10} {:>10} {:>10}\n",

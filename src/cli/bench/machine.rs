@@ -1,0 +1,60 @@
+//! What a machine could do at best, measured in the same run as the model.
+
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::Result;
+use crate::ops;
+
+/// How fast this machine could be.
+pub struct Machine {
+    /// Floating-point operations a second of a large matrix product.
+    pub flops: f64,
+    /// Bytes a second of reading memory; unknown of a GPU's.
+    pub bandwidth: Option<f64>,
+}
+
+impl Machine {
+    /// Takes about a second.
+    pub fn measure(device: &Device, dtype: DType) -> Result<Self> {
+        const SIDE: usize = 2048;
+        let random = || Tensor::randn(0f32, 1.0, (SIDE, SIDE), device)?.to_dtype(dtype);
+        let (x, w) = (random()?, random()?);
+        let product = || -> Result<()> {
+            ops::linear(&x, &w, None)?;
+            Ok(device.synchronize()?)
+        };
+        let flops = 2.0 * (SIDE as f64).powi(3) / best(product)?.as_secs_f64();
+        if !device.is_cpu() {
+            return Ok(Self { flops, bandwidth: None });
+        }
+        use rayon::prelude::*;
+        let numbers = vec![1u64; 1 << 25];
+        let sum = || -> Result<()> {
+            let sum: u64 =
+                numbers.par_chunks(1 << 16).map(|part| part.iter().fold(0u64, |a, b| a.wrapping_add(*b))).sum();
+            std::hint::black_box(sum);
+            Ok(())
+        };
+        let bandwidth = (numbers.len() * 8) as f64 / best(sum)?.as_secs_f64();
+        Ok(Self { flops, bandwidth: Some(bandwidth) })
+    }
+
+    /// The shortest time of a pass: its arithmetic, or reading the weights.
+    pub fn floor(&self, flops: f64, weights: u64) -> f64 {
+        let read = self.bandwidth.map_or(0.0, |bandwidth| weights as f64 / bandwidth);
+        (flops / self.flops).max(read)
+    }
+}
+
+/// The best of a few runs.
+fn best(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let mut best = Duration::MAX;
+    for _ in 0..7 {
+        let started = Instant::now();
+        run()?;
+        best = best.min(started.elapsed());
+    }
+    Ok(best)
+}

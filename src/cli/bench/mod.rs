@@ -1,0 +1,84 @@
+//! `nextflow bench`: how fast a model's shape runs here, with random weights.
+
+mod image;
+mod machine;
+mod talk;
+
+use clap::{Args, ValueEnum};
+
+use crate::backbone::presets;
+use crate::checkpoint::WeightType;
+use crate::error::Result;
+use crate::vision::VisionConfig;
+
+/// Shapes to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shape {
+    /// The built-in model's
+    #[cfg(feature = "nano")]
+    Nano,
+    /// TokenFlow-t2i, 256 px
+    #[value(name = "tokenflow-t2i-7b")]
+    TokenflowT2i7b,
+    /// NextFlow on Qwen2.5-VL-7B with TokenFlow's tokenizer
+    #[value(name = "nextflow-7b")]
+    Nextflow7b,
+    /// Qwen2.5-0.5B, text alone
+    #[value(name = "qwen2.5-0.5b")]
+    Qwen05b,
+    /// Qwen2.5-VL-3B
+    #[value(name = "qwen2.5-vl-3b")]
+    QwenVl3b,
+    /// Qwen2.5-VL-7B
+    #[value(name = "qwen2.5-vl-7b")]
+    QwenVl7b,
+}
+
+/// Flags of `nextflow bench`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  nextflow bench --synthetic nextflow-7b --quant q8_0 --size 256x256")]
+pub struct BenchArgs {
+    /// Random weights of these shapes
+    #[arg(long, value_name = "PRESET", value_enum)]
+    pub synthetic: Shape,
+    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quant: Option<WeightType>,
+    /// The image: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the largest square, 448x448 for Qwen2.5-VL)
+    #[arg(long, default_value = "auto")]
+    pub size: String,
+    /// Text tokens of the prompt [default: 16, 512 for Qwen2.5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub prompt: Option<u32>,
+    /// Words that Qwen2.5 answers
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub words: u32,
+    /// auto, cpu, cuda:N or metal
+    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
+    pub device: String,
+    /// Print JSON in place of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs `nextflow bench`.
+pub(super) fn run(args: &BenchArgs) -> Result<()> {
+    match args.synthetic {
+        Shape::Qwen05b => talk::run(args, "qwen2.5-0.5b", presets::QWEN2_5_0_5B, None),
+        Shape::QwenVl3b => {
+            talk::run(args, "qwen2.5-vl-3b", presets::QWEN2_5_VL_3B, Some(VisionConfig::qwen2_5_vl(2048)))
+        }
+        Shape::QwenVl7b => {
+            talk::run(args, "qwen2.5-vl-7b", presets::QWEN2_5_VL_7B, Some(VisionConfig::qwen2_5_vl(3584)))
+        }
+        _ => image::run(args),
+    }
+}
+
+/// Bytes for people.
+fn gb(bytes: u64) -> String {
+    match bytes as f64 {
+        b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
+        b => format!("{:.1} MB", b / 1e6),
+    }
+}
