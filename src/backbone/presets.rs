@@ -2,8 +2,8 @@
 
 use super::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 
-/// NextFlow on Qwen2.5-VL-7B (paper, section on the backbone), with TokenFlow's codebook.
-pub const NEXTFLOW_7B: BackboneConfig = BackboneConfig {
+/// Qwen2.5-VL-7B's transformer, on which NextFlow is built (paper, section on the backbone).
+pub const QWEN2_5_VL_7B: BackboneConfig = BackboneConfig {
     vocab_size: 152_064,
     hidden_size: 3584,
     intermediate_size: 18_944,
@@ -13,30 +13,19 @@ pub const NEXTFLOW_7B: BackboneConfig = BackboneConfig {
     rms_norm_eps: 1e-6,
     rope_theta: 1e6,
     mrope_section: [16, 24, 24],
-    spatial_extent: Some(64.0),
+    spatial_extent: None,
     tie_word_embeddings: false,
-    codebook_size: 32_768,
-    code_dim: 40,
+    codebook_size: 0,
+    code_dim: 0,
     input_mode: InputMode::Residual,
-    max_scales: 18,
-    scale_length_embedding: true,
-    vocabulary: Vocabulary::Markers,
+    max_scales: 0,
+    scale_length_embedding: false,
+    vocabulary: Vocabulary::Plain,
     norm_placement: NormPlacement::Input,
     qkv_bias: true,
     qk_norm_eps: None,
     bf16_frequencies: false,
     code_positions: None,
-};
-
-/// Qwen2.5-VL-7B's transformer.
-pub const QWEN2_5_VL_7B: BackboneConfig = BackboneConfig {
-    spatial_extent: None,
-    codebook_size: 0,
-    code_dim: 0,
-    max_scales: 0,
-    scale_length_embedding: false,
-    vocabulary: Vocabulary::Plain,
-    ..NEXTFLOW_7B
 };
 
 /// Qwen2.5-VL-3B's transformer.
@@ -95,7 +84,7 @@ mod tests {
 
     #[test]
     fn presets_are_sound_and_of_the_published_sizes() {
-        for preset in [NEXTFLOW_7B, TOKENFLOW_T2I_7B, QWEN2_5_VL_7B, QWEN2_5_VL_3B, QWEN2_5_0_5B] {
+        for preset in [TOKENFLOW_T2I_7B, QWEN2_5_VL_7B, QWEN2_5_VL_3B, QWEN2_5_0_5B] {
             assert_eq!(preset.check(), Ok(()));
             let json = serde_json::to_string(&preset).unwrap();
             let again: BackboneConfig = serde_json::from_str(&json).unwrap();
@@ -104,9 +93,8 @@ mod tests {
         // Every tensor of the public checkpoint but its two scalars.
         assert_eq!(TOKENFLOW_T2I_7B.parameters(), 7_027_204_096);
         assert_eq!(TOKENFLOW_T2I_7B.first_code(), 32_001);
-        // Qwen2.5-7B, two markers in embedding and head, the codes' rows in the head, connector and scale embedding.
-        let image_ends = (2 + 2 + 32_768 + 40 + 1 + 3584 + 1 + 18) * 3584;
-        assert_eq!(NEXTFLOW_7B.parameters(), 7_615_616_512 + image_ends);
-        assert_eq!((NEXTFLOW_7B.boi(), NEXTFLOW_7B.eoi(), NEXTFLOW_7B.first_code()), (152_064, 152_065, 152_066));
+        assert_eq!(QWEN2_5_VL_7B.parameters(), 7_615_616_512);
+        assert_eq!(QWEN2_5_VL_3B.parameters(), 3_085_938_688);
+        assert_eq!(QWEN2_5_0_5B.parameters(), 494_032_768);
     }
 }

@@ -84,10 +84,7 @@ impl QwenConfig {
     /// Errors: a file that is broken, or a shape that cannot be.
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
-        let bad = |file: &str, what: String| {
-            Error::model(format!("{file} of {source}: {what}")).hint("copy the file from the checkpoint again")
-        };
-        let of_config = |what: String| bad("config.json", what);
+        let of_config = |what: String| bad(source, "config.json", what);
         let nested = config.get("text_config").filter(|text| text.get("hidden_size").is_some());
         let text: Public =
             serde_json::from_value(nested.unwrap_or(&config).clone()).map_err(|e| of_config(e.to_string()))?;
@@ -130,26 +127,40 @@ impl QwenConfig {
             let (out, hidden) = (vision.out_hidden_size, backbone.hidden_size);
             return Err(of_config(format!("the image encoder gives a width of {out}, the transformer takes {hidden}")));
         }
-        let optional = |file: &str| match source.has_file(file) {
-            true => source.read_json(file),
-            false => Ok(Value::Object(Default::default())),
-        };
-        let processor = ImageProcessor::deserialize(optional("preprocessor_config.json")?)
-            .map_err(|e| bad("preprocessor_config.json", e.to_string()))?;
-        let generation: Generation = serde_json::from_value(optional("generation_config.json")?)
-            .map_err(|e| bad("generation_config.json", e.to_string()))?;
-        let sampling = WordSampling {
-            temperature: if generation.do_sample { generation.temperature.unwrap_or(1.0) } else { 0.0 },
-            // The library's value where the file has none.
-            top_k: Some(generation.top_k.unwrap_or(50)).filter(|&k| k > 0),
-            top_p: generation.top_p.unwrap_or(1.0),
-            repetition_penalty: generation.repetition_penalty.unwrap_or(1.0),
-        };
-        sampling.check().map_err(|e| bad("generation_config.json", e))?;
-        let stops = match generation.eos_token_id {
-            Stops::One(id) => vec![id],
-            Stops::Many(ids) => ids,
-        };
+        let processor = ImageProcessor::deserialize(optional(source, "preprocessor_config.json")?)
+            .map_err(|e| bad(source, "preprocessor_config.json", e.to_string()))?;
+        let (sampling, stops) = generation(source)?;
         Ok(Self { backbone, vision, processor, sampling, stops, context: text.max_position_embeddings })
     }
+}
+
+fn bad(source: &Source, file: &str, what: String) -> Error {
+    Error::model(format!("{file} of {source}: {what}")).hint("copy the file from the checkpoint again")
+}
+
+/// A file of JSON, or an empty object where there is none.
+fn optional(source: &Source, file: &str) -> Result<Value> {
+    if source.has_file(file) { source.read_json(file) } else { Ok(Value::Object(Default::default())) }
+}
+
+/// Sampling and stops of generation_config.json, if there is one.
+///
+/// Errors: a file that is broken.
+pub(super) fn generation(source: &Source) -> Result<(WordSampling, Vec<u32>)> {
+    const FILE: &str = "generation_config.json";
+    let file: Generation =
+        serde_json::from_value(optional(source, FILE)?).map_err(|e| bad(source, FILE, e.to_string()))?;
+    let sampling = WordSampling {
+        temperature: if file.do_sample { file.temperature.unwrap_or(1.0) } else { 0.0 },
+        // The library's value where the file has none.
+        top_k: Some(file.top_k.unwrap_or(50)).filter(|&k| k > 0),
+        top_p: file.top_p.unwrap_or(1.0),
+        repetition_penalty: file.repetition_penalty.unwrap_or(1.0),
+    };
+    sampling.check().map_err(|e| bad(source, FILE, e))?;
+    let stops = match file.eos_token_id {
+        Stops::One(id) => vec![id],
+        Stops::Many(ids) => ids,
+    };
+    Ok((sampling, stops))
 }

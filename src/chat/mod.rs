@@ -48,7 +48,8 @@ impl ChatConfig {
             return Ok(Self { backbone, vision: Some((vision, processor)), sampling, context, stops });
         }
         let backbone = ModelConfig::read(source)?.backbone;
-        Ok(Self { backbone, vision: None, sampling: WordSampling::GREEDY, context: 32_768, stops: Vec::new() })
+        let (sampling, stops) = config::generation(source)?;
+        Ok(Self { backbone, vision: None, sampling, context: 32_768, stops })
     }
 
     /// A model of random weights.

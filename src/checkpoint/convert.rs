@@ -15,37 +15,53 @@ use crate::error::{Error, Kind, Result};
 use crate::ops;
 
 /// Writes the model at `source` to `folder`, which must not exist: the transformer, of which `asked` is the
-/// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, the
-/// files of the image tokenizer, as they are.
+/// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, as
+/// the files of an image tokenizer, as they are.
 ///
 /// The folder appears whole or not at all. Errors: [`Kind::Usage`] if it exists, [`Kind::Model`] for a source that does
 /// not fit, [`Kind::Failure`] if it cannot be written.
-pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &str, folder: &Path) -> Result<()> {
+pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
+    whole_folder(folder, |part| {
+        let tensors = tensors(source, asked, weights)?;
+        let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
+        let unwritten = |e: &dyn std::fmt::Display| unwritten(folder, e);
+        let mut file = BufWriter::new(File::create(part.join("model.gguf")).map_err(|e| unwritten(&e))?);
+        let architecture = Value::String("nextflow".into());
+        gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
+        file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))?;
+        for name in SMALL {
+            if source.has_file(name) {
+                source.copy(name, part)?;
+            }
+        }
+        others.iter().try_for_each(|file| source.copy(file, part))
+    })
+}
+
+/// What a model folder may have beside weights.
+const SMALL: [&str; 5] =
+    ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json", "preprocessor_config.json"];
+
+fn unwritten(folder: &Path, e: &dyn std::fmt::Display) -> Error {
+    Error::new(Kind::Failure, format!("cannot write {}: {e}", folder.display()))
+        .hint("check the folder's permissions and free space: df -h")
+}
+
+/// Makes `folder`, which must not exist, of what `fill` writes into another: it appears whole or not at all.
+///
+/// Errors: [`Kind::Usage`] if it exists, [`Kind::Failure`] if it cannot be written, and those of `fill`.
+pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if folder.exists() {
         return Err(Error::usage(format!("{} exists already", folder.display())).hint("-o ANOTHER_FOLDER"));
     }
-    let unwritten = |e: &dyn std::fmt::Display| {
-        Error::new(Kind::Failure, format!("cannot write {}: {e}", folder.display()))
-            .hint("check the folder's permissions and free space: df -h")
-    };
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let part = tempfile::Builder::new().prefix(".nextflow-").tempdir_in(parent).map_err(|e| unwritten(&e))?;
-    let tensors = tensors(source, asked, weights)?;
-    let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
-    let mut file = BufWriter::new(File::create(part.path().join("model.gguf")).map_err(|e| unwritten(&e))?);
-    let architecture = Value::String("nextflow".into());
-    gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
-    file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))?;
-    for name in ["config.json", "tokenizer.json", "tokenizer.model"] {
-        if source.has(name) {
-            source.copy(name, part.path())?;
-        }
-    }
-    source.copy(others, part.path())?;
+    let part = tempfile::Builder::new().prefix(".nextflow-").tempdir_in(parent).map_err(|e| unwritten(folder, &e))?;
+    fill(part.path())?;
     // A temporary folder is private; this one is to become an ordinary one.
     #[cfg(unix)]
-    fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(|e| unwritten(&e))?;
-    fs::rename(part.keep(), folder).map_err(|e| unwritten(&e))
+    fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .map_err(|e| unwritten(folder, &e))?;
+    fs::rename(part.keep(), folder).map_err(|e| unwritten(folder, &e))
 }
 
 /// Every tensor that is asked for, in blocks.

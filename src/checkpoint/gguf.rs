@@ -19,6 +19,8 @@ pub(super) const MAGIC: &[u8] = b"GGUF";
 const MAX_NAME: u64 = 1 << 16;
 /// Arrays in arrays go no deeper.
 const MAX_DEPTH: usize = 4;
+/// The most dimensions of a tensor: those of a convolution over frames, rows and columns.
+const MAX_DIMS: u32 = 5;
 /// Where data begins if the file does not say.
 const ALIGNMENT: u64 = 32;
 const ALIGNMENT_KEY: &str = "general.alignment";
@@ -191,7 +193,7 @@ fn parse(reader: &mut Reader<impl Read>, length: u64) -> Result<Header, String> 
 /// Name, shape (rows first), type and offset.
 fn tensor(reader: &mut Reader<impl Read>) -> Result<(String, Vec<u64>, Stored, u64), String> {
     let (name, dims) = (reader.name()?, reader.u32()?);
-    if dims > 4 {
+    if dims > MAX_DIMS {
         return Err(format!("has a tensor of {dims} dimensions: {name:?}"));
     }
     let mut shape = (0..dims).map(|_| reader.u64()).collect::<Result<Vec<_>, _>>()?;

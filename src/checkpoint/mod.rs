@@ -21,6 +21,7 @@
 mod archive;
 mod convert;
 mod embedded;
+mod extend;
 mod gguf;
 mod header;
 mod inventory;
@@ -32,7 +33,8 @@ mod weight_type;
 mod weights;
 
 pub use archive::{load, quantise, save, write};
-pub use convert::quantise as quantise_model;
+pub use convert::{quantise as quantise_model, whole_folder};
+pub use extend::extend;
 pub use inventory::{FileSummary, Fit, Inventory};
 pub use source::{Source, load_file};
 pub use weight_type::WeightType;

@@ -132,7 +132,7 @@ impl Source {
     }
 
     /// Copies a file, or its shards and their index, into a folder.
-    pub(super) fn copy(&self, file: &str, folder: &Path) -> Result<()> {
+    pub fn copy(&self, file: &str, folder: &Path) -> Result<()> {
         let Self::Folder(from) = self else { return archive::write(&folder.join(file), self.embedded(file)?) };
         let index = from.join(format!("{file}.index.json"));
         for path in shards::find(from, file)?.into_iter().chain(Some(index).filter(|i| i.exists())) {

@@ -19,7 +19,7 @@ const MAX_PROBLEMS: usize = 100_000;
 const MAX_ELEMENTS: usize = 1 << 30;
 
 /// Initial values of a tensor that is trained from nothing.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
     /// All zero.
     Zeros,
@@ -71,6 +71,8 @@ pub(super) struct Asked {
     pub(super) required: bool,
     /// Asked for as a [matrix](Weights::matrix).
     pub(super) matrix: bool,
+    /// What it would begin with.
+    pub(super) init: Init,
 }
 
 #[derive(Debug)]
@@ -224,7 +226,8 @@ impl Weights {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
             Store::Inventory(asked) => {
-                lock(asked).insert(key, Asked { shape: shape.dims().to_vec(), required: !self.unused, matrix: false });
+                let (dims, required) = (shape.dims().to_vec(), !self.unused);
+                lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init });
                 Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
             }
             _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
@@ -249,7 +252,7 @@ impl Weights {
         match &*self.store {
             Store::Inventory(asked) => {
                 let required = !self.unused;
-                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true };
+                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init };
                 lock(asked).insert(self.key(name), wish);
                 Ok(WeightMatrix::Dense(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?))
             }
@@ -323,7 +326,7 @@ impl Trainable {
 }
 
 /// Initial values are a function of seed and key alone, so the order in which layers are built does not matter.
-fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
+pub(super) fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
     let rng = Rng::new(seed, fnv1a(key), Stream::Train, 0);
     let draw = |f: &dyn Fn(u64) -> f64| (0..shape.elem_count() as u64).map(|i| f(i) as f32).collect::<Vec<f32>>();
     let values = match init {

@@ -1,5 +1,6 @@
 //! The command line: clap types and one file per command.
 
+mod assemble;
 mod bench;
 mod chat;
 mod decode;
@@ -50,6 +51,8 @@ pub enum Command {
     Bench(bench::BenchArgs),
     /// Write a smaller copy of a model
     Quantize(quantize::QuantizeArgs),
+    /// Put NextFlow together of Qwen2.5-VL and an image tokenizer, untrained
+    Assemble(assemble::AssembleArgs),
     /// List, download, check and remove models
     #[cfg(feature = "hub")]
     Models(models::ModelsArgs),
@@ -82,6 +85,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Assemble(args) => assemble::run(&args),
         #[cfg(feature = "hub")]
         Command::Models(args) => models::run(&args),
         Command::Eval(args) => eval::run(&args),

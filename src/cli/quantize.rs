@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::ModelArgs;
 use crate::backbone::Backbone;
+use crate::chat::{self, ChatConfig};
 use crate::checkpoint::{self, WeightType, Weights};
 use crate::error::Result;
 use crate::generate::ModelConfig;
@@ -30,9 +31,15 @@ pub struct QuantizeArgs {
 /// Runs `nextflow quantize`.
 pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = args.model.source()?;
-    let config = ModelConfig::read(&source)?;
     let asked = Weights::inventory();
-    Backbone::load(&asked, &config.backbone)?;
-    checkpoint::quantise_model(&source, &asked, args.weights, config.tokenizer_file(&source), &args.output)?;
+    if chat::is_qwen(&source.read_config()?) {
+        ChatConfig::read(&source)?.build(&asked)?;
+        checkpoint::quantise_model(&source, &asked, args.weights, &[], &args.output)?;
+    } else {
+        let config = ModelConfig::read(&source)?;
+        Backbone::load(&asked, &config.backbone)?;
+        let others = config.tokenizer_file(&source);
+        checkpoint::quantise_model(&source, &asked, args.weights, &[others], &args.output)?;
+    }
     terminal::emit_path(&args.output).map(drop)
 }

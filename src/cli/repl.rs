@@ -24,6 +24,9 @@ const HELP: &str = "\
 /exit          leave (or Ctrl-D); Ctrl-C stops a reply
 A line that ends in \\ goes on in the next one; \"\"\" begins and ends a message of several lines.";
 
+/// Before and behind a message of several lines.
+const QUOTE: &[u8] = b"\"\"\"";
+
 /// The largest file that `/load` reads, in bytes.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -245,14 +248,18 @@ impl<'a> Repl<'a> {
         let mut text = Vec::new();
         let mut block = false;
         loop {
-            let line = match self.line(!text.is_empty() || block)? {
-                Line::Text(line) => line,
-                Line::Dropped => return Ok(Some(String::new())),
-                Line::End if text.is_empty() => return Ok(None),
-                Line::End => break,
+            let line = match self.line(!text.is_empty() || block) {
+                Ok(Line::Text(line)) => line,
+                Ok(Line::Dropped) => return Ok(Some(String::new())),
+                Ok(Line::End) if text.is_empty() => return Ok(None),
+                Ok(Line::End) => break,
+                Err(error) => {
+                    self.pass_over(block);
+                    return Err(error);
+                }
             };
             let trimmed = line.trim_ascii();
-            let quote = trimmed == b"\"\"\"";
+            let quote = trimmed == QUOTE;
             if quote && block {
                 break;
             }
@@ -264,8 +271,7 @@ impl<'a> Repl<'a> {
             text.extend_from_slice(if more { &line[..line.len() - 1] } else { &line });
             text.push(b'\n');
             if text.len() > MAX_MESSAGE {
-                // The rest of a block belongs to what is refused.
-                while block && matches!(self.line(true)?, Line::Text(line) if line.trim_ascii() != b"\"\"\"") {}
+                self.pass_over(block);
                 return chat::check(&text).map(Some);
             }
             if !block && !more {
@@ -276,6 +282,20 @@ impl<'a> Repl<'a> {
             Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint("say it again")
         };
         Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
+    }
+
+    /// Reads what is left of a block that is refused.
+    fn pass_over(&mut self, block: bool) {
+        while block {
+            match self.line(true) {
+                Ok(Line::Text(line)) if line.trim_ascii() == QUOTE => break,
+                Ok(Line::Text(_)) => {}
+                Ok(_) => break,
+                // Another line that is too long.
+                Err(error) if error.kind == Kind::Usage => {}
+                Err(_) => break,
+            }
+        }
     }
 
     fn line(&mut self, more: bool) -> Result<Line> {
@@ -310,13 +330,12 @@ fn pipe() -> Result<Line> {
         let mut length = line.len();
         loop {
             let buffer = input.fill_buf()?;
-            let (n, end) = match buffer.iter().position(|b| *b == b'\n') {
-                Some(at) => (at + 1, true),
-                None => (buffer.len(), buffer.is_empty()),
-            };
+            let end = buffer.iter().position(|b| *b == b'\n');
+            let n = end.unwrap_or(buffer.len());
+            let last = end.is_some() || n == 0;
             length += n;
-            input.consume(n);
-            if end {
+            input.consume(n + usize::from(end.is_some()));
+            if last {
                 break;
             }
         }

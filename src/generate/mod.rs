@@ -11,7 +11,7 @@ pub mod tokenflow;
 
 use std::ops::ControlFlow;
 
-pub use model::{Model, ModelConfig, TRANSFORMER};
+pub use model::{IMAGE_TOKENIZER, Model, ModelConfig, TRANSFORMER};
 pub use prompt::{Prefix, PromptConfig};
 pub use rows::Rows;
 

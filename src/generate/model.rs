@@ -5,7 +5,7 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule, tokenflow};
-use crate::backbone::{Backbone, BackboneConfig, Vocabulary};
+use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::pixels;
@@ -14,6 +14,8 @@ use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
 
 /// The file of the transformer's weights.
 pub const TRANSFORMER: &str = "model.safetensors";
+/// The file of the image tokenizer's weights.
+pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
 
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
@@ -48,6 +50,10 @@ impl ModelConfig {
         if tokenflow::is_public(&config) {
             return Ok(tokenflow::config());
         }
+        if let Some(other) = config.get("architectures").and_then(|names| names.get(0)?.as_str()) {
+            return Err(Error::model(format!("{source} is {other}, which does not draw"))
+                .hint("nextflow chat --model FOLDER talks with Qwen2.5-VL; nextflow assemble makes NextFlow of it"));
+        }
         let config: Self =
             serde_json::from_value(config).map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
         config.backbone.check().map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
@@ -60,6 +66,23 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// NextFlow as the paper has it, up to 1024 pixels, on a `transformer` that reads text and a public tokenizer.
+    pub fn nextflow(name: &str, transformer: BackboneConfig, tokenizer: TokenizerConfig) -> Self {
+        let backbone = BackboneConfig {
+            spatial_extent: Some(64.0),
+            codebook_size: tokenizer.codebook.size,
+            code_dim: tokenizer.codebook.dim(),
+            input_mode: InputMode::Residual,
+            max_scales: 18,
+            scale_length_embedding: true,
+            vocabulary: Vocabulary::Markers,
+            ..transformer
+        };
+        let sampling = Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(600), top_p: 0.95, refine: Vec::new() };
+        let (scales, grids) = (backbone.max_scales, Vec::new());
+        Self { name: name.into(), scales, grids, sampling, prompt: Default::default(), backbone, tokenizer }
+    }
+
     /// The image tokenizer, always in f32, without the transformer.
     pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
         source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
@@ -68,8 +91,8 @@ impl ModelConfig {
     /// The image tokenizer's file in a model folder: ours, or the public one under its own name.
     pub fn tokenizer_file(&self, source: &Source) -> &'static str {
         const PUBLIC: &str = "tokenflow_clipb_32k_enhanced.safetensors";
-        let (ours, preset) = ("image_tokenizer.safetensors", Preset::clipb_32k_enhanced());
-        if self.tokenizer == preset.config && !source.has(ours) && source.has(PUBLIC) { PUBLIC } else { ours }
+        let public = self.tokenizer == Preset::clipb_32k_enhanced().config && source.has(PUBLIC);
+        if public && !source.has(IMAGE_TOKENIZER) { PUBLIC } else { IMAGE_TOKENIZER }
     }
 
     /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.

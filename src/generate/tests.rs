@@ -258,3 +258,15 @@ fn nanos_config_is_written_as_it_was_read() {
     let config: ModelConfig = serde_json::from_str(text).unwrap();
     assert_eq!(serde_json::to_string_pretty(&config).unwrap() + "\n", text);
 }
+
+#[test]
+fn nextflow_adds_image_ends_to_a_transformer() {
+    use crate::backbone::presets::QWEN2_5_VL_7B;
+    let tokenizer = crate::tokenizer::Preset::siglip_32k().config;
+    let c = ModelConfig::nextflow("x", QWEN2_5_VL_7B, tokenizer).backbone;
+    assert_eq!(c.check(), Ok(()));
+    // Two markers in embedding and head, the codes' rows in the head, connector and scale embedding.
+    let image_ends = (2 + 2 + 32_768 + 40 + 1 + 3584 + 1 + 18) * 3584;
+    assert_eq!(c.parameters(), QWEN2_5_VL_7B.parameters() + image_ends);
+    assert_eq!((c.boi(), c.eoi(), c.first_code()), (152_064, 152_065, 152_066));
+}

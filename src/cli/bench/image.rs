@@ -9,10 +9,10 @@ use serde::Serialize;
 use super::machine::Machine;
 use super::{BenchArgs, Shape, gb};
 use crate::backbone::Backbone;
-use crate::backbone::presets::NEXTFLOW_7B;
+use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
-use crate::generate::{Event, Job, ModelConfig, Prefix, Sampling, cost, draw_codes, tokenflow};
+use crate::generate::{Event, Job, ModelConfig, Prefix, cost, draw_codes, tokenflow};
 use crate::request::Size;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig, VitConfig};
 use crate::{device, memory, pixels, terminal};
@@ -119,15 +119,8 @@ fn config(shape: Shape) -> Result<ModelConfig> {
         // The others do not draw.
         _ => {
             let public = Preset::clipb_32k_enhanced().config;
-            Ok(ModelConfig {
-                name: "nextflow-7b".into(),
-                scales: 18,
-                grids: Vec::new(),
-                sampling: Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(600), top_p: 0.95, refine: Vec::new() },
-                prompt: Default::default(),
-                backbone: NEXTFLOW_7B,
-                tokenizer: TokenizerConfig { semantic: VitConfig::siglip2_so400m_naflex(), ..public },
-            })
+            let tokenizer = TokenizerConfig { semantic: VitConfig::siglip2_so400m_naflex(), ..public };
+            Ok(ModelConfig::nextflow("nextflow-7b", QWEN2_5_VL_7B, tokenizer))
         }
     }
 }

@@ -1,0 +1,77 @@
+//! `nextflow assemble`: NextFlow before its training, of a public transformer and a public image tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::ModelArgs;
+use crate::backbone::Backbone;
+use crate::chat::{self, QwenConfig};
+use crate::checkpoint::{self, Weights};
+use crate::codec::Codec;
+use crate::error::{Error, Result};
+use crate::generate::{ModelConfig, TRANSFORMER};
+use crate::terminal;
+
+/// Flags of `nextflow assemble`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Example:\n  nextflow assemble --backbone Qwen/Qwen2.5-VL-7B-Instruct --tokenizer tokenflow_siglip_32k.pt \
+                        -o stage0\n  nextflow info stage0"
+)]
+pub struct AssembleArgs {
+    /// Qwen2.5-VL: a folder, or OWNER/NAME of the Hugging Face hub
+    #[arg(long, value_name = "FOLDER|ID")]
+    pub backbone: String,
+    /// The image tokenizer: a file of TokenFlow's, or a folder or hub id of a model that has one
+    #[arg(long, value_name = "FILE|FOLDER|ID")]
+    pub tokenizer: String,
+    /// Write the new model folder here; it must not exist
+    #[arg(short, long = "out", value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Decides what the connector and the codes' rows begin with
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Download nothing: what is of the hub has to be in the cache
+    #[cfg(feature = "hub")]
+    #[arg(long, env = "HF_HUB_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub offline: bool,
+}
+
+/// Runs `nextflow assemble`.
+pub(super) fn run(args: &AssembleArgs) -> Result<()> {
+    let of = |name: &str| ModelArgs {
+        model: Some(name.into()),
+        #[cfg(feature = "hub")]
+        offline: args.offline,
+    };
+    if args.out.exists() {
+        return Err(Error::usage(format!("{} exists already", args.out.display())).hint("-o ANOTHER_FOLDER"));
+    }
+    let source = of(&args.backbone).source()?;
+    if !chat::is_qwen(&source.read_config()?) {
+        return Err(Error::model(format!("{source} is not Qwen2.5-VL")).hint("--backbone Qwen/Qwen2.5-VL-7B-Instruct"));
+    }
+    let codec: Codec = of(&args.tokenizer).codec()?;
+    let name = Path::new(&args.out).file_name().unwrap_or_default().to_string_lossy();
+    let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, codec.config().clone());
+    let asked = Weights::inventory();
+    Backbone::load(&asked, &config.backbone)?;
+    let tied = config.backbone.tie_word_embeddings;
+    // Without a tie the head has rows already, to which those of the codes are added.
+    let fresh = |key: &str| {
+        key.starts_with("model.mm_projector.") || key == "model.scale_embed" || tied && key == "lm_head.weight"
+    };
+    checkpoint::whole_folder(&args.out, |part| {
+        let json = serde_json::to_string_pretty(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+        checkpoint::write(&part.join("config.json"), (json + "\n").as_bytes())?;
+        for file in ["tokenizer.json", "generation_config.json"] {
+            if source.has_file(file) {
+                source.copy(file, part)?;
+            }
+        }
+        codec.copy(part)?;
+        checkpoint::extend(&source, TRANSFORMER, &asked, fresh, args.seed, &part.join(TRANSFORMER))
+    })?;
+    terminal::emit_path(&args.out).map(drop)
+}
