@@ -2,10 +2,14 @@
 
 use std::process::ExitCode;
 
-use nextflow::{cli, terminal};
+use nextflow::{cli, memory, terminal};
 
 fn main() -> ExitCode {
-    match cli::parse().and_then(|command| command.map_or(Ok(()), cli::run)) {
+    memory::keep();
+    // A thread of the pool shares work with the others at once; any other thread would fall asleep and be woken for every
+    // product of matrices.
+    let run = |command| rayon::scope(|_| cli::run(command));
+    match cli::parse().and_then(|command| command.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             terminal::report(&error);

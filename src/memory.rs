@@ -11,6 +11,28 @@ fn proc_bytes(file: &str, key: &str) -> Option<u64> {
     line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
 
+/// Lets this process keep memory that was freed for what it allocates next, where glibc gives it out: every layer needs
+/// as much as the one before, and to get it from the system anew each time takes a third of the time of a prompt.
+pub fn keep() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        const MB: libc::c_int = 1 << 20;
+        // One arena: what one thread frees another may have.
+        let settings = [
+            (libc::M_ARENA_MAX, 1),
+            (libc::M_MMAP_THRESHOLD, 256 * MB),
+            (libc::M_TRIM_THRESHOLD, 512 * MB),
+        ];
+        for (setting, value) in settings {
+            // SAFETY: it takes numbers, any of them, and refuses those that it does not like.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::mallopt(setting, value);
+            }
+        }
+    }
+}
+
 /// The largest resident size of this process so far, in bytes; unknown but on Linux.
 pub fn peak() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmHWM")

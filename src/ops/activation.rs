@@ -55,6 +55,7 @@ fn plain_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.to_dtype(DType::F32)?.silu()?.to_dtype(gate.dtype())?.mul(up)
 }
 
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
@@ -63,7 +64,14 @@ fn sigmoid(x: f32) -> f32 {
 fn map2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
     let mut out = vec![0f32; a.len()];
     out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(|((out, a), b)| {
-        out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = f(a, b));
+        slice::wide(
+            #[inline(always)]
+            || {
+                for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                    *out = f(a, b);
+                }
+            },
+        );
     });
     out
 }
@@ -81,6 +89,7 @@ const CUBIC: f32 = 0.044715;
 const QUICK: f32 = 1.702;
 
 /// `(1 + tanh(u)) / 2 = sigmoid(2u)`, which takes one exponential.
+#[inline(always)]
 fn tanh_gate(x: f32) -> f32 {
     sigmoid(2.0 * SQRT_2_OVER_PI * (x + CUBIC * x * x * x))
 }

@@ -148,29 +148,44 @@ impl Attention {
     /// The weights of some queries of one head over its keys, into `p` (rows, S).
     fn weights(&self, q: Matrix, k: Matrix, seen: Seen, p: &mut [f32], (rows, s): (usize, usize), all: bool) {
         gemm(MatrixMut::new(p, rows, s), Into::Overwrite, q, k.t(), self.scale, all);
-        for (i, row) in p.chunks_exact_mut(s).enumerate() {
-            match seen {
-                Seen::All => {}
-                Seen::Behind(before) => row[before + i + 1..].fill(f32::NEG_INFINITY),
-                Seen::Kept(mask) => {
-                    let masked = row.iter_mut().zip(&mask[i * s..]);
-                    masked.for_each(|(logit, &keep)| *logit = if keep == 0 { f32::NEG_INFINITY } else { *logit });
+        slice::wide(
+            #[inline(always)]
+            || {
+                for (i, row) in p.chunks_exact_mut(s).enumerate() {
+                    match seen {
+                        Seen::All => softmax(row),
+                        Seen::Behind(before) => {
+                            let (row, unseen) = row.split_at_mut(before + i + 1);
+                            softmax(row);
+                            unseen.fill(0.0);
+                        }
+                        Seen::Kept(mask) => {
+                            for (logit, &keep) in row.iter_mut().zip(&mask[i * s..]) {
+                                *logit = if keep == 0 { f32::NEG_INFINITY } else { *logit };
+                            }
+                            softmax(row);
+                        }
+                    }
                 }
-            }
-            softmax(row);
-        }
+            },
+        );
     }
 }
 
 /// In place; a row of nothing but negative infinity becomes zeros.
+#[inline(always)]
 fn softmax(row: &mut [f32]) {
     let max = slice::max(row);
     if max == f32::NEG_INFINITY {
         return row.fill(0.0);
     }
-    row.iter_mut().for_each(|x| *x = exp(*x - max));
+    for x in row.iter_mut() {
+        *x = exp(*x - max);
+    }
     let norm = 1.0 / slice::sum(row, row, |x, _| x);
-    row.iter_mut().for_each(|x| *x *= norm);
+    for x in row {
+        *x *= norm;
+    }
 }
 
 impl CustomOp3 for Attention {

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::product::{Rows, product};
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
 /// Rows one thread sums at a time.
@@ -52,14 +53,8 @@ impl CustomOp3 for Linear {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, w, b) = (slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, slice::contiguous(s3, l3)?);
         let (out, inner) = l2.shape().dims2()?;
-        let rows = x.len() / inner;
-        let mut y = vec![0f32; rows * out];
-        let into = if b.is_empty() { Into::Overwrite } else { Into::Add };
-        if into == Into::Add {
-            y.par_chunks_mut(out * ROWS).for_each(|y| y.chunks_exact_mut(out).for_each(|y| y.copy_from_slice(b)));
-        }
-        let (x, w) = (Matrix::new(x, rows, inner), Matrix::new(w, out, inner));
-        gemm(MatrixMut::new(&mut y, rows, out), into, x, w.t(), 1.0, true);
+        let bias = if b.is_empty() { None } else { Some(b) };
+        let y = product(x, Rows::Plain(w), bias, (out, inner))?;
         let mut dims = l1.dims().to_vec();
         dims.pop();
         dims.push(out);

@@ -1,28 +1,21 @@
 //! A matrix of weights as it is kept: a tensor, or blocks of few bits a number.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::quantized::{QMatMul, QTensor};
-use candle_core::{DType, Device, Module, Result, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{DType, Module, Result, Tensor, bail};
 
 use super::blocks::dequantise;
 use super::linear;
-use super::slice::{Borrowed, Into, Matrix, MatrixMut, gemm};
-
-/// Rows of weights that a thread turns into f32 at a time: few enough to stay in its cache, and more where many inputs
-/// are to be packed anew for every tile.
-const TILE: [usize; 2] = [32, 256];
-/// Inputs that are many.
-const MANY: usize = 16;
+use super::product::{Rows, product};
+use super::slice::Borrowed;
 
 /// The weights (rows, columns) of a linear layer, or a table of rows.
 #[derive(Clone, Debug)]
 pub enum WeightMatrix {
     /// One number after the other.
     Dense(Tensor),
-    /// Some rows of a matrix in blocks; activations are f32.
+    /// Some rows of a matrix in blocks; what goes in and comes out is f32.
     Blocks {
         /// The whole matrix.
         blocks: Arc<QTensor>,
@@ -87,15 +80,26 @@ impl WeightMatrix {
             Self::Dense(tensor) => linear(x, tensor, bias),
             Self::Blocks { blocks, first, rows } => {
                 let (_, columns) = blocks.shape().dims2()?;
-                if x.dims().last() != Some(&columns) {
-                    bail!("linear: {:?} does not fit weights {:?}", x.dims(), blocks.shape());
+                if x.dims().last() != Some(&columns) || bias.is_some_and(|b| b.dims() != [*rows]) {
+                    let bias = bias.map(Tensor::dims);
+                    bail!("linear: {:?} does not fit {rows} rows of {:?} and bias {bias:?}", x.dims(), blocks.shape());
                 }
-                let y = match x.device() {
-                    Device::Cpu => tiled(x, blocks, *first, *rows)?,
+                if !x.device().is_cpu() {
                     // candle's kernels know whole matrices only.
-                    _ => QMatMul::from_arc(blocks.clone())?.forward(x)?.narrow(x.rank() - 1, *first, *rows)?,
-                };
-                bias.map_or(Ok(y.clone()), |b| y.broadcast_add(b))
+                    let y = QMatMul::from_arc(blocks.clone())?.forward(x)?.narrow(x.rank() - 1, *first, *rows)?;
+                    return bias.map_or(Ok(y.clone()), |b| y.broadcast_add(b));
+                }
+                let x = x.to_dtype(DType::F32)?.contiguous()?;
+                let bias = bias.map(|b| b.to_dtype(DType::F32)?.contiguous()).transpose()?;
+                let (inputs, bias) = (Borrowed::of(&x), bias.as_ref().map(Borrowed::of));
+                let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
+                let w = Rows::Blocks(&data[first * bytes..][..rows * bytes], blocks.dtype());
+                let bias = bias.as_ref().map(|b| b.slice::<f32>()).transpose()?;
+                let y = product(inputs.slice()?, w, bias, (*rows, columns))?;
+                let mut dims = x.dims().to_vec();
+                dims.pop();
+                dims.push(*rows);
+                Tensor::from_vec(y, dims, x.device())
             }
         }
     }
@@ -105,43 +109,12 @@ fn row_bytes(blocks: &QTensor, columns: usize) -> usize {
     columns / blocks.dtype().block_size() * blocks.dtype().type_size()
 }
 
-/// Every thread turns a tile of rows into f32 and multiplies it with all inputs: a weight is read from memory once, in
-/// its few bits.
-fn tiled(x: &Tensor, blocks: &QTensor, first: usize, rows: usize) -> Result<Tensor> {
-    thread_local!(static TILES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
-    let (_, columns) = blocks.shape().dims2()?;
-    let x = x.to_dtype(DType::F32)?.contiguous()?;
-    let borrowed = Borrowed::of(&x);
-    let inputs = borrowed.slice::<f32>()?;
-    let count = inputs.len() / columns.max(1);
-    let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
-    let data = &data[first * bytes..][..rows * bytes];
-    let tile = TILE[usize::from(count > MANY)];
-    let mut transposed = vec![0f32; rows * count];
-    transposed.par_chunks_mut((tile * count).max(1)).zip(data.par_chunks(tile * bytes)).try_for_each(|(y, data)| {
-        TILES.with_borrow_mut(|weights| {
-            let rows = data.len() / bytes;
-            if weights.len() < rows * columns {
-                weights.resize(rows * columns, 0.0);
-            }
-            let weights = &mut weights[..rows * columns];
-            dequantise(data, blocks.dtype(), weights)?;
-            let (w, x) = (Matrix::new(weights, rows, columns), Matrix::new(inputs, count, columns));
-            gemm(MatrixMut::new(y, rows, count), Into::Overwrite, w, x.t(), 1.0, false);
-            Ok::<_, candle_core::Error>(())
-        })
-    })?;
-    let mut dims = x.dims().to_vec();
-    dims.pop();
-    dims.push(rows);
-    Tensor::from_vec(transposed, (rows, count), x.device())?.t()?.contiguous()?.reshape(dims)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::blocks::quantise;
     use super::super::check::random;
     use super::*;
+    use candle_core::Device;
     use candle_core::quantized::GgmlDType;
 
     fn far(a: &Tensor, b: &Tensor) -> f32 {
@@ -157,11 +130,11 @@ mod tests {
             let blocks = quantise(&values, (300, 256), dtype, &Device::Cpu)?;
             let dense = WeightMatrix::Dense(blocks.dequantize(&Device::Cpu)?);
             let blocks = WeightMatrix::from(blocks);
-            for inputs in [1, 5, 40] {
+            for (inputs, tolerance) in [(1, 1e-4), (4, 1e-4), (60, 0.2)] {
                 let x = random((2, inputs, 256), 3);
-                assert!(far(&blocks.linear(&x, Some(&b))?, &dense.linear(&x, Some(&b))?) < 1e-4, "{dtype:?}");
+                assert!(far(&blocks.linear(&x, Some(&b))?, &dense.linear(&x, Some(&b))?) < tolerance, "{dtype:?}");
                 let part = |m: &WeightMatrix| m.narrow(7, 100)?.narrow(1, 70)?.linear(&x, None);
-                assert!(far(&part(&blocks)?, &part(&dense)?) < 1e-4, "{dtype:?}");
+                assert!(far(&part(&blocks)?, &part(&dense)?) < tolerance, "{dtype:?}");
             }
             let ids = Tensor::new(&[0u32, 299, 5], &Device::Cpu)?;
             assert_eq!(far(&blocks.select(&ids)?, &dense.select(&ids)?), 0.0);

@@ -7,17 +7,22 @@
 
 mod activation;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod blocks;
 #[cfg(test)]
 mod check;
+mod columns;
 mod conv;
 mod exp;
+mod few;
 mod group_norm;
 mod linear;
 mod loss;
 mod matrix;
 mod norm;
 mod optim;
+mod product;
 mod resize;
 mod rope;
 mod slice;

@@ -53,6 +53,7 @@ fn plain_layer(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
 }
 
 /// Mean and inverse standard deviation, in two passes over `x`.
+#[inline(always)]
 pub(super) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = slice::sum(x, x, |x, _| x) / n;
@@ -60,6 +61,7 @@ pub(super) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
+#[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (slice::sum(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
 }
@@ -68,7 +70,14 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 fn map_rows(x: &[f32], d: usize, row: impl Fn(&mut [f32], &[f32]) + Sync) -> Vec<f32> {
     let mut out = vec![0f32; x.len()];
     out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| {
-        out.chunks_exact_mut(d).zip(x.chunks_exact(d)).for_each(|(out, x)| row(out, x));
+        slice::wide(
+            #[inline(always)]
+            || {
+                for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    row(out, x);
+                }
+            },
+        );
     });
     out
 }
@@ -107,7 +116,9 @@ impl CustomOp2 for RmsNorm {
         let (x, w) = (slice::contiguous(s1, l1)?, slice::contiguous::<f32>(s2, l2)?);
         let y = map_rows(x, w.len(), |y, x| {
             let r = inverse_rms(x, self.eps);
-            y.iter_mut().zip(x).zip(w).for_each(|((y, x), w)| *y = x * r * w);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = x * r * w;
+            }
         });
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }

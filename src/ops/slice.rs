@@ -70,7 +70,15 @@ pub(super) fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// `f`, whose loops are compiled once more for the wide registers that a processor may have, with the same results. It has
+/// to be `#[inline(always)]`.
+#[inline(always)]
+pub(super) fn wide<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
 /// The largest element that is not NaN, in eight lanes as [`sum`]; negative infinity for none.
+#[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let chunks = x.chunks_exact(8);

@@ -1,0 +1,94 @@
+//! `x wᵀ` for a few inputs, as when one word is read: what counts is how fast weights come from memory.
+
+use candle_core::Result;
+use pulp::{Arch, Simd, WithSimd};
+
+use super::blocks::dequantise;
+use super::product::Rows;
+
+/// Inputs that are few: for more of them, packing them for a larger kernel pays.
+pub(super) const FEW: usize = 8;
+
+/// Numbers that are unpacked at a time, into a buffer that stays in the first-level cache.
+const STRIP: usize = 256;
+/// Sums of a product that do not wait for each other, in registers.
+const CHAINS: usize = 4;
+
+/// Some columns, so aligned that no load takes two lines of the cache.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Strip([f32; STRIP]);
+
+/// Inputs, `columns` long, in strips, the last of each filled up with zeros: a loop of a fixed length is twice as fast.
+pub(super) fn strips(inputs: &[f32], columns: usize) -> Vec<Strip> {
+    let strips = inputs.chunks_exact(columns).flat_map(|x| x.chunks(STRIP));
+    let strips = strips.map(|x| {
+        let mut strip = Strip([0.0; STRIP]);
+        strip.0[..x.len()].copy_from_slice(x);
+        strip
+    });
+    strips.collect()
+}
+
+/// The products of every row of `w`, `columns` long, with every one of the [`strips`] of inputs: (rows, inputs) in `y`.
+///
+/// Errors: blocks of another type, or that do not divide `columns`.
+pub(super) fn products(y: &mut [f32], w: Rows, inputs: &[Strip], columns: usize) -> Result<()> {
+    Arch::new().dispatch(Products { y, w, inputs, columns })
+}
+
+struct Products<'a> {
+    y: &'a mut [f32],
+    w: Rows<'a>,
+    inputs: &'a [Strip],
+    columns: usize,
+}
+
+impl WithSimd for Products<'_> {
+    type Output = Result<()>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Result<()> {
+        let Self { y, w, inputs, columns } = self;
+        let strips = columns.div_ceil(STRIP);
+        let mut unpacked = Strip([0.0; STRIP]);
+        let mut sums = [[simd.splat_f32s(0.0); CHAINS]; FEW];
+        for (row, y) in y.chunks_exact_mut(inputs.len() / strips).enumerate() {
+            let w = w.narrow(row, 1, columns);
+            for strip in 0..strips {
+                let at = strip * STRIP;
+                let n = STRIP.min(columns - at);
+                match w {
+                    Rows::Plain(w) => unpacked.0[..n].copy_from_slice(&w[at..at + n]),
+                    Rows::Blocks(w, dtype) => {
+                        let bytes = |numbers: usize| numbers / dtype.block_size() * dtype.type_size();
+                        let w = &w[bytes(at)..bytes(at + n)];
+                        match n {
+                            STRIP => dequantise(w, dtype, &mut unpacked.0)?,
+                            _ => dequantise(w, dtype, &mut unpacked.0[..n])?,
+                        }
+                    }
+                }
+                for (sums, x) in sums.iter_mut().zip(inputs[strip..].iter().step_by(strips)) {
+                    *sums = add(simd, *sums, &unpacked, x);
+                }
+            }
+            for (y, sums) in y.iter_mut().zip(&mut sums) {
+                let [a, b, c, d] = std::mem::replace(sums, [simd.splat_f32s(0.0); CHAINS]);
+                *y = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[inline(always)]
+fn add<S: Simd>(simd: S, mut sums: [S::f32s; CHAINS], w: &Strip, x: &Strip) -> [S::f32s; CHAINS] {
+    let (w, x) = (S::as_simd_f32s(&w.0).0.as_chunks::<CHAINS>().0, S::as_simd_f32s(&x.0).0.as_chunks::<CHAINS>().0);
+    for (w, x) in w.iter().zip(x) {
+        for i in 0..CHAINS {
+            sums[i] = simd.mul_add_e_f32s(w[i], x[i], sums[i]);
+        }
+    }
+    sums
+}

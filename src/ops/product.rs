@@ -1,0 +1,99 @@
+//! `x wᵀ + b` on the CPU: the way that is fastest for these weights and this number of inputs.
+
+use std::cell::RefCell;
+
+use candle_core::Result;
+use candle_core::quantized::GgmlDType;
+use rayon::prelude::*;
+
+#[cfg(target_arch = "x86_64")]
+use super::bf16;
+use super::blocks::dequantise;
+use super::columns::by_columns;
+use super::few::{self, FEW};
+use super::slice::{Into, Matrix, MatrixMut, gemm};
+
+/// Rows of weights that a thread takes at a time for few inputs, and for many, which are packed anew for every such tile.
+const TILE: [usize; 2] = [32, 256];
+/// Rows of inputs in which one thread puts a bias.
+const BIAS_ROWS: usize = 64;
+
+/// Rows of weights.
+#[derive(Clone, Copy)]
+pub(super) enum Rows<'a> {
+    /// As they are.
+    Plain(&'a [f32]),
+    /// In blocks that [`dequantise`] knows.
+    Blocks(&'a [u8], GgmlDType),
+}
+
+impl<'a> Rows<'a> {
+    /// `count` rows, `columns` long, from `first` on.
+    #[inline(always)]
+    pub(super) fn narrow(self, first: usize, count: usize, columns: usize) -> Self {
+        match self {
+            Self::Plain(w) => Self::Plain(&w[first * columns..][..count * columns]),
+            Self::Blocks(w, dtype) => {
+                let bytes = columns / dtype.block_size() * dtype.type_size();
+                Self::Blocks(&w[first * bytes..][..count * bytes], dtype)
+            }
+        }
+    }
+}
+
+/// `inputs` (N, columns), `w` (rows, columns) and `bias` (rows) give (N, rows).
+///
+/// Weights in blocks and many inputs are rounded to bf16 where the processor multiplies bf16; else all is f32.
+///
+/// Errors: blocks of a type that [`dequantise`] does not know, or that do not divide `columns`.
+pub(super) fn product(
+    inputs: &[f32],
+    w: Rows,
+    bias: Option<&[f32]>,
+    (rows, columns): (usize, usize),
+) -> Result<Vec<f32>> {
+    let count = inputs.len() / columns.max(1);
+    let mut y = vec![0f32; count * rows];
+    if y.is_empty() {
+        return Ok(y);
+    }
+    if count <= FEW {
+        let inputs = few::strips(inputs, columns);
+        by_columns(&mut y, rows, TILE[0], |y| {
+            let mut transposed = vec![0f32; y.width() * count];
+            few::products(&mut transposed, w.narrow(y.first(), y.width(), columns), &inputs, columns)?;
+            y.put_transposed(&transposed, bias);
+            Ok(())
+        })?;
+        return Ok(y);
+    }
+    match w {
+        Rows::Plain(w) => {
+            if let Some(bias) = bias {
+                let rows = y.par_chunks_mut(rows * BIAS_ROWS);
+                rows.for_each(|y| y.chunks_exact_mut(bias.len()).for_each(|y| y.copy_from_slice(bias)));
+            }
+            let into = if bias.is_some() { Into::Add } else { Into::Overwrite };
+            let (x, w) = (Matrix::new(inputs, count, columns), Matrix::new(w, rows, columns));
+            gemm(MatrixMut::new(&mut y, count, rows), into, x, w.t(), 1.0, true);
+        }
+        #[cfg(target_arch = "x86_64")]
+        Rows::Blocks(w, dtype) if bf16::suits(dtype, columns) => {
+            bf16::products(&mut y, (w, dtype), bias, inputs, columns)?;
+        }
+        Rows::Blocks(_, dtype) => by_columns(&mut y, rows, TILE[1], |y| {
+            thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
+            SCRATCH.with_borrow_mut(|[tile, transposed]| {
+                let Rows::Blocks(w, _) = w.narrow(y.first(), y.width(), columns) else { return Ok(()) };
+                tile.resize(y.width() * columns, 0.0);
+                dequantise(w, dtype, tile)?;
+                transposed.resize(y.width() * count, 0.0);
+                let (w, x) = (Matrix::new(tile, y.width(), columns), Matrix::new(inputs, count, columns));
+                gemm(MatrixMut::new(transposed, y.width(), count), Into::Overwrite, w, x.t(), 1.0, false);
+                y.put_transposed(transposed, bias);
+                Ok(())
+            })
+        })?,
+    }
+    Ok(y)
+}
