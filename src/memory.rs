@@ -18,11 +18,7 @@ pub fn keep() {
     {
         const MB: libc::c_int = 1 << 20;
         // One arena: what one thread frees another may have.
-        let settings = [
-            (libc::M_ARENA_MAX, 1),
-            (libc::M_MMAP_THRESHOLD, 256 * MB),
-            (libc::M_TRIM_THRESHOLD, 512 * MB),
-        ];
+        let settings = [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, 256 * MB), (libc::M_TRIM_THRESHOLD, 512 * MB)];
         for (setting, value) in settings {
             // SAFETY: it takes numbers, any of them, and refuses those that it does not like.
             #[allow(unsafe_code)]

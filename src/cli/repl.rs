@@ -286,7 +286,10 @@ impl<'a> Repl<'a> {
 
     /// Reads what is left of a block that is refused.
     fn pass_over(&mut self, block: bool) {
-        while block {
+        if !block {
+            return;
+        }
+        loop {
             match self.line(true) {
                 Ok(Line::Text(line)) if line.trim_ascii() == QUOTE => break,
                 Ok(Line::Text(_)) => {}

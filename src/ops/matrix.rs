@@ -142,6 +142,21 @@ mod tests {
         Ok(())
     }
 
+    /// Inputs, and numbers in blocks, may be rounded to bf16, but nothing else; and all panels, rows and columns count.
+    #[test]
+    fn many_inputs_lose_no_more_than_rounding() -> Result<()> {
+        for (inputs, rows, columns) in [(9, 8, 32), (60, 75, 1088), (1000, 33, 96)] {
+            let round = |x: &Tensor| x.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+            let (x, w, b) =
+                (round(&random((inputs, columns), 1))?, round(&random((rows, columns), 2))?, random(rows, 3));
+            let values = w.flatten_all()?.to_vec1::<f32>()?;
+            let blocks = WeightMatrix::from(quantise(&values, (rows, columns), GgmlDType::BF16, &Device::Cpu)?);
+            let want = WeightMatrix::Dense(w).linear(&x, Some(&b))?;
+            assert!(far(&blocks.linear(&x, Some(&b))?, &want) < 1e-3, "{inputs} x {rows} x {columns}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn rows_that_are_not_there_are_an_error() -> Result<()> {
         let values = random((4, 32), 1).flatten_all()?.to_vec1::<f32>()?;
