@@ -3,7 +3,7 @@
 use super::{BACKGROUNDS, COLOURS, Kind, Object, Place, Scene, Shape, Size};
 use crate::rng::Rng;
 
-fn english(shape: Shape) -> &'static str {
+pub(super) fn english(shape: Shape) -> &'static str {
     match shape {
         Shape::Circle => "circle",
         Shape::Square => "square",
@@ -14,7 +14,7 @@ fn english(shape: Shape) -> &'static str {
     }
 }
 
-fn chinese(shape: Shape) -> &'static str {
+pub(super) fn chinese(shape: Shape) -> &'static str {
     match shape {
         Shape::Circle => "圆形",
         Shape::Square => "方形",
@@ -36,14 +36,14 @@ fn noun(object: &Object) -> String {
 }
 
 /// "a large red circle", "an orange star".
-fn phrase(object: &Object) -> String {
+pub(super) fn phrase(object: &Object) -> String {
     let noun = noun(object);
     let article = if noun.starts_with("orange") { "an" } else { "a" };
     format!("{article} {noun}")
 }
 
 /// "大的红色圆形".
-fn phrase_zh(object: &Object) -> String {
+pub(super) fn phrase_zh(object: &Object) -> String {
     let size = match object.size {
         Size::Small => "小的",
         Size::Plain => "",

@@ -2,9 +2,13 @@
 //! look. Everything is a pure function of an [`Rng`].
 
 mod caption;
+mod describe;
+mod edit;
 mod render;
+mod wording;
 
-use crate::rng::{Rng, fnv1a};
+use crate::rng::{Rng, Stream, fnv1a};
+pub use edit::{EDIT_KINDS, Edit, EditKind};
 pub use render::inside;
 
 /// A silhouette.
@@ -246,6 +250,11 @@ pub fn held_out(key: &str) -> bool {
     (fnv1a(key) >> 32).is_multiple_of(8)
 }
 
+/// An independent generator for a part of a draw.
+fn fork(rng: &Rng, step: u64) -> Rng {
+    Rng::new(rng.bits(u64::MAX - step), 0, Stream::Train, step)
+}
+
 fn centre(index: usize, count: usize, place: Place) -> (f64, f64) {
     let (left, right, above, below) = ((NEAR, MIDDLE), (FAR, MIDDLE), (MIDDLE, NEAR), (MIDDLE, FAR));
     match (count, place) {
@@ -279,7 +288,6 @@ fn radius(count: usize, size: Size, place: Place) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::Stream;
 
     fn rng(i: u64) -> Rng {
         Rng::new(5, i, Stream::Train, 0)

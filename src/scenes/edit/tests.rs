@@ -1,0 +1,129 @@
+use image::RgbImage;
+
+use super::*;
+use crate::eval::detector::detect;
+use crate::eval::judge::judge;
+use crate::rng::Stream;
+use crate::scenes::{BACKGROUNDS, COLOURS};
+
+fn rng(i: u64) -> Rng {
+    Rng::new(21, i, Stream::Train, 0)
+}
+
+fn edits(kind: EditKind, split: Split, count: u64) -> impl Iterator<Item = Edit> {
+    (0..count).map(move |i| Edit::of_kind(&rng(i), kind, split))
+}
+
+fn image(scene: &Scene) -> RgbImage {
+    RgbImage::from_raw(128, 128, scene.render(128, 128)).unwrap()
+}
+
+#[test]
+fn training_edits_touch_no_held_out_composition_and_the_others_end_at_one() {
+    for kind in EDIT_KINDS {
+        let mut held = std::collections::HashSet::new();
+        for (train, test) in edits(kind, Split::Train, 300).zip(edits(kind, Split::HeldOut, 300)) {
+            assert_eq!((train.kind, test.kind), (kind, kind));
+            assert!(!held_out(&train.source.key()) && !held_out(&train.target.key()), "{train:?}");
+            assert!(held_out(&test.target.key()), "{test:?}");
+            held.insert(test.target.key());
+        }
+        assert!(held.len() >= 5, "{kind:?}: {}", held.len());
+    }
+}
+
+#[test]
+fn nothing_changes_but_what_is_asked_for() {
+    for kind in EDIT_KINDS {
+        for edit in edits(kind, Split::Train, 60).chain(edits(kind, Split::HeldOut, 20)) {
+            let (before, after) = (edit.source.render(128, 128), edit.target.render(128, 128));
+            let boxes = edit.changed();
+            assert!(before != after && !boxes.is_empty(), "{edit:?}");
+            for p in (0..128 * 128).filter(|p| before[3 * p..3 * p + 3] != after[3 * p..3 * p + 3]) {
+                let (x, y) = ((p % 128) as f64, (p / 128) as f64);
+                let within = |&[l, t, r, b]: &[f64; 4]| l <= x && x < r && t <= y && y < b;
+                assert!(boxes.iter().any(within), "({x}, {y}) {edit:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn targets_are_judged_right_and_copies_of_the_source_wrong() {
+    for kind in EDIT_KINDS {
+        let (mut right, mut copied, count) = (0, 0, 100);
+        for edit in edits(kind, Split::HeldOut, count / 2).chain(edits(kind, Split::Train, count / 2)) {
+            let found = detect(&image(&edit.target));
+            if judge(&edit.target, &found) {
+                right += 1;
+            } else {
+                eprintln!("{:?} -> {:?}", edit.target, found.objects);
+            }
+            copied += u64::from(judge(&edit.target, &detect(&image(&edit.source))));
+        }
+        eprintln!("{kind:?}: {right} targets, {copied} sources of {count}");
+        assert!(100 * right >= 98 * count, "{kind:?}: {right} of {count}");
+        // The judge looks at no background, at no size of a single object, and not at how far it is from the middle.
+        if !matches!(kind, EditKind::Move | EditKind::Resize | EditKind::Background) {
+            assert_eq!(copied, 0, "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn instructions_name_what_is_there() {
+    for kind in EDIT_KINDS {
+        for (i, edit) in edits(kind, Split::Train, 200).enumerate() {
+            let canonical = edit.canonical();
+            for text in [&canonical, &edit.instruction(&rng(i as u64), Split::Train)] {
+                assert!(!text.contains(['{', '}']) && text.to_lowercase() == *text, "{text}");
+            }
+            // Every colour that the canonical wording says is one of the source or target.
+            let (source, target) = (&edit.source, &edit.target);
+            let colours = || source.objects.iter().chain(&target.objects).map(|o| COLOURS[o.colour].name);
+            let background = [source, target].map(|s| s.background.map_or("white", |b| BACKGROUNDS[b].name));
+            let words = canonical.replace(background[1], "");
+            for colour in COLOURS.iter().filter(|c| words.split([' ', ',']).any(|w| w == c.name)) {
+                assert!(colours().any(|c| c == colour.name), "{canonical}: {edit:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wordings_are_split() {
+    for kind in EDIT_KINDS {
+        let said = |split| -> std::collections::HashSet<String> {
+            let edit = Edit::of_kind(&rng(1), kind, Split::Train);
+            (0..400).map(|i| edit.instruction(&rng(i), split)).collect()
+        };
+        let (train, test) = (said(Split::Train), said(Split::HeldOut));
+        let edit = Edit::of_kind(&rng(1), kind, Split::Train);
+        assert!(train.is_disjoint(&test) && train.contains(&edit.canonical()), "{kind:?}: {}", edit.canonical());
+        assert!(train.len() >= 7 && test.len() >= 2, "{kind:?}: {} {}", train.len(), test.len());
+        let chinese = (0..600).filter(|&i| !edit.instruction(&rng(i), Split::Train).is_ascii()).count();
+        assert!((60..140).contains(&chinese), "{chinese} of 600");
+    }
+}
+
+#[test]
+fn a_dialogue_goes_on_from_where_an_edit_ended() {
+    for kind in EDIT_KINDS {
+        let begun = edits(EditKind::Recolour, Split::Train, 60).map(|e| e.target);
+        let next: Vec<Edit> = begun.filter_map(|s| Edit::on(&rng(3), &s, kind, Split::Train)).collect();
+        assert!(next.len() >= 5, "{kind:?}: {}", next.len());
+    }
+    let one = Edit::of_kind(&rng(0), EditKind::Remove, Split::Train).target;
+    assert!(Edit::on(&rng(0), &one, EditKind::Remove, Split::Train).is_none());
+}
+
+#[test]
+#[ignore = "prints edits to look at"]
+fn samples() {
+    for i in 0..60 {
+        let edit = Edit::of_kind(&rng(i), EDIT_KINDS[i as usize % 9], Split::Train);
+        eprintln!("{}\n  {:?}\n  {} | {}", edit.source.prompt(), edit.kind, edit.canonical(), edit.target.prompt());
+        eprintln!("  {}", edit.instruction(&rng(i), Split::Train));
+        eprintln!("  {}", edit.instruction(&rng(i), Split::HeldOut));
+    }
+}
