@@ -4,11 +4,13 @@
 mod caption;
 mod describe;
 mod edit;
+mod question;
 mod render;
 mod wording;
 
 use crate::rng::{Rng, Stream, fnv1a};
 pub use edit::{EDIT_KINDS, Edit, EditKind};
+pub use question::{QUESTION_KINDS, Question, QuestionKind};
 pub use render::inside;
 
 /// A silhouette.

@@ -1,6 +1,7 @@
 //! Several ways to say one thing, of which some are kept for evaluation.
 
-use super::Split;
+use super::caption::{chinese, english};
+use super::{COLOURS, Object, Place, Scene, Split};
 use crate::rng::{Rng, fnv1a};
 
 /// Templates; `{x}` is filled in. Of each language at least three.
@@ -62,6 +63,38 @@ impl Voice {
         let template = self.pick(1001, &of_split.collect::<Vec<_>>());
         gaps.iter().fold(template.to_string(), |text, (gap, words)| text.replace(gap, words))
     }
+
+    /// What an object of a scene is called: by colour and shape, or by less where that is enough; a single one may be
+    /// `it`.
+    pub fn name(&self, object: &Object, scene: &Scene, it: bool) -> String {
+        let colour = &COLOURS[object.colour];
+        let only_shape = scene.objects.iter().filter(|o| o.shape == object.shape).count() == 1;
+        match (self.pick(1002, &[0, 1, 2]), self.chinese) {
+            (2, chinese) if it && scene.objects.len() == 1 => if chinese { "它" } else { "it" }.to_string(),
+            (1 | 2, false) if only_shape => format!("the {}", english(object.shape)),
+            (1 | 2, true) if only_shape => chinese(object.shape).to_string(),
+            (_, false) => format!("the {} {}", colour.name, english(object.shape)),
+            (_, true) => format!("{}{}", colour.name_zh, chinese(object.shape)),
+        }
+    }
+
+    /// "on the left".
+    pub fn at(&self, place: Place) -> String {
+        let words: &[&str] = match (place, self.chinese) {
+            (Place::Unsaid, false) => &["in the middle", "in the centre"],
+            (Place::Left, false) => &["on the left", "on the left side"],
+            (Place::Right, false) => &["on the right", "on the right side"],
+            (Place::Above, false) => &["at the top"],
+            (Place::Below, false) => &["at the bottom"],
+            (place, true) => &[["中间", "左边", "右边", "上面", "下面"][place as usize]],
+        };
+        self.pick(1003, words).to_string()
+    }
+}
+
+/// "to the left of".
+pub(super) fn relation(place: Place) -> &'static str {
+    ["next to", "to the left of", "to the right of", "above", "below"][place as usize]
 }
 
 #[cfg(test)]

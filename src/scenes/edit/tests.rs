@@ -99,7 +99,10 @@ fn wordings_are_split() {
         };
         let (train, test) = (said(Split::Train), said(Split::HeldOut));
         let edit = Edit::of_kind(&rng(1), kind, Split::Train);
-        assert!(train.is_disjoint(&test) && train.contains(&edit.canonical()), "{kind:?}: {}", edit.canonical());
+        assert!(train.is_disjoint(&test), "{kind:?}: {:?}", train.intersection(&test).next());
+        // Of a combination there are too many wordings.
+        assert!(kind == EditKind::Combination || train.contains(&edit.canonical()), "{}", edit.canonical());
+        assert!(!test.contains(&edit.canonical()), "{}", edit.canonical());
         assert!(train.len() >= 7 && test.len() >= 2, "{kind:?}: {} {}", train.len(), test.len());
         let chinese = (0..600).filter(|&i| !edit.instruction(&rng(i), Split::Train).is_ascii()).count();
         assert!((60..140).contains(&chinese), "{chinese} of 600");

@@ -4,7 +4,7 @@ use super::EditKind;
 use super::change::Change;
 use crate::scenes::caption::{chinese, english, phrase, phrase_zh};
 use crate::scenes::describe::{centre_of, side};
-use crate::scenes::wording::{Voice, Wordings};
+use crate::scenes::wording::{Voice, Wordings, relation};
 use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, Scene, Size};
 
 // Gaps: {o} the object, {n} a new one, {c} a colour, {p} "on the left", {t} "to the left", {r} "to the left of", {z} larger
@@ -139,11 +139,11 @@ pub(super) fn say(changes: &[Change], scene: &Scene, voice: Voice) -> String {
 /// Words for one change; where it is `one_of_two` they do not depend on the other.
 fn clause(change: &Change, scene: &Scene, voice: Voice, one_of_two: bool) -> String {
     let zh = voice.chinese;
-    let o = |object: &Object| ("{o}", name(object, scene, voice, one_of_two));
+    let o = |object: &Object| ("{o}", voice.name(object, scene, !one_of_two));
     match change {
         Change::Add { object, side, only } => {
             let new = if zh { format!("一个{}", phrase_zh(object)) } else { phrase(object) };
-            let mut gaps = vec![("{n}", new), ("{p}", at(*side, voice))];
+            let mut gaps = vec![("{n}", new), ("{p}", voice.at(*side))];
             match voice.pick(2, &[0, 0, 1, 2]) {
                 1 if !one_of_two => {
                     gaps.extend([("{r}", relation(*side).to_string()), o(&scene.objects[0])]);
@@ -168,7 +168,7 @@ fn clause(change: &Change, scene: &Scene, voice: Voice, one_of_two: bool) -> Str
         }
         Change::Alter { kind: EditKind::Move, old, new } => {
             let place = side(new.centre, centre_of(Place::Unsaid));
-            voice.say(&MOVE, &[o(old), ("{p}", at(place, voice)), ("{t}", towards(place).to_string())])
+            voice.say(&MOVE, &[o(old), ("{p}", voice.at(place)), ("{t}", towards(place).to_string())])
         }
         Change::Alter { kind: EditKind::Resize, old, new } => {
             let (z, v): (&[&str], _) = match (new.radius > old.radius, zh) {
@@ -194,40 +194,7 @@ fn clause(change: &Change, scene: &Scene, voice: Voice, one_of_two: bool) -> Str
     }
 }
 
-/// What an object of a scene is called: by colour and shape, or by less where that is enough.
-fn name(object: &Object, scene: &Scene, voice: Voice, one_of_two: bool) -> String {
-    let (the, shape, it) =
-        if voice.chinese { ("", chinese(object.shape), "它") } else { ("the ", english(object.shape), "it") };
-    let colour = &COLOURS[object.colour];
-    let full =
-        if voice.chinese { format!("{}{shape}", colour.name_zh) } else { format!("the {} {shape}", colour.name) };
-    let only_shape = scene.objects.iter().filter(|o| o.shape == object.shape).count() == 1;
-    match voice.pick(4, &[0, 1, 2]) {
-        2 if scene.objects.len() == 1 && !one_of_two => it.to_string(),
-        1 | 2 if only_shape => format!("{the}{shape}"),
-        _ => full,
-    }
-}
-
-/// "on the left".
-fn at(place: Place, voice: Voice) -> String {
-    let words: &[&str] = match (place, voice.chinese) {
-        (Place::Unsaid, false) => &["in the middle", "in the centre"],
-        (Place::Left, false) => &["on the left", "on the left side"],
-        (Place::Right, false) => &["on the right", "on the right side"],
-        (Place::Above, false) => &["at the top"],
-        (Place::Below, false) => &["at the bottom"],
-        (place, true) => &[["中间", "左边", "右边", "上面", "下面"][place as usize]],
-    };
-    voice.pick(5, words).to_string()
-}
-
 /// "to the left".
 fn towards(place: Place) -> &'static str {
     ["to the middle", "to the left", "to the right", "to the top", "to the bottom"][place as usize]
-}
-
-/// "to the left of".
-fn relation(place: Place) -> &'static str {
-    ["next to", "to the left of", "to the right of", "above", "below"][place as usize]
 }
