@@ -1,17 +1,19 @@
 //! Compositions of one to four plain coloured shapes, as GenEval has them: what they show, how they are called, how they
-//! look. Everything is a pure function of an [`Rng`].
+//! look, how they are edited, asked about and hinted at. Everything is a pure function of an [`Rng`].
 
 mod caption;
 mod describe;
 mod edit;
 mod question;
 mod render;
+mod riddle;
 mod wording;
 
 use crate::rng::{Rng, Stream, fnv1a};
 pub use edit::{EDIT_KINDS, Edit, EditKind};
 pub use question::{QUESTION_KINDS, Question, QuestionKind};
 pub use render::inside;
+pub use riddle::Riddle;
 
 /// A silhouette.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
