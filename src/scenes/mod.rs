@@ -7,6 +7,7 @@ mod edit;
 mod question;
 mod render;
 mod riddle;
+mod smalltalk;
 mod wording;
 
 use crate::rng::{Rng, Stream, fnv1a};
@@ -14,6 +15,7 @@ pub use edit::{EDIT_KINDS, Edit, EditKind};
 pub use question::{QUESTION_KINDS, Question, QuestionKind};
 pub use render::inside;
 pub use riddle::Riddle;
+pub use smalltalk::{Smalltalk, smalltalk};
 
 /// A silhouette.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
