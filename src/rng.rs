@@ -43,6 +43,11 @@ impl Rng {
         Self { key }
     }
 
+    /// Another stream of the same place: the `n`-th.
+    pub fn fork(&self, n: u64) -> Self {
+        Self { key: mix(self.key ^ mix(n.wrapping_add(GOLDEN))).wrapping_add(GOLDEN) }
+    }
+
     /// The `counter`-th 64 random bits of this stream.
     pub fn bits(&self, counter: u64) -> u64 {
         mix(self.key.wrapping_add(counter.wrapping_add(1).wrapping_mul(GOLDEN)))

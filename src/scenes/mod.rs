@@ -10,7 +10,7 @@ mod riddle;
 mod smalltalk;
 mod wording;
 
-use crate::rng::{Rng, Stream, fnv1a};
+use crate::rng::{Rng, fnv1a};
 pub use edit::{EDIT_KINDS, Edit, EditKind};
 pub use question::{QUESTION_KINDS, Question, QuestionKind};
 pub use render::inside;
@@ -254,11 +254,6 @@ impl Scene {
 /// One composition in eight is for evaluation, by its hash, for ever the same.
 pub fn held_out(key: &str) -> bool {
     (fnv1a(key) >> 32).is_multiple_of(8)
-}
-
-/// An independent generator for a part of a draw.
-fn fork(rng: &Rng, step: u64) -> Rng {
-    Rng::new(rng.bits(u64::MAX - step), 0, Stream::Train, step)
 }
 
 fn centre(index: usize, count: usize, place: Place) -> (f64, f64) {

@@ -1,7 +1,7 @@
 //! Prompts to think about before drawing: clues to a shape and its colour, or to an everyday thing.
 
 use super::caption::english;
-use super::{COLOURS, Kind, MIDDLE, Object, Place, SHAPES, Scene, Size, Split, fork, held_out, radius};
+use super::{COLOURS, Kind, MIDDLE, Object, Place, SHAPES, Scene, Size, Split, held_out, radius};
 use crate::library::with_article;
 use crate::rng::{Rng, fnv1a};
 
@@ -69,7 +69,7 @@ impl Riddle {
     fn shape(rng: &Rng, split: Split) -> Self {
         let mut attempt = 0;
         loop {
-            let rng = fork(rng, attempt);
+            let rng = rng.fork(attempt);
             attempt += 1;
             let (colour, shape) = (rng.below(0, COLOURS.len()), rng.below(1, SHAPES.len()));
             let (colours, shapes) = (COLOUR_CLUES[colour], SHAPE_CLUES[shape]);

@@ -47,7 +47,7 @@ impl Voice {
 
     /// One that draws other words in the same language.
     pub fn again(self, step: u64) -> Self {
-        Self { rng: self.rng.map(|rng| super::fork(&rng, step)), ..self }
+        Self { rng: self.rng.map(|rng| rng.fork(step)), ..self }
     }
 
     /// One of several words.

@@ -3,7 +3,7 @@
 use super::EditKind;
 use crate::rng::Rng;
 use crate::scenes::describe::{centre_of, side};
-use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, SHAPES, Scene, Size, fork};
+use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, SHAPES, Scene, Size};
 
 /// A step, with what is to be said about it.
 #[derive(Clone, Debug)]
@@ -73,8 +73,8 @@ impl Change {
         const KINDS: [EditKind; 5] =
             [EditKind::Remove, EditKind::Recolour, EditKind::Replace, EditKind::Background, EditKind::Add];
         let [first, second] = [0, 1].map(|counter| KINDS[rng.below(counter, KINDS.len())]);
-        let (one, between) = Self::draw(&fork(rng, 1), scene, first)?;
-        let (two, target) = Self::draw(&fork(rng, 2), &between, second)?;
+        let (one, between) = Self::draw(&rng.fork(1), scene, first)?;
+        let (two, target) = Self::draw(&rng.fork(2), &between, second)?;
         // The second must be of what was there before, for that is what its words mean.
         let known = two.object().is_none_or(|o| scene.objects.iter().any(|s| s.same(o)));
         let twice = first == second && first == EditKind::Background;

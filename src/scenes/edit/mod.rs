@@ -6,7 +6,7 @@ mod tests;
 mod wording;
 
 use super::wording::Voice;
-use super::{Kind, Object, Scene, Split, fork, held_out};
+use super::{Kind, Object, Scene, Split, held_out};
 use crate::rng::Rng;
 use change::Change;
 
@@ -96,13 +96,13 @@ impl Edit {
         };
         let mut attempt = 0;
         loop {
-            let rng = fork(rng, attempt);
+            let rng = rng.fork(attempt);
             let before = match split {
                 Split::HeldOut if rng.below(0, 2) == 0 => Split::HeldOut,
                 _ => Split::Train,
             };
             let source = Scene::of_kind(&rng, kinds[rng.below(1, kinds.len())], before);
-            if let Some(edit) = Self::on(&fork(&rng, 0), &source, kind, split) {
+            if let Some(edit) = Self::on(&rng.fork(0), &source, kind, split) {
                 return edit;
             }
             attempt += 1;
@@ -112,7 +112,7 @@ impl Edit {
     /// An edit of this very scene, if one of the kind and split fits it.
     pub fn on(rng: &Rng, source: &Scene, kind: EditKind, split: Split) -> Option<Self> {
         (0..ATTEMPTS).find_map(|attempt| {
-            let rng = fork(rng, attempt);
+            let rng = rng.fork(attempt);
             let (changes, target) = match kind {
                 EditKind::Combination => Change::draw_two(&rng, source)?,
                 _ => Change::draw(&rng, source, kind).map(|(change, target)| (vec![change], target))?,

@@ -7,7 +7,7 @@ mod wording;
 use super::caption::{chinese, english, phrase, phrase_zh};
 use super::describe::{centre_of, side};
 use super::wording::{Voice, relation};
-use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, Place, SHAPES, Scene, Size, Split, fork, held_out};
+use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, Place, SHAPES, Scene, Size, Split, held_out};
 use crate::rng::Rng;
 
 /// What a question is about.
@@ -68,9 +68,9 @@ impl Question {
         };
         let mut attempt = 0;
         loop {
-            let rng = fork(rng, attempt);
+            let rng = rng.fork(attempt);
             let scene = Scene::of_kind(&rng, kinds[rng.below(1, kinds.len())], split);
-            if let Some(question) = Self::on(&fork(&rng, 0), &scene, kind, split) {
+            if let Some(question) = Self::on(&rng.fork(0), &scene, kind, split) {
                 return question;
             }
             attempt += 1;
