@@ -10,7 +10,7 @@ use crate::checkpoint::{Fit, Inventory, Source, Weights, load_file};
 use crate::error::{Error, Kind, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, schedule};
 use crate::pixels;
-use crate::request::Size;
+use crate::size::Size;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
 
 /// A tokenizer that is known, but not loaded.

@@ -23,6 +23,7 @@ pub mod pixels;
 pub mod request;
 pub mod rng;
 pub mod scenes;
+pub mod size;
 pub mod terminal;
 pub mod text;
 pub mod tokenizer;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use image::{DynamicImage, RgbImage};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -75,6 +76,16 @@ pub fn emit_path(path: &Path) -> Result<ControlFlow<()>> {
     };
     line.push(b'\n');
     emit(&line)
+}
+
+/// Shows an image on a terminal, in the best way that it knows; elsewhere nothing.
+pub fn show(image: &RgbImage) {
+    if !io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some() {
+        return;
+    }
+    let config = viuer::Config { absolute_offset: false, width: Some(32), ..Default::default() };
+    // The file tells as much.
+    let _ = viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config);
 }
 
 /// Writes one JSON object as one line to stdout.
@@ -249,7 +260,7 @@ impl Console {
     }
 
     /// Takes the line of progress away.
-    fn clear(&mut self) {
+    pub fn clear(&mut self) {
         if self.redraw {
             clear_line();
         }

@@ -98,8 +98,8 @@ fn a_conversation_goes_on_from_what_was_read() {
     assert!(number(4, "prompt_tokens") > number(1, "prompt_tokens"));
     let saved: Value = serde_json::from_slice(&std::fs::read(here.path().join("a.json")).unwrap()).unwrap();
     assert_eq!(saved["system"], "Be brief.");
-    assert_eq!(saved["turns"][2]["images"], serde_json::json!(["a.png"]));
-    assert_eq!(saved["turns"][2]["text"], "what \nis it");
+    let parts = serde_json::json!([{"image": "a.png"}, {"text": "what \nis it"}]);
+    assert_eq!(saved["turns"][2]["parts"], parts);
     assert_eq!(saved["turns"].as_array().unwrap().len(), 4);
     // A block of several lines is one message.
     assert_eq!(json(here.path(), &chat, "\"\"\"\nHello\n\nthere\n\"\"\"\n").len(), 1);
@@ -150,6 +150,15 @@ fn bad_input_is_refused_with_a_hint() {
     let here = tempfile::tempdir().unwrap();
     std::fs::write(here.path().join("broken.png"), b"no image").unwrap();
     let nano = data("../../assets/nano");
+    // A model that was never taught to talk has no control tokens.
+    let mute = here.path().join("mute");
+    std::fs::create_dir(&mute).unwrap();
+    for file in ["config.json", "model.safetensors", "image_tokenizer.safetensors"] {
+        std::fs::copy(nano.join(file), mute.join(file)).unwrap();
+    }
+    let mut words: Value = serde_json::from_slice(&std::fs::read(nano.join("tokenizer.json")).unwrap()).unwrap();
+    words["added_tokens"] = serde_json::json!([]);
+    std::fs::write(mute.join("tokenizer.json"), words.to_string()).unwrap();
     let nano = nano.to_str().unwrap();
     for (args, code, part) in [
         (&["chat", ""][..], 2, "the message is empty"),
@@ -160,7 +169,7 @@ fn bad_input_is_refused_with_a_hint() {
         (&["chat", "x", "--repetition-penalty", "0"], 2, "repetition_penalty"),
         (&["chat", "x", "--max-tokens", "0"], 2, "max-tokens"),
         (&["chat", "x", "--min-pixels", "100000"], 2, "--min-pixels 100000 is above"),
-        (&["chat", "x", "--model", nano], 3, "does not talk"),
+        (&["chat", "x", "--model", "mute"], 3, "does not talk"),
         (&["chat", "x", "--model", "nowhere"], 3, "nowhere"),
         (&["gen", "-p", "x"], 3, "does not draw"),
         (&["assemble", "--backbone", nano, "--tokenizer", nano, "-o", "out"], 3, "is not Qwen2.5-VL"),
@@ -170,7 +179,7 @@ fn bad_input_is_refused_with_a_hint() {
     }
     let (code, _, stderr) = nextflow(here.path(), &["chat", "-"], &[b'x'; 100_000]);
     assert!(code == 2 && stderr.contains("100000 bytes"), "{stderr}");
-    assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), 1, "something was left over");
+    assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), 2, "something was left over");
 }
 
 #[test]

@@ -72,6 +72,10 @@ pub struct BackboneConfig {
     pub max_scales: usize,
     /// Add the sinusoidal embedding of an image's number of scales.
     pub scale_length_embedding: bool,
+    /// An image that others follow in the sequence ends with one more grid: the sum of all its scales. Without it
+    /// nothing behind an image sees the codes of its last scale, which are never an input.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub context_last_scale: bool,
     /// How codes join the vocabulary.
     #[serde(default, skip_serializing_if = "is_default")]
     pub vocabulary: Vocabulary,
@@ -171,6 +175,9 @@ impl BackboneConfig {
         }
         if self.codebook_size > 0 && self.spatial_extent.is_some() == self.code_positions.is_some() {
             return Err("one of spatial_extent and code_positions must say where codes stand".into());
+        }
+        if self.context_last_scale && self.spatial_extent.is_none() {
+            return Err("context_last_scale needs spatial_extent".into());
         }
         Ok(())
     }

@@ -60,6 +60,18 @@ impl Layout {
         self.counter += if extent.is_some() { scales.len() } else { 1 };
     }
 
+    /// Appends an image that others may follow: with `whole` one more grid, that of its sum, stands where a further
+    /// scale would, and `<eoi>` behind it.
+    pub fn push_context_image(&mut self, scales: &[(usize, usize)], extent: Option<f64>, whole: bool) {
+        self.push_image(scales, extent);
+        if let (true, Some(&grid), Some(extent)) = (whole, scales.last(), extent) {
+            self.positions.extend(grid_positions(self.counter, grid, extent));
+            self.ends.resize(self.positions.len(), self.positions.len());
+            self.counter += 1;
+        }
+        self.push_eoi();
+    }
+
     /// Appends the tokens of an image that Qwen2.5-VL's own encoder has read, a grid of (height, width): rows and columns
     /// count from where text stands, and text goes on behind the larger of the two. They are read one after the other,
     /// like text.
@@ -111,6 +123,16 @@ mod tests {
         assert_eq!(layout.ends, [1, 2, 3, 5, 5, 9, 9, 9, 9, 10, 11]);
         let counters: Vec<f32> = layout.positions.iter().map(|p| p[0]).collect();
         assert_eq!(counters, [0., 1., 2., 3., 3., 4., 4., 4., 4., 5., 6.]);
+    }
+
+    #[test]
+    fn the_sum_of_an_image_stands_where_a_further_scale_would() {
+        let mut layout = Layout::new();
+        layout.push_context_image(&[(1, 1), (1, 2)], Some(64.0), true);
+        layout.push_text(1);
+        assert_eq!(layout.ends, [1, 3, 3, 5, 5, 6, 7]);
+        assert_eq!(layout.positions.iter().map(|p| p[0]).collect::<Vec<_>>(), [0., 1., 1., 2., 2., 3., 4.]);
+        assert_eq!(layout.positions[1][1..], layout.positions[3][1..]);
     }
 
     #[test]

@@ -115,6 +115,7 @@ impl QwenConfig {
             input_mode: InputMode::Residual,
             max_scales: 0,
             scale_length_embedding: false,
+            context_last_scale: false,
             vocabulary: Vocabulary::Plain,
             norm_placement: NormPlacement::Input,
             qkv_bias: true,

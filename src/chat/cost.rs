@@ -4,17 +4,20 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use serde::Serialize;
 
-use super::ChatConfig;
 use super::session::CHUNK;
+use super::{ChatConfig, ChatModel};
 use crate::checkpoint::{Inventory, Source, WeightType, Weights};
 use crate::error::Result;
-use crate::generate::{TRANSFORMER, cost};
+use crate::generate::frame::Frame;
+use crate::generate::{TRANSFORMER, cost, schedule};
+use crate::size::Size;
+use crate::tokenizer::ImageTokenizer;
 use crate::vision::VisionTower;
 
 /// Bytes that a process needs for a conversation.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct ChatMemory {
-    /// All weights, the image encoder's too.
+    /// All weights, those of the image encoder or the image tokenizer too.
     pub weights: u64,
     /// Keys and values.
     pub cache: u64,
@@ -35,6 +38,20 @@ impl ChatMemory {
 const WORD: u64 = 400;
 
 impl ChatConfig {
+    /// The grid (height, width) of the largest pass over an image of (width, height) pixels, and all its tokens.
+    ///
+    /// Errors: usage, for an image that is too narrow, or if the model sees none.
+    pub fn image_tokens(&self, size: (u32, u32)) -> Result<((usize, usize), usize)> {
+        if let Some(config) = &self.drawing {
+            let scales = Frame::of(config, size, Size::Auto)?.scales;
+            let last = scales.last().copied().unwrap_or_default();
+            let whole = if config.backbone.context_last_scale { last.0 * last.1 } else { 0 };
+            return Ok((last, 1 + schedule::codes(&scales) + whole));
+        }
+        let (vision, processor) = self.vision.as_ref().ok_or_else(ChatModel::sees_nothing)?;
+        processor.tokens(size, vision).map(|(h, w)| ((h, w), h * w))
+    }
+
     /// What a conversation of so many `tokens` needs, the largest of whose images is a grid of tokens `image`, with the
     /// weights as `source` has them (it is GGUF, or they are random) or as `weights`.
     ///
@@ -55,15 +72,22 @@ impl ChatConfig {
             None => asked.bytes(dtype, blocks),
         };
         let (c, width) = (&self.backbone, dtype.size_in_bytes());
-        let cache = 2 * c.num_hidden_layers * tokens.max(CHUNK) * c.num_key_value_heads * c.head_dim() * width;
+        // A model that draws keeps what guidance is away from as well.
+        let rows = if self.drawing.is_some() { 2 } else { 1 };
+        let cache = rows * 2 * c.num_hidden_layers * tokens.max(CHUNK) * c.num_key_value_heads * c.head_dim() * width;
         let pass = tokens.min(CHUNK) * (4 * c.intermediate_size + 6 * c.hidden_size) * width;
         let seen = self.vision.as_ref().zip(image).map_or(0, |((v, _), (h, w))| {
             let patches = h * w * v.spatial_merge_size * v.spatial_merge_size;
             patches * (4 * v.intermediate_size).max(9 * v.hidden_size) * width
         });
         let words = c.vocab_size * 4 * width;
+        let tokenizer = self.drawing.as_ref().map(|config| {
+            let asked = Weights::inventory();
+            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, None))
+        });
+        let tokenizer = tokenizer.transpose()?.unwrap_or(0);
         Ok(ChatMemory {
-            weights,
+            weights: weights + tokenizer,
             cache: cache as u64,
             activations: (pass + words).max(seen) as u64,
             program: cost::PROGRAM + WORD * c.vocab_size as u64,

@@ -2,24 +2,34 @@
 
 mod config;
 mod cost;
+mod picture;
 mod session;
+pub mod template;
 #[cfg(test)]
 mod tests;
 mod words;
 
 use candle_core::{Device, Tensor};
+use image::RgbImage;
 
 pub use config::{QwenConfig, is_qwen};
 pub use cost::ChatMemory;
-pub use session::{Ending, Picture, Reply, Role, Session, Turn};
+pub use picture::{Codes, Picture};
+pub use session::{Ending, Heard, Manner, Reply, Session, Turn};
+pub use template::{Part, Role};
 pub use words::{Speech, WordSampling};
 
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Result};
+use crate::generate::frame::Frame;
 use crate::generate::{ModelConfig, TRANSFORMER};
+use crate::pixels;
+use crate::size::Size;
 use crate::text::Text;
+use crate::tokenizer::ImageTokenizer;
 use crate::vision::{ImageProcessor, VisionConfig, VisionTower};
+use template::Template;
 
 /// What the model is told if the user tells nothing (Qwen2.5-VL's chat template).
 pub const SYSTEM: &str = "You are a helpful assistant.";
@@ -31,6 +41,10 @@ pub struct ChatConfig {
     pub backbone: BackboneConfig,
     /// The image encoder's shape, and how images are made ready for it, if there is one.
     pub vision: Option<(VisionConfig, ImageProcessor)>,
+    /// The whole config of a model that reads images as codes and draws.
+    pub drawing: Option<Box<ModelConfig>>,
+    /// What the model is told if the user tells nothing.
+    pub system: String,
     /// How words are drawn if the user says nothing.
     pub sampling: WordSampling,
     /// The most tokens of a conversation.
@@ -45,17 +59,21 @@ impl ChatConfig {
     pub fn read(source: &Source) -> Result<Self> {
         if is_qwen(&source.read_config()?) {
             let QwenConfig { backbone, vision, processor, sampling, stops, context } = QwenConfig::read(source)?;
-            return Ok(Self { backbone, vision: Some((vision, processor)), sampling, context, stops });
+            let (vision, system) = (Some((vision, processor)), SYSTEM.into());
+            return Ok(Self { backbone, vision, drawing: None, system, sampling, context, stops });
         }
-        let backbone = ModelConfig::read(source)?.backbone;
+        let config = ModelConfig::read(source)?;
         let (sampling, stops) = config::generation(source)?;
-        Ok(Self { backbone, vision: None, sampling, context: 32_768, stops })
+        let (backbone, system) = (config.backbone.clone(), config.conversation.system.clone());
+        let drawing = Some(Box::new(config));
+        Ok(Self { backbone, vision: None, drawing, system, sampling, context: 32_768, stops })
     }
 
     /// A model of random weights.
     pub fn synthetic(backbone: BackboneConfig, vision: Option<VisionConfig>) -> Self {
         let vision = vision.map(|config| (config, ImageProcessor::default()));
-        Self { backbone, vision, sampling: WordSampling::GREEDY, context: 32_768, stops: Vec::new() }
+        let (sampling, system, stops) = (WordSampling::GREEDY, SYSTEM.into(), Vec::new());
+        Self { backbone, vision, drawing: None, system, sampling, context: 32_768, stops }
     }
 
     /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.
@@ -75,41 +93,18 @@ impl ChatConfig {
     }
 }
 
-/// Control tokens of ChatML.
-#[derive(Clone, Copy, Debug)]
-struct Marks {
-    start: u32,
-    end: u32,
-    /// Before and behind an image.
-    vision: (u32, u32),
-    /// Stands for a token of an image.
-    pad: u32,
-}
-
-impl Marks {
-    fn of(text: &Text) -> Result<Self> {
-        let id = |word: &str| {
-            text.control(word).ok_or_else(|| {
-                Error::model(format!("the model does not talk: tokenizer.json has no {word}"))
-                    .hint("nextflow chat --model Qwen/Qwen2.5-VL-3B-Instruct")
-            })
-        };
-        Ok(Self {
-            start: id("<|im_start|>")?,
-            end: id("<|im_end|>")?,
-            vision: (id("<|vision_start|>")?, id("<|vision_end|>")?),
-            pad: id("<|image_pad|>")?,
-        })
-    }
-}
-
 /// A loaded model that talks.
 #[derive(Debug)]
 pub struct ChatModel {
     text: Text,
-    marks: Marks,
+    template: Template,
+    /// Stands for a token of an image of Qwen2.5-VL's.
+    pad: Option<u32>,
+    /// Its vocabulary puts a space before the first word of a text.
+    spaced: bool,
     backbone: Backbone,
     vision: Option<VisionTower>,
+    tokenizer: Option<ImageTokenizer>,
     config: ChatConfig,
 }
 
@@ -119,12 +114,15 @@ impl ChatModel {
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not talk.
     pub fn load(source: &Source, config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let text = source.text()?;
-        let marks = Marks::of(&text)?;
+        let template = Template::of(&text, config.vision.is_some())?;
         let usual = WeightType::usual(device.is_cpu() || source.is_gguf(TRANSFORMER));
         let (dtype, blocks) = weights.unwrap_or(usual).placed(device.is_cpu());
         let build = |w: &Weights| config.build(&w.with_matrices(blocks));
         let (backbone, vision) = source.load(TRANSFORMER, dtype, device, build)?;
-        Ok(Self { text, marks, backbone, vision, config })
+        let tokenizer = config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device)).transpose()?;
+        let spaced = text.decode(&text.encode("a")?)?.starts_with(' ');
+        let pad = text.control("<|image_pad|>");
+        Ok(Self { text, template, pad, spaced, backbone, vision, tokenizer, config })
     }
 
     /// What was read before the weights.
@@ -135,12 +133,42 @@ impl ChatModel {
     /// Reads an image for a conversation; `name` is what it is called there.
     ///
     /// Errors: usage, if the model sees no images or this one is too narrow.
-    pub fn picture(&self, name: &str, image: &image::RgbImage) -> Result<Picture> {
+    pub fn picture(&self, name: &str, image: &RgbImage) -> Result<Picture> {
+        if let Some(config) = &self.config.drawing {
+            let frame = Frame::of(config, image.dimensions(), Size::Auto)?;
+            return self.encode(name, &frame.fit(image), &frame.scales);
+        }
         let (Some(tower), Some((config, processor))) = (&self.vision, &self.config.vision) else {
             return Err(Self::sees_nothing());
         };
         let patches = processor.patches(image, config)?;
-        Ok(Picture::new(name, tower.forward(&patches)?, patches.tokens))
+        Ok(Picture::of_patches(name, tower.forward(&patches)?, patches.tokens))
+    }
+
+    /// Reads an image of the size of the last of the grids `scales`.
+    ///
+    /// Errors: usage, if the model does not read images as codes.
+    pub fn encode(&self, name: &str, image: &RgbImage, scales: &[(usize, usize)]) -> Result<Picture> {
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(Self::sees_nothing)?;
+        let (width, height) = (image.width() as usize, image.height() as usize);
+        let pixels = pixels::to_tensor(&[image.as_raw()], height, width, self.backbone.device())?;
+        let codes = tokenizer.encode(&pixels, scales)?.remove(0).codes;
+        Ok(Picture::of_codes(name, &self.config.backbone, tokenizer.quantizer(), codes, scales))
+    }
+
+    /// The grids of an image of which nothing is said.
+    pub fn usual_scales(&self) -> Result<Vec<(usize, usize)>> {
+        Size::Auto.grids(self.config.drawing.as_ref().ok_or_else(Self::draws_nothing)?)
+    }
+
+    /// The pixels of an image in codes.
+    ///
+    /// Errors: an image that is not in codes.
+    pub fn decode(&self, picture: &Picture) -> Result<RgbImage> {
+        let Some((tokenizer, codes)) = self.tokenizer.as_ref().zip(picture.codes()) else {
+            return Err(Error::usage(format!("{} is not in codes", picture.name)));
+        };
+        Ok(pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)?)
     }
 
     /// The error of an image for a model without an image encoder.
@@ -148,10 +176,26 @@ impl ChatModel {
         Error::usage("this model sees no images").hint("nextflow chat \"...\" without -i")
     }
 
-    /// Logits of all words of the vocabulary for hidden states (1, 1, hidden).
+    /// The error of an image to be drawn by a model that draws none.
+    pub fn draws_nothing() -> Error {
+        Error::usage("this model does not draw").hint("nextflow gen -p \"a red apple\"")
+    }
+
+    /// The beginning of what is said, without the space that a vocabulary like Llama's has before every first word.
+    fn opening<'a>(&self, words: &'a str, first: bool) -> &'a str {
+        if first && self.spaced { words.strip_prefix(' ').unwrap_or(words) } else { words }
+    }
+
+    /// Whether it answers with images of its own accord.
+    fn draws(&self) -> bool {
+        self.config.drawing.as_ref().is_some_and(|config| config.conversation.draws)
+    }
+
+    /// Logits of all words of the vocabulary and, where it draws of its own accord, of `<boi>`, for hidden states
+    /// (1, 1, hidden).
     fn logits(&self, hidden: &Tensor) -> candle_core::Result<Vec<f32>> {
         let logits = self.backbone.text_logits(hidden)?.flatten_all()?;
-        // Text only: a model with codes would open an image by the word behind the last one.
-        logits.narrow(0, 0, self.config.backbone.vocab_size)?.to_dtype(candle_core::DType::F32)?.to_vec1()
+        let words = self.config.backbone.vocab_size + usize::from(self.draws());
+        logits.narrow(0, 0, words)?.to_dtype(candle_core::DType::F32)?.to_vec1()
     }
 }

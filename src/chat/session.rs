@@ -1,74 +1,72 @@
 //! A conversation: its turns, and what the transformer has read of them.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::{ChatModel, SYSTEM, Speech, WordSampling};
+use super::picture::{self, Script, Token, passes};
+use super::template::{Part, Role};
+use super::{ChatModel, Picture, Speech, WordSampling};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
+use crate::generate::{Event, Job, Rows, Sampling, draw_codes, schedule};
 
 /// Tokens that are read in one pass.
 pub(super) const CHUNK: usize = 512;
-
-/// Who speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// The user.
-    User,
-    /// The model.
-    Assistant,
-}
-
-/// An image as the transformer reads it.
-#[derive(Clone, Debug)]
-pub struct Picture {
-    /// What the user calls it.
-    pub name: String,
-    /// Grid (height, width) of its tokens.
-    pub tokens: (usize, usize),
-    features: Tensor,
-    /// Tells it from all others.
-    id: u64,
-}
-
-impl Picture {
-    /// Of features (h * w, hidden).
-    pub(super) fn new(name: &str, features: Tensor, tokens: (usize, usize)) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self { name: name.into(), features, tokens, id: NEXT.fetch_add(1, Ordering::Relaxed) }
-    }
-
-    /// The features, (h * w, hidden).
-    pub fn features(&self) -> &Tensor {
-        &self.features
-    }
-}
 
 /// One message.
 #[derive(Clone, Debug)]
 pub struct Turn {
     /// Who speaks.
     pub role: Role,
-    /// Images before the text.
-    pub pictures: Vec<Picture>,
-    /// What is said.
-    pub text: String,
-    /// The words that the model drew, which its tokenizer need not choose for the same text.
-    ids: Option<Vec<u32>>,
+    /// Words and images in their order.
+    pub parts: Vec<Part<Picture>>,
 }
 
-/// A token of the sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Token {
-    Word(u32),
-    /// Of an image, by its id.
-    Patch(u64, u32),
+impl Turn {
+    /// Its images.
+    pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
+        self.parts.iter().filter_map(Part::image)
+    }
+
+    /// All its words.
+    pub fn text(&self) -> String {
+        self.parts.iter().filter_map(Part::text).collect()
+    }
 }
+
+/// How replies are made.
+#[derive(Clone, Debug)]
+pub struct Manner {
+    /// How words are drawn.
+    pub words: WordSampling,
+    /// The most words of a reply.
+    pub longest: usize,
+    /// How codes are drawn, by a model that draws.
+    pub image: Option<Sampling>,
+    /// Decides all randomness.
+    pub seed: u64,
+    /// Guidance leads away from an image with the same images before it, so that they are kept; else from any image.
+    pub guide_from_sources: bool,
+}
+
+/// What happens while a reply is made.
+#[derive(Debug)]
+pub enum Heard<'a> {
+    /// A part of the conversation has been read.
+    Read,
+    /// More words.
+    Words(&'a str),
+    /// An image is being drawn.
+    Drawing(Event<'a>),
+    /// An image is drawn, with this seed; the listener may give it a name.
+    Drawn(&'a mut Picture, u64),
+}
+
+/// Called with everything that is [`Heard`]. An observer that answers `Break` stops the reply.
+pub type Listener<'a> = &'a mut dyn FnMut(Heard) -> ControlFlow<()>;
 
 /// Why a reply ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -85,9 +83,9 @@ pub enum Ending {
 /// What the model answered.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reply {
-    /// Its text.
+    /// Its words.
     pub text: String,
-    /// Tokens of the conversation up to it, of which so many had been read before, and its own.
+    /// Tokens of the conversation up to it, of which so many had been read before, and its own words.
     pub prompt_tokens: usize,
     /// See above.
     pub cached_tokens: usize,
@@ -97,28 +95,49 @@ pub struct Reply {
     pub ending: Ending,
 }
 
+/// A row of the cache: everything that was said, or the images alone, which is what guidance is away from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Row {
+    Said,
+    Images,
+}
+
 /// A conversation with a model. What has been read once is not read again while the conversation goes on from there.
 #[derive(Debug)]
 pub struct Session<'a> {
-    model: &'a ChatModel,
+    pub(super) model: &'a ChatModel,
     system: String,
     turns: Vec<Turn>,
-    cache: Cache,
-    /// What the cache holds.
-    read: Vec<Token>,
+    pub(super) cache: Cache,
+    /// What the model has said of the reply that it is making.
+    pub(super) reply: Vec<Part<Picture>>,
+    /// What each row of the cache holds.
+    pub(super) read: Vec<Vec<Token>>,
 }
 
 impl<'a> Session<'a> {
     /// An empty conversation.
     pub fn new(model: &'a ChatModel) -> Result<Self> {
-        let (backbone, config) = (&model.backbone, &model.config.backbone);
-        let cache = Cache::new(config, 1, CHUNK, backbone.dtype(), backbone.device())?;
-        Ok(Self { model, system: SYSTEM.into(), turns: Vec::new(), cache, read: Vec::new() })
+        let (backbone, config) = (&model.backbone, &model.config);
+        let rows = if config.drawing.is_some() { 2 } else { 1 };
+        let cache = Cache::new(&config.backbone, rows, CHUNK, backbone.dtype(), backbone.device())?;
+        let (turns, reply, read) = (Vec::new(), Vec::new(), vec![Vec::new(); rows]);
+        Ok(Self { model, system: config.system.clone(), turns, cache, reply, read })
+    }
+
+    /// Who answers.
+    pub fn model(&self) -> &'a ChatModel {
+        self.model
     }
 
     /// The turns so far.
     pub fn turns(&self) -> &[Turn] {
         &self.turns
+    }
+
+    /// All images so far, in their order.
+    pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
+        self.turns.iter().flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image)
     }
 
     /// What the model is told about itself.
@@ -136,105 +155,188 @@ impl<'a> Session<'a> {
         self.turns.clear();
     }
 
-    /// Takes the last question and its answer back, if there is one.
-    pub fn undo(&mut self) -> bool {
-        let last = self.turns.iter().rposition(|turn| turn.role == Role::User);
-        self.turns.truncate(last.unwrap_or(0));
-        last.is_some()
+    /// Takes the last question and its answer back, if there is one: the question.
+    pub fn undo(&mut self) -> Option<Turn> {
+        let last = self.turns.iter().rposition(|turn| turn.role == Role::User)?;
+        self.turns.drain(last..).next()
     }
 
     /// Adds what somebody said before, as when a conversation is loaded.
-    pub fn push(&mut self, role: Role, pictures: Vec<Picture>, text: &str) {
-        self.turns.push(Turn { role, pictures, text: text.into(), ids: None });
+    pub fn push(&mut self, role: Role, parts: Vec<Part<Picture>>) {
+        self.turns.push(Turn { role, parts });
     }
 
-    /// Says something and gives the model's answer, which `observe` hears as it comes. An answer that the observer breaks
+    /// Says something and gives the model's answer, which `listener` hears as it comes. An answer that the listener breaks
     /// off stays as far as it got; after an error the conversation is as before.
     ///
     /// Errors: usage, if the conversation is longer than the model's context, [`Kind::NonFinite`] if the model gives no
-    /// finite numbers, [`Kind::Interrupted`] if the observer breaks before the first word.
-    pub fn say(
+    /// finite numbers, [`Kind::Interrupted`] if the listener breaks before the first word or image.
+    pub fn say(&mut self, pictures: Vec<Picture>, text: &str, manner: &Manner, listener: Listener) -> Result<Reply> {
+        self.take_turn(pictures, text, |session| session.answer(manner, listener))
+    }
+
+    /// Says something that the model answers with an image, whatever it would say: of the grids `scales` or, without
+    /// them, of those of the last image, for it is likely to be an edit.
+    ///
+    /// Errors: as [`Session::say`], and usage if the model does not draw.
+    pub fn draw(
         &mut self,
         pictures: Vec<Picture>,
         text: &str,
-        sampling: &WordSampling,
-        (seed, longest): (u64, usize),
-        observe: &mut dyn FnMut(&str) -> ControlFlow<()>,
+        manner: &Manner,
+        scales: Option<&[(usize, usize)]>,
+        listener: Listener,
     ) -> Result<Reply> {
-        self.push(Role::User, pictures, text);
-        let answer = self.answer(sampling, seed, longest, observe);
-        match answer {
-            Ok((reply, ids)) => {
-                let text = reply.text.clone();
-                self.turns.push(Turn { role: Role::Assistant, pictures: Vec::new(), text, ids: Some(ids) });
-                Ok(reply)
-            }
-            Err(error) => {
-                self.turns.pop();
-                Err(error)
-            }
-        }
+        self.take_turn(pictures, text, |session| {
+            let (prompt_tokens, cached_tokens) = {
+                let (script, cached, _) = session.begin(manner, listener)?;
+                (script.tokens.len(), cached)
+            };
+            let scales = scales.map_or_else(|| session.next_scales(), |scales| Ok(scales.into()))?;
+            session.draw_next(manner, &scales, listener)?;
+            Ok(Reply { text: String::new(), prompt_tokens, cached_tokens, tokens: 0, ending: Ending::Stop })
+        })
     }
 
-    pub(super) fn answer(
+    fn take_turn(
         &mut self,
-        sampling: &WordSampling,
-        seed: u64,
-        longest: usize,
-        observe: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<(Reply, Vec<u32>)> {
-        let Script { tokens, mut layout } = self.render()?;
-        let (context, prompt_tokens) = (self.model.config.context, tokens.len());
+        pictures: Vec<Picture>,
+        text: &str,
+        answer: impl FnOnce(&mut Self) -> Result<Reply>,
+    ) -> Result<Reply> {
+        let parts = pictures.into_iter().map(Part::Image).chain([Part::Text(text.into())]);
+        self.push(Role::User, parts.collect());
+        let answer = answer(self);
+        let parts = std::mem::take(&mut self.reply);
+        match answer {
+            Ok(_) => self.push(Role::Assistant, parts),
+            Err(_) => drop(self.turns.pop()),
+        }
+        answer
+    }
+
+    /// Reads the conversation: where the reply begins, how many tokens had been read before, and the hidden state of the
+    /// last one, (1, 1, hidden).
+    fn begin(&mut self, manner: &Manner, listener: Listener) -> Result<(Script, usize, Tensor)> {
+        let script = self.render(Row::Said, true)?;
+        let (context, prompt_tokens) = (self.model.config.context, script.tokens.len());
         if prompt_tokens >= context {
             let message = format!("the conversation has {prompt_tokens} tokens, the model's limit is {context}");
             return Err(Error::usage(message).hint("/undo, /clear, or smaller images: --max-pixels 500000"));
         }
-        let longest = longest.min(context - prompt_tokens);
-        // The last token is read in any case: its logits are the first answer.
-        let same = tokens.iter().zip(&self.read).take_while(|(a, b)| a == b).count();
-        let cached_tokens = same.min(prompt_tokens - 1);
-        self.read.truncate(cached_tokens);
-        self.cache.truncate(0, cached_tokens);
-        self.cache.reserve(prompt_tokens + longest.min(CHUNK))?;
-        let mut hidden = None;
-        for chunk in tokens[cached_tokens..].chunks(CHUNK) {
-            hidden = Some(self.pass(chunk, &layout)?);
-            if observe("").is_break() {
-                return Err(Error::new(Kind::Interrupted, "interrupted"));
-            }
-        }
-        let Some(mut hidden) = hidden else { return Err(Error::usage("nothing was said")) };
-        let (model, marks) = (self.model, self.model.marks);
-        let mut before = self.words_before(&tokens);
-        let (mut speech, mut text) = (Speech::default(), String::new());
+        self.cache.reserve(prompt_tokens + manner.longest.min(context - prompt_tokens).min(CHUNK))?;
+        let (cached, hidden) = self.catch_up(Row::Said, &script, listener)?;
+        Ok((script, cached, hidden))
+    }
+
+    pub(super) fn answer(&mut self, manner: &Manner, listener: Listener) -> Result<Reply> {
+        let (script, cached_tokens, mut hidden) = self.begin(manner, listener)?;
+        let (model, prompt_tokens) = (self.model, script.tokens.len());
+        let longest = manner.longest.min(model.config.context - prompt_tokens);
+        let mut before = self.words_before(&script.tokens);
+        let (mut speech, mut layout, mut tokens) = (Speech::default(), script.layout, 0);
         let ending = loop {
             let position = layout.len();
-            let drawn = sampling.draw(model.logits(&hidden)?, &before, seed, position);
+            let drawn = manner.words.draw(model.logits(&hidden)?, &before, manner.seed, position);
             let word = drawn.ok_or_else(|| {
                 Error::new(Kind::NonFinite, format!("the model gave no finite numbers at token {position}"))
                     .hint("check the weights: nextflow info MODEL")
             })?;
-            if word == marks.end || model.config.stops.contains(&word) {
+            if word == model.template.end || model.config.stops.contains(&word) {
                 break Ending::Stop;
             }
+            if model.draws() && word == model.config.backbone.boi() {
+                self.finish(&mut speech, listener)?;
+                match self.draw_next(manner, &self.next_scales()?, listener) {
+                    Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => break Ending::Interrupted,
+                    drawn => drawn?,
+                }
+                let script = self.render(Row::Said, true)?;
+                self.cache.reserve(script.tokens.len() + longest.min(CHUNK))?;
+                (_, hidden) = self.catch_up(Row::Said, &script, listener)?;
+                layout = script.layout;
+                continue;
+            }
+            tokens += 1;
+            let first = speech.is_empty();
             let new = speech.push(word, &model.text)?;
-            text.push_str(&new);
-            if observe(&new).is_break() {
+            if listener(Heard::Words(model.opening(&new, first))).is_break() {
                 break Ending::Interrupted;
             }
-            if speech.ids().len() >= longest {
+            if tokens >= longest {
                 break Ending::Length;
             }
             before[word as usize] = true;
             layout.push_text(1);
             self.cache.reserve(layout.len())?;
-            hidden = self.pass(&[Token::Word(word)], &layout)?;
+            hidden = self.pass(Row::Said, &[Token::Word(word)], &layout, Step::Text)?;
         };
-        let rest = speech.finish(&model.text)?;
-        text.push_str(&rest);
-        let _ = observe(&rest);
-        let ids = speech.ids().to_vec();
-        Ok((Reply { text, prompt_tokens, cached_tokens, tokens: ids.len(), ending }, ids))
+        self.finish(&mut speech, listener)?;
+        let text = self.reply.iter().filter_map(Part::text).collect();
+        Ok(Reply { text, prompt_tokens, cached_tokens, tokens, ending })
+    }
+
+    /// Puts what has been spoken into the reply.
+    fn finish(&mut self, speech: &mut Speech, listener: Listener) -> Result<()> {
+        let text = &self.model.text;
+        let rest = speech.finish(text)?;
+        let _ = listener(Heard::Words(&rest));
+        let ids = std::mem::take(speech).into_ids();
+        if !ids.is_empty() {
+            let words = text.decode(&ids)?;
+            self.reply.push(Part::Drawn(self.model.opening(&words, true).into(), ids));
+        }
+        Ok(())
+    }
+
+    /// The grids of an image that follows: those of the last one, for it is likely to be an edit.
+    fn next_scales(&self) -> Result<Vec<(usize, usize)>> {
+        let last = self.pictures().filter_map(Picture::codes).last();
+        last.map_or_else(|| self.model.usual_scales(), |codes| Ok(codes.scales.clone()))
+    }
+
+    /// Draws an image behind what has been read of the conversation and of the reply, and puts it there.
+    fn draw_next(&mut self, manner: &Manner, scales: &[(usize, usize)], listener: Listener) -> Result<()> {
+        let (model, config) = (self.model, &self.model.config.backbone);
+        let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(manner.image.as_ref()) else {
+            return Err(ChatModel::draws_nothing());
+        };
+        let rows = if sampling.cfg > 0.0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
+        let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
+        for &row in rows {
+            let mut script = self.render(row, manner.guide_from_sources)?;
+            script.tokens.push(Token::Word(config.boi()));
+            script.layout.push_image(scales, config.spatial_extent);
+            self.cache.reserve(script.layout.len())?;
+            hidden.push(self.catch_up(row, &script, listener)?.1);
+            layouts.push(script.layout);
+        }
+        let hidden = Tensor::cat(&hidden, 0)?;
+        let by_model = |turn: &&Turn| turn.role == Role::Assistant;
+        let before = self.turns.iter().filter(by_model).flat_map(|turn| &turn.parts).chain(&self.reply);
+        let before = before.filter_map(Part::image).count();
+        let seed = manner.seed.wrapping_add(before as u64);
+        let job = Job { prompt: String::new(), scales: scales.into(), sampling: sampling.clone(), seed };
+        let drawing = Rows::resume(&model.backbone, &mut self.cache, layouts, scales);
+        let codes =
+            draw_codes(drawing, hidden, tokenizer.quantizer(), &job, &mut |event| listener(Heard::Drawing(event)));
+        let codes = match codes {
+            Ok(codes) => codes,
+            Err(error) => {
+                rows.iter().for_each(|&row| self.cache.truncate(row as usize, self.read[row as usize].len()));
+                return Err(error);
+            }
+        };
+        let name = format!("${}", self.pictures().count() + 1);
+        let mut picture = Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales);
+        // The loop has left the inputs of all scales in the cache.
+        let mut script = Script::default();
+        script.picture(&picture, config);
+        let inputs = schedule::codes(scales) - 1;
+        rows.iter().for_each(|&row| self.read[row as usize].extend(&script.tokens[1..][..inputs]));
+        let _ = listener(Heard::Drawn(&mut picture, seed));
+        self.reply.push(Part::Image(picture));
+        Ok(())
     }
 
     /// Which words of the vocabulary are in a sequence; tokens of images count as the word that stands for them.
@@ -242,131 +344,71 @@ impl<'a> Session<'a> {
         let mut before = vec![false; self.model.config.backbone.vocab_size];
         for token in tokens {
             let id = match token {
-                Token::Word(id) => *id,
-                Token::Patch(..) => self.model.marks.pad,
+                Token::Word(id) => Some(*id),
+                Token::Patch(..) => self.model.pad,
+                Token::Code(..) => None,
             };
-            if let Some(was) = before.get_mut(id as usize) {
+            if let Some(was) = id.and_then(|id| before.get_mut(id as usize)) {
                 *was = true;
             }
         }
         before
     }
 
-    /// Reads tokens behind what has been read: the hidden state of the last one, (1, 1, hidden).
-    fn pass(&mut self, tokens: &[Token], layout: &Layout) -> Result<Tensor> {
-        let (backbone, start) = (&self.model.backbone, self.read.len());
+    /// Reads of a script what a row has not read yet: how many tokens it had, and the hidden state of the last one.
+    fn catch_up(&mut self, row: Row, script: &Script, listener: Listener) -> Result<(usize, Tensor)> {
+        let (read, tokens) = (&mut self.read[row as usize], &script.tokens);
+        // The last token is read in any case: its hidden state is asked for.
+        let same = tokens.iter().zip(&*read).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);
+        read.truncate(same);
+        self.cache.truncate(row as usize, same);
+        let mut hidden = None;
+        for (part, step) in passes(&tokens[same..], CHUNK) {
+            hidden = Some(self.pass(row, part, &script.layout, step)?);
+            if listener(Heard::Read).is_break() {
+                return Err(Error::new(Kind::Interrupted, "interrupted"));
+            }
+        }
+        let hidden = hidden.ok_or_else(|| Error::usage("nothing was said"))?;
+        Ok((same, hidden))
+    }
+
+    /// Reads tokens behind what a row has read: the hidden state of the last one, (1, 1, hidden).
+    fn pass(&mut self, row: Row, tokens: &[Token], layout: &Layout, step: Step) -> Result<Tensor> {
+        let (backbone, first) = (&self.model.backbone, row as usize);
+        let start = self.read[first].len();
         let x = self.embed(tokens)?;
         let rope = Rope::new(backbone.config(), &[&layout.positions[start..][..tokens.len()]], backbone.device())?;
-        let context = Context::Cached { cache: &mut self.cache, first: 0, step: Step::Text };
+        let context = Context::Cached { cache: &mut self.cache, first, step };
         let hidden = backbone.forward(&x, &rope, context)?;
-        self.read.extend(tokens);
+        self.read[first].extend(tokens);
         Ok(hidden.narrow(1, tokens.len() - 1, 1)?.contiguous()?)
     }
 
     /// Tokens as the transformer reads them, (1, T, hidden).
     pub(super) fn embed(&self, tokens: &[Token]) -> Result<Tensor> {
-        let backbone = &self.model.backbone;
-        let image = |token: &Token| match token {
-            Token::Word(_) => None,
-            Token::Patch(id, _) => Some(*id),
+        picture::embed(&self.model.backbone, tokens, |id| self.pictures().find(|p| p.id() == id))
+    }
+
+    /// The conversation up to the model's next word, or the images of it alone.
+    pub(super) fn render(&self, row: Row, sources: bool) -> Result<Script> {
+        let ChatModel { text, template, config, .. } = self.model;
+        let mute =
+            |parts: &[Part<Picture>]| parts.iter().filter(|part| sources && part.image().is_some()).cloned().collect();
+        let silent: Vec<(Role, Vec<Part<Picture>>)>;
+        let silent_reply: Vec<Part<Picture>>;
+        let pieces = match row {
+            Row::Said => {
+                let turns = self.turns.iter().map(|turn| (turn.role, &turn.parts[..]));
+                template.render(text, &self.system, turns, &self.reply)?
+            }
+            Row::Images => {
+                silent = self.turns.iter().map(|turn| (turn.role, mute(&turn.parts))).collect();
+                silent_reply = mute(&self.reply);
+                let turns = silent.iter().map(|(role, parts)| (*role, &parts[..]));
+                template.render(text, "", turns, &silent_reply)?
+            }
         };
-        let mut parts = Vec::new();
-        for run in tokens.chunk_by(|a, b| image(a) == image(b)) {
-            let indices: Vec<u32> = run
-                .iter()
-                .map(|t| match *t {
-                    Token::Word(id) | Token::Patch(_, id) => id,
-                })
-                .collect();
-            parts.push(match image(&run[0]) {
-                None => backbone.embed_text(&Tensor::new(indices, backbone.device())?.unsqueeze(0)?)?,
-                Some(id) => {
-                    let mut pictures = self.turns.iter().flat_map(|turn| &turn.pictures);
-                    let features = pictures.find(|p| p.id == id).map(Picture::features);
-                    let features = features.ok_or_else(|| Error::new(Kind::Failure, "an image is gone"))?;
-                    features.narrow(0, indices[0] as usize, run.len())?.unsqueeze(0)?.to_dtype(backbone.dtype())?
-                }
-            });
-        }
-        Ok(Tensor::cat(&parts, 1)?)
-    }
-
-    /// The whole conversation up to the model's next word, in ChatML.
-    pub(super) fn render(&self) -> Result<Script> {
-        let (text, marks) = (&self.model.text, self.model.marks);
-        let mut script = Script::default();
-        let close = [&[marks.end], &text.encode("\n")?[..]].concat();
-        if !self.system.is_empty() {
-            script.words(&[marks.start]);
-            script.words(&text.encode(&format!("system\n{}", self.system))?);
-            script.words(&close);
-        }
-        for turn in &self.turns {
-            script.words(&[marks.start]);
-            // What stands between control tokens is one text, for words may reach across its parts.
-            let mut said = match turn.role {
-                Role::User => "user\n".to_string(),
-                Role::Assistant => "assistant\n".to_string(),
-            };
-            for picture in &turn.pictures {
-                script.words(&text.encode(&said)?);
-                said.clear();
-                script.words(&[marks.vision.0]);
-                script.picture(picture);
-                script.words(&[marks.vision.1]);
-            }
-            match &turn.ids {
-                Some(ids) => {
-                    script.words(&text.encode(&said)?);
-                    script.words(ids);
-                }
-                None => script.words(&text.encode(&(said + &turn.text))?),
-            }
-            script.words(&close);
-        }
-        script.words(&[marks.start]);
-        script.words(&text.encode("assistant\n")?);
-        Ok(script)
-    }
-}
-
-/// Tokens and where they stand.
-#[derive(Debug, Default)]
-pub(super) struct Script {
-    pub tokens: Vec<Token>,
-    pub layout: Layout,
-}
-
-impl Script {
-    pub fn words(&mut self, ids: &[u32]) {
-        self.tokens.extend(ids.iter().map(|&id| Token::Word(id)));
-        self.layout.push_text(ids.len());
-    }
-
-    pub fn picture(&mut self, picture: &Picture) {
-        let (h, w) = picture.tokens;
-        self.tokens.extend((0..(h * w) as u32).map(|i| Token::Patch(picture.id, i)));
-        self.layout.push_patches(picture.tokens);
-    }
-}
-
-#[cfg(test)]
-impl Session<'_> {
-    /// Logits of every position, read from the start in passes of `chunk` tokens: (T, vocab).
-    pub(super) fn logits(&mut self, tokens: &[Token], layout: &Layout, chunk: usize) -> Tensor {
-        self.read.clear();
-        self.cache.truncate(0, 0);
-        self.cache.reserve(tokens.len()).unwrap();
-        let backbone = &self.model.backbone;
-        let rows = tokens.chunks(chunk).map(|part| {
-            let positions = &layout.positions[self.cache.len(0)..][..part.len()];
-            let rope = Rope::new(backbone.config(), &[positions], backbone.device()).unwrap();
-            let x = self.embed(part).unwrap();
-            let context = Context::Cached { cache: &mut self.cache, first: 0, step: Step::Text };
-            backbone.text_logits(&backbone.forward(&x, &rope, context).unwrap()).unwrap().get(0).unwrap()
-        });
-        let rows = rows.collect::<Vec<_>>();
-        self.read = tokens.to_vec();
-        Tensor::cat(&rows, 0).unwrap()
+        Ok(Script::of(pieces, &config.backbone))
     }
 }

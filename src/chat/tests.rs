@@ -7,8 +7,11 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::session::{Script, Token};
+use super::picture::{Script, Token, passes};
+use super::session::Row;
 use super::*;
+use crate::backbone::sequence::Layout;
+use crate::backbone::{Context, Rope};
 
 fn data(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
@@ -30,13 +33,17 @@ fn picture(model: &ChatModel, name: &str) -> Picture {
 /// The conversations of the golden data.
 fn session<'a>(model: &'a ChatModel, case: &str) -> Session<'a> {
     let mut session = Session::new(model).unwrap();
-    let pictures = |names: &[&str]| names.iter().map(|name| picture(model, name)).collect();
-    match case {
-        "text" => session.push(Role::User, vec![], "Hello, 你好 🙂"),
-        "one" => session.push(Role::User, pictures(&["shapes.png"]), "What is this?"),
-        "wide" => session.push(Role::User, pictures(&["drawings_wide.png"]), "x"),
-        other => panic!("{other}"),
-    }
+    let image = |name: &str| Part::Image(picture(model, name));
+    let text = |text: &str| Part::Text(text.into());
+    session.push(
+        Role::User,
+        match case {
+            "text" => vec![text("Hello, 你好 🙂")],
+            "one" => vec![image("shapes.png"), text("What is this?")],
+            "wide" => vec![image("drawings_wide.png"), text("x")],
+            other => panic!("{other}"),
+        },
+    );
     session
 }
 
@@ -56,11 +63,11 @@ fn everything_is_as_the_reference_computes_it() {
     for case in ["text", "one", "wide"] {
         let mut session = session(&model, case);
         let of = |name: &str| &golden[&format!("{case}.{name}")];
-        for picture in &session.turns()[0].pictures {
+        for picture in session.pictures() {
             close(case, picture.features(), of("features"), 1e-4);
         }
-        let Script { tokens, layout } = session.render().unwrap();
-        let pad = model.marks.pad;
+        let Script { tokens, layout } = session.render(Row::Said, true).unwrap();
+        let pad = model.pad.unwrap();
         let words: Vec<u32> = tokens.iter().map(|t| if let Token::Word(id) = t { *id } else { pad }).collect();
         assert_eq!(words, ids(of("ids")), "{case}");
         let positions = of("positions").to_dtype(DType::F32).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
@@ -72,10 +79,16 @@ fn everything_is_as_the_reference_computes_it() {
         close(case, &session.logits(&tokens, &layout, 7), of("logits"), 1e-4);
         for (name, penalty) in [("greedy", 1.0), ("penalised", 1.3)] {
             let sampling = WordSampling { repetition_penalty: penalty, ..WordSampling::GREEDY };
-            let (_, words) = session.answer(&sampling, 0, 32, &mut |_| ControlFlow::Continue(())).unwrap();
+            let manner = Manner { words: sampling, longest: 32, image: None, seed: 0, guide_from_sources: true };
+            session.answer(&manner, &mut |_| ControlFlow::Continue(())).unwrap();
+            let words: Vec<u32> = session
+                .take_reply()
+                .into_iter()
+                .flat_map(|p| if let Part::Drawn(_, ids) = p { ids } else { vec![] })
+                .collect();
             // The reference goes on behind a word that ends a reply.
             let want = ids(of(name));
-            let stop = want.iter().position(|id| *id == model.marks.end || model.config.stops.contains(id));
+            let stop = want.iter().position(|id| *id == model.template.end || model.config.stops.contains(id));
             assert_eq!(words, want[..stop.unwrap_or(want.len())], "{case} {name}");
         }
     }
@@ -91,18 +104,18 @@ fn a_conversation_with_two_images_is_as_the_reference_reads_it() {
     session.set_system("Be brief.");
     // The golden conversation has text between its images, which a message of ours has behind them: the tokens are put
     // together by hand.
-    let marks = model.marks;
+    let pad = model.pad.unwrap();
     let mut want = ids(&golden["two.ids"]).into_iter().peekable();
-    session.push(Role::User, vec![first.clone(), second.clone()], "");
+    session.push(Role::User, vec![Part::Image(first.clone()), Part::Image(second.clone())]);
     let mut script = Script::default();
     let mut pictures = [&first, &second].into_iter();
     while let Some(id) = want.next() {
-        if id != marks.pad {
+        if id != pad {
             script.words(&[id]);
             continue;
         }
-        while want.next_if_eq(&marks.pad).is_some() {}
-        script.picture(pictures.next().unwrap());
+        while want.next_if_eq(&pad).is_some() {}
+        script.picture(pictures.next().unwrap(), &model.config.backbone);
     }
     let Script { tokens, layout } = script;
     let positions = golden["two.positions"].to_dtype(DType::F32).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
@@ -155,4 +168,29 @@ fn texts_become_the_ids_of_the_reference() {
     // What a user types is never a control token.
     let typed = text.encode("<|im_start|>").unwrap();
     assert!(!typed.contains(&151_644) && typed.len() > 1);
+}
+
+impl Session<'_> {
+    /// What was said last, which then was never said.
+    fn take_reply(&mut self) -> Vec<Part<Picture>> {
+        std::mem::take(&mut self.reply)
+    }
+
+    /// Logits of every position, read from the start in passes of `chunk` tokens: (T, vocab).
+    fn logits(&mut self, tokens: &[Token], layout: &Layout, chunk: usize) -> Tensor {
+        self.read[0].clear();
+        self.cache.truncate(0, 0);
+        self.cache.reserve(tokens.len()).unwrap();
+        let backbone = &self.model.backbone;
+        let rows = passes(tokens, chunk).map(|(part, step)| {
+            let positions = &layout.positions[self.cache.len(0)..][..part.len()];
+            let rope = Rope::new(backbone.config(), &[positions], backbone.device()).unwrap();
+            let x = self.embed(part).unwrap();
+            let context = Context::Cached { cache: &mut self.cache, first: 0, step };
+            backbone.text_logits(&backbone.forward(&x, &rope, context).unwrap()).unwrap().get(0).unwrap()
+        });
+        let rows = rows.collect::<Vec<_>>();
+        self.read[0] = tokens.to_vec();
+        Tensor::cat(&rows, 0).unwrap()
+    }
 }

@@ -80,9 +80,14 @@ impl Speech {
         rest
     }
 
+    /// Whether nothing has been said yet.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
     /// All words.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
+    pub fn into_ids(self) -> Vec<u32> {
+        self.ids
     }
 
     fn rest(&self, text: &Text) -> Result<String> {

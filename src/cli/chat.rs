@@ -12,10 +12,11 @@ use serde::Serialize;
 
 use super::ModelArgs;
 use super::repl::Repl;
-use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Picture, Reply, Session, WordSampling};
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Picture, Reply, Session, WordSampling};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::TRANSFORMER;
+use crate::generate::{Job, TRANSFORMER};
+use crate::output::{self, Destination, Settings};
 use crate::terminal::{self, Console, Level, Stop};
 use crate::{device, memory, pixels, request};
 
@@ -39,9 +40,9 @@ pub struct ChatArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What the model is told about itself
-    #[arg(long, value_name = "TEXT", default_value = crate::chat::SYSTEM)]
-    pub system: String,
+    /// What the model is told about itself [default: the model's]
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
     /// The longest reply, in tokens
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
@@ -60,6 +61,9 @@ pub struct ChatArgs {
     /// Above 1 words that were said already lose [default: the model's]
     #[arg(long, value_name = "X")]
     pub repetition_penalty: Option<f64>,
+    /// Write drawn images, under names that are free, into this folder [default: the current one]
+    #[arg(long, value_name = "FOLDER")]
+    pub out_dir: Option<PathBuf>,
     /// Enlarge images to so many pixels [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
     pub min_pixels: Option<u32>,
@@ -86,13 +90,16 @@ pub struct ChatArgs {
     pub verbose: bool,
 }
 
-/// How replies are made and shown.
-pub(super) struct Manner {
-    pub sampling: WordSampling,
-    pub seed: u64,
-    pub longest: usize,
+/// How replies are made, shown and kept.
+pub(super) struct Host {
+    pub manner: Manner,
+    /// The model's name, as it is stored with images.
+    pub model: String,
+    /// Where drawn images go.
+    pub images: Destination,
     pub json: bool,
     pub verbose: bool,
+    pub console: Console,
     pub stop: Stop,
 }
 
@@ -101,8 +108,18 @@ pub(super) struct Manner {
 struct Line<'a> {
     #[serde(flatten)]
     reply: &'a Reply,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    images: Vec<String>,
     seed: u64,
     seconds: f64,
+}
+
+/// What is asked of the model.
+pub(super) enum Ask<'a> {
+    /// An answer as it comes.
+    Answer,
+    /// An image of these grids, or of the ones that fit the conversation.
+    Image(Option<&'a [(usize, usize)]>),
 }
 
 /// What `--dry-run` tells.
@@ -159,25 +176,33 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let pictures = args.images.iter().zip(&images).map(|(path, image)| {
         let started = Instant::now();
         let picture = model.picture(&path.display().to_string(), image)?;
-        let (h, w) = picture.tokens;
         console.detail(&format!(
             "read {} as {} tokens in {:.2} s",
             picture.name,
-            h * w,
+            picture.tokens(),
             started.elapsed().as_secs_f64()
         ));
         Ok(picture)
     });
     let pictures = pictures.collect::<Result<Vec<_>>>()?;
-    drop(console);
-    let seed = args.seed.unwrap_or_else(request::any_seed);
-    let longest = args.max_tokens as usize;
-    let manner = Manner { sampling, seed, longest, json: args.json, verbose: args.verbose, stop };
+    let image = model.config().drawing.as_ref().map(|config| config.sampling.clone());
+    let (seed, longest) = (args.seed.unwrap_or_else(request::any_seed), args.max_tokens as usize);
     let mut session = Session::new(&model)?;
-    session.set_system(&args.system);
+    if let Some(system) = &args.system {
+        session.set_system(system);
+    }
+    let host = Host {
+        manner: Manner { words: sampling, longest, image, seed, guide_from_sources: true },
+        model: model.config().drawing.as_ref().map_or("Qwen2.5-VL".into(), |config| config.name.clone()),
+        images: Destination::Folder(args.out_dir.clone().unwrap_or_default()),
+        json: args.json,
+        verbose: args.verbose,
+        console,
+        stop,
+    };
     match text {
-        None => Repl::new(&model, session, manner, pictures, args.quiet)?.run(),
-        Some(text) => match manner.say(&mut session, pictures, &text)?.ending {
+        None => Repl::new(&model, session, host, pictures, args.quiet)?.run(),
+        Some(text) => match { host }.say(&mut session, pictures, &text, Ask::Answer)?.ending {
             Ending::Interrupted => Err(terminal::interrupted()),
             Ending::Stop | Ending::Length => Ok(()),
         },
@@ -230,17 +255,13 @@ fn sampling(args: &ChatArgs, defaults: WordSampling) -> Result<WordSampling> {
 }
 
 fn plan(args: &ChatArgs, config: &ChatConfig, source: &Source, images: &[RgbImage], device: &Device) -> Result<Plan> {
-    let mut grids = Vec::new();
-    for image in images {
-        let (vision, processor) = config.vision.as_ref().ok_or_else(ChatModel::sees_nothing)?;
-        grids.push(processor.tokens(image.dimensions(), vision)?);
-    }
-    let of_images: usize = grids.iter().map(|(h, w)| h * w).sum();
+    let sizes = images.iter().map(|image| config.image_tokens(image.dimensions())).collect::<Result<Vec<_>>>()?;
+    let of_images: usize = sizes.iter().map(|(_, tokens)| tokens).sum();
     let tokens = of_images + args.text.as_ref().map_or(0, String::len) / 3 + args.max_tokens as usize;
-    let largest = grids.iter().copied().max_by_key(|(h, w)| h * w);
+    let largest = sizes.iter().map(|(grid, _)| *grid).max_by_key(|(h, w)| h * w);
     let memory = config.memory(Some(source), args.quant, tokens, largest, device)?;
-    let plans = args.images.iter().zip(&grids);
-    let images = plans.map(|(file, (h, w))| ImagePlan { file: file.display().to_string(), tokens: h * w });
+    let images = args.images.iter().zip(&sizes);
+    let images = images.map(|(file, (_, tokens))| ImagePlan { file: file.display().to_string(), tokens: *tokens });
     Ok(Plan { images: images.collect(), peak_memory: memory.peak(), memory })
 }
 
@@ -267,44 +288,80 @@ impl Plan {
     }
 }
 
-impl Manner {
-    /// Says something and shows the answer as it comes.
-    pub fn say(&self, session: &mut Session, pictures: Vec<Picture>, text: &str) -> Result<Reply> {
-        let (started, mut first, mut lost) = (Instant::now(), None, None);
-        let settings = (self.seed, self.longest);
-        let reply = session.say(pictures, text, &self.sampling, settings, &mut |words| {
-            if !words.is_empty() {
-                first.get_or_insert_with(|| started.elapsed());
-            }
-            if !self.json {
-                match terminal::speak(words) {
-                    Ok(ControlFlow::Continue(())) => {}
-                    Ok(ControlFlow::Break(())) => return ControlFlow::Break(()),
-                    Err(e) => {
-                        lost = Some(e);
-                        return ControlFlow::Break(());
+impl Host {
+    /// Says something, shows the answer as it comes and keeps its images.
+    pub fn say(&mut self, session: &mut Session, pictures: Vec<Picture>, text: &str, ask: Ask) -> Result<Reply> {
+        let (started, mut first, mut lost, mut paths) = (Instant::now(), None, None, Vec::new());
+        let model = session.model();
+        let Self { manner, console, stop, .. } = self;
+        console.start();
+        let (json, name, images) = (self.json, &self.model, &self.images);
+        let mut words_before = false;
+        let mut hear = |heard: Heard| -> Result<ControlFlow<()>> {
+            let flow = match heard {
+                Heard::Read => ControlFlow::Continue(()),
+                Heard::Words(words) => {
+                    if !words.is_empty() {
+                        first.get_or_insert_with(|| started.elapsed());
+                        words_before = true;
+                    }
+                    if json { ControlFlow::Continue(()) } else { terminal::speak(words)? }
+                }
+                Heard::Drawing(event) => {
+                    console.event(&event);
+                    ControlFlow::Continue(())
+                }
+                Heard::Drawn(picture, seed) => {
+                    let image = model.decode(picture)?;
+                    let Some((codes, sampling)) = picture.codes().zip(manner.image.clone()) else {
+                        return Ok(ControlFlow::Continue(()));
+                    };
+                    let job = Job { prompt: text.into(), scales: codes.scales.clone(), sampling, seed };
+                    let png = output::encode(&image, &Settings::new(&job, name, image.dimensions()))?;
+                    console.clear();
+                    match images.save(&png, text, seed)? {
+                        None => ControlFlow::Continue(()),
+                        Some(path) => {
+                            picture.name = path.display().to_string();
+                            paths.push(picture.name.clone());
+                            let gap =
+                                if std::mem::take(&mut words_before) { terminal::speak("\n")? } else { stop.check() };
+                            terminal::show(&image);
+                            if json || gap.is_break() { gap } else { terminal::emit_path(&path)? }
+                        }
                     }
                 }
-            }
-            self.stop.check()
-        });
+            };
+            Ok(if flow.is_break() { flow } else { stop.check() })
+        };
+        let mut listen = |heard: Heard| {
+            hear(heard).unwrap_or_else(|error| {
+                lost.get_or_insert(error);
+                ControlFlow::Break(())
+            })
+        };
+        let reply = match ask {
+            Ask::Answer => session.say(pictures, text, manner, &mut listen),
+            Ask::Image(scales) => session.draw(pictures, text, manner, scales, &mut listen),
+        };
         if let Some(error) = lost {
             return Err(error);
         }
         let reply = reply?;
         let seconds = started.elapsed().as_secs_f64();
-        let _ = match self.json {
-            true => {
-                terminal::emit_json(&Line { reply: &reply, seed: self.seed, seconds: (1e3 * seconds).round() / 1e3 })?
-            }
-            false => terminal::speak("\n")?,
-        };
+        let seed = self.manner.seed;
+        if self.json {
+            let seconds = (1e3 * seconds).round() / 1e3;
+            let _ = terminal::emit_json(&Line { reply: &reply, images: paths, seed, seconds })?;
+        } else if words_before || paths.is_empty() {
+            let _ = terminal::speak("\n")?;
+        }
         if self.verbose {
             let first = first.unwrap_or_default().as_secs_f64();
             let speed = (reply.tokens as f64 - 1.0).max(0.0) / (seconds - first).max(1e-9);
             terminal::note(&format!(
-                "seed {} · {} tokens read, {} of them before · first word after {first:.2} s · {} tokens at {speed:.1}/s",
-                self.seed, reply.prompt_tokens, reply.cached_tokens, reply.tokens
+                "seed {seed} · {} tokens read, {} of them before · first word after {first:.2} s · {} tokens at {speed:.1}/s",
+                reply.prompt_tokens, reply.cached_tokens, reply.tokens
             ));
         }
         if reply.ending == Ending::Length && !self.json {

@@ -8,7 +8,7 @@ use super::ModelArgs;
 use crate::codes::Codes;
 use crate::error::Result;
 use crate::output::Destination;
-use crate::request::Size;
+use crate::size::Size;
 use crate::{device, pixels, terminal};
 
 /// Flags of `nextflow encode`.

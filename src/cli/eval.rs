@@ -6,14 +6,15 @@ use std::time::Instant;
 use clap::Args;
 
 use super::ModelArgs;
+use crate::chat::{ChatConfig, ChatModel};
 use crate::checkpoint::WeightType;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::eval::{self, Report, Subject};
+use crate::eval::{self, Examiner, Report, Subject};
 use crate::generate::{Job, Model};
 use crate::library::Library;
-use crate::request::Size;
 use crate::scenes::Split;
+use crate::size::Size;
 use crate::terminal::{self, Console, Level};
 
 /// The picture library that `nextflow train data` writes.
@@ -95,6 +96,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             args.per_category,
             args.seed,
         )?,
+        dialogues: None,
         recognition: None,
         reconstruction: None,
     };
@@ -102,6 +104,15 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         console.finish(&format!("{what} · {:.1} s", started.elapsed().as_secs_f64()));
     };
     done(&mut console, "compositions");
+    if model.config().conversation.draws {
+        let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.quant)?;
+        let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
+        report.dialogues = Some(examiner.run(&mut || {
+            console.start();
+            stop.check()
+        })?);
+        done(&mut console, "dialogues");
+    }
     if let Some(library) = &library {
         let draw = &mut |p: &str, s: u64| draw(&mut console, p, s);
         report.recognition = Some(eval::recognition(&subject, library, draw, args.limit, args.seed)?);

@@ -4,6 +4,8 @@ mod assemble;
 mod bench;
 mod chat;
 mod decode;
+mod draw;
+mod edit;
 mod encode;
 mod eval;
 mod r#gen;
@@ -13,9 +15,11 @@ mod model;
 mod models;
 mod quantize;
 mod repl;
+mod think;
 #[cfg(feature = "train")]
 mod train;
 
+pub use draw::{DrawArgs, PromptArgs};
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
 pub use model::ModelArgs;
@@ -39,7 +43,9 @@ struct Cli {
 pub enum Command {
     /// Draw images from prompts
     Gen(GenArgs),
-    /// Talk about images
+    /// Change images by saying how
+    Edit(edit::EditArgs),
+    /// Talk about images, and draw them
     Chat(chat::ChatArgs),
     /// Turn an image into codes
     Encode(encode::EncodeArgs),
@@ -79,6 +85,7 @@ pub fn parse() -> Result<Option<Command>> {
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Gen(args) => r#gen::run(&args),
+        Command::Edit(args) => edit::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Encode(args) => encode::run(&args),
         Command::Decode(args) => decode::run(&args),

@@ -8,14 +8,17 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde::{Deserialize, Serialize};
 
-use super::chat::{self, MAX_MESSAGE, Manner};
-use crate::chat::{ChatModel, Ending, Picture, Role, Session};
+use super::chat::{self, Ask, Host, MAX_MESSAGE};
+use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
 use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
 use crate::terminal;
 
 const HELP: &str = "\
 /image FILE    show an image with the next message
+/gen TEXT      draw an image; /edit TEXT changes the last one, or the one that $N names
+/regen         take the last answer back and have another
+/seed N        what decides all randomness; $1, $2 ... in a message are the images so far
 /undo          take the last question and its answer back
 /clear         forget everything
 /system TEXT   tell the model something else about itself
@@ -42,9 +45,15 @@ struct Saved {
 #[serde(deny_unknown_fields)]
 struct SavedTurn {
     role: Role,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    images: Vec<String>,
-    text: String,
+    parts: Vec<SavedPart>,
+}
+
+/// A part of a message; an image is its file.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SavedPart {
+    Text(String),
+    Image(String),
 }
 
 /// Where lines come from.
@@ -65,7 +74,7 @@ enum Line {
 pub(super) struct Repl<'a> {
     model: &'a ChatModel,
     session: Session<'a>,
-    manner: Manner,
+    host: Host,
     /// Images for the next message.
     pictures: Vec<Picture>,
     lines: Lines,
@@ -78,7 +87,7 @@ impl<'a> Repl<'a> {
     pub fn new(
         model: &'a ChatModel,
         session: Session<'a>,
-        manner: Manner,
+        host: Host,
         pictures: Vec<Picture>,
         quiet: bool,
     ) -> Result<Self> {
@@ -93,7 +102,7 @@ impl<'a> Repl<'a> {
                 Lines::Terminal(Box::new(editor), history)
             }
         };
-        Ok(Self { model, session, manner, pictures, lines, quiet, failed: false })
+        Ok(Self { model, session, host, pictures, lines, quiet, failed: false })
     }
 
     /// Until the user leaves.
@@ -103,14 +112,14 @@ impl<'a> Repl<'a> {
             terminal::note("/help tells what there is beside talking; /exit leaves");
         }
         loop {
-            self.manner.stop.waiting();
+            self.host.stop.waiting();
             let outcome = match self.message() {
                 Ok(None) => break,
                 Ok(Some(text)) if text.is_empty() => continue,
                 Ok(Some(text)) => match text.strip_prefix('/') {
                     Some(command) if command.trim_end() == "exit" => break,
                     Some(command) => self.command(command),
-                    None => self.say(&text),
+                    None => self.say(&text, Ask::Answer),
                 },
                 Err(error) => Err(error),
             };
@@ -129,11 +138,42 @@ impl<'a> Repl<'a> {
         }
     }
 
-    fn say(&mut self, text: &str) -> Result<()> {
+    /// Says something, with the images that wait and those that the text names.
+    fn say(&mut self, text: &str, ask: Ask) -> Result<()> {
+        let (text, named) = self.named(text)?;
         let text = chat::check(text.as_bytes())?;
-        self.manner.stop.speaking();
-        let pictures = self.pictures.clone();
-        match self.manner.say(&mut self.session, pictures, &text) {
+        let pictures = self.pictures.iter().cloned().chain(named).collect();
+        self.ask(pictures, &text, ask)
+    }
+
+    /// Takes `$N` out of a text: the images so far that it names.
+    fn named(&self, text: &str) -> Result<(String, Vec<Picture>)> {
+        let mut pictures = Vec::new();
+        let mut words = Vec::new();
+        for word in text.split(' ') {
+            let number = word.trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
+            match number.and_then(|digits| digits.parse::<usize>().ok()) {
+                None => words.push(word),
+                Some(n) => {
+                    let count = self.session.pictures().count();
+                    let picture = n.checked_sub(1).and_then(|i| self.session.pictures().nth(i)).ok_or_else(|| {
+                        let images = match count {
+                            0 => "there is no image yet".into(),
+                            1 => "there is one image".into(),
+                            n => format!("there are {n} images"),
+                        };
+                        Error::usage(format!("${n} is no image: {images}")).hint("/show lists them")
+                    });
+                    pictures.push(picture?.clone());
+                }
+            }
+        }
+        Ok((words.join(" ").trim().to_string(), pictures))
+    }
+
+    fn ask(&mut self, pictures: Vec<Picture>, text: &str, ask: Ask) -> Result<()> {
+        self.host.stop.speaking();
+        match self.host.say(&mut self.session, pictures, text, ask) {
             Ok(reply) => {
                 self.pictures.clear();
                 if reply.ending == Ending::Interrupted && !self.quiet {
@@ -162,14 +202,30 @@ impl<'a> Repl<'a> {
             ("help", _) => HELP.lines().for_each(terminal::note),
             ("image", "") => return Err(Error::usage("/image needs a file").hint("/image photo.jpg")),
             ("image", file) => {
-                self.manner.stop.speaking();
+                self.host.stop.speaking();
                 let picture = chat::picture(self.model, Path::new(file))?;
-                tell(&format!("{file} goes with the next message: {} tokens", picture.tokens.0 * picture.tokens.1));
+                tell(&format!("{file} goes with the next message: {} tokens", picture.tokens()));
                 self.pictures.push(picture);
             }
+            ("gen" | "edit", "") => {
+                return Err(Error::usage(format!("/{name} needs words")).hint("/gen a red apple, /edit make it green"));
+            }
+            ("gen", text) => {
+                let usual = self.model.usual_scales()?;
+                self.say(text, Ask::Image(Some(&usual)))?;
+            }
+            ("edit", _) if self.pictures.is_empty() && self.session.pictures().next().is_none() => {
+                return Err(Error::usage("there is no image to edit yet").hint("/image photo.jpg, or /gen a red apple"));
+            }
+            ("edit", text) => self.say(text, Ask::Image(None))?,
+            ("regen", _) => self.regenerate()?,
+            ("seed", seed) => {
+                let bad = |_| Error::usage(format!("{seed:?} is not a seed")).hint("/seed 7");
+                self.host.manner.seed = seed.parse().map_err(bad)?;
+            }
             ("undo", _) => match self.session.undo() {
-                true => tell("the last question and its answer are gone"),
-                false => tell("nothing was said yet"),
+                Some(_) => tell("the last question and its answer are gone"),
+                None => tell("nothing was said yet"),
             },
             ("clear", _) => {
                 self.session.clear();
@@ -195,15 +251,41 @@ impl<'a> Repl<'a> {
         Ok(())
     }
 
+    /// Another answer to the last question, with the next seed.
+    fn regenerate(&mut self) -> Result<()> {
+        let turns = self.session.turns().to_vec();
+        let Some(question) = self.session.undo() else {
+            return Err(Error::usage("nothing was said yet").hint("/gen a red apple"));
+        };
+        let image = turns.last().is_some_and(|answer| answer.parts.iter().all(|part| part.image().is_some()));
+        let scales =
+            turns.last().and_then(|answer| answer.pictures().find_map(Picture::codes).map(|c| c.scales.clone()));
+        self.host.manner.seed = self.host.manner.seed.wrapping_add(1);
+        let ask = if image { Ask::Image(scales.as_deref()) } else { Ask::Answer };
+        let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);
+        if self.session.turns().len() < turns.len() {
+            // Nothing new was said: what was there stays.
+            let lost = turns.len() - 2..;
+            turns[lost].iter().for_each(|turn| self.session.push(turn.role, turn.parts.clone()));
+        }
+        outcome
+    }
+
     fn show(&self) {
+        let mut number = 0;
         terminal::note(&format!("system: {}", self.session.system()));
         for turn in self.session.turns() {
             let role = match turn.role {
                 Role::User => "you",
                 Role::Assistant => "model",
             };
-            turn.pictures.iter().for_each(|picture| terminal::note(&format!("{role}: [{}]", picture.name)));
-            turn.text.lines().for_each(|line| terminal::note(&format!("{role}: {line}")));
+            for part in &turn.parts {
+                if let Some(picture) = part.image() {
+                    number += 1;
+                    terminal::note(&format!("{role}: [${number} {}]", picture.name));
+                }
+                part.text().unwrap_or_default().lines().for_each(|line| terminal::note(&format!("{role}: {line}")));
+            }
         }
     }
 
@@ -211,11 +293,12 @@ impl<'a> Repl<'a> {
         if path.exists() {
             return Err(Error::usage(format!("{} exists already", path.display())).hint("/save ANOTHER_FILE"));
         }
-        let turns = self.session.turns().iter().map(|turn| SavedTurn {
-            role: turn.role,
-            images: turn.pictures.iter().map(|picture| picture.name.clone()).collect(),
-            text: turn.text.clone(),
-        });
+        let part = |part: &Part<Picture>| match part {
+            Part::Image(picture) => SavedPart::Image(picture.name.clone()),
+            Part::Text(text) | Part::Drawn(text, _) => SavedPart::Text(text.clone()),
+        };
+        let turns = self.session.turns().iter();
+        let turns = turns.map(|turn| SavedTurn { role: turn.role, parts: turn.parts.iter().map(part).collect() });
         let saved = Saved { system: self.session.system().into(), turns: turns.collect() };
         let json = serde_json::to_vec_pretty(&saved).map_err(|e| Error::new(Kind::Failure, e.to_string()))?;
         checkpoint::write(path, &json)
@@ -233,13 +316,17 @@ impl<'a> Repl<'a> {
             return Err(bad(format!("it is longer than {} MB", MAX_FILE >> 20)));
         }
         let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        let open = |name: &String| chat::picture(self.model, Path::new(name));
-        let turns =
-            saved.turns.iter().map(|turn| Ok((turn, turn.images.iter().map(open).collect::<Result<Vec<_>>>()?)));
-        let turns = turns.collect::<Result<Vec<_>>>()?;
+        let part = |part: &SavedPart| {
+            Ok::<_, Error>(match part {
+                SavedPart::Text(text) => Part::Text(text.clone()),
+                SavedPart::Image(file) => Part::Image(chat::picture(self.model, Path::new(file))?),
+            })
+        };
+        let turns = saved.turns.iter().map(|turn| Ok((turn.role, turn.parts.iter().map(part).collect::<Result<_>>()?)));
+        let turns = turns.collect::<Result<Vec<(Role, Vec<Part<Picture>>)>>>()?;
         self.session.clear();
         self.session.set_system(&saved.system);
-        turns.into_iter().for_each(|(turn, pictures)| self.session.push(turn.role, pictures, &turn.text));
+        turns.into_iter().for_each(|(role, parts)| self.session.push(role, parts));
         Ok(())
     }
 

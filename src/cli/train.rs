@@ -15,6 +15,7 @@ use crate::train::pool::{Pool, PoolSizes};
 use crate::train::run::Run;
 use crate::train::sampler::Sampler;
 use crate::train::tokenizer::Stage;
+use crate::train::transformer::Lesson;
 use crate::train::{self, Schedule};
 
 /// Train nano, step by step.
@@ -67,6 +68,9 @@ enum Step {
         /// Images of each aspect ratio other than 1:1 in the pool
         #[arg(long, default_value_t = 800)]
         oblong: usize,
+        /// Learn from dialogues too: edits, questions, reasoning
+        #[arg(long)]
+        dialogues: bool,
         #[command(flatten)]
         plan: Plan,
     },
@@ -134,11 +138,18 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Step::Tokenizer { stage, plan } => {
             train::tokenizer::train(&run, &sampler, *stage, plan.batch, &plan.schedule())
         }
-        Step::Transformer { part, scales, scenes, several, oblong, plan } => {
-            let tokenizer = tokenizer(&run)?;
+        Step::Transformer { part, scales, scenes, several, oblong, dialogues, plan } => {
+            let (tokenizer, text) = (tokenizer(&run)?, text()?);
             let sizes = PoolSizes { backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
-            let pool = Pool::build(&sampler, &tokenizer, &text()?, sizes, run.recipe.scales)?;
-            train::transformer::train(&run, tokenizer.quantizer(), &pool, part, *scales, plan.batch, &plan.schedule())
+            let pool = Pool::build(&sampler, &tokenizer, &text, sizes, run.recipe.scales)?;
+            let lesson = Lesson {
+                run: &run,
+                tokenizer: &tokenizer,
+                pool: &pool,
+                scales: *scales,
+                dialogues: dialogues.then_some((&sampler, &text)),
+            };
+            train::transformer::train(&lesson, part, plan.batch, &plan.schedule())
         }
     }
 }

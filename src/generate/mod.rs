@@ -1,9 +1,10 @@
 //! From a prompt to an image: schedules, guidance, sampling and the next-scale loop.
 
 pub mod cost;
+pub mod frame;
 pub mod inputs;
 mod model;
-mod prompt;
+pub mod prompt;
 mod rows;
 pub mod sampler;
 pub mod schedule;
@@ -11,7 +12,9 @@ pub mod tokenflow;
 
 use std::ops::ControlFlow;
 
-pub use model::{IMAGE_TOKENIZER, Model, ModelConfig, TRANSFORMER};
+use candle_core::Tensor;
+
+pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, TRANSFORMER};
 pub use prompt::{Prefix, PromptConfig};
 pub use rows::Rows;
 
@@ -86,23 +89,37 @@ pub enum Event<'a> {
 /// Called with every [`Event`].
 pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
 
-/// Draws the codes of one image, coarse to fine: the next-scale loop.
-///
-/// With guidance the batch has two rows, the prompt's and the unconditional one; each scale is one forward pass over its
-/// grid against the cache, without a mask. The first code is predicted by the last token of the prefix, the codes of every
-/// later scale by the upsampled codes before it; further passes see the scale's own codes as well and draw them anew.
-pub fn draw_codes(
+/// Draws the codes of one image behind a prompt's prefix and, with guidance, the unconditional one.
+pub fn draw_behind(
     backbone: &Backbone,
     quantizer: &Quantizer,
     [conditional, unconditional]: [&Prefix; 2],
     job: &Job,
     observe: Observer,
 ) -> Result<Vec<Vec<u32>>> {
-    let (scales, sampling) = (&job.scales, &job.sampling);
-    let prefixes: &[&Prefix] = if sampling.cfg > 0.0 { &[conditional, unconditional] } else { &[conditional] };
-    let (mut rows, mut hidden) = Rows::start(backbone, prefixes, scales)?;
+    let both = [conditional, unconditional];
+    let prefixes = if job.sampling.cfg > 0.0 { &both[..] } else { &both[..1] };
+    let mut cache = Rows::cache(backbone, prefixes, &job.scales)?;
+    let (rows, hidden) = Rows::start(backbone, &mut cache, prefixes, &job.scales)?;
     tell(observe, Event::Prompt { tokens: conditional.ids.len() - 1 })?;
-    let mut input = NextInput::new(backbone.config().input_mode);
+    draw_codes(rows, hidden, quantizer, job, observe)
+}
+
+/// Draws the codes of one image, coarse to fine: the next-scale loop.
+///
+/// With guidance the batch has two rows, the prompt's and the unconditional one, both read up to what opens the image;
+/// `hidden` are the states of that last token, (R, 1, hidden). Each scale is one forward pass over its grid against the
+/// cache, without a mask. The first code is predicted by the last token, the codes of every later scale by the upsampled
+/// codes before it; further passes see the scale's own codes as well and draw them anew.
+pub fn draw_codes(
+    mut rows: Rows,
+    mut hidden: Tensor,
+    quantizer: &Quantizer,
+    job: &Job,
+    observe: Observer,
+) -> Result<Vec<Vec<u32>>> {
+    let (scales, sampling) = (&job.scales, &job.sampling);
+    let mut input = NextInput::new(rows.backbone().config().input_mode);
     let mut codes: Vec<Vec<u32>> = Vec::new();
     for (si, &grid) in scales.iter().enumerate() {
         if si > 0 {

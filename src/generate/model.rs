@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_codes, schedule, tokenflow};
+use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Result};
@@ -20,6 +20,28 @@ pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
 
+/// How a model converses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConversationConfig {
+    /// What it is told about itself if the user tells nothing.
+    pub system: String,
+    /// It may answer with an image of its own accord. Without it, it draws when the user says so.
+    pub draws: bool,
+}
+
+impl Default for ConversationConfig {
+    fn default() -> Self {
+        Self { system: crate::chat::SYSTEM.into(), draws: false }
+    }
+}
+
+impl ConversationConfig {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A checkpoint's `config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,6 +55,9 @@ pub struct ModelConfig {
     pub grids: Vec<(usize, usize)>,
     /// Sampling when the user asks for nothing else.
     pub sampling: Sampling,
+    /// How it converses.
+    #[serde(default, skip_serializing_if = "ConversationConfig::is_default")]
+    pub conversation: ConversationConfig,
     /// How a prompt becomes tokens.
     #[serde(default, skip_serializing_if = "PromptConfig::is_default")]
     pub prompt: PromptConfig,
@@ -80,7 +105,16 @@ impl ModelConfig {
         };
         let sampling = Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(600), top_p: 0.95, refine: Vec::new() };
         let (scales, grids) = (backbone.max_scales, Vec::new());
-        Self { name: name.into(), scales, grids, sampling, prompt: Default::default(), backbone, tokenizer }
+        Self {
+            name: name.into(),
+            scales,
+            grids,
+            sampling,
+            conversation: Default::default(),
+            prompt: Default::default(),
+            backbone,
+            tokenizer,
+        }
     }
 
     /// The image tokenizer, always in f32, without the transformer.
@@ -127,6 +161,9 @@ impl ModelConfig {
         }
         if self.grids.iter().any(|&(h, w)| h == 0 || w == 0 || h > MAX_GRID || w > MAX_GRID) {
             return Err(format!("grids must have sides from 1 to {MAX_GRID}"));
+        }
+        if backbone.context_last_scale && backbone.max_scales <= self.scales {
+            return Err(format!("context_last_scale needs max_scales above {}", self.scales));
         }
         match backbone.code_positions {
             Some(rows) if rows != schedule::codes(&self.grids) => {
@@ -189,7 +226,7 @@ impl Model {
     pub fn draw(&self, job: &Job, observe: Observer) -> Result<RgbImage> {
         let prompt = self.config.prompt.prefix(&self.text.encode(&job.prompt)?, &self.opening);
         let prefixes = [&prompt, &self.unconditional];
-        let codes = draw_codes(&self.backbone, self.tokenizer.quantizer(), prefixes, job, observe)?;
+        let codes = draw_behind(&self.backbone, self.tokenizer.quantizer(), prefixes, job, observe)?;
         super::tell(observe, Event::Decode)?;
         self.decode(&codes, &job.scales)
     }

@@ -5,6 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::text::Text;
 
+/// Before a request that the model is to think about first.
+pub const THINK: &str = "think, then draw ";
+/// Between its reasoning and what it draws (the paper's chain of thought).
+pub const FINAL: &str = "the final prompt is: ";
+
 /// How a prompt becomes tokens. The default is NextFlow's: the text, then `<boi>`; nothing but `<boi>` for the
 /// unconditional row of guidance.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,33 +6,58 @@ use super::{Prefix, schedule};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, Cache, Context, Position, Rope, Step};
 
-/// A batch of rows that see the same codes behind prefixes of their own.
+/// A batch of rows that see the same codes behind beginnings of their own.
 #[derive(Debug)]
 pub struct Rows<'a> {
     backbone: &'a Backbone,
     scales: &'a [(usize, usize)],
+    /// Of every row, up to the end of the image.
     layouts: Vec<Layout>,
-    cache: Cache,
+    cache: &'a mut Cache,
 }
 
 impl<'a> Rows<'a> {
-    /// Reads the prefixes of an image of the grids `scales`. Gives the hidden states that predict the first code as well,
-    /// (R, 1, hidden). Errors when a prefix is empty.
-    pub fn start(backbone: &'a Backbone, prefixes: &[&Prefix], scales: &'a [(usize, usize)]) -> Result<(Self, Tensor)> {
+    /// A cache for the prefixes and an image of the grids `scales` behind them.
+    pub fn cache(backbone: &Backbone, prefixes: &[&Prefix], scales: &[(usize, usize)]) -> Result<Cache> {
         let longest = prefixes.iter().map(|p| p.ids.len()).max().unwrap_or(0);
         let capacity = longest + schedule::codes(scales);
-        let cache = Cache::new(backbone.config(), prefixes.len(), capacity, backbone.dtype(), backbone.device())?;
+        Cache::new(backbone.config(), prefixes.len(), capacity, backbone.dtype(), backbone.device())
+    }
+
+    /// Reads the prefixes of an image of the grids `scales` into an empty cache. Gives the hidden states that predict the
+    /// first code as well, (R, 1, hidden). Errors when a prefix is empty.
+    pub fn start(
+        backbone: &'a Backbone,
+        cache: &'a mut Cache,
+        prefixes: &[&Prefix],
+        scales: &'a [(usize, usize)],
+    ) -> Result<(Self, Tensor)> {
         let layout = |prefix: &&Prefix| {
             let mut layout = Layout::behind(prefix.pads);
             layout.push_text(prefix.ids.len().saturating_sub(1));
             layout.push_image(scales, backbone.config().spatial_extent);
             layout
         };
-        let mut rows = Self { backbone, scales, layouts: prefixes.iter().map(layout).collect(), cache };
+        let mut rows = Self::resume(backbone, cache, prefixes.iter().map(layout).collect(), scales);
         let hidden: Vec<Tensor> =
             prefixes.iter().enumerate().map(|(row, prefix)| rows.prefill(row, &prefix.ids)).collect::<Result<_>>()?;
         let hidden = Tensor::cat(&hidden, 0)?;
         Ok((rows, hidden))
+    }
+
+    /// Rows that have been read up to what opens the image, one for each of the layouts, which hold the image too.
+    pub fn resume(
+        backbone: &'a Backbone,
+        cache: &'a mut Cache,
+        layouts: Vec<Layout>,
+        scales: &'a [(usize, usize)],
+    ) -> Self {
+        Self { backbone, scales, layouts, cache }
+    }
+
+    /// The transformer.
+    pub fn backbone(&self) -> &'a Backbone {
+        self.backbone
     }
 
     /// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
@@ -40,7 +65,7 @@ impl<'a> Rows<'a> {
         let Some(last) = ids.len().checked_sub(1) else { candle_core::bail!("nothing opens the image") };
         let x = self.backbone.embed_prefix(&Tensor::new(ids, self.backbone.device())?.unsqueeze(0)?)?;
         let rope = Rope::new(self.backbone.config(), &[&self.layouts[row].positions[..=last]], x.device())?;
-        let context = Context::Cached { cache: &mut self.cache, first: row, step: Step::Text };
+        let context = Context::Cached { cache: self.cache, first: row, step: Step::Text };
         self.backbone.forward(&x, &rope, context)?.narrow(1, last, 1)?.contiguous()
     }
 
@@ -57,7 +82,7 @@ impl<'a> Rows<'a> {
         });
         let rope = Rope::new(config, &rows.collect::<Vec<&[Position]>>(), self.backbone.device())?;
         let step = if again { Step::Again } else { Step::Scale };
-        self.backbone.forward(&x, &rope, Context::Cached { cache: &mut self.cache, first: 0, step })
+        self.backbone.forward(&x, &rope, Context::Cached { cache: self.cache, first: 0, step })
     }
 
     /// Code logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, hidden) -> (T, codes).

@@ -28,6 +28,7 @@ fn config(input_mode: InputMode) -> BackboneConfig {
         input_mode,
         max_scales: 18,
         scale_length_embedding: true,
+        context_last_scale: false,
         vocabulary: Vocabulary::Markers,
         norm_placement: NormPlacement::Input,
         qkv_bias: true,
@@ -178,7 +179,7 @@ fn cached_inference_equals_the_masked_pass() {
 /// The codes drawn after a prompt of these tokens.
 fn draw(backbone: &Backbone, q: &Quantizer, prompt: &[u32], job: &Job, observe: Observer) -> Result<Vec<Vec<u32>>> {
     let rows = [prompt, &[]].map(|text| PromptConfig::default().prefix(text, &[backbone.config().boi()]));
-    draw_codes(backbone, q, [&rows[0], &rows[1]], job, observe)
+    draw_behind(backbone, q, [&rows[0], &rows[1]], job, observe)
 }
 
 fn job(cfg: f64, seed: u64) -> Job {

@@ -37,6 +37,7 @@ pub fn config() -> ModelConfig {
         scales: SCALES.len(),
         grids: SCALES.to_vec(),
         sampling: sampling(1),
+        conversation: Default::default(),
         prompt: prompt(),
         backbone: TOKENFLOW_T2I_7B,
         tokenizer: Preset::clipb_32k_enhanced().config,

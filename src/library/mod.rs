@@ -94,6 +94,16 @@ impl Canvas {
     pub fn new(width: usize, height: usize, background: [u8; 3]) -> Self {
         Self { width, height, rgb: background.repeat(width * height) }
     }
+
+    /// Seen in a mirror: left is right.
+    pub fn mirrored(mut self) -> Self {
+        for row in self.rgb.chunks_exact_mut(3 * self.width) {
+            for x in 0..self.width / 2 {
+                (0..3).for_each(|c| row.swap(3 * x + c, 3 * (self.width - 1 - x) + c));
+            }
+        }
+        self
+    }
 }
 
 /// Concepts and their pictures, in memory.

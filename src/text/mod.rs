@@ -73,9 +73,16 @@ impl Text {
         self.tokenizer.get_vocab(false).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
-    /// Writes a `tokenizer.json`.
+    /// Writes a `tokenizer.json`, its control tokens included.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let json = self.tokenizer.to_string(true).map_err(|e| bad(&e))?;
+        let json = self.tokenizer.to_string(false).map_err(|e| bad(&e))?;
+        let mut file: Value = serde_json::from_str(&json).map_err(|e| bad(&e))?;
+        let added = self.control.iter().map(|(content, id)| {
+            serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false})
+        });
+        file["added_tokens"] = added.collect();
+        let json = serde_json::to_string_pretty(&file).map_err(|e| bad(&e))?;
         crate::checkpoint::write(path, json.as_bytes())
     }
 }
@@ -108,7 +115,11 @@ pub fn check_prompt(bytes: &[u8]) -> Result<String> {
     Ok(text.to_string())
 }
 
-/// Trains a BPE of `vocab_size` ids on captions. Upper and lower case are one, spaces belong to the word behind them, so
+/// Control tokens of a text tokenizer of our own: what begins and ends a message.
+#[cfg(feature = "train")]
+const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
+
+/// Trains a BPE of `vocab_size` ids, the control tokens among them, on captions. Upper and lower case are one, spaces belong to the word behind them, so
 /// that frequent words become one id; bytes are the fallback for everything else.
 #[cfg(feature = "train")]
 pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Text> {
@@ -141,14 +152,17 @@ pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usiz
         .map_err(fail)?;
     let mut trainer = BpeTrainerBuilder::new()
         .show_progress(false)
-        .vocab_size(vocab_size)
+        .vocab_size(vocab_size - CONTROL.len())
         .min_frequency(1)
         .special_tokens(Vec::<AddedToken>::new())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
     tokenizer.train(&mut trainer, captions).map_err(fail)?;
     let json = tokenizer.to_string(true).map_err(fail)?;
-    Text::from_bytes(json.as_bytes())
+    let mut text = Text::from_bytes(json.as_bytes())?;
+    let first = text.vocab_size() as u32;
+    text.control = (first..).zip(CONTROL).map(|(id, word)| (word.to_string(), id)).collect();
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
-use crate::generate::{Event, Job, ModelConfig, Prefix, cost, draw_codes, tokenflow};
-use crate::request::Size;
+use crate::generate::{Event, Job, ModelConfig, Prefix, cost, draw_behind, tokenflow};
+use crate::size::Size;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig, VitConfig};
 use crate::{device, memory, pixels, terminal};
 
@@ -71,7 +71,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let prefixes = prefixes(&config, args.prompt.unwrap_or(16));
     let mut marks = vec![Instant::now()];
     let rows = [&prefixes[0], &prefixes[1]];
-    let codes = draw_codes(&backbone, tokenizer.quantizer(), rows, &job, &mut |event| {
+    let codes = draw_behind(&backbone, tokenizer.quantizer(), rows, &job, &mut |event| {
         if !matches!(event, Event::Decode) {
             marks.push(Instant::now());
         }

@@ -14,7 +14,7 @@ use crate::chat::ChatConfig;
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::generate::cost;
-use crate::request::Size;
+use crate::size::Size;
 use crate::vision::{Patches, VisionConfig};
 use crate::{device, memory, terminal};
 

@@ -1,0 +1,221 @@
+//! Images as a conversation holds them, and the tokens that they become.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::Tensor;
+
+use super::template::{Piece, Pieces};
+use crate::backbone::sequence::Layout;
+use crate::backbone::{Backbone, BackboneConfig, Step};
+use crate::error::{Error, Kind, Result};
+use crate::generate::inputs::NextInput;
+use crate::tokenizer::Quantizer;
+
+/// An image as the transformer reads it.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// What the user calls it.
+    pub name: String,
+    /// Tells it from all others.
+    id: u64,
+    seen: Seen,
+}
+
+/// What the transformer sees of an image.
+#[derive(Clone, Debug)]
+enum Seen {
+    /// The features of an image encoder, (h * w, hidden), for a grid (height, width).
+    Patches(Tensor, (usize, usize)),
+    /// Codes, scale by scale.
+    Codes(Arc<Codes>),
+}
+
+/// An image in codes.
+#[derive(Debug)]
+pub struct Codes {
+    /// Of every scale, coarse to fine, each row-major.
+    pub codes: Vec<Vec<u32>>,
+    /// Grids (height, width).
+    pub scales: Vec<(usize, usize)>,
+    /// Input features (h * w, D) of every scale from the second on and, where the model reads it, of the whole.
+    inputs: Vec<Vec<f32>>,
+}
+
+impl Picture {
+    /// Of features (h * w, hidden).
+    pub(super) fn of_patches(name: &str, features: Tensor, tokens: (usize, usize)) -> Self {
+        Self::new(name, Seen::Patches(features, tokens))
+    }
+
+    /// Of codes, which fit the quantiser.
+    pub(super) fn of_codes(
+        name: &str,
+        config: &BackboneConfig,
+        quantizer: &Quantizer,
+        codes: Vec<Vec<u32>>,
+        scales: &[(usize, usize)],
+    ) -> Self {
+        let mut input = NextInput::new(config.input_mode);
+        let pairs = scales.windows(2).zip(&codes);
+        let mut inputs: Vec<Vec<f32>> =
+            pairs.map(|(pair, codes)| input.next(quantizer, codes, pair[0], pair[1])).collect();
+        if let (true, Some(&grid)) = (config.context_last_scale, scales.last()) {
+            inputs.push(quantizer.accumulate(&codes, scales, grid));
+        }
+        Self::new(name, Seen::Codes(Arc::new(Codes { codes, scales: scales.into(), inputs })))
+    }
+
+    fn new(name: &str, seen: Seen) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { name: name.into(), id: NEXT.fetch_add(1, Ordering::Relaxed), seen }
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The codes, where it is read as codes.
+    pub fn codes(&self) -> Option<&Codes> {
+        match &self.seen {
+            Seen::Codes(codes) => Some(codes),
+            Seen::Patches(..) => None,
+        }
+    }
+
+    /// The features of an image encoder, (h * w, hidden).
+    #[cfg(test)]
+    pub(super) fn features(&self) -> &Tensor {
+        match &self.seen {
+            Seen::Patches(features, _) => features,
+            Seen::Codes(_) => panic!("{} is read as codes", self.name),
+        }
+    }
+
+    /// Tokens that it takes.
+    pub fn tokens(&self) -> usize {
+        match &self.seen {
+            Seen::Patches(_, (h, w)) => h * w,
+            Seen::Codes(codes) => 2 + codes.inputs.iter().zip(codes.grids()).map(|(_, (h, w))| h * w).sum::<usize>(),
+        }
+    }
+}
+
+impl Codes {
+    /// Grids of the inputs: the scales' from the second on, and once more the last one's.
+    fn grids(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.scales.iter().skip(1).chain(self.scales.last()).copied()
+    }
+}
+
+/// A token of the sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Token {
+    Word(u32),
+    /// Of an image, by its id: what an encoder made of it.
+    Patch(u64, u32),
+    /// Of an image, by its id: an input (0 for the second scale), and the place in it.
+    Code(u64, u32, u32),
+}
+
+impl Token {
+    /// What tokens that are read in one pass have in common: the input of an image, or that they are none.
+    fn input(&self) -> Option<(u64, u32)> {
+        match *self {
+            Token::Code(id, input, _) => Some((id, input)),
+            Token::Word(_) | Token::Patch(..) => None,
+        }
+    }
+
+    /// The image that a token is of.
+    fn image(&self) -> Option<u64> {
+        match *self {
+            Token::Code(id, ..) | Token::Patch(id, _) => Some(id),
+            Token::Word(_) => None,
+        }
+    }
+}
+
+/// Stretches of tokens, each to be read in one pass of so many at most, and how; the codes of an input stay together.
+pub(super) fn passes(tokens: &[Token], most: usize) -> impl Iterator<Item = (&[Token], Step)> {
+    tokens.chunk_by(|a, b| a.input() == b.input()).flat_map(move |run| {
+        let step = if run[0].input().is_some() { Step::Scale } else { Step::Text };
+        run.chunks(if step == Step::Scale { run.len() } else { most }).map(move |part| (part, step))
+    })
+}
+
+/// Tokens and where they stand.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Script {
+    pub tokens: Vec<Token>,
+    pub layout: Layout,
+}
+
+impl Script {
+    /// A rendered conversation.
+    pub fn of(pieces: Pieces<Picture>, config: &BackboneConfig) -> Self {
+        let mut script = Self::default();
+        for (piece, _) in pieces {
+            match piece {
+                Piece::Words(ids) => script.words(&ids),
+                Piece::Image(picture) => script.picture(picture, config),
+            }
+        }
+        script
+    }
+
+    pub fn words(&mut self, ids: &[u32]) {
+        self.tokens.extend(ids.iter().map(|&id| Token::Word(id)));
+        self.layout.push_text(ids.len());
+    }
+
+    pub fn picture(&mut self, picture: &Picture, config: &BackboneConfig) {
+        match &picture.seen {
+            Seen::Patches(_, grid) => {
+                self.tokens.extend((0..(grid.0 * grid.1) as u32).map(|i| Token::Patch(picture.id, i)));
+                self.layout.push_patches(*grid);
+            }
+            Seen::Codes(codes) => {
+                self.tokens.push(Token::Word(config.boi()));
+                for (input, (_, (h, w))) in codes.inputs.iter().zip(codes.grids()).enumerate() {
+                    self.tokens.extend((0..(h * w) as u32).map(|i| Token::Code(picture.id, input as u32, i)));
+                }
+                self.tokens.push(Token::Word(config.eoi()));
+                let whole = config.context_last_scale;
+                self.layout.push_context_image(&codes.scales, config.spatial_extent, whole);
+            }
+        }
+    }
+}
+
+/// Tokens as the transformer reads them, (1, T, hidden); `find` gives the images by their ids.
+pub(super) fn embed<'a>(
+    backbone: &Backbone,
+    tokens: &[Token],
+    find: impl Fn(u64) -> Option<&'a Picture>,
+) -> Result<Tensor> {
+    let device = backbone.device();
+    let mut parts = Vec::new();
+    for run in tokens.chunk_by(|a, b| (a.image(), a.input()) == (b.image(), b.input())) {
+        let Some(id) = run[0].image() else {
+            let ids: Vec<u32> =
+                run.iter().filter_map(|t| if let Token::Word(id) = t { Some(*id) } else { None }).collect();
+            parts.push(backbone.embed_text(&Tensor::new(ids, device)?.unsqueeze(0)?)?);
+            continue;
+        };
+        let picture = find(id).ok_or_else(|| Error::new(Kind::Failure, "an image is gone"))?;
+        parts.push(match (&picture.seen, run[0]) {
+            (Seen::Codes(codes), Token::Code(_, input, first)) => {
+                let (input, dim) = (input as usize, backbone.config().code_dim);
+                let features = &codes.inputs[input][first as usize * dim..][..run.len() * dim];
+                let features = Tensor::from_slice(features, (1, run.len(), dim), device)?.to_dtype(backbone.dtype())?;
+                backbone.embed_codes(&features, input + 1, &codes.scales)?
+            }
+            (Seen::Patches(features, _), Token::Patch(_, first)) => {
+                features.narrow(0, first as usize, run.len())?.unsqueeze(0)?.to_dtype(backbone.dtype())?
+            }
+            _ => return Err(Error::new(Kind::Failure, "an image is gone")),
+        });
+    }
+    Ok(Tensor::cat(&parts, 1)?)
+}

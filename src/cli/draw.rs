@@ -1,0 +1,117 @@
+//! The flags that everything that draws has in common, and what is told of what was drawn.
+
+use std::ffi::OsString;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::ModelArgs;
+use crate::checkpoint::WeightType;
+use crate::error::Result;
+use crate::terminal::{self, Level};
+
+/// What to draw, in words.
+#[derive(Args, Debug, Default)]
+#[command(group = clap::ArgGroup::new("text").args(["prompt", "words", "prompt_file"]))]
+pub struct PromptArgs {
+    /// What to draw, or to change; `-` reads it from standard input
+    #[arg(value_name = "PROMPT")]
+    pub words: Option<OsString>,
+    /// What to draw, or to change; `-` reads it from standard input
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: Option<OsString>,
+    /// One prompt a line; `-` reads standard input
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+}
+
+/// How to draw, with what, and where to.
+#[derive(Args, Debug, Default)]
+pub struct DrawArgs {
+    /// Decides all randomness [default: chosen, printed and stored]
+    #[arg(long, allow_negative_numbers = true)]
+    pub seed: Option<u64>,
+    /// Images per prompt, with seeds SEED, SEED+1, ...
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    pub count: u64,
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (square)
+    #[arg(long, default_value = "auto")]
+    pub size: String,
+    /// Guidance: how closely to follow the prompt; 0 turns it off [default: the model's]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub cfg: Option<f64>,
+    /// Spread of the drawn codes; 0 always takes the likeliest [default: the model's]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub temperature: Option<f64>,
+    /// Draw among the K likeliest codes [default: the model's]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    pub top_k: Option<usize>,
+    /// Draw among the likeliest codes whose probabilities sum to P; 1 keeps all [default: the model's]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+    /// Write the image here; `-` writes the PNG to standard output
+    #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
+    pub output: Option<PathBuf>,
+    /// Write the images, under names that are free, into this folder [default: the current one]
+    #[arg(long, value_name = "FOLDER")]
+    pub out_dir: Option<PathBuf>,
+    /// Let -o replace a file
+    #[arg(long, requires = "output")]
+    pub force: bool,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quant: Option<WeightType>,
+    /// auto, cpu, cuda:N or metal
+    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
+    pub device: String,
+    /// Check everything, tell what would be drawn and how much memory it takes, and draw nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Say nothing but results and errors
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more: every step and its time
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Print one JSON object per image to standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl DrawArgs {
+    /// How much to say.
+    pub fn level(&self) -> Level {
+        match (self.quiet, self.verbose) {
+            (true, _) => Level::Quiet,
+            (_, true) => Level::Verbose,
+            _ => Level::Normal,
+        }
+    }
+}
+
+/// One line of `--json`.
+#[derive(Serialize)]
+pub(super) struct Line<'a> {
+    pub path: &'a str,
+    pub seed: u64,
+    pub size: &'a str,
+    pub prompt: &'a str,
+    /// What the model thought first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thought: Option<&'a str>,
+    pub seconds: f64,
+}
+
+/// Prints what was saved, for people and scripts.
+pub(super) fn announce(json: bool, path: &Path, line: Line) -> Result<ControlFlow<()>> {
+    if !json {
+        return terminal::emit_path(path);
+    }
+    let (path, seconds) = (path.to_string_lossy(), (line.seconds * 1e3).round() / 1e3);
+    terminal::emit_json(&Line { path: &path, seconds, ..line })
+}

@@ -1,0 +1,138 @@
+//! `nextflow edit`: change images by saying how.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::draw::{self, DrawArgs, Line, PromptArgs};
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
+use crate::error::{Error, Result};
+use crate::generate::frame::Frame;
+use crate::generate::schedule;
+use crate::output::{self, Settings};
+use crate::request::Request;
+use crate::terminal::{self, Console};
+use crate::{memory, pixels};
+
+/// Flags of `nextflow edit`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  nextflow edit -i apple.png -p \"make it green\" -o green.png\n  \
+                  nextflow edit -i scene.png \"remove the red circle\" --count 4\n  \
+                  echo \"把背景变成浅蓝色\" | nextflow edit -i cat.png -\n\nThe image is scaled to the model's size, \
+                  standing in the middle where the ratios differ; the result is cut to the ratio of the first image.")]
+pub struct EditArgs {
+    /// The image to change; may be given several times
+    #[arg(short, long = "image", value_name = "FILE", required = true)]
+    pub images: Vec<PathBuf>,
+    /// What to change.
+    #[command(flatten)]
+    pub words: PromptArgs,
+    /// Guide away from any picture, not from one with the same sources: changes more
+    #[arg(long)]
+    pub free: bool,
+    /// How to draw.
+    #[command(flatten)]
+    pub draw: DrawArgs,
+}
+
+/// What `--dry-run` tells.
+#[derive(Serialize)]
+struct Plan<'a> {
+    model: &'a str,
+    images: u64,
+    seed: u64,
+    size: String,
+    codes: usize,
+    memory: ChatMemory,
+    peak_memory: u64,
+}
+
+/// Tokens of an instruction and of what stands around it, for the forecast.
+const WORDS: usize = 64;
+
+/// Runs `nextflow edit`. Stops at the first error; the images before it stay.
+pub(super) fn run(args: &EditArgs) -> Result<()> {
+    let sources = args.images.iter().map(|path| pixels::open(path)).collect::<Result<Vec<_>>>()?;
+    let Some(first) = sources.first() else { return Err(no_image()) };
+    let request = Request::new(&args.words, &args.draw)?;
+    let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
+    let config = ChatConfig::read(&request.source)?;
+    let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
+    let tokens = read.sum::<Result<usize>>()? + WORDS + schedule::codes(&frame.scales);
+    let memory = config.memory(Some(&request.source), request.weights, tokens, None, &request.device)?;
+    let (width, height) = frame.size();
+    if args.draw.dry_run {
+        let (model, images, seed) = (&*request.model, request.images(), request.seed);
+        let (size, codes) = (format!("{width}x{height}"), schedule::codes(&frame.scales));
+        let plan = Plan { model, images, seed, size, codes, memory, peak_memory: memory.peak() };
+        return plan.emit(args.draw.json);
+    }
+    memory::check(memory.peak(), &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
+    let mut console = Console::new(args.draw.level(), request.images());
+    let stop = terminal::interrupts()?;
+    console.loading();
+    let started = Instant::now();
+    let model = ChatModel::load(&request.source, config, &request.device, request.weights)?;
+    console.detail(&format!("loaded {} in {:.2} s", request.model, started.elapsed().as_secs_f64()));
+    let mut pictures = vec![model.encode("$1", &frame.fit(first), &frame.scales)?];
+    for (n, image) in sources.iter().enumerate().skip(1) {
+        pictures.push(model.picture(&format!("${}", n + 1), image)?);
+    }
+    let mut session = Session::new(&model)?;
+    for job in request.jobs(&frame.scales) {
+        let started = Instant::now();
+        console.start();
+        let manner = Manner {
+            words: model.config().sampling,
+            longest: 0,
+            image: Some(job.sampling.clone()),
+            seed: job.seed,
+            guide_from_sources: !args.free,
+        };
+        session.draw(pictures.clone(), &job.prompt, &manner, Some(&frame.scales), &mut |heard| {
+            if let Heard::Drawing(event) = heard {
+                console.event(&event);
+            }
+            stop.check()
+        })?;
+        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
+        let image = frame.cut(&model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?);
+        // The sources stay in the cache for the next one.
+        session.undo();
+        let settings = Settings::new(&job, &request.model, image.dimensions());
+        let png = output::encode(&image, &settings)?;
+        if stop.check().is_break() {
+            return Err(terminal::interrupted());
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let path = request.destination.save(&png, &job.prompt, job.seed)?;
+        console.finish(&format!("seed {} · {} · {seconds:.2} s", job.seed, settings.size));
+        let line = Line { path: "", seed: job.seed, size: &settings.size, prompt: &job.prompt, thought: None, seconds };
+        let flow = match path {
+            None => terminal::emit(&png)?,
+            Some(path) => draw::announce(args.draw.json, &path, line)?,
+        };
+        if flow.is_break() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn no_image() -> Error {
+    Error::usage("there is no image to change").hint("nextflow edit -i apple.png -p \"make it green\"")
+}
+
+impl Plan<'_> {
+    fn emit(&self, json: bool) -> Result<()> {
+        if json {
+            return terminal::emit_json(self).map(drop);
+        }
+        let Plan { model, images, seed, size, codes, peak_memory, .. } = self;
+        let memory = *peak_memory as f64 / 1e6;
+        let text = format!("{images} x {size} with {model}, seed {seed}: {codes} codes\nmemory {memory:.0} MB\n");
+        terminal::emit(text.as_bytes()).map(drop)
+    }
+}

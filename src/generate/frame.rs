@@ -1,0 +1,86 @@
+//! Images of any size in a model's grids, and back: what `nextflow edit` and `nextflow chat` do with what they are given.
+
+use image::{RgbImage, imageops};
+
+use super::ModelConfig;
+use crate::error::Result;
+use crate::pixels::{Filter, resize};
+use crate::size::Size;
+
+/// Where an image lies in the model's. It is scaled until it fits, stands in the middle, and its outermost pixels are
+/// repeated where the ratios differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Grids (height, width) coarse to fine.
+    pub scales: Vec<(usize, usize)>,
+    /// The model's image, (width, height) in pixels.
+    outer: (u32, u32),
+    /// Left, top, width and height of the given image in it.
+    inner: [u32; 4],
+}
+
+impl Frame {
+    /// For an image of (width, height) pixels, in grids of its own ratio or, if it is asked for, of `size`.
+    ///
+    /// Errors: usage, for a size that the model does not draw.
+    pub fn of(config: &ModelConfig, (width, height): (u32, u32), size: Size) -> Result<Self> {
+        let ratio = (f64::from(height) / f64::from(width)).clamp(0.25, 4.0);
+        let size = if size == Size::Auto && config.grids.is_empty() { Size::Ratio(ratio) } else { size };
+        let scales = size.grids(config)?;
+        let stride = config.tokenizer.encoder.stride() as u32;
+        let outer = scales.last().map_or((0, 0), |&(h, w)| (w as u32 * stride, h as u32 * stride));
+        let fit = (f64::from(outer.0) / f64::from(width)).min(f64::from(outer.1) / f64::from(height));
+        let side = |from: u32, most: u32| ((f64::from(from) * fit).round() as u32).clamp(1, most);
+        let (w, h) = (side(width, outer.0), side(height, outer.1));
+        Ok(Self { scales, outer, inner: [(outer.0 - w) / 2, (outer.1 - h) / 2, w, h] })
+    }
+
+    /// The model's image of a given one.
+    pub fn fit(&self, image: &RgbImage) -> RgbImage {
+        let [left, top, width, height] = self.inner;
+        let scaled = resize(image, (width, height), Filter::Bicubic);
+        RgbImage::from_fn(self.outer.0, self.outer.1, |x, y| {
+            let inside = |at: u32, from: u32, length: u32| at.saturating_sub(from).min(length - 1);
+            *scaled.get_pixel(inside(x, left, width), inside(y, top, height))
+        })
+    }
+
+    /// Of what is cut out of the model's image: (width, height) in pixels.
+    pub fn size(&self) -> (u32, u32) {
+        (self.inner[2], self.inner[3])
+    }
+
+    /// The part of the model's image that stands for the given one.
+    pub fn cut(&self, image: &RgbImage) -> RgbImage {
+        let [left, top, width, height] = self.inner;
+        imageops::crop_imm(image, left, top, width, height).to_image()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Source;
+
+    fn nano() -> ModelConfig {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nano");
+        ModelConfig::read(&Source::Folder(folder.into())).unwrap()
+    }
+
+    #[test]
+    fn every_size_fits_and_comes_back_in_its_own_ratio() {
+        for (w, h) in [(128, 128), (1, 1), (500, 333), (333, 500), (4000, 20), (7, 6000), (130, 128)] {
+            let frame = Frame::of(&nano(), (w, h), Size::Auto).unwrap();
+            let image = RgbImage::from_fn(w, h, |x, y| image::Rgb([(x % 200) as u8, (y % 200) as u8, 9]));
+            let fitted = frame.fit(&image);
+            let (rows, columns) = frame.scales[7];
+            assert_eq!(fitted.dimensions(), (16 * columns as u32, 16 * rows as u32));
+            let (cut_w, cut_h) = frame.cut(&fitted).dimensions();
+            let off = (f64::from(cut_w) / f64::from(cut_h)) / (f64::from(w) / f64::from(h));
+            assert!((0.9..1.12).contains(&off) || cut_w.min(cut_h) < 8, "{w}x{h} -> {cut_w}x{cut_h}");
+        }
+        let square = Frame::of(&nano(), (128, 128), Size::Auto).unwrap();
+        let image = RgbImage::from_fn(128, 128, |x, y| image::Rgb([x as u8, y as u8, 9]));
+        assert!(square.fit(&image) == image && square.cut(&image) == image);
+    }
+}

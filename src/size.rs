@@ -1,0 +1,196 @@
+//! How large an image is to be, and the grids that make it so.
+
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+use crate::generate::{ModelConfig, schedule};
+
+/// What `--size` asks for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Size {
+    /// What fits the task; a square for `gen`.
+    Auto,
+    /// Height over width, at the model's full size.
+    Ratio(f64),
+    /// Exactly so many pixels.
+    Pixels {
+        /// Columns.
+        width: u64,
+        /// Rows.
+        height: u64,
+    },
+}
+
+/// Pixels per cell of a grid, along each side.
+const STRIDE: u64 = 16;
+
+impl FromStr for Size {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let unknown =
+            || Error::usage(format!("--size {text} is not a size")).hint("--size 128x128, --size 16:9 or --size auto");
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        if let Some((width, height)) = text.split_once(['x', 'X']) {
+            let digits = |s: &str| Some(s).filter(|s| s.bytes().all(|b| b.is_ascii_digit()))?.parse().ok();
+            let (Some(width), Some(height)) = (digits(width), digits(height)) else { return Err(unknown()) };
+            return Ok(Self::Pixels { width, height });
+        }
+        let (width, height) = text.split_once(':').ok_or_else(unknown)?;
+        let number = |s: &str| s.parse::<f64>().ok().filter(|x| x.is_finite() && *x > 0.0);
+        let (Some(width), Some(height)) = (number(width), number(height)) else { return Err(unknown()) };
+        // The rounding of 1:4 and 4:1 is not to be held against them.
+        match height / width {
+            ratio if (0.249..=4.001).contains(&ratio) => Ok(Self::Ratio(ratio)),
+            ratio => Err(Error::usage(format!("--size {text} is narrower than 1:4 or wider than 4:1"))
+                .hint(if ratio > 1.0 { "--size 1:4" } else { "--size 4:1" })),
+        }
+    }
+}
+
+impl Size {
+    /// The grids (height, width) of an image of this size, coarse to fine.
+    ///
+    /// Errors: usage, for a size that the model cannot draw.
+    pub fn grids(self, config: &ModelConfig) -> Result<Vec<(usize, usize)>> {
+        match &config.grids[..] {
+            [] => self.scales(config.scales),
+            grids => self.only(grids),
+        }
+    }
+
+    /// The grids of a model of at most `max` scales of the paper's table.
+    fn scales(self, max: usize) -> Result<Vec<(usize, usize)>> {
+        let max = max.clamp(1, 18);
+        let (width, height) = match self {
+            Self::Auto => return Ok(schedule::nearest(1.0).scales[..max].to_vec()),
+            Self::Ratio(ratio) => return Ok(schedule::nearest(ratio).scales[..max].to_vec()),
+            Self::Pixels { width, height } => (width, height),
+        };
+        // The paper's 128, 256, 512 and 1024 px levels, as far as the model goes.
+        let levels = [8, 12, 16].into_iter().filter(|level| *level < max).chain([max]);
+        let drawable = levels.flat_map(|level| schedule::table().iter().map(move |entry| &entry.scales[..level]));
+        let pixels =
+            |scales: &[(usize, usize)]| scales.last().map_or((0, 0), |(h, w)| (*w as u64 * STRIDE, *h as u64 * STRIDE));
+        let log = |a: u64, b: u64| (a.max(1) as f64 / b.max(1) as f64).ln();
+        let distance = |scales: &[(usize, usize)]| {
+            let (w, h) = pixels(scales);
+            let (x, y) = (log(w, width), log(h, height));
+            // Several ratios can share a last grid: the one whose coarser grids keep closest to it is the best.
+            let bend: f64 = scales.iter().map(|(r, c)| log(*r as u64 * w, *c as u64 * h).abs()).sum();
+            // A wrong shape is worse than a wrong size.
+            ((x + y).abs() + 2.0 * (x - y).abs(), bend)
+        };
+        let nearest =
+            drawable.min_by(|a, b| distance(a).partial_cmp(&distance(b)).unwrap_or(std::cmp::Ordering::Equal));
+        let nearest = nearest.unwrap_or_default();
+        match pixels(nearest) {
+            found if found == (width, height) => Ok(nearest.to_vec()),
+            (w, h) => Err(Error::usage(format!("this model cannot draw {width}x{height} pixels"))
+                .hint(format!("--size {w}x{h} is the closest it can"))),
+        }
+    }
+
+    /// The grids of a model that draws a single size, which must be this one.
+    fn only(self, grids: &[(usize, usize)]) -> Result<Vec<(usize, usize)>> {
+        let (h, w) = grids.last().copied().unwrap_or_default();
+        let (w, h) = (w as u64 * STRIDE, h as u64 * STRIDE);
+        let fits = match self {
+            Self::Auto => true,
+            Self::Ratio(ratio) => ratio * w as f64 == h as f64,
+            Self::Pixels { width, height } => (width, height) == (w, h),
+        };
+        match fits {
+            true => Ok(grids.to_vec()),
+            false => Err(Error::usage(format!("this model draws {w}x{h} pixels only")).hint(format!("--size {w}x{h}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_of_one_size_draws_no_other() {
+        let grids = [(1, 1), (16, 16)];
+        for size in ["auto", "1:1", "256x256"] {
+            assert_eq!(size.parse::<Size>().unwrap().only(&grids).unwrap(), grids);
+        }
+        for size in ["4:3", "128x128"] {
+            let error = size.parse::<Size>().unwrap().only(&grids).unwrap_err();
+            assert_eq!((error.exit_code(), error.hint.as_deref()), (2, Some("--size 256x256")));
+        }
+    }
+
+    fn drawn(size: &str, max: usize) -> Result<(usize, usize)> {
+        let scales = size.parse::<Size>()?.scales(max)?;
+        assert_eq!(scales[0], (1, 1));
+        let (h, w) = scales[scales.len() - 1];
+        Ok((w * 16, h * 16))
+    }
+
+    #[test]
+    fn sizes_map_to_the_table() {
+        assert_eq!(drawn("auto", 8).unwrap(), (128, 128));
+        assert_eq!(drawn("1:1", 18).unwrap(), (1024, 1024));
+        assert_eq!(drawn("16:9", 8).unwrap(), (160, 96));
+        assert_eq!(drawn("9:16", 8).unwrap(), (96, 160));
+        assert_eq!(drawn("4:1", 8).unwrap(), (256, 64));
+        assert_eq!(drawn("1:4", 8).unwrap(), (64, 256));
+        assert_eq!(drawn("160x96", 8).unwrap(), (160, 96));
+        assert_eq!(drawn("128x128", 18).unwrap(), (128, 128));
+        assert_eq!(drawn("512x512", 16).unwrap(), (512, 512));
+        assert_eq!("128x128".parse::<Size>().unwrap().scales(8).unwrap(), schedule::nearest(1.0).scales[..8]);
+    }
+
+    #[test]
+    fn every_size_of_the_table_can_be_asked_for() {
+        for entry in schedule::table() {
+            let (h, w) = entry.scales[7];
+            assert_eq!(drawn(&format!("{}x{}", w * 16, h * 16), 8).unwrap(), (w * 16, h * 16));
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_name_the_closest() {
+        for (size, closest) in [
+            ("1024x1024", "128x128"),
+            ("127x127", "128x128"),
+            ("0x0", ""),
+            ("0x128", ""),
+            ("1000000000x1000000000", ""),
+            ("161x95", "160x96"),
+        ] {
+            let error = drawn(size, 8).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.message.contains(size));
+            let hint = error.hint.unwrap();
+            assert!(hint.contains(closest), "{size}: {hint}");
+            let named = hint.split_whitespace().nth(1).unwrap();
+            assert!(drawn(named, 8).is_ok(), "{named}");
+        }
+        for size in [
+            "",
+            "0",
+            "127",
+            "1000000000",
+            "-1x5",
+            "+128x128",
+            "12.5x3",
+            "x",
+            ":",
+            "0:1",
+            "NaN:1",
+            "inf:1",
+            "1:5",
+            "9:1",
+            "99999999999999999999x1",
+        ] {
+            let error = drawn(size, 8).unwrap_err();
+            assert_eq!((error.exit_code(), error.hint.is_some()), (2, true), "{size}");
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! `nextflow edit`, `gen --think` and `nextflow chat` with the embedded model, from the flags to the files.
+#![cfg(feature = "nano")]
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use image::{Rgb, RgbImage};
+use serde_json::Value;
+
+fn nextflow(folder: &Path, args: &[&str], input: &[u8]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+    command.args(args).current_dir(folder).env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary");
+    // A program that refuses its flags reads nothing.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    child.wait_with_output().unwrap()
+}
+
+#[track_caller]
+fn works(folder: &Path, args: &[&str], input: &str) -> Vec<u8> {
+    let output = nextflow(folder, args, input.as_bytes());
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+/// A red disc on white.
+fn disc(path: &Path, (width, height): (u32, u32)) {
+    let (x0, y0, r) = (width as f64 / 2.0, height as f64 / 2.0, width.min(height) as f64 * 0.28);
+    let image = RgbImage::from_fn(width, height, |x, y| {
+        let inside = (f64::from(x) - x0).hypot(f64::from(y) - y0) < r;
+        Rgb(if inside { [220, 30, 35] } else { [255; 3] })
+    });
+    image.save(path).unwrap();
+}
+
+fn open(path: &Path) -> RgbImage {
+    image::open(path).unwrap().to_rgb8()
+}
+
+#[test]
+fn an_edit_is_drawn_named_and_repeatable() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    disc(&here.join("a.png"), (128, 128));
+    let args = ["edit", "-i", "a.png", "-p", "make it blue", "--seed", "3"];
+    let stdout = works(here, &[&args[..], &["-o", "b.png"]].concat(), "");
+    assert_eq!(stdout, b"b.png\n");
+    let (before, after) = (open(&here.join("a.png")), open(&here.join("b.png")));
+    assert_eq!(after.dimensions(), (128, 128));
+    assert!(before != after);
+    // Alone, in a batch, and from standard input: the same bytes.
+    works(here, &[&args[..], &["--count", "2"]].concat(), "");
+    let bytes = fs::read(here.join("b.png")).unwrap();
+    assert!(fs::read(here.join("make-it-blue-3.png")).unwrap() == bytes);
+    assert!(fs::read(here.join("make-it-blue-4.png")).unwrap() != bytes);
+    let piped = works(here, &["edit", "-i", "a.png", "-", "--seed", "3", "-o", "-"], "make it blue\n");
+    assert!(piped == bytes);
+    // An output is not overwritten.
+    let again = nextflow(here, &[&args[..], &["-o", "b.png"]].concat(), b"");
+    assert_eq!(again.status.code(), Some(2));
+    assert!(fs::read(here.join("b.png")).unwrap() == bytes);
+}
+
+#[test]
+fn the_result_has_the_ratio_of_the_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    for (size, ratio) in [((300, 200), 1.5), ((64, 128), 0.5), ((1000, 1000), 1.0)] {
+        disc(&here.join("a.png"), size);
+        let args = ["edit", "-i", "a.png", "-p", "make it green", "--seed", "1", "-o", "b.png", "--force", "--json"];
+        let line: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
+        let (w, h) = open(&here.join("b.png")).dimensions();
+        assert!((f64::from(w) / f64::from(h) / ratio - 1.0).abs() < 0.05, "{size:?} -> {w}x{h}");
+        assert_eq!(line["size"], format!("{w}x{h}"));
+        assert_eq!((&line["seed"], &line["prompt"]), (&1.into(), &"make it green".into()));
+    }
+    // Several images, and a plan without weights.
+    let args = ["edit", "-i", "a.png", "-i", "a.png", "-p", "x", "--dry-run", "--json"];
+    let plan: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
+    assert_eq!((&plan["size"], &plan["codes"]), (&"128x128".into(), &204.into()));
+}
+
+#[test]
+fn bad_input_is_refused_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    disc(&here.join("a.png"), (128, 128));
+    fs::write(here.join("broken.png"), b"no image").unwrap();
+    let whole = fs::read(here.join("a.png")).unwrap();
+    fs::write(here.join("cut.png"), &whole[..whole.len() / 2]).unwrap();
+    fs::write(here.join("there.png"), b"mine").unwrap();
+    fs::create_dir(here.join("folder")).unwrap();
+    for (args, part) in [
+        (&["-p", "x"][..], "--image"),
+        (&["-i", "a.png"], "there is no prompt"),
+        (&["-i", "a.png", "-p", ""], "empty"),
+        (&["-i", "none.png", "-p", "x"], "none.png"),
+        (&["-i", "folder", "-p", "x"], "is not a file"),
+        (&["-i", "broken.png", "-p", "x"], "broken.png"),
+        (&["-i", "cut.png", "-p", "x"], "cut.png"),
+        (&["-i", "a.png", "-i", "broken.png", "-p", "x"], "broken.png"),
+        (&["-i", "a.png", "-p", "x", "-o", "there.png"], "there.png"),
+        (&["-i", "a.png", "-p", "x", "--cfg", "NaN"], "cfg"),
+        (&["-i", "a.png", "-p", "x", "--size", "1x1"], "1x1"),
+    ] {
+        let output = nextflow(here, &[&["edit"], args].concat(), b"");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+        assert!(stderr.contains(part) && stderr.contains("hint: "), "{args:?}: {stderr}");
+    }
+    assert_eq!(fs::read(here.join("there.png")).unwrap(), b"mine");
+    assert_eq!(fs::read_dir(here).unwrap().count(), 5, "something was left over");
+}
+
+#[test]
+fn a_conversation_draws_edits_and_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    disc(&here.join("a.png"), (128, 128));
+    let lines = [
+        "/edit make it blue",
+        "/gen a red circle",
+        "/edit make it blue",
+        "/edit $1 make it green",
+        "/image a.png",
+        "what colour is the circle?",
+        "/regen",
+        "$9 what is this?",
+        "/seed x",
+        "/save a.json",
+        "/clear",
+        "/load a.json",
+        "/show",
+    ];
+    let output = nextflow(here, &["chat", "--seed", "1", "--json"], lines.join("\n").as_bytes());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 5, "{stdout}\n{stderr}");
+    let image = |i: usize| open(&here.join(lines[i]["images"][0].as_str().unwrap()));
+    assert!(image(0) != image(1) && image(1) != image(2));
+    // An edit of an edit goes on from what is in the cache: the image, bar the sum of its codes and what ends it.
+    let number = |i: usize, key: &str| lines[i][key].as_u64().unwrap();
+    assert!(number(1, "cached_tokens") >= number(0, "prompt_tokens") + 203, "{stdout}");
+    for part in [
+        "there is no image to edit yet",
+        "$9 is no image: there are 5 images",
+        "\"x\" is not a seed",
+        "[$1 a-red-circle-1.png]",
+    ] {
+        assert!(stderr.contains(part), "{part}: {stderr}");
+    }
+}
+
+#[test]
+fn thinking_comes_to_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let args = ["gen", "--think", "-p", "a red circle", "--seed", "1", "--json"];
+    let line: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
+    assert!(line["thought"].as_str().unwrap().contains("the final prompt is: "), "{line}");
+    assert_eq!(open(&here.join(line["path"].as_str().unwrap())).dimensions(), (128, 128));
+}
