@@ -6,7 +6,7 @@ use std::path::Path;
 use super::run::Run;
 use crate::checkpoint::{load, quantise};
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, PromptConfig, Sampling};
+use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling};
 
 /// Writes `config.json`, `tokenizer.json`, `model.safetensors` and `image_tokenizer.safetensors` (matrices as
 /// bytes) to `out`.
@@ -39,6 +39,7 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
         scales: run.recipe.scales,
         grids: Vec::new(),
         sampling,
+        conversation: ConversationConfig { system: String::new(), draws: true },
         prompt: PromptConfig::default(),
         backbone,
         tokenizer,

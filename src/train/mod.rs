@@ -1,6 +1,7 @@
 //! The trainer: data, the tokenizer's stages, the transformer, and the checkpoint that ships.
 
 mod codebook;
+pub mod dialogue;
 pub mod export;
 mod names;
 mod optimizer;
@@ -10,6 +11,7 @@ mod progress;
 pub mod run;
 pub mod sampler;
 pub mod semantic;
+mod sequence;
 pub mod tokenizer;
 pub mod transformer;
 

@@ -106,6 +106,11 @@ impl Pool {
         self.len() == 0
     }
 
+    /// Whether a shelf is that of the square images.
+    pub fn is_square(&self, shelf: &Shelf) -> bool {
+        shelf.grids == self.square.grids
+    }
+
     /// The images that the batch of a step is drawn from: all of one aspect ratio.
     pub fn shelf(&self, step: usize) -> &Shelf {
         let other = if step % OBLONG == OBLONG - 1 { self.oblong.get(step / OBLONG % RATIOS.len()) } else { None };

@@ -8,7 +8,8 @@ pub struct Progress {
     steps: usize,
     step: usize,
     batch: usize,
-    sums: Vec<(String, f64)>,
+    /// Name, sum and count of what was measured; what is NaN was not.
+    sums: Vec<(String, f64, usize)>,
     since: usize,
     last: Instant,
 }
@@ -32,15 +33,18 @@ impl Progress {
         self.step += 1;
         self.since += 1;
         if self.sums.is_empty() {
-            self.sums = measured.iter().map(|(name, _)| (name.to_string(), 0.0)).collect();
+            self.sums = measured.iter().map(|(name, _)| (name.to_string(), 0.0, 0)).collect();
         }
-        self.sums.iter_mut().zip(measured).for_each(|(sum, (_, value))| sum.1 += value);
+        for ((_, sum, count), (_, value)) in self.sums.iter_mut().zip(measured).filter(|(_, (_, v))| !v.is_nan()) {
+            *sum += value;
+            *count += 1;
+        }
         if !self.step.is_multiple_of(EVERY) && self.step != self.steps {
             return;
         }
         let rate = self.since as f64 / self.last.elapsed().as_secs_f64();
         let means: Vec<String> =
-            self.sums.iter().map(|(name, sum)| format!("{name} {:.4}", sum / self.since as f64)).collect();
+            self.sums.iter().map(|(name, sum, count)| format!("{name} {:.4}", sum / *count as f64)).collect();
         let left = (self.steps - self.step) as f64 / rate / 60.0;
         let speed = rate * self.batch as f64;
         let Self { step, steps, .. } = *self;

@@ -24,6 +24,8 @@ pub struct Sampler<'a> {
     /// Pictures of all everyday concepts in one hand: the transformer's. The tokenizer never sees the held-out ones, so
     /// that its reconstructions are measured on strangers, but a model that cannot draw a car serves nobody.
     everyday: Vec<usize>,
+    /// Those of them that are not held out: the dialogues'.
+    things: Vec<usize>,
 }
 
 const WHITE: [u8; 3] = [255, 255, 255];
@@ -35,17 +37,51 @@ impl<'a> Sampler<'a> {
         let pictures: Vec<usize> = (0..library.pictures.len()).filter(|&p| !concept(p).held_out).collect();
         let drawn = pictures.iter().copied().filter(|&p| library.pictures[p].style == style).collect();
         let chosen = |p: &usize| concept(*p).everyday && library.pictures[*p].style == style;
-        let everyday = (0..library.pictures.len()).filter(chosen).collect();
-        Self { library, seed, pictures, drawn, everyday }
+        let everyday: Vec<usize> = (0..library.pictures.len()).filter(chosen).collect();
+        let things = everyday.iter().copied().filter(|&p| !concept(p).held_out).collect();
+        Self { library, seed, pictures, drawn, everyday, things }
     }
 
-    fn rng(&self, index: u64, purpose: u64) -> Rng {
+    /// The draws of one sample, for one purpose.
+    pub fn rng(&self, index: u64, purpose: u64) -> Rng {
         Rng::new(self.seed, index, Stream::Train, purpose)
     }
 
     /// Pictures the transformer learns to draw.
     pub fn everyday(&self) -> &[usize] {
         &self.everyday
+    }
+
+    /// A thing that may be asked about or edited in training: its picture, its name and its name in Chinese.
+    pub fn thing(&self, rng: &Rng, counter: u64) -> (usize, &str, &str) {
+        let picture = self.things[rng.below(counter, self.things.len())];
+        let concept = &self.library.concepts[self.concept(picture)];
+        (picture, &concept.names[0], &concept.label_zh)
+    }
+
+    /// What a picture shows, as an index of the library's concepts.
+    pub fn concept(&self, picture: usize) -> usize {
+        self.library.pictures[picture].concept
+    }
+
+    /// The picture of a concept in a hand.
+    pub fn in_style(&self, concept: usize, style: Style) -> Option<usize> {
+        self.library.picture(concept, style)
+    }
+
+    /// The picture that the transformer learns to draw for a name.
+    pub fn named(&self, name: &str) -> Option<usize> {
+        let concept = self.library.find(name)?;
+        self.everyday.iter().copied().find(|&p| self.concept(p) == concept)
+    }
+
+    /// Things of half the size in the middle row of a white square, each with its left edge.
+    pub fn row(&self, places: &[(usize, i32)]) -> Canvas {
+        let mut canvas = Canvas::new(SIDE, SIDE, WHITE);
+        for &(picture, left) in places {
+            self.library.compose(&mut canvas, picture, (left, 32), SIDE / 2);
+        }
+        canvas
     }
 
     /// A square image for the tokenizer: half of them as the transformer will draw them, else any picture at any size,
@@ -58,7 +94,7 @@ impl<'a> Sampler<'a> {
                 let background = (rng.uniform(2) < 0.25).then(|| &BACKGROUNDS[rng.below(3, BACKGROUNDS.len())]);
                 let mut canvas = self.single(picture, background, SIDE, SIDE).canvas;
                 if rng.uniform(4) < 0.3 {
-                    mirror(&mut canvas);
+                    canvas = canvas.mirrored();
                 }
                 canvas.rgb
             }
@@ -72,7 +108,7 @@ impl<'a> Sampler<'a> {
                 let corner = (SIDE as i32 - size as i32) / 2;
                 self.library.compose(&mut canvas, picture, (corner + shift(4, 17), corner + shift(5, 17)), size);
                 if rng.uniform(6) < 0.3 {
-                    mirror(&mut canvas);
+                    canvas = canvas.mirrored();
                 }
                 canvas.rgb
             }
@@ -100,7 +136,7 @@ impl<'a> Sampler<'a> {
         let corner = (SIDE as i32 - size as i32) / 2;
         self.library.compose(&mut canvas, picture, (corner + shift(2), corner + shift(3)), size);
         if rng.uniform(4) < 0.3 {
-            mirror(&mut canvas);
+            canvas = canvas.mirrored();
         }
         // What a model draws is softer than a picture.
         soften(&mut canvas, rng.below(6, 4));
@@ -158,14 +194,6 @@ impl<'a> Sampler<'a> {
         let rgb = scene.render(width, height);
         let captions = (0..4).map(|i| scene.caption(&self.rng(index, 7 + i))).collect();
         Sample { canvas: Canvas { width, height, rgb }, captions }
-    }
-}
-
-fn mirror(canvas: &mut Canvas) {
-    for row in canvas.rgb.chunks_exact_mut(3 * canvas.width) {
-        for x in 0..canvas.width / 2 {
-            (0..3).for_each(|c| row.swap(3 * x + c, 3 * (canvas.width - 1 - x) + c));
-        }
     }
 }
 

@@ -1,36 +1,47 @@
-//! The transformer learns to draw: cross-entropy over the codes of every scale, with the paper's scale reweighting and
-//! self-correction.
+//! The transformer learns: cross-entropy over the codes of every scale and over words, with the paper's scale
+//! reweighting and self-correction. First to draw what captions say, then in dialogues, on the model's part only.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::Device;
 use rayon::prelude::*;
 
+use super::dialogue::{Length, Turns, dialogue};
 use super::optimizer::{Optimizer, Schedule};
-use super::pool::{Item, Pool, Shelf};
+use super::pool::{Pool, Shelf};
 use super::progress::Progress;
 use super::run::Run;
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, Context, Position, Rope};
-use crate::error;
-use crate::generate::inputs::NextInput;
+use super::sampler::Sampler;
+use super::sequence::{Batch, Picture, Sequence};
+use crate::backbone::Backbone;
+use crate::chat::template::{Part, Piece, Role, Template};
+use crate::error::Result;
 use crate::generate::schedule;
-use crate::ops;
+use crate::library::Canvas;
+use crate::pixels;
 use crate::rng::{Rng, Stream};
-use crate::tokenizer::Quantizer;
+use crate::text::Text;
+use crate::tokenizer::ImageTokenizer;
 
 /// Share of the samples that are drawn from an empty prompt, for guidance.
 const CAPTION_DROP: f64 = 0.1;
 
-/// Trains for `plan.steps` steps of `batch` images, of which the first `scales` scales are learnt, and writes the
-/// weights into the run's folder. `part` names this part of the training and its state.
-pub fn train(
-    run: &Run,
-    quantizer: &Quantizer,
-    pool: &Pool,
-    part: &str,
-    scales: usize,
-    batch: usize,
-    plan: &Schedule,
-) -> error::Result<()> {
+/// What a part of the training learns from.
+pub struct Lesson<'a> {
+    /// The run.
+    pub run: &'a Run,
+    /// The images' tokenizer, whose weights are fixed.
+    pub tokenizer: &'a ImageTokenizer,
+    /// Encoded images with captions.
+    pub pool: &'a Pool,
+    /// The first so many scales are learnt.
+    pub scales: usize,
+    /// Where dialogues come from, if they are part of it.
+    pub dialogues: Option<(&'a Sampler<'a>, &'a Text)>,
+}
+
+/// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder. `part` names this part
+/// of the training and its state.
+pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Result<()> {
+    let run = lesson.run;
     let file = run.file("model.safetensors");
     let weights = run.trainable(&[&file])?;
     let backbone = Backbone::load(&weights, &run.recipe.backbone)?;
@@ -41,21 +52,15 @@ pub fn train(
         optimizer.restore(&state)?;
     }
     let mut progress = Progress::new(&format!("transformer {part}"), plan.steps, optimizer.step, batch);
-    progress.say(&format!("{} parameters, {} images in the pool", optimizer.count(), pool.len()));
-    let square = &schedule::nearest(1.0).prefix(run.recipe.scales)[..scales];
+    progress.say(&format!("{} parameters, {} images in the pool", optimizer.count(), lesson.pool.len()));
+    let square = &schedule::nearest(1.0).prefix(run.recipe.scales)[..lesson.scales];
     let names: Vec<String> = square.iter().map(|(h, w)| format!("{h}x{w}")).collect();
     while optimizer.step < plan.steps {
-        let step = optimizer.step;
-        let shelf = pool.shelf(step);
-        let grids = &shelf.grids[..scales];
-        let batch = Batch::draw(run, quantizer, shelf, grids, batch, step as u64)?;
-        let logits = batch.logits(&backbone, run.recipe.scales)?;
-        let (targets, weights) = batch.targets(grids, run.recipe.scale_reweight)?;
-        let loss = ops::cross_entropy(&logits, &targets, &weights)?;
+        let sequences = lesson.sequences(batch, optimizer.step)?;
+        let (loss, means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
         let norm = optimizer.descend(&loss, plan)?;
-        let rows = ops::cross_entropy_rows(&logits.detach(), &targets)?;
-        let mut measured = vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)];
-        measured.extend(names.iter().map(String::as_str).zip(per_scale(&rows, grids)));
+        let mut measured = vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm), ("words", means.words)];
+        measured.extend(names.iter().map(String::as_str).zip(means.scales));
         progress.step(&measured);
         if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
             let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
@@ -66,110 +71,145 @@ pub fn train(
     Ok(())
 }
 
-/// Mean loss of each scale over the images of a batch.
-fn per_scale(rows: &[f32], grids: &[(usize, usize)]) -> Vec<f64> {
-    let image = schedule::codes(grids);
-    let mut start = 0;
-    grids
-        .iter()
-        .map(|(h, w)| {
-            let range = start..start + h * w;
-            start += h * w;
-            let sum: f32 = rows.chunks_exact(image).map(|r| r[range.clone()].iter().sum::<f32>()).sum();
-            f64::from(sum) / (rows.len() / image * h * w) as f64
-        })
-        .collect()
-}
+impl Lesson<'_> {
+    /// The sequences of a step. With dialogues every other step has long ones, half as many, and the others half short
+    /// ones, so that sequences of a batch are about as long as each other.
+    fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
+        let shelf = self.pool.shelf(step / 2);
+        let Some((sampler, text)) = self.dialogues else {
+            return self.captioned(self.pool.shelf(step), size, step);
+        };
+        match step % 2 {
+            1 => self.dialogues(sampler, text, size / 2, step, Length::Long),
+            _ if !self.pool.is_square(shelf) => self.captioned(shelf, size, step),
+            _ => {
+                let mut sequences = self.captioned(shelf, size / 2, step)?;
+                sequences.extend(self.dialogues(sampler, text, size / 2, step, Length::Short)?);
+                Ok(sequences)
+            }
+        }
+    }
 
-/// One batch: prompts padded on the left to one length, then `<boi>` and the scales.
-struct Batch {
-    /// (B, P + 1), `<boi>` last.
-    text: Vec<Vec<u32>>,
-    /// Inputs of the scales from the second on, (B, n, D).
-    features: Vec<Vec<f32>>,
-    /// Codes to predict, coarse to fine.
-    targets: Vec<u32>,
-    positions: Vec<Vec<Position>>,
-    mask: Vec<u8>,
-    /// Scale index of every input position of an image.
-    scale_of: Vec<usize>,
-}
+    /// Captions and the images behind them.
+    fn captioned(&self, shelf: &Shelf, size: usize, step: usize) -> Result<Vec<Sequence>> {
+        let recipe = &self.run.recipe;
+        let sequences = (0..size).into_par_iter().map(|i| {
+            let rng = Rng::new(recipe.seed, i as u64, Stream::Train, 1 << 32 | step as u64);
+            let item = shelf.draw(&rng);
+            let mut sequence = Sequence::default();
+            if rng.uniform(100) >= CAPTION_DROP {
+                sequence.push_words(item.caption(&rng));
+            }
+            let noise = Rng::new(recipe.seed, i as u64, Stream::Train, 2 << 32 | step as u64);
+            self.push_image(&mut sequence, &item.features, shelf.grids, Some(&noise), false);
+            sequence
+        });
+        Ok(sequences.collect())
+    }
 
-impl Batch {
-    fn draw(
-        run: &Run,
-        quantizer: &Quantizer,
-        shelf: &Shelf,
-        grids: &[(usize, usize)],
+    fn dialogues(
+        &self,
+        sampler: &Sampler,
+        text: &Text,
         size: usize,
-        step: u64,
-    ) -> error::Result<Self> {
-        let (config, correction) = (&run.recipe.backbone, &run.recipe.self_correction);
-        let drawn: Vec<(&[u32], Vec<f32>, Vec<u32>)> = (0..size)
-            .into_par_iter()
-            .map(|i| {
-                let rng = Rng::new(run.recipe.seed, i as u64, Stream::Train, 1 << 32 | step);
-                let item: &Item = shelf.draw(&rng);
-                let caption = if rng.uniform(100) < CAPTION_DROP { &[] } else { item.caption(&rng) };
-                let noise = Rng::new(run.recipe.seed, i as u64, Stream::Train, 2 << 32 | step);
-                let encoded = quantizer.encode(&item.features, shelf.grids, Some((correction, &noise)), |_, _, _| {});
-                let mut input = NextInput::new(config.input_mode);
-                let features = grids.windows(2).zip(&encoded.codes);
-                let features = features.flat_map(|(g, codes)| input.next(quantizer, codes, g[0], g[1])).collect();
-                (caption, features, encoded.targets[..grids.len()].concat())
+        step: usize,
+        length: Length,
+    ) -> Result<Vec<Sequence>> {
+        let first = (step * size) as u64;
+        let dialogues: Vec<Turns> =
+            (0..size as u64).into_par_iter().map(|i| dialogue(sampler, first + i, length)).collect();
+        let template = Template::of(text, false)?;
+        let mut features = self.features(&dialogues)?.into_iter();
+        let dialogues: Vec<_> = dialogues
+            .into_iter()
+            .enumerate()
+            .map(|(i, turns)| {
+                let turns: Vec<(Role, Vec<Part<Vec<f32>>>)> = turns
+                    .into_iter()
+                    .map(|(role, parts)| {
+                        let part = |part| match part {
+                            Part::Text(text) => Part::Text(text),
+                            Part::Drawn(text, ids) => Part::Drawn(text, ids),
+                            Part::Image(_) => Part::Image(features.next().unwrap_or_default()),
+                        };
+                        (role, parts.into_iter().map(part).collect())
+                    })
+                    .collect();
+                (first + i as u64, turns)
             })
             .collect();
-        let longest = drawn.iter().map(|d| d.0.len()).max().unwrap_or(0);
-        let scale_of = grids.iter().enumerate().skip(1).flat_map(|(i, (h, w))| std::iter::repeat_n(i, h * w)).collect();
-        let mut out = Self {
-            text: Vec::new(),
-            features: Vec::new(),
-            targets: Vec::new(),
-            positions: Vec::new(),
-            mask: Vec::new(),
-            scale_of,
-        };
-        for (caption, features, targets) in drawn {
-            let padding = longest - caption.len();
-            let mut layout = Layout::new();
-            layout.push_text(caption.len());
-            layout.push_image(grids, config.spatial_extent);
-            let layout = layout.padded(padding);
-            out.mask.extend(layout.mask(padding));
-            out.positions.push(layout.positions);
-            let row = std::iter::repeat_n(0, padding).chain(caption.iter().copied()).chain([config.boi()]);
-            out.text.push(row.collect());
-            out.features.push(features);
-            out.targets.extend(targets);
+        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, template, *index, turns)).collect()
+    }
+
+    /// What is quantised, of all images in the order of the dialogues: (h * w, D) each.
+    fn features(&self, dialogues: &[Turns]) -> Result<Vec<Vec<f32>>> {
+        let parts = dialogues.iter().flatten().flat_map(|(_, parts)| parts);
+        let canvases: Vec<&Canvas> = parts.filter_map(Part::image).collect();
+        let Some(first) = canvases.first() else { return Ok(Vec::new()) };
+        let rows: Vec<&[u8]> = canvases.iter().map(|c| c.rgb.as_slice()).collect();
+        let f = self.tokenizer.features(&pixels::to_tensor(&rows, first.height, first.width, &Device::Cpu)?)?;
+        let image = f.elem_count() / canvases.len();
+        Ok(f.flatten_all()?.to_vec1::<f32>()?.chunks_exact(image).map(<[f32]>::to_vec).collect())
+    }
+
+    fn dialogue(
+        &self,
+        text: &Text,
+        template: Template,
+        index: u64,
+        turns: &[(Role, Vec<Part<Vec<f32>>>)],
+    ) -> Result<Sequence> {
+        let rng = Rng::new(self.run.recipe.seed, index, Stream::Train, 3 << 32);
+        let config = &self.run.recipe.backbone;
+        let drawn = turns.last().is_some_and(|(_, parts)| parts.iter().any(|p| p.image().is_some()));
+        // Without words, for guidance.
+        let silent = drawn && rng.uniform(0) < CAPTION_DROP;
+        let turns: Vec<(Role, Vec<Part<Vec<f32>>>)> = turns
+            .iter()
+            .map(|(role, parts)| {
+                let heard = |part: &&Part<_>| !silent || part.image().is_some();
+                (*role, parts.iter().filter(heard).cloned().collect())
+            })
+            .collect();
+        let grids = schedule::nearest(1.0).prefix(self.run.recipe.scales);
+        let mut sequence = Sequence::default();
+        let pieces = template.render(text, "", turns.iter().map(|(role, parts)| (*role, &parts[..])), &[])?;
+        for (i, (piece, said)) in pieces.into_iter().enumerate() {
+            match piece {
+                Piece::Words(ids) => {
+                    for id in ids {
+                        if said {
+                            sequence.expect_word(id);
+                        }
+                        sequence.push_words(&[id]);
+                    }
+                }
+                Piece::Image(features) => {
+                    let noise = Rng::new(self.run.recipe.seed, index, Stream::Train, 4 << 32 | i as u64);
+                    if said {
+                        sequence.expect_word(config.boi());
+                    }
+                    self.push_image(&mut sequence, features, grids, said.then_some(&noise), true);
+                }
+            }
         }
-        Ok(out)
+        Ok(sequence)
     }
 
-    /// Logits of every code of every image, (B * codes, codebook). `count` is the number of scales of a whole image.
-    fn logits(&self, backbone: &Backbone, count: usize) -> Result<Tensor> {
-        let (size, prefix) = (self.text.len(), self.text[0].len());
-        let tokens = self.positions[0].len();
-        let ids = Tensor::from_vec(self.text.concat(), (size, prefix), &Device::Cpu)?;
-        let features = self.features.concat();
-        let n = self.scale_of.len();
-        let features = Tensor::from_vec(features, (size, n, backbone.config().code_dim), &Device::Cpu)?;
-        let image = backbone.connect(&features)?.broadcast_add(&backbone.scale_rows(&self.scale_of, count)?)?;
-        let x = Tensor::cat(&[backbone.embed_text(&ids)?, image], 1)?;
-        let positions: Vec<&[Position]> = self.positions.iter().map(Vec::as_slice).collect();
-        let rope = Rope::new(backbone.config(), &positions, &Device::Cpu)?;
-        let mask = Tensor::from_slice(&self.mask, (size, tokens, tokens), &Device::Cpu)?;
-        let hidden = backbone.forward(&x, &rope, Context::Masked(&mask))?;
-        let hidden = hidden.narrow(1, prefix - 1, n + 1)?.contiguous()?;
-        backbone.code_logits(&hidden.flatten_to(1)?)
-    }
-
-    /// Targets, and weights that sum to 1: 1 / (h w)^alpha for the codes of an h x w grid, normalised over the image.
-    fn targets(&self, grids: &[(usize, usize)], alpha: f64) -> Result<(Tensor, Tensor)> {
-        let weight = |&(h, w): &(usize, usize)| ((h * w) as f64).powf(-alpha);
-        let raw: Vec<f64> = grids.iter().flat_map(|g| std::iter::repeat_n(weight(g), g.0 * g.1)).collect();
-        let total = raw.iter().sum::<f64>() * self.text.len() as f64;
-        let weights = (0..self.text.len()).flat_map(|_| raw.iter().map(|w| (w / total) as f32));
-        let weights = Tensor::from_iter(weights, &Device::Cpu)?;
-        Ok((Tensor::new(self.targets.as_slice(), &Device::Cpu)?, weights))
+    /// Appends an image of these features, to be learnt if there is `noise` for its self-correction.
+    fn push_image(
+        &self,
+        sequence: &mut Sequence,
+        features: &[f32],
+        grids: &[(usize, usize)],
+        noise: Option<&Rng>,
+        context: bool,
+    ) {
+        let (recipe, quantizer) = (&self.run.recipe, self.tokenizer.quantizer());
+        let correction = noise.map(|noise| (&recipe.self_correction, noise));
+        let encoded = quantizer.encode(features, grids, correction, |_, _, _| {});
+        let alpha = noise.map(|_| recipe.scale_reweight);
+        let grids = &grids[..self.scales.min(grids.len())];
+        sequence.push_image(&recipe.backbone, quantizer, &Picture { grids, encoded: &encoded, context, alpha });
     }
 }

@@ -1,0 +1,250 @@
+//! Dialogues for supervised training: edits, questions, drawing on request, reasoning, stories and small talk. Every one
+//! is a pure function of the seed and its index.
+
+use super::sampler::Sampler;
+use crate::chat::template::{Part, Role};
+use crate::generate::prompt;
+use crate::library::{Canvas, SIDE, Style, with_article};
+use crate::rng::Rng;
+use crate::scenes::{BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, Riddle, Scene, Smalltalk, Split, smalltalk};
+
+/// What is said and shown, in turns.
+pub type Turns = Vec<(Role, Vec<Part<Canvas>>)>;
+
+/// How many images a dialogue has, which decides how long it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// One image at most.
+    Short,
+    /// Two or three.
+    Long,
+}
+
+fn user(images: Vec<Canvas>, text: &str) -> (Role, Vec<Part<Canvas>>) {
+    (Role::User, images.into_iter().map(Part::Image).chain([Part::Text(text.into())]).collect())
+}
+
+fn model(text: &str, image: Option<Canvas>) -> (Role, Vec<Part<Canvas>>) {
+    let text = Some(text).filter(|t| !t.is_empty()).map(|t| Part::Text(t.into()));
+    (Role::Assistant, text.into_iter().chain(image.map(Part::Image)).collect())
+}
+
+fn picture(scene: &Scene) -> Canvas {
+    Canvas { width: SIDE, height: SIDE, rgb: scene.render(SIDE, SIDE) }
+}
+
+/// A dialogue that is not held out.
+pub fn dialogue(sampler: &Sampler, index: u64, length: Length) -> Turns {
+    let rng = sampler.rng(index, 40 + length as u64);
+    let of = |purpose: u64| sampler.rng(index, 50 + 10 * purpose + length as u64);
+    match (length, rng.below(0, 100)) {
+        (Length::Short, 0..18) => drawing(sampler, &of(0)),
+        (Length::Short, 18..60) => question(&of(1)),
+        (Length::Short, 60..76) => thing_question(sampler, &of(2)),
+        (Length::Short, 76..96) => thinking(sampler, &of(3)),
+        (Length::Short, _) => talk(&of(4)),
+        (Length::Long, 0..62) => edit(&of(5)),
+        (Length::Long, 62..82) => thing_edit(sampler, &of(6)),
+        (Length::Long, 82..96) => several_turns(&of(7), index),
+        (Length::Long, _) => story(&of(8)),
+    }
+}
+
+/// "draw a cat": an image and nothing else.
+fn drawing(sampler: &Sampler, rng: &Rng) -> Turns {
+    let (caption, canvas) = match rng.below(0, 3) {
+        0 => {
+            let scene = Scene::sample(&rng.fork(1), Split::Train);
+            (scene.caption(&rng.fork(2)), picture(&scene))
+        }
+        _ => {
+            let pictures = sampler.everyday();
+            let sample = sampler.single(pictures[rng.below(1, pictures.len())], None, SIDE, SIDE);
+            (sample.captions[rng.below(2, sample.captions.len().min(2))].clone(), sample.canvas)
+        }
+    };
+    let forms = ["draw {}", "please draw {}", "can you draw {}?", "{}", "{}", "show me {}"];
+    let chinese = ["画{}", "请画{}", "{}"];
+    let form = if caption.is_ascii() { forms[rng.below(3, forms.len())] } else { chinese[rng.below(3, chinese.len())] };
+    let request = if caption.starts_with("draw ") { caption } else { form.replace("{}", &caption) };
+    vec![user(vec![], &request), model("", Some(canvas))]
+}
+
+/// A question about a composition.
+fn question(rng: &Rng) -> Turns {
+    let Question { scene, text, answer, .. } = Question::sample(&rng.fork(1), Split::Train);
+    vec![user(vec![picture(&scene)], &text), model(&answer, None)]
+}
+
+/// Wordings of "what is this?".
+pub const WHAT: [&str; 5] =
+    ["what is this?", "what is it?", "what do you see?", "what does this picture show?", "name this thing"];
+
+/// A question about an everyday thing that is not held out.
+fn thing_question(sampler: &Sampler, rng: &Rng) -> Turns {
+    let (picture, name, name_zh) = sampler.thing(rng, 0);
+    let background = (rng.uniform(2) < 0.3).then(|| &BACKGROUNDS[rng.below(3, BACKGROUNDS.len())]);
+    let canvas = sampler.single(picture, background, SIDE, SIDE).canvas;
+    let phrase = with_article(name);
+    let (text, answer) = match rng.below(4, 12) {
+        0..6 => (WHAT[rng.below(5, WHAT.len())].to_string(), phrase),
+        6 if !name_zh.is_empty() => ("这是什么？".into(), name_zh.to_string()),
+        7 | 8 => (format!("is this {phrase}?"), "yes".into()),
+        9 | 10 => match sampler.thing(rng, 6).1 {
+            other if other != name => (format!("is this {}?", with_article(other)), "no".into()),
+            _ => (format!("is this {phrase}?"), "yes".into()),
+        },
+        _ => ("what colour is the background?".into(), background.map_or("white", |b| b.name).into()),
+    };
+    vec![user(vec![canvas], &text), model(&answer, None)]
+}
+
+/// Reasoning first, then the image (the paper's chain of thought).
+fn thinking(sampler: &Sampler, rng: &Rng) -> Turns {
+    if rng.uniform(0) < 0.15 {
+        // What needs no reasoning.
+        let scene = Scene::sample(&rng.fork(1), Split::Train);
+        let answer = format!("{}{}", prompt::FINAL, scene.prompt());
+        return vec![
+            user(vec![], &format!("{}{}", prompt::THINK, scene.prompt())),
+            model(&answer, Some(picture(&scene))),
+        ];
+    }
+    let riddle = Riddle::sample(&rng.fork(2), Split::Train);
+    let canvas = match (&riddle.scene, &riddle.name) {
+        (Some(scene), _) => Some(picture(scene)),
+        (None, Some(name)) => sampler.named(name).map(|p| sampler.single(p, None, SIDE, SIDE).canvas),
+        (None, None) => None,
+    };
+    vec![user(vec![], &format!("{}{}", prompt::THINK, riddle.clue)), model(&riddle.answer(), canvas)]
+}
+
+fn talk(rng: &Rng) -> Turns {
+    let all: Vec<Smalltalk> = smalltalk().collect();
+    let Smalltalk { questions, answer } = &all[rng.below(0, all.len())];
+    vec![user(vec![], questions[rng.below(1, questions.len())]), model(answer, None)]
+}
+
+/// A composition and what an instruction makes of it.
+fn edit(rng: &Rng) -> Turns {
+    let edit = Edit::sample(&rng.fork(1), Split::Train);
+    let text = edit.instruction(&rng.fork(2), Split::Train);
+    vec![user(vec![picture(&edit.source)], &text), model("", Some(picture(&edit.target)))]
+}
+
+/// Instructions that change the hand: to (0) the soft 3D one, (1) the flat one, (2) Noto's.
+pub const STYLES: [(Style, [&str; 3]); 3] = [
+    (Style::ThreeD, ["make it 3d", "in 3d style", "turn it into a 3d picture"]),
+    (Style::Flat, ["make it flat", "in flat style", "turn it into a flat picture"]),
+    (Style::Noto, ["make it noto", "in noto style", "turn it into a noto picture"]),
+];
+
+/// An everyday thing that is not held out, and what an instruction makes of it.
+fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
+    let (first, name, _) = sampler.thing(rng, 0);
+    let (second, other, _) = sampler.thing(rng, 2);
+    let white = |p| sampler.single(p, None, SIDE, SIDE).canvas;
+    let small = |places: &[(usize, i32)]| sampler.row(places);
+    let say = |counter, forms: &[&str]| forms[rng.below(counter, forms.len())].to_string();
+    let (before, text, after) = match rng.below(4, 12) {
+        0..3 => {
+            let background = &BACKGROUNDS[rng.below(5, BACKGROUNDS.len())];
+            let coloured = sampler.single(first, Some(background), SIDE, SIDE).canvas;
+            let forms = ["make the background {}", "change the background to {}", "put it on a {} background"];
+            match rng.below(6, 4) {
+                0 => (coloured, say(7, &forms).replace("{}", "white"), white(first)),
+                1 => (white(first), format!("把背景换成{}", background.name_zh), coloured),
+                _ => (white(first), say(7, &forms).replace("{}", background.name), coloured),
+            }
+        }
+        3 | 4 => {
+            let before = white(first);
+            let after = before.clone().mirrored();
+            (before, say(5, &["flip the picture", "mirror it", "flip it from left to right", "左右翻转"]), after)
+        }
+        5..8 => {
+            let concept = sampler.concept(first);
+            let (to, forms) = &STYLES[rng.below(5, STYLES.len())];
+            let (from, _) = &STYLES[rng.below(6, STYLES.len())];
+            match (sampler.in_style(concept, *from), sampler.in_style(concept, *to)) {
+                (Some(from), Some(to)) if from != to => (white(from), say(7, forms), white(to)),
+                _ => (white(first), format!("turn it into {}", with_article(other)), white(second)),
+            }
+        }
+        8 => (white(first), format!("turn it into {}", with_article(other)), white(second)),
+        9 => {
+            let forms = ["replace {a} with {b}", "swap {a} for {b}", "turn {a} into {b}"];
+            let text = say(5, &forms).replace("{a}", &format!("the {name}")).replace("{b}", &with_article(other));
+            (white(first), text, white(second))
+        }
+        10 => {
+            let left = rng.below(5, 2) == 0;
+            let (a, b) = if left { (64, 0) } else { (0, 64) };
+            let side = if left { "left" } else { "right" };
+            let text = say(6, &["add {b} on the {s}", "put {b} on the {s}", "add {b} to the {s}"]);
+            let text = text.replace("{b}", &with_article(other)).replace("{s}", side);
+            (small(&[(first, a)]), text, small(&[(first, a), (second, b)]))
+        }
+        _ => {
+            let text = say(6, &["remove {}", "take {} away", "delete {}"]).replace("{}", &format!("the {other}"));
+            (small(&[(first, 0), (second, 64)]), text, small(&[(first, 0)]))
+        }
+    };
+    vec![user(vec![before], &text), model("", Some(after))]
+}
+
+/// Draw and edit, draw and ask, or look, edit and ask.
+fn several_turns(rng: &Rng, index: u64) -> Turns {
+    let edit = Edit::sample(&rng.fork(1), Split::Train);
+    let text = edit.instruction(&rng.fork(2), Split::Train);
+    let asked = |scene: &Scene| {
+        let kinds = QUESTION_KINDS.len();
+        (0..kinds)
+            .find_map(|i| Question::on(&rng.fork(3), scene, QUESTION_KINDS[(i + index as usize) % kinds], Split::Train))
+    };
+    let mut turns = match rng.below(0, 2) {
+        0 => vec![
+            user(vec![], &edit.source.caption(&rng.fork(4))),
+            model("", Some(picture(&edit.source))),
+            user(vec![], &text),
+        ],
+        _ => match asked(&edit.source) {
+            Some(q) => vec![user(vec![picture(&edit.source)], &q.text), model(&q.answer, None), user(vec![], &text)],
+            None => vec![user(vec![picture(&edit.source)], &text)],
+        },
+    };
+    turns.push(model("", Some(picture(&edit.target))));
+    if let Some(q) = asked(&edit.target).filter(|_| rng.below(5, 2) == 0) {
+        turns.extend([user(vec![], &q.text), model(&q.answer, None)]);
+    }
+    turns
+}
+
+/// Two or three images with a sentence before each.
+fn story(rng: &Rng) -> Turns {
+    let first = Edit::sample(&rng.fork(1), Split::Train);
+    let mut parts = vec![
+        Part::Text(format!("first there is {}.", first.source.prompt())),
+        Part::Image(picture(&first.source)),
+        Part::Text(format!("then: {}.", first.canonical())),
+        Part::Image(picture(&first.target)),
+    ];
+    let kinds = EDIT_KINDS.len();
+    let next = (rng.below(0, 3) == 0).then(|| {
+        (0..kinds).find_map(|i| {
+            let kind = EDIT_KINDS[(i + rng.below(2, kinds)) % kinds];
+            Edit::on(&rng.fork(3 + i as u64), &first.target, kind, Split::Train)
+        })
+    });
+    let count = match next.flatten() {
+        Some(next) => {
+            parts.extend([Part::Text(format!("then: {}.", next.canonical())), Part::Image(picture(&next.target))]);
+            "three"
+        }
+        None => "two",
+    };
+    vec![
+        user(vec![], &format!("tell a story in {count} pictures about {}", first.source.prompt())),
+        (Role::Assistant, parts),
+    ]
+}

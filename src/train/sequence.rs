@@ -1,0 +1,192 @@
+//! Sequences of words and images to learn from, and batches of them.
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::backbone::sequence::Layout;
+use crate::backbone::{Backbone, BackboneConfig, Context, Position, Rope};
+use crate::generate::inputs::NextInput;
+use crate::ops;
+use crate::tokenizer::{Encoded, Quantizer};
+
+/// What all words to learn in a sequence weigh together, where the codes of one image weigh 1.
+const WORDS: f32 = 0.5;
+
+/// A token to predict.
+struct Target {
+    /// Index in the sequence of the token whose hidden state predicts it.
+    at: usize,
+    id: u32,
+    weight: f32,
+    /// Scale of a code.
+    scale: usize,
+}
+
+/// One sequence: where everything stands, what is read, and what is to be predicted.
+#[derive(Default)]
+pub struct Sequence {
+    layout: Layout,
+    /// (index, id) of words and markers.
+    words: Vec<(usize, u32)>,
+    /// (index, scale) of codes, and their input features, D each.
+    codes: Vec<(usize, usize)>,
+    features: Vec<f32>,
+    word_targets: Vec<Target>,
+    code_targets: Vec<Target>,
+}
+
+/// How an image stands in a sequence.
+pub struct Picture<'a> {
+    /// Grids (height, width), coarse to fine: as many as are read and learnt.
+    pub grids: &'a [(usize, usize)],
+    /// Its codes, and the nearest ones as targets.
+    pub encoded: &'a Encoded,
+    /// Others follow it.
+    pub context: bool,
+    /// The model is to draw it, with weights 1 / (h w)^alpha for the codes of an h x w grid, normalised to sum to 1.
+    pub alpha: Option<f64>,
+}
+
+impl Sequence {
+    /// Appends words or markers.
+    pub fn push_words(&mut self, ids: &[u32]) {
+        self.words.extend(ids.iter().enumerate().map(|(i, &id)| (self.layout.len() + i, id)));
+        self.layout.push_text(ids.len());
+    }
+
+    /// The next token is a word, or a marker, that the last one is to predict.
+    pub fn expect_word(&mut self, id: u32) {
+        if let Some(at) = self.layout.len().checked_sub(1) {
+            self.word_targets.push(Target { at, id, weight: 0.0, scale: 0 });
+        }
+    }
+
+    /// Appends an image from `<boi>` on.
+    pub fn push_image(&mut self, config: &BackboneConfig, quantizer: &Quantizer, picture: &Picture) {
+        let Picture { grids, encoded, context, alpha } = *picture;
+        let boi = self.layout.len();
+        self.words.push((boi, config.boi()));
+        let mut input = NextInput::new(config.input_mode);
+        let mut starts = vec![boi];
+        let mut at = boi + 1;
+        for (scale, pair) in grids.windows(2).enumerate() {
+            self.features.extend(input.next(quantizer, &encoded.codes[scale], pair[0], pair[1]));
+            starts.push(at);
+            let count = pair[1].0 * pair[1].1;
+            self.codes.extend((at..at + count).map(|i| (i, scale + 1)));
+            at += count;
+        }
+        if let Some(alpha) = alpha {
+            let weight = |&(h, w): &(usize, usize)| ((h * w) as f64).powf(-alpha);
+            let total: f64 = grids.iter().map(|g| weight(g) * (g.0 * g.1) as f64).sum();
+            for (scale, (targets, grid)) in encoded.targets.iter().zip(grids).enumerate() {
+                let weight = (weight(grid) / total) as f32;
+                let target = |(i, &id): (usize, &u32)| Target { at: starts[scale] + i, id, weight, scale };
+                self.code_targets.extend(targets.iter().enumerate().map(target));
+            }
+        }
+        match context {
+            false => self.layout.push_image(grids, config.spatial_extent),
+            true => {
+                let whole = config.context_last_scale;
+                if whole {
+                    self.features.extend(&encoded.f_hat);
+                    let count = encoded.f_hat.len() / config.code_dim;
+                    self.codes.extend((at..at + count).map(|i| (i, grids.len())));
+                }
+                self.layout.push_context_image(grids, config.spatial_extent, whole);
+                self.words.push((self.layout.len() - 1, config.eoi()));
+            }
+        }
+    }
+}
+
+/// What was measured on one batch.
+pub struct Measured {
+    /// Mean loss of the codes of each scale; NaN where there are none.
+    pub scales: Vec<f64>,
+    /// Mean loss of the words; NaN where there are none.
+    pub words: f64,
+}
+
+/// Sequences side by side, padded on the right to one length: what nobody attends to and predicts nothing.
+pub struct Batch<'a>(pub &'a [Sequence]);
+
+impl Batch<'_> {
+    /// The loss, a scalar, averaged over the sequences. `count` is the number of scales of a whole image.
+    pub fn loss(&self, backbone: &Backbone, count: usize) -> Result<(Tensor, Measured)> {
+        let size = self.0.len();
+        let length = self.0.iter().map(|s| s.layout.len()).max().unwrap_or(0);
+        let hidden = self.hidden(backbone, count, length)?;
+        let select = |targets: &[(usize, &Target)]| {
+            let rows: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
+            hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+        };
+        let loss = |logits: &Tensor, targets: &[(usize, &Target)], weights: Vec<f32>| {
+            let ids = Tensor::from_iter(targets.iter().map(|(_, t)| t.id), &Device::Cpu)?;
+            let weights = (Tensor::new(weights, &Device::Cpu)? / size as f64)?;
+            let rows = ops::cross_entropy_rows(&logits.detach(), &ids)?;
+            Ok::<_, candle_core::Error>((ops::cross_entropy(logits, &ids, &weights)?, rows))
+        };
+        let rows = || self.0.iter().enumerate();
+        let codes: Vec<_> = rows().flat_map(|(row, s)| s.code_targets.iter().map(move |t| (row, t))).collect();
+        let words: Vec<_> = rows().flat_map(|(row, s)| s.word_targets.iter().map(move |t| (row, t))).collect();
+        let mut total = Tensor::zeros((), hidden.dtype(), hidden.device())?;
+        let mut measured = Measured { scales: vec![f64::NAN; count], words: f64::NAN };
+        if !codes.is_empty() {
+            let weights = codes.iter().map(|(_, t)| t.weight).collect();
+            let (part, rows) = loss(&backbone.code_logits(&select(&codes)?)?, &codes, weights)?;
+            total = (total + part)?;
+            for (scale, mean) in measured.scales.iter_mut().enumerate() {
+                *mean = self::mean(codes.iter().zip(&rows).filter(|((_, t), _)| t.scale == scale).map(|(_, &r)| r));
+            }
+        }
+        if !words.is_empty() {
+            let weights = words.iter().map(|&(row, _)| WORDS / self.0[row].word_targets.len() as f32).collect();
+            let (part, rows) = loss(&backbone.text_logits(&select(&words)?)?, &words, weights)?;
+            total = (total + part)?;
+            measured.words = mean(rows.iter().copied());
+        }
+        Ok((total, measured))
+    }
+
+    /// Hidden states of all tokens and pads, (size * length, hidden).
+    fn hidden(&self, backbone: &Backbone, count: usize, length: usize) -> Result<Tensor> {
+        let (size, config) = (self.0.len(), backbone.config());
+        let words: Vec<u32> = self.0.iter().flat_map(|s| s.words.iter().map(|w| w.1)).collect();
+        let scales: Vec<usize> = self.0.iter().flat_map(|s| s.codes.iter().map(|c| c.1)).collect();
+        let features: Vec<f32> = self.0.iter().flat_map(|s| &s.features).copied().collect();
+        // From tokens in the order of words and then codes to their places; pads read the first word.
+        let mut order = vec![0u32; size * length];
+        let of_words = self.0.iter().enumerate().flat_map(|(row, s)| s.words.iter().map(move |w| (row, w.0)));
+        let of_codes = self.0.iter().enumerate().flat_map(|(row, s)| s.codes.iter().map(move |c| (row, c.0)));
+        of_words.chain(of_codes).enumerate().for_each(|(i, (row, at))| order[row * length + at] = i as u32);
+        let text = backbone.embed_text(&Tensor::new(words, &Device::Cpu)?.unsqueeze(0)?)?.squeeze(0)?;
+        let tokens = if scales.is_empty() {
+            text
+        } else {
+            let features = Tensor::from_vec(features, (scales.len(), config.code_dim), &Device::Cpu)?;
+            let codes = (backbone.connect(&features)? + backbone.scale_rows(&scales, count)?)?;
+            Tensor::cat(&[text, codes], 0)?
+        };
+        let x = tokens.index_select(&Tensor::new(order, &Device::Cpu)?, 0)?.reshape((size, length, ()))?;
+        let rows = self.0.iter().map(|s| padded(&s.layout.positions, length, [0.0; 3]));
+        let positions: Vec<Vec<Position>> = rows.collect();
+        let positions: Vec<&[Position]> = positions.iter().map(Vec::as_slice).collect();
+        let rope = Rope::new(config, &positions, &Device::Cpu)?;
+        let mask = self.0.iter().flat_map(|s| {
+            let ends = padded(&s.layout.ends, length, 1);
+            ends.into_iter().flat_map(move |end| (0..length).map(move |j| u8::from(j < end)))
+        });
+        let mask = Tensor::from_iter(mask, &Device::Cpu)?.reshape((size, length, length))?;
+        backbone.forward(&x, &rope, Context::Masked(&mask))?.flatten_to(1)
+    }
+}
+
+fn padded<T: Copy>(values: &[T], length: usize, pad: T) -> Vec<T> {
+    values.iter().copied().chain(std::iter::repeat_n(pad, length - values.len())).collect()
+}
+
+fn mean(values: impl Iterator<Item = f32>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0), |(sum, count), v| (sum + f64::from(v), count + 1));
+    sum / f64::from(count)
+}
