@@ -3,6 +3,7 @@
 mod colour;
 mod compositions;
 pub mod detector;
+pub mod dialogues;
 mod fit;
 pub mod judge;
 pub mod metrics;
@@ -13,6 +14,7 @@ use image::RgbImage;
 use serde::Serialize;
 
 pub use compositions::{Category, compositions};
+pub use dialogues::{Dialogues, Examiner};
 pub use report::Report;
 
 use crate::error::Result;

@@ -4,8 +4,9 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::dialogues::{Dialogues, Edits, Questions};
 use super::{Category, Recognition, Reconstruction};
-use crate::scenes::{Kind, Split};
+use crate::scenes::Split;
 
 /// Results of all suites that ran.
 #[derive(Clone, Debug, Serialize)]
@@ -20,21 +21,18 @@ pub struct Report {
     pub per_category: usize,
     /// By category, in GenEval's order.
     pub compositions: Vec<Category>,
+    /// Of a model that converses.
+    pub dialogues: Option<Dialogues>,
     /// Needs the picture library.
     pub recognition: Option<Recognition>,
     /// Needs the picture library.
     pub reconstruction: Option<Reconstruction>,
 }
 
-fn name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::SingleObject => "single object",
-        Kind::TwoObjects => "two objects",
-        Kind::Counting => "counting",
-        Kind::Colours => "colours",
-        Kind::Position => "position",
-        Kind::AttributeBinding => "attribute binding",
-    }
+/// What a kind is called in JSON, with spaces.
+fn name(kind: impl Serialize) -> String {
+    let json = serde_json::to_value(kind).ok();
+    json.as_ref().and_then(|name| name.as_str()).unwrap_or_default().replace('_', " ")
 }
 
 impl Report {
@@ -57,6 +55,9 @@ impl Report {
             percent(self.compositions.iter().map(f).sum::<f64>() / self.compositions.len().max(1) as f64)
         };
         line("  mean", &mean(|c| c.score), &mean(|c| c.ceiling), &mean(|c| c.ground_truth));
+        if let Some(d) = &self.dialogues {
+            Self::dialogues(d, &mut line);
+        }
         if let Some(r) = &self.recognition {
             let title = format!("recognition ({} among {})", r.concepts, r.gallery);
             line(&title, "model", "reconstructed", "");
@@ -70,6 +71,33 @@ impl Report {
             }
         }
         table
+    }
+
+    fn dialogues(d: &Dialogues, line: &mut dyn FnMut(&str, &str, &str, &str)) {
+        let percent = |share: f64| format!("{:.1}%", 100.0 * share);
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let kept = |db: f64| format!("kept {db:.1} dB");
+        line("edits", "model", "reconstructed", "copying");
+        for e in &d.edits {
+            let label = format!("  {} {}", name(e.kind), e.unchanged.map(kept).unwrap_or_default());
+            line(label.trim_end(), &percent(e.score), &percent(e.ceiling), &percent(e.copying));
+        }
+        let of = |f: fn(&Edits) -> f64| mean(&d.edits.iter().map(f).collect::<Vec<_>>());
+        let unchanged: Vec<f64> = d.edits.iter().filter_map(|e| e.unchanged).collect();
+        let label = format!("  mean {}", kept(mean(&unchanged)));
+        line(&label, &percent(of(|e| e.score)), &percent(of(|e| e.ceiling)), &percent(of(|e| e.copying)));
+        line("questions", "model", "most common", "");
+        for q in &d.questions {
+            line(&format!("  {}", name(q.kind)), &percent(q.score), &percent(q.common), "");
+        }
+        let of = |f: fn(&Questions) -> f64| mean(&d.questions.iter().map(f).collect::<Vec<_>>());
+        line("  mean", &percent(of(|q| q.score)), &percent(of(|q| q.common)), "");
+        line(&format!("two turns ({})", d.turns.count), "model", "copying", "");
+        line("  drawn", &percent(d.turns.drawn), "", "");
+        line("  drawn, then edited", &percent(d.turns.edited), &percent(d.turns.copying), "");
+        line(&format!("reasoning ({})", d.reasoning.count), "model", "most common", "");
+        line("  final prompt", &percent(d.reasoning.prompt), &percent(d.reasoning.common), "");
+        line("  image", &percent(d.reasoning.image), &percent(d.reasoning.common), "");
     }
 }
 
@@ -88,6 +116,7 @@ mod tests {
             split: Split::HeldOut,
             per_category: 50,
             compositions: KINDS.map(|kind| Category { kind, score: 0.5, ceiling: 0.75, ground_truth: 1.0 }).into(),
+            dialogues: None,
             recognition: Some(Recognition {
                 concepts: 780,
                 gallery: 780,

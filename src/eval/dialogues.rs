@@ -1,0 +1,322 @@
+//! Dialogues that no model was trained on: edits, questions, several turns and reasoning, each beside what a trivial
+//! answer scores.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+
+use image::RgbImage;
+use serde::Serialize;
+
+use super::detector::{Detection, detect};
+use super::judge::judge;
+use super::{colour, metrics};
+use crate::chat::{ChatModel, Manner, Part, Picture, Session};
+use crate::error::{Error, Kind as Failure, Result};
+use crate::generate::prompt::THINK;
+use crate::rng::{Rng, Stream};
+use crate::scenes::{
+    BACKGROUNDS, EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, QuestionKind, Riddle, Scene, Split,
+};
+
+/// Edits of one kind.
+#[derive(Clone, Debug, Serialize)]
+pub struct Edits {
+    /// Which kind.
+    pub kind: EditKind,
+    /// Share of right results, 0 to 1.
+    pub score: f64,
+    /// The same for a copy of the source.
+    pub copying: f64,
+    /// The same for the true result after encoding and decoding.
+    pub ceiling: f64,
+    /// Mean PSNR in dB against the source's own reconstruction where nothing may change; none if all may.
+    pub unchanged: Option<f64>,
+}
+
+/// Questions of one kind.
+#[derive(Clone, Debug, Serialize)]
+pub struct Questions {
+    /// Which kind.
+    pub kind: QuestionKind,
+    /// Share of exact answers, 0 to 1.
+    pub score: f64,
+    /// The same for the most common answer in training.
+    pub common: f64,
+}
+
+/// Drawing, then an edit of what was drawn.
+#[derive(Clone, Debug, Serialize)]
+pub struct Turns {
+    /// Dialogues.
+    pub count: usize,
+    /// Share in which the first image is right, 0 to 1.
+    pub drawn: f64,
+    /// Share in which the second is as well.
+    pub edited: f64,
+    /// The same for a second image that copies the first.
+    pub copying: f64,
+}
+
+/// Riddles about shapes, answered by an image.
+#[derive(Clone, Debug, Serialize)]
+pub struct Reasoning {
+    /// Riddles.
+    pub count: usize,
+    /// Share whose final prompt is exactly right, 0 to 1.
+    pub prompt: f64,
+    /// Share whose image is right.
+    pub image: f64,
+    /// The same for the commonest image in training.
+    pub common: f64,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Dialogues {
+    /// By kind.
+    pub edits: Vec<Edits>,
+    /// By kind.
+    pub questions: Vec<Questions>,
+    /// Draw, then edit.
+    pub turns: Turns,
+    /// Think, then draw.
+    pub reasoning: Reasoning,
+}
+
+/// Called with every piece of work that is done; `Break` stops the evaluation.
+pub type Watch<'a> = &'a mut dyn FnMut() -> ControlFlow<()>;
+
+/// A model under examination.
+pub struct Examiner<'a> {
+    /// Who answers.
+    pub model: &'a ChatModel,
+    /// Cases of each kind.
+    pub per_kind: usize,
+    /// Decides all randomness.
+    pub seed: u64,
+    /// Where the cases are from.
+    pub split: Split,
+}
+
+/// The longest answer, in words.
+const LONGEST: usize = 64;
+/// Samples of the training split among which the most common answer is looked for.
+const COMMON: u64 = 400;
+
+impl Examiner<'_> {
+    /// Every suite.
+    pub fn run(&self, watch: Watch) -> Result<Dialogues> {
+        let edits = (0..).zip(EDIT_KINDS).map(|(step, kind)| self.edits(kind, 200 + step, watch));
+        let edits = edits.collect::<Result<_>>()?;
+        let questions = (0..).zip(QUESTION_KINDS).map(|(step, kind)| self.questions(kind, 300 + step, watch));
+        let questions = questions.collect::<Result<_>>()?;
+        Ok(Dialogues { edits, questions, turns: self.turns(watch)?, reasoning: self.reasoning(watch)? })
+    }
+
+    fn rng(&self, case: usize, step: u64) -> Rng {
+        Rng::new(self.seed, case as u64, Stream::Train, step)
+    }
+
+    fn manner(&self, case: usize) -> Result<Manner> {
+        let config = self.model.config();
+        let image = config.drawing.as_ref().map(|drawing| drawing.sampling.clone());
+        let image = Some(image.ok_or_else(ChatModel::draws_nothing)?);
+        let seed = self.seed.wrapping_add(case as u64);
+        Ok(Manner { words: config.sampling, longest: LONGEST, image, seed, guide_from_sources: true })
+    }
+
+    fn scene(&self, scene: &Scene) -> Result<Picture> {
+        self.model.encode("scene", &render(scene)?, &self.model.usual_scales()?)
+    }
+
+    fn edits(&self, kind: EditKind, step: u64, watch: Watch) -> Result<Edits> {
+        let (mut right, mut copied, mut redrawn, mut unchanged) = (0, 0, 0, Vec::new());
+        for case in 0..self.per_kind {
+            let rng = self.rng(case, step);
+            let edit = Edit::of_kind(&rng, kind, self.split);
+            let source = self.scene(&edit.source)?;
+            let copy = self.model.decode(&source)?;
+            let text = edit.instruction(&rng.fork(1), self.split);
+            let mut session = Session::new(self.model)?;
+            session.draw(vec![source], &text, &self.manner(case)?, None, &mut |_| ControlFlow::Continue(()))?;
+            let image = self.last_image(&session)?;
+            let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
+            right += succeeded(&image);
+            copied += succeeded(&copy);
+            redrawn += succeeded(&self.model.decode(&self.scene(&edit.target)?)?);
+            unchanged.extend(outside(&copy, &image, &edit.changed()));
+            stop(watch)?;
+        }
+        let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        Ok(Edits {
+            kind,
+            score: share(right),
+            copying: share(copied),
+            ceiling: share(redrawn),
+            unchanged: (!unchanged.is_empty()).then(|| mean(&unchanged)),
+        })
+    }
+
+    fn questions(&self, kind: QuestionKind, step: u64, watch: Watch) -> Result<Questions> {
+        let mut answers: HashMap<String, usize> = HashMap::new();
+        for i in 0..COMMON {
+            let rng = Rng::new(self.seed, i, Stream::Train, step + 1000);
+            *answers.entry(Question::of_kind(&rng, kind, Split::Train).answer).or_default() += 1;
+        }
+        let common = answers.into_iter().max_by(|a, b| a.1.cmp(&b.1).then(b.0.cmp(&a.0))).map(|(answer, _)| answer);
+        let (mut right, mut common_right) = (0, 0);
+        for case in 0..self.per_kind {
+            let question = Question::of_kind(&self.rng(case, step), kind, self.split);
+            let mut session = Session::new(self.model)?;
+            let picture = self.scene(&question.scene)?;
+            let reply =
+                session.say(vec![picture], &question.text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
+            right += usize::from(reply.text.trim() == question.answer);
+            common_right += usize::from(common.as_ref() == Some(&question.answer));
+            stop(watch)?;
+        }
+        let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
+        Ok(Questions { kind, score: share(right), common: share(common_right) })
+    }
+
+    fn turns(&self, watch: Watch) -> Result<Turns> {
+        let (mut drawn, mut edited, mut copied) = (0, 0, 0);
+        for case in 0..self.per_kind {
+            let rng = self.rng(case, 400);
+            let edit = Edit::of_kind(&rng, EDIT_KINDS[case % EDIT_KINDS.len()], self.split);
+            let mut session = Session::new(self.model)?;
+            let manner = self.manner(case)?;
+            let mut draw = |text: &str| {
+                session.draw(vec![], text, &manner, None, &mut |_| ControlFlow::Continue(()))?;
+                self.last_image(&session)
+            };
+            let first = detect(&draw(&edit.source.prompt())?);
+            let second = detect(&draw(&edit.instruction(&rng.fork(1), self.split))?);
+            if judge(&edit.source, &first) {
+                drawn += 1;
+                // What was drawn need not stand exactly where the scene has it.
+                edited += usize::from(judge(&edit.target, &second) && on_its_background(&edit.target, &second));
+                copied += usize::from(judge(&edit.target, &first) && on_its_background(&edit.target, &first));
+            }
+            stop(watch)?;
+        }
+        let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
+        Ok(Turns { count: self.per_kind, drawn: share(drawn), edited: share(edited), copying: share(copied) })
+    }
+
+    fn reasoning(&self, watch: Watch) -> Result<Reasoning> {
+        let riddles = (0..).map(|i| Riddle::sample(&self.rng(i, 500), self.split));
+        let riddles: Vec<Riddle> = riddles.filter(|riddle| riddle.scene.is_some()).take(self.per_kind).collect();
+        let (mut prompts, mut images) = (0, 0);
+        let mut all: HashMap<&str, usize> = HashMap::new();
+        for (case, riddle) in riddles.iter().enumerate() {
+            let mut session = Session::new(self.model)?;
+            let text = format!("{THINK}{}", riddle.clue);
+            let reply = session.say(vec![], &text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
+            prompts += usize::from(reply.text.trim() == riddle.answer());
+            if let (Ok(image), Some(scene)) = (self.last_image(&session), &riddle.scene) {
+                images += usize::from(judge(scene, &detect(&image)));
+            }
+            *all.entry(&riddle.prompt).or_default() += 1;
+            stop(watch)?;
+        }
+        let share = |count: usize| count as f64 / riddles.len().max(1) as f64;
+        let common = all.values().copied().max().unwrap_or(0);
+        Ok(Reasoning { count: riddles.len(), prompt: share(prompts), image: share(images), common: share(common) })
+    }
+
+    fn last_image(&self, session: &Session) -> Result<RgbImage> {
+        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().filter_map(Part::image).last());
+        self.model.decode(drawn.ok_or_else(|| Error::new(Failure::Failure, "the model drew nothing"))?)
+    }
+}
+
+fn stop(watch: Watch) -> Result<()> {
+    match watch() {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::new(Failure::Interrupted, "interrupted")),
+    }
+}
+
+fn render(scene: &Scene) -> Result<RgbImage> {
+    let wrong = || Error::new(Failure::Failure, "a rendered scene has the wrong size");
+    RgbImage::from_raw(128, 128, scene.render(128, 128)).ok_or_else(wrong)
+}
+
+/// How far the centre of an object may be from where it should, in 1/128 of the image, and how much larger or smaller
+/// it may be.
+const NEAR: f64 = 9.0;
+const SIZE: f64 = 1.2;
+
+/// Whether an image shows what an edit makes of its source: every object in its shape, colour, place and size, nothing
+/// else, and the right background.
+pub fn as_edited(edit: &Edit, found: &Detection) -> bool {
+    let mut rest: Vec<_> = found.objects.iter().collect();
+    let there = edit.target.objects.iter().all(|object| {
+        let near = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).hypot(a.1 - b.1) <= NEAR;
+        let at = rest.iter().position(|f| {
+            let ratio = f.radius / object.radius;
+            let same = f.shape == Some(object.shape) && f.colour == object.colour;
+            same && near(f.centre, object.centre) && (1.0 / SIZE..SIZE).contains(&ratio)
+        });
+        at.map(|at| rest.remove(at)).is_some()
+    });
+    there && rest.is_empty() && on_its_background(&edit.target, found)
+}
+
+/// Whether the background is nearest to the scene's, of white and all named ones.
+fn on_its_background(scene: &Scene, found: &Detection) -> bool {
+    let lab = |rgb: [u8; 3]| colour::oklab(rgb.map(f32::from));
+    let candidates = BACKGROUNDS.iter().map(|b| b.rgb).chain([[255; 3]]);
+    let distance = |rgb: [u8; 3]| colour::distance(lab(rgb), lab(found.background));
+    let nearest = candidates.min_by(|a, b| distance(*a).total_cmp(&distance(*b)));
+    nearest == Some(scene.background.map_or([255; 3], |b| BACKGROUNDS[b].rgb))
+}
+
+/// PSNR in dB of two images outside boxes (left, top, right, bottom); none if they leave nothing.
+fn outside(a: &RgbImage, b: &RgbImage, boxes: &[[f64; 4]]) -> Option<f64> {
+    let free = |x: u32, y: u32| {
+        let (x, y) = (f64::from(x) + 0.5, f64::from(y) + 0.5);
+        !boxes.iter().any(|[l, t, r, b]| (*l..*r).contains(&x) && (*t..*b).contains(&y))
+    };
+    let kept = |image: &RgbImage| -> Vec<u8> {
+        image.enumerate_pixels().filter(|(x, y, _)| free(*x, *y)).flat_map(|(_, _, p)| p.0).collect()
+    };
+    let (a, b) = (kept(a), kept(b));
+    let pixels = (a.len() / 3) as u32;
+    let strip = |data| RgbImage::from_raw(pixels, 1, data);
+    if pixels == 0 { None } else { Some(metrics::psnr(&strip(a)?, &strip(b)?).min(60.0)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_truth_passes_and_a_copy_does_not() {
+        for (step, kind) in (0..).zip(EDIT_KINDS) {
+            let (mut right, mut copied, cases) = (0, 0, 30);
+            for i in 0..cases {
+                let edit = Edit::of_kind(&Rng::new(3, i, Stream::Train, step), kind, Split::HeldOut);
+                let (source, target) = (render(&edit.source).unwrap(), render(&edit.target).unwrap());
+                right += u64::from(as_edited(&edit, &detect(&target)));
+                copied += u64::from(as_edited(&edit, &detect(&source)));
+                if let Some(psnr) = outside(&source, &target, &edit.changed()) {
+                    assert_eq!(psnr, 60.0, "{kind:?} {}", edit.canonical());
+                }
+            }
+            assert!(right * 50 >= cases * 49 && copied == 0, "{kind:?}: {right} and {copied} of {cases}");
+        }
+    }
+
+    #[test]
+    fn what_lies_outside_counts_alone() {
+        let plain = |v| RgbImage::from_pixel(128, 128, image::Rgb([v; 3]));
+        let mut half = plain(10);
+        (0..64).for_each(|x| (0..128).for_each(|y| half.put_pixel(x, y, image::Rgb([200; 3]))));
+        assert_eq!(outside(&plain(10), &half, &[[0.0, 0.0, 64.0, 128.0]]), Some(60.0));
+        assert!(outside(&plain(10), &half, &[]).unwrap() < 10.0);
+        assert_eq!(outside(&plain(10), &half, &[[0.0, 0.0, 128.0, 128.0]]), None);
+    }
+}
