@@ -1,0 +1,165 @@
+//! `nextflow chat` on a terminal: a pseudo-terminal, with a person's keys.
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+/// Long enough for a machine that is busy with other tests.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PROMPT: &str = "> ";
+
+/// A conversation with the tiny model, and all that its terminal showed.
+struct Terminal {
+    keys: File,
+    screen: Receiver<Vec<u8>>,
+    shown: String,
+    child: Child,
+    _state: tempfile::TempDir,
+}
+
+impl Terminal {
+    fn open(args: &[&str]) -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let (mut master, mut slave) = (0, 0);
+        let size = libc::winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the pointers are to variables of the types that are asked for, or null where that is allowed.
+        #[allow(unsafe_code)]
+        let opened =
+            unsafe { libc::openpty(&mut master, &mut slave, std::ptr::null_mut(), std::ptr::null(), &raw const size) };
+        assert_eq!(opened, 0, "no pseudo-terminal");
+        // SAFETY: both were just opened, and belong to nobody else.
+        #[allow(unsafe_code)]
+        let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+        command.arg("chat").args(["--temperature", "0", "--repetition-penalty", "1"]).args(args);
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/qwen/tiny");
+        command.env("NEXTFLOW_MODEL", model).env("TERM", "xterm").env("XDG_STATE_HOME", state.path());
+        command.env_remove("NEXTFLOW_DEVICE").env("NO_COLOR", "1");
+        let end = || slave.try_clone().unwrap();
+        command.stdin(end()).stdout(end()).stderr(end());
+        let terminal = slave.as_raw_fd();
+        // SAFETY: both calls may be made between fork and exec.
+        #[allow(unsafe_code)]
+        unsafe {
+            command.pre_exec(move || {
+                libc::setsid();
+                libc::ioctl(terminal, libc::TIOCSCTTY, 0);
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        let (mut reader, (send, screen)) = (master.try_clone().unwrap(), channel());
+        std::thread::spawn(move || {
+            let mut bytes = [0; 1 << 16];
+            // A terminal that nobody is at any more is an error to read.
+            while let Ok(n @ 1..) = reader.read(&mut bytes) {
+                if send.send(bytes[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        let mut terminal = Self { keys: master, screen, shown: String::new(), child, _state: state };
+        terminal.see(PROMPT);
+        terminal
+    }
+
+    /// Types something, and waits until something is shown behind all that was shown before.
+    fn type_and_see(&mut self, keys: &str, part: &str) {
+        self.keys.write_all(keys.as_bytes()).unwrap();
+        self.see(part);
+    }
+
+    /// Waits for `part`; what comes before it is taken as seen.
+    fn see(&mut self, part: &str) {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.shown.find(part) {
+                self.shown.drain(..at + part.len());
+                return;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            match self.screen.recv_timeout(left) {
+                Ok(bytes) => self.shown += &String::from_utf8_lossy(&bytes),
+                Err(e) => panic!("{part:?} did not come ({e}), but {:?}", self.shown),
+            }
+        }
+    }
+
+    fn resize(&self, rows: u16, columns: u16) {
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the call reads a window size, which this is.
+        #[allow(unsafe_code)]
+        let set = unsafe { libc::ioctl(self.keys.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+        assert_eq!(set, 0);
+    }
+
+    fn leave(mut self) {
+        self.keys.write_all(b"/exit\r").unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn lines_typed_ahead_are_said_one_by_one_and_pasted_ones_together() {
+    let mut terminal = Terminal::open(&["--max-tokens", "3"]);
+    terminal.type_and_see("one\rtwo \\\rand more\rthree\r", "three");
+    terminal.see(PROMPT);
+    terminal.type_and_see("\x1b[200~four\nfive\x1b[201~\r", "five");
+    terminal.see(PROMPT);
+    terminal.keys.write_all(b"/show\r").unwrap();
+    for line in ["you: one", "model: ", "you: two", "you: and more", "model: ", "you: three", "you: four", "you: five"]
+    {
+        terminal.see(&format!("\n{line}"));
+    }
+    terminal.see(PROMPT);
+    // The last message again, from the history.
+    terminal.type_and_see("\x1b[A\x1b[A\r", "(cut at --max-tokens)");
+    terminal.see(PROMPT);
+    terminal.leave();
+}
+
+#[test]
+fn an_interrupt_and_another_size_of_the_terminal_leave_the_conversation_as_it_is() {
+    // This question has an answer of 3,772 words.
+    let mut terminal = Terminal::open(&["--max-tokens", "4000"]);
+    terminal.type_and_see("b\r", "\n");
+    terminal.see("\u{fffd}");
+    terminal.resize(5, 20);
+    terminal.type_and_see("\x03", "(stopped)");
+    terminal.see(PROMPT);
+    // While typing it drops the line.
+    terminal.resize(50, 150);
+    terminal.type_and_see("never said\x03", PROMPT);
+    terminal.type_and_see("a\r", PROMPT);
+    terminal.type_and_see("/show\r", "you: b");
+    terminal.see("model: ");
+    terminal.see("you: a");
+    terminal.see(PROMPT);
+    assert!(!terminal.shown.contains("never said"));
+    terminal.leave();
+}
+
+#[test]
+fn a_paste_of_a_megabyte_is_refused_in_a_sentence() {
+    let mut terminal = Terminal::open(&["--max-tokens", "3"]);
+    let paste = format!("\x1b[200~{}\x1b[201~\r", "x".repeat(1 << 20));
+    terminal.type_and_see(&paste, "error: the message has 1048577 bytes, the limit is 65536");
+    terminal.see("hint: ");
+    terminal.see(PROMPT);
+    terminal.type_and_see("Hello\r", "(cut at --max-tokens)");
+    terminal.see(PROMPT);
+    terminal.leave();
+}
