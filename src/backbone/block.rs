@@ -171,6 +171,6 @@ impl Block {
     }
 
     fn mlp(&self, x: &Tensor) -> Result<Tensor> {
-        self.down_proj.forward(&ops::swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)?)
+        self.down_proj.forward(&ops::gated_linear(x, &self.gate_proj.weight, &self.up_proj.weight)?)
     }
 }

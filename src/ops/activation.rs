@@ -56,7 +56,7 @@ fn plain_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 

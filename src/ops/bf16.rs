@@ -2,15 +2,17 @@
 //!
 //! The inputs are rounded to bf16 and laid out in panels of 48: for every pair of neighbouring numbers, 48 such pairs
 //! side by side. A pair of a row of weights, which needs no layout, is then multiplied with 48 inputs at once, and eight
-//! rows of weights with 48 inputs keep their sums in registers.
+//! rows of weights with 48 inputs keep their sums in registers until they are written.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 use candle_core::Result;
 use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
+use super::activation::sigmoid;
 use super::blocks::dequantise;
 use super::columns::{Columns, by_columns};
 
@@ -22,15 +24,19 @@ const WIDE: usize = 3;
 const PANEL: usize = WIDE * LANES;
 /// Rows of weights whose sums are in registers.
 const HIGH: usize = 8;
-/// Rows of weights that one thread takes at a time.
-const ROWS: usize = 64;
-/// Columns that are summed before the sums are put down: a panel of so many stays in the first-level cache.
-const DEEP: usize = 512;
+/// Rows of weights that one thread takes at a time, if there are enough for all threads, and if not.
+const ROWS: [usize; 2] = [128, 64];
+/// Columns that are summed before the sums are put down: a panel of so many stays in the second-level cache.
+const DEEP: usize = 5120;
+/// The same for blocks, whose rows are rounded to bf16 before.
+const DEEP_BLOCKS: usize = 1024;
 /// Inputs that are laid out at a time, to bound the memory for it.
 const INPUTS: usize = 20 * PANEL;
 
 /// A register's worth of pairs of bf16.
 type Pairs = [u16; 2 * LANES];
+/// The sums of [`HIGH`] rows with a panel.
+type Sums = [[__m512; WIDE]; HIGH];
 
 /// Whether this processor and these weights are what [`products`] is for.
 pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
@@ -42,20 +48,30 @@ pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// The products of every one of the `inputs`, `columns` long, with all rows of `w`, blocks of `dtype`, plus `bias`, if
-/// any: (inputs, rows) in `y`. Numbers in blocks are rounded to bf16 as well.
+/// What becomes of the products of a row.
+#[derive(Clone, Copy)]
+pub(super) enum Then<'a> {
+    /// They are the result, plus the row's bias, if there is any.
+    Add(Option<&'a [f32]>),
+    /// `x * sigmoid(x)` of them times the products of the same row of other weights of the same type.
+    Gate(&'a [u8]),
+}
+
+/// The products of every one of the `inputs`, `columns` long, with all rows of `w`, blocks of `dtype`, and what is `then`
+/// done with them: (inputs, rows) in `y`. Numbers in blocks are rounded to bf16 as well.
 ///
 /// Errors: blocks that do not divide `columns`. Panics unless it [`suits`].
 pub(super) fn products(
     y: &mut [f32],
     (w, dtype): (&[u8], GgmlDType),
-    bias: Option<&[f32]>,
+    then: Then,
     inputs: &[f32],
     columns: usize,
 ) -> Result<()> {
     assert!(suits(dtype, columns), "a product that this processor has not");
     let bytes = columns / dtype.block_size() * dtype.type_size();
     let rows = w.len() / bytes;
+    let at_once = ROWS[usize::from(rows < 4 * ROWS[0] * rayon::current_num_threads())];
     let mut panels: Vec<Pairs> = Vec::new();
     for (inputs, y) in inputs.chunks(INPUTS * columns).zip(y.chunks_mut(INPUTS * rows)) {
         let count = inputs.len() / columns;
@@ -64,11 +80,17 @@ pub(super) fn products(
         // SAFETY (here and below): `suits` has asked the processor for what this is compiled for.
         #[allow(unsafe_code)]
         each.for_each(|(panel, inputs)| unsafe { lay_out(panel, inputs, columns) });
-        by_columns(y, rows, ROWS, |y| {
-            let w = &w[y.first() * bytes..][..y.width() * bytes];
+        by_columns(y, rows, at_once, |y| {
+            let range = y.first() * bytes..(y.first() + y.width()) * bytes;
+            let (other, bias) = match then {
+                Then::Add(bias) => (None, bias.map(|bias| &bias[y.first()..][..y.width()])),
+                Then::Gate(up) => (Some(&up[range.clone()]), None),
+            };
+            let part = |rows| Part { rows, dtype, bytes, columns };
+            let (w, other) = (part(&w[range]), other.map(part));
             #[allow(unsafe_code)]
             unsafe {
-                block(y, (w, dtype), bias, &panels, count, columns)
+                block(y, w, other, bias, &panels, count)
             }
         })?;
     }
@@ -95,110 +117,238 @@ fn lay_out(panel: &mut [Pairs], inputs: &[f32], columns: usize) {
     }
 }
 
-/// Some rows of weights with all inputs.
+/// Some rows of weights.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    rows: &'a [u8],
+    dtype: GgmlDType,
+    /// Of a row.
+    bytes: usize,
+    columns: usize,
+}
+
+impl Part<'_> {
+    /// The columns from `at` on, `deep` of them, as bf16, and how many bytes lie between rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn rounded<'a>(
+        &'a self,
+        at: usize,
+        deep: usize,
+        scratch: &'a mut (Vec<f32>, Vec<u8>),
+    ) -> Result<(&'a [u8], usize)> {
+        let bytes = |numbers: usize| numbers / self.dtype.block_size() * self.dtype.type_size();
+        if self.dtype == GgmlDType::BF16 {
+            return Ok((&self.rows[bytes(at)..], self.bytes));
+        }
+        let (floats, rounded) = scratch;
+        floats.resize(deep, 0.0);
+        rounded.resize(self.rows.len() / self.bytes * deep * 2, 0);
+        for (w, out) in self.rows.chunks_exact(self.bytes).zip(rounded.chunks_exact_mut(deep * 2)) {
+            dequantise(&w[bytes(at)..bytes(at + deep)], self.dtype, floats)?;
+            for (x, out) in floats.as_chunks::<{ 2 * LANES }>().0.iter().zip(out.as_chunks_mut::<64>().0) {
+                let x = x.as_chunks::<LANES>().0;
+                store_bytes(out, round(load(&x[0]), load(&x[1])));
+            }
+        }
+        Ok((rounded, deep * 2))
+    }
+}
+
+/// What a thread keeps: sums that are put down, of both weights, and rounded weights.
+#[derive(Default)]
+struct Scratch {
+    sums: [Vec<[[[f32; LANES]; WIDE]; HIGH]>; 2],
+    rounded: [(Vec<f32>, Vec<u8>); 2],
+}
+
+/// Some rows of weights, or of two, with all inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn block(
     y: &mut Columns,
-    (w, dtype): (&[u8], GgmlDType),
+    w: Part,
+    other: Option<Part>,
     bias: Option<&[f32]>,
     panels: &[Pairs],
     count: usize,
-    columns: usize,
 ) -> Result<()> {
     thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
-    SCRATCH.with_borrow_mut(|Scratch { sums, floats, rounded }| {
-        let (width, row_bytes) = (y.width(), w.len() / y.width());
-        let padded = count.div_ceil(PANEL) * PANEL;
-        // Sums of a row lie side by side, for every input.
-        sums.clear();
-        sums.resize(width.next_multiple_of(LANES) * padded, 0.0);
-        for at in (0..columns).step_by(DEEP) {
-            let deep = DEEP.min(columns - at);
-            let bytes = |numbers: usize| numbers / dtype.block_size() * dtype.type_size();
-            let (w, stride) = match dtype {
-                GgmlDType::BF16 => (&w[bytes(at)..], row_bytes),
-                _ => {
-                    floats.resize(deep, 0.0);
-                    rounded.resize(width * deep * 2, 0);
-                    for (w, out) in w.chunks_exact(row_bytes).zip(rounded.chunks_exact_mut(deep * 2)) {
-                        dequantise(&w[bytes(at)..bytes(at + deep)], dtype, floats)?;
-                        for (x, out) in floats.as_chunks::<{ 2 * LANES }>().0.iter().zip(out.as_chunks_mut::<64>().0) {
-                            let x = x.as_chunks::<LANES>().0;
-                            store_bytes(out, round(load(&x[0]), load(&x[1])));
-                        }
-                    }
-                    (&rounded[..], deep * 2)
-                }
-            };
+    SCRATCH.with_borrow_mut(|Scratch { sums, rounded }| {
+        let (width, columns) = (y.width(), w.columns);
+        let most = if w.dtype == GgmlDType::BF16 { DEEP } else { DEEP_BLOCKS };
+        // Parts of the same size, in whole blocks of every type.
+        let deep = columns.div_ceil(columns.div_ceil(most)).next_multiple_of(256);
+        let groups = width.div_ceil(HIGH);
+        let [sums, other_sums] = sums;
+        let [scratch, other_scratch] = rounded;
+        for at in (0..columns).step_by(deep) {
+            let deep = deep.min(columns - at);
+            let (first, last) = (at == 0, at + deep == columns);
+            let w = w.rounded(at, deep, scratch)?;
+            let other = other.as_ref().map(|other| other.rounded(at, deep, other_scratch)).transpose()?;
+            if !last {
+                let all = panels.len() / (WIDE * columns / 2) * groups;
+                sums.resize(all, [[[0.0; LANES]; WIDE]; HIGH]);
+                other_sums.resize(if other.is_some() { all } else { 0 }, [[[0.0; LANES]; WIDE]; HIGH]);
+            }
             for (i, panel) in panels.chunks_exact(WIDE * columns / 2).enumerate() {
                 let panel = panel[at / 2 * WIDE..][..deep / 2 * WIDE].as_chunks::<WIDE>().0;
-                let mut row = 0;
-                while row < width {
-                    let (w, sums) = (&w[row * stride..], &mut sums[row * padded + i * PANEL..]);
-                    if row + HIGH <= width {
-                        tile::<HIGH>(w, stride, panel, sums, padded);
-                        row += HIGH;
-                    } else {
-                        tile::<1>(w, stride, panel, sums, padded);
-                        row += 1;
+                let inputs = i * PANEL..count.min((i + 1) * PANEL);
+                for group in 0..groups {
+                    let rows = group * HIGH..width.min((group + 1) * HIGH);
+                    let sum = |(w, stride): (&[u8], usize), sums: &mut [[[[f32; LANES]; WIDE]; HIGH]]| {
+                        let mut totals = [[_mm512_setzero_ps(); WIDE]; HIGH];
+                        if !first {
+                            put_down(&mut totals, &sums[i * groups + group]);
+                        }
+                        tiles(&mut totals, &w[rows.start * stride..], stride, rows.len(), panel, inputs.len());
+                        if !last {
+                            take_up(&mut sums[i * groups + group], &totals);
+                        }
+                        totals
+                    };
+                    let mut totals = sum(w, sums);
+                    if let Some(other) = other {
+                        let up = sum(other, other_sums);
+                        if last {
+                            gate(&mut totals, &up);
+                        }
+                    }
+                    if last {
+                        let bias = bias.map_or(&[][..], |bias| &bias[rows.clone()]);
+                        write(y, inputs.clone(), rows, &totals, bias);
                     }
                 }
             }
         }
-        put(y, sums, padded, bias, count);
         Ok(())
     })
 }
 
-#[derive(Default)]
-struct Scratch {
-    sums: Vec<f32>,
-    floats: Vec<f32>,
-    rounded: Vec<u8>,
+#[target_feature(enable = "avx512f")]
+fn put_down(totals: &mut Sums, sums: &[[[f32; LANES]; WIDE]; HIGH]) {
+    for r in 0..HIGH {
+        for i in 0..WIDE {
+            totals[r][i] = load(&sums[r][i]);
+        }
+    }
 }
 
-/// Adds the products of `R` rows of weights, `stride` bytes apart, with a panel of inputs to `sums`, whose rows are
-/// `padded` apart.
+#[target_feature(enable = "avx512f")]
+fn take_up(sums: &mut [[[f32; LANES]; WIDE]; HIGH], totals: &Sums) {
+    for r in 0..HIGH {
+        for i in 0..WIDE {
+            store(&mut sums[r][i], totals[r][i]);
+        }
+    }
+}
+
+/// `x * sigmoid(x)` of sums times others.
+#[target_feature(enable = "avx512f")]
+fn gate(totals: &mut Sums, up: &Sums) {
+    for r in 0..HIGH {
+        for i in 0..WIDE {
+            let (mut x, mut times) = ([0f32; LANES], [0f32; LANES]);
+            store(&mut x, totals[r][i]);
+            store(&mut times, up[r][i]);
+            for (x, times) in x.iter_mut().zip(times) {
+                *x = *x * sigmoid(*x) * times;
+            }
+            totals[r][i] = load(&x);
+        }
+    }
+}
+
+/// Adds the products of up to [`HIGH`] `rows` of weights, `stride` bytes apart, with the `inputs` in a panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn tile<const R: usize>(w: &[u8], stride: usize, panel: &[[Pairs; WIDE]], sums: &mut [f32], padded: usize) {
-    let rows: [&[[u8; 4]]; R] = std::array::from_fn(|r| &w[r * stride..].as_chunks::<4>().0[..panel.len()]);
-    let mut totals = [[_mm512_setzero_ps(); WIDE]; R];
-    for (pair, inputs) in panel.iter().enumerate() {
-        let inputs = [load_pairs(&inputs[0]), load_pairs(&inputs[1]), load_pairs(&inputs[2])];
-        for r in 0..R {
-            let weights = as_pairs(_mm512_castsi512_ps(_mm512_set1_epi32(i32::from_ne_bytes(rows[r][pair]))));
-            for i in 0..WIDE {
-                totals[r][i] = _mm512_dpbf16_ps(totals[r][i], inputs[i], weights);
+fn tiles(totals: &mut Sums, w: &[u8], stride: usize, rows: usize, panel: &[[Pairs; WIDE]], inputs: usize) {
+    match (rows, inputs.div_ceil(LANES)) {
+        (HIGH, 1) => tile::<HIGH, 1>(totals, w, stride, panel),
+        (HIGH, 2) => tile::<HIGH, 2>(totals, w, stride, panel),
+        (HIGH, _) => tile::<HIGH, WIDE>(totals, w, stride, panel),
+        _ => {
+            for (r, totals) in totals[..rows].iter_mut().enumerate() {
+                tile::<1, WIDE>(std::array::from_mut(totals), &w[r * stride..], stride, panel);
             }
         }
     }
-    for (r, totals) in totals.into_iter().enumerate() {
-        for (sums, total) in sums[r * padded..][..PANEL].as_chunks_mut().0.iter_mut().zip(totals) {
-            store(sums, _mm512_add_ps(load(sums), total));
+}
+
+/// Adds the products of `R` rows of weights, `stride` bytes apart, with `W` registers of inputs in a panel.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn tile<const R: usize, const W: usize>(
+    totals: &mut [[__m512; WIDE]; R],
+    w: &[u8],
+    stride: usize,
+    panel: &[[Pairs; WIDE]],
+) {
+    assert!(w.len() >= (R - 1) * stride + 4 * panel.len(), "rows that are too short");
+    let mut sums: [[__m512; W]; R] = [[_mm512_setzero_ps(); W]; R];
+    for r in 0..R {
+        for i in 0..W {
+            sums[r][i] = totals[r][i];
+        }
+    }
+    let mut pairs = w.as_ptr().cast::<i32>();
+    for inputs in panel {
+        let mut x = [_mm512_setzero_ps(); W];
+        for i in 0..W {
+            x[i] = as_floats(load_pairs(&inputs[i]));
+        }
+        for r in 0..R {
+            // SAFETY: the r-th row has a pair for everyone of the panel, which was asserted above. Slices of rows would
+            // be asked for their lengths at every step.
+            #[allow(unsafe_code)]
+            let pair = unsafe { pairs.byte_add(r * stride).read_unaligned() };
+            let pair = as_pairs(_mm512_castsi512_ps(_mm512_set1_epi32(pair)));
+            for i in 0..W {
+                sums[r][i] = _mm512_dpbf16_ps(sums[r][i], as_pairs(x[i]), pair);
+            }
+        }
+        pairs = pairs.wrapping_add(1);
+    }
+    for r in 0..R {
+        for i in 0..W {
+            totals[r][i] = sums[r][i];
         }
     }
 }
 
-/// Writes sums (rows, inputs) to their columns of (inputs, rows).
+/// Writes sums (rows, inputs), plus a bias per row, if any, to their columns of (inputs, rows).
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn put(y: &mut Columns, sums: &[f32], padded: usize, bias: Option<&[f32]>, count: usize) {
-    for row in (0..y.width()).step_by(LANES) {
-        let rows = LANES.min(y.width() - row);
-        let mut offset = [0f32; LANES];
-        if let Some(bias) = bias {
-            offset[..rows].copy_from_slice(&bias[y.first() + row..][..rows]);
-        }
-        let offset = load(&offset);
-        for input in (0..count).step_by(LANES) {
-            let block =
-                std::array::from_fn(|r| load(sums[(row + r) * padded + input..].first_chunk().unwrap_or(&[0.0; _])));
-            for (i, values) in transpose(block).into_iter().enumerate().take(count - input) {
+fn write(y: &mut Columns, inputs: Range<usize>, rows: Range<usize>, totals: &Sums, bias: &[f32]) {
+    let mut twice = [0f32; LANES];
+    twice.chunks_exact_mut(HIGH).for_each(|b| b[..bias.len()].copy_from_slice(bias));
+    let twice = load(&twice);
+    let pd = |x| _mm512_castps_pd(x);
+    // Of two registers with the same four inputs, four rows each: two inputs, all rows of the first before the second.
+    let pick = [_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)];
+    for i in 0..inputs.len().div_ceil(LANES) {
+        // Input 4q + c of four rows is quarter q of the c-th register.
+        let four = |first: usize| {
+            let [a, b, c, d] = std::array::from_fn(|r| totals[first + r][i]);
+            let (low, high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let (more_low, more_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            [
+                _mm512_unpacklo_pd(pd(low), pd(more_low)),
+                _mm512_unpackhi_pd(pd(low), pd(more_low)),
+                _mm512_unpacklo_pd(pd(high), pd(more_high)),
+                _mm512_unpackhi_pd(pd(high), pd(more_high)),
+            ]
+        };
+        let (low, high) = (four(0), four(HIGH / 2));
+        for c in 0..4 {
+            for half in 0..2 {
+                let two = _mm512_castpd_ps(_mm512_permutex2var_pd(low[c], pick[half], high[c]));
                 let mut out = [0f32; LANES];
-                store(&mut out, _mm512_add_ps(values, offset));
-                if rows == LANES {
-                    y.put(input + i, row, &out);
-                } else {
-                    y.put(input + i, row, &out[..rows]);
+                store(&mut out, _mm512_add_ps(two, twice));
+                for (j, out) in out.chunks_exact(HIGH).enumerate() {
+                    let input = inputs.start + i * LANES + 8 * half + 4 * j + c;
+                    match rows.len() {
+                        _ if input >= inputs.end => {}
+                        // A copy of a length that is known is a move.
+                        HIGH => y.put(input, rows.start, out.first_chunk::<HIGH>().unwrap_or(&[0.0; _])),
+                        rows_left => y.put(input, rows.start, &out[..rows_left]),
+                    }
                 }
             }
         }

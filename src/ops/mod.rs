@@ -34,7 +34,7 @@ pub use conv::conv2d;
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_rows};
-pub use matrix::WeightMatrix;
+pub use matrix::{WeightMatrix, gated_linear};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{adamw_step, muon_step};
 pub use resize::{pixel_shuffle, pixel_unshuffle, upsample_nearest2x};
