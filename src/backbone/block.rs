@@ -147,12 +147,12 @@ impl Block {
         let (first, second) = (&self.input_layernorm, &self.post_attention_layernorm);
         match self.norm_placement {
             NormPlacement::Input => {
-                let x = (x + self.attention(&first.forward(x)?, rope, layer, context)?)?;
-                &x + self.mlp(&second.forward(&x)?)?
+                let x = ops::add(x, &self.attention(&first.forward(x)?, rope, layer, context)?)?;
+                ops::add(&x, &self.mlp(&second.forward(&x)?)?)
             }
             NormPlacement::Output => {
-                let x = (x + first.forward(&self.attention(x, rope, layer, context)?)?)?;
-                &x + second.forward(&self.mlp(&x)?)?
+                let x = ops::add(x, &first.forward(&self.attention(x, rope, layer, context)?)?)?;
+                ops::add(&x, &second.forward(&self.mlp(&x)?)?)
             }
         }
     }

@@ -209,7 +209,7 @@ impl CustomOp3 for Attention {
         let mask = self.mask.as_ref().map(Borrowed::of);
         let mask = mask.as_ref().map(Borrowed::slice::<u8>).transpose()?;
         // A task writes whole rows, all heads of them, or, where there is but one row, the heads of one group.
-        let blocks = (2 * rayon::current_num_threads()).div_ceil(b).clamp(1, t.div_ceil(MIN_ROWS));
+        let blocks = (4 * rayon::current_num_threads()).div_ceil(b).clamp(1, t.div_ceil(MIN_ROWS));
         let rows = t.div_ceil(blocks).min(MAX_ROWS);
         let task = if t == 1 { group * d } else { rows * h * d };
         let mut out = vec![0f32; b * t * h * d];

@@ -6,6 +6,7 @@
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use candle_core::Result;
@@ -62,7 +63,7 @@ pub(super) enum Then<'a> {
 ///
 /// Errors: blocks that do not divide `columns`. Panics unless it [`suits`].
 pub(super) fn products(
-    y: &mut [f32],
+    y: &mut [MaybeUninit<f32>],
     (w, dtype): (&[u8], GgmlDType),
     then: Then,
     inputs: &[f32],

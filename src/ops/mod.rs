@@ -27,7 +27,7 @@ mod resize;
 mod rope;
 mod slice;
 
-pub use activation::{gelu_erf, gelu_tanh, quick_gelu, swiglu};
+pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention};
 pub use blocks::{dequantise, quantise};
 pub use conv::conv2d;

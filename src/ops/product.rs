@@ -9,7 +9,7 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{self, Then};
 use super::blocks::dequantise;
-use super::columns::by_columns;
+use super::columns::{Columns, by_columns, filled};
 use super::few::{self, FEW};
 use super::slice::{Into, Matrix, MatrixMut, gemm};
 
@@ -53,22 +53,22 @@ pub(super) fn product(
     (rows, columns): (usize, usize),
 ) -> Result<Vec<f32>> {
     let count = inputs.len() / columns.max(1);
-    let mut y = vec![0f32; count * rows];
-    if y.is_empty() {
-        return Ok(y);
+    if count * rows == 0 {
+        return Ok(vec![0.0; count * rows]);
     }
     if count <= FEW {
         let inputs = few::strips(inputs, columns);
-        by_columns(&mut y, rows, TILE[0], |y| {
+        let products = |y: &mut Columns| {
             let mut transposed = vec![0f32; y.width() * count];
             few::products(&mut transposed, w.narrow(y.first(), y.width(), columns), &inputs, columns)?;
             y.put_transposed(&transposed, bias);
             Ok(())
-        })?;
-        return Ok(y);
+        };
+        return filled(count * rows, |y| by_columns(y, rows, TILE[0], products));
     }
     match w {
         Rows::Plain(w) => {
+            let mut y = vec![0f32; count * rows];
             if let Some(bias) = bias {
                 let rows = y.par_chunks_mut(rows * BIAS_ROWS);
                 rows.for_each(|y| y.chunks_exact_mut(bias.len()).for_each(|y| y.copy_from_slice(bias)));
@@ -76,26 +76,29 @@ pub(super) fn product(
             let into = if bias.is_some() { Into::Add } else { Into::Overwrite };
             let (x, w) = (Matrix::new(inputs, count, columns), Matrix::new(w, rows, columns));
             gemm(MatrixMut::new(&mut y, count, rows), into, x, w.t(), 1.0, true);
+            Ok(y)
         }
         #[cfg(target_arch = "x86_64")]
         Rows::Blocks(w, dtype) if bf16::suits(dtype, columns) => {
-            bf16::products(&mut y, (w, dtype), Then::Add(bias), inputs, columns)?;
+            filled(count * rows, |y| bf16::products(y, (w, dtype), Then::Add(bias), inputs, columns))
         }
-        Rows::Blocks(_, dtype) => by_columns(&mut y, rows, TILE[1], |y| {
+        Rows::Blocks(_, dtype) => {
             thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
-            SCRATCH.with_borrow_mut(|[tile, transposed]| {
-                let Rows::Blocks(w, _) = w.narrow(y.first(), y.width(), columns) else { return Ok(()) };
-                tile.resize(y.width() * columns, 0.0);
-                dequantise(w, dtype, tile)?;
-                transposed.resize(y.width() * count, 0.0);
-                let (w, x) = (Matrix::new(tile, y.width(), columns), Matrix::new(inputs, count, columns));
-                gemm(MatrixMut::new(transposed, y.width(), count), Into::Overwrite, w, x.t(), 1.0, false);
-                y.put_transposed(transposed, bias);
-                Ok(())
-            })
-        })?,
+            let products = |y: &mut Columns| {
+                SCRATCH.with_borrow_mut(|[tile, transposed]| {
+                    let Rows::Blocks(w, _) = w.narrow(y.first(), y.width(), columns) else { return Ok(()) };
+                    tile.resize(y.width() * columns, 0.0);
+                    dequantise(w, dtype, tile)?;
+                    transposed.resize(y.width() * count, 0.0);
+                    let (w, x) = (Matrix::new(tile, y.width(), columns), Matrix::new(inputs, count, columns));
+                    gemm(MatrixMut::new(transposed, y.width(), count), Into::Overwrite, w, x.t(), 1.0, false);
+                    y.put_transposed(transposed, bias);
+                    Ok(())
+                })
+            };
+            filled(count * rows, |y| by_columns(y, rows, TILE[1], products))
+        }
     }
-    Ok(y)
 }
 
 /// `x * sigmoid(x)` of the products with `gate`, times those with `up`: as [`product`] for each, but in one go, or nothing
@@ -108,9 +111,8 @@ pub(super) fn gated(inputs: &[f32], gate: Rows, up: Rows, (rows, columns): (usiz
         && bf16::suits(dtype, columns)
         && inputs.len() > FEW * columns
     {
-        let mut y = vec![0f32; inputs.len() / columns * rows];
-        bf16::products(&mut y, (gate, dtype), Then::Gate(up), inputs, columns)?;
-        return Ok(Some(y));
+        let products = |y: &mut [_]| bf16::products(y, (gate, dtype), Then::Gate(up), inputs, columns);
+        return filled(inputs.len() / columns * rows, products).map(Some);
     }
     Ok(None)
 }

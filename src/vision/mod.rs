@@ -157,10 +157,10 @@ impl Block {
 
     /// Patches (1, N, D) in the order of `windows`.
     fn forward(&self, x: &Tensor, windows: &Windows, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attention(&ops::rms_norm(x, &self.norm1, EPS)?, windows, cos, sin)?)?;
+        let x = ops::add(x, &self.attention(&ops::rms_norm(x, &self.norm1, EPS)?, windows, cos, sin)?)?;
         let y = ops::rms_norm(&x, &self.norm2, EPS)?;
         let y = ops::swiglu(&self.gate_proj.forward(&y)?, &self.up_proj.forward(&y)?)?;
-        &x + self.down_proj.forward(&y)?
+        ops::add(&x, &self.down_proj.forward(&y)?)
     }
 
     fn attention(&self, x: &Tensor, windows: &Windows, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
