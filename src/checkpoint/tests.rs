@@ -81,6 +81,20 @@ fn broken_files_are_refused_and_named() {
     }
 }
 
+/// Files are read, not mapped: there is no memory that could be gone.
+#[test]
+fn a_file_that_is_cut_while_it_is_open_is_an_error() {
+    let (dir, source) = folder(&file(format!("{{{A}}}").as_bytes(), &[0; 8]));
+    let path = dir.path().join(FILE);
+    let cut = |w: &Weights| {
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(20).unwrap();
+        get_a(w)
+    };
+    let error = source.load(FILE, DType::F32, &Device::Cpu, cut).unwrap_err();
+    assert_eq!(error.kind, Kind::Model, "{error}");
+    assert!(error.message.contains(&path.display().to_string()) && error.hint.is_some(), "{error:?}");
+}
+
 #[test]
 fn a_header_above_the_limit_is_not_read() {
     let dir = TempDir::new().unwrap();
