@@ -11,7 +11,7 @@ use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope};
 use nextflow::checkpoint::{Source, Weights};
 use nextflow::generate::inputs::NextInput;
 use nextflow::generate::sampler::Filter;
-use nextflow::generate::{Job, Prefix, PromptConfig, Rows, Sampling, draw_codes};
+use nextflow::generate::{Job, Prefix, PromptConfig, Rows, Sampling, draw_behind};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -113,7 +113,7 @@ fn the_loop_draws_the_references_codes() {
         for row in 0..2 {
             let [conditional, unconditional] = prefixes(&golden, row);
             let rows = [&conditional, &unconditional];
-            let codes = draw_codes(&backbone, &q, rows, &job, &mut |_| ControlFlow::Continue(())).unwrap();
+            let codes = draw_behind(&backbone, &q, rows, &job, &mut |_| ControlFlow::Continue(())).unwrap();
             assert_eq!(codes.iter().map(Vec::len).collect::<Vec<_>>(), [1, 4, 9, 25]);
             assert_eq!(codes.concat(), ids(&golden["codes"], row), "{run}, prompt {row}");
         }
@@ -135,7 +135,9 @@ fn every_step_equals_the_reference() {
                 let want = want.narrow(0, prefix.pads, prefix.ids.len()).unwrap();
                 close(run, &backbone.embed_prefix(&ids).unwrap().squeeze(0).unwrap(), &want, FEATURES);
             }
-            let (mut rows, mut hidden) = Rows::start(&backbone, &[&prefixes[0], &prefixes[1]], &SCALES).unwrap();
+            let both = [&prefixes[0], &prefixes[1]];
+            let mut cache = Rows::cache(&backbone, &both, &SCALES).unwrap();
+            let (mut rows, mut hidden) = Rows::start(&backbone, &mut cache, &both, &SCALES).unwrap();
             let mut input = NextInput::new(TINY.input_mode);
             let (mut step, mut codes) = (0, Vec::new());
             for (si, &(h, w)) in SCALES.iter().enumerate() {

@@ -1,14 +1,13 @@
 //! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a slash.
 
 use std::fs;
-use std::io::{self, BufRead, IsTerminal, Read};
-use std::path::{Path, PathBuf};
+use std::io::Read;
+use std::path::Path;
 
-use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
 use serde::{Deserialize, Serialize};
 
-use super::chat::{self, Ask, Host, MAX_MESSAGE};
+use super::chat::{self, Ask, Host};
+use super::lines::Lines;
 use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
 use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
@@ -26,9 +25,6 @@ const HELP: &str = "\
 /save FILE     write it to a file; /load FILE goes on from there
 /exit          leave (or Ctrl-D); Ctrl-C stops a reply
 A line that ends in \\ goes on in the next one; \"\"\" begins and ends a message of several lines.";
-
-/// Before and behind a message of several lines.
-const QUOTE: &[u8] = b"\"\"\"";
 
 /// The largest file that `/load` reads, in bytes.
 const MAX_FILE: u64 = 16 << 20;
@@ -56,20 +52,6 @@ enum SavedPart {
     Image(String),
 }
 
-/// Where lines come from.
-enum Lines {
-    Terminal(Box<DefaultEditor>, Option<PathBuf>),
-    Pipe,
-}
-
-/// A line, or why there is none.
-enum Line {
-    Text(Vec<u8>),
-    /// Ctrl-C while typing.
-    Dropped,
-    End,
-}
-
 /// A running conversation.
 pub(super) struct Repl<'a> {
     model: &'a ChatModel,
@@ -91,29 +73,19 @@ impl<'a> Repl<'a> {
         pictures: Vec<Picture>,
         quiet: bool,
     ) -> Result<Self> {
-        let lines = match io::stdin().is_terminal() {
-            false => Lines::Pipe,
-            true => {
-                let broken = |e: ReadlineError| Error::new(Kind::Failure, format!("cannot use the terminal: {e}"));
-                let mut editor = DefaultEditor::new().map_err(broken)?;
-                let history = history();
-                // A history that cannot be read is an empty one.
-                let _ = history.as_ref().map(|path| editor.load_history(path));
-                Lines::Terminal(Box::new(editor), history)
-            }
-        };
+        let lines = Lines::open()?;
         Ok(Self { model, session, host, pictures, lines, quiet, failed: false })
     }
 
     /// Until the user leaves.
     pub fn run(mut self) -> Result<()> {
-        let terminal = matches!(self.lines, Lines::Terminal(..));
+        let terminal = self.lines.is_terminal();
         if terminal && !self.quiet {
             terminal::note("/help tells what there is beside talking; /exit leaves");
         }
         loop {
             self.host.stop.waiting();
-            let outcome = match self.message() {
+            let outcome = match self.lines.message(self.pictures.len()) {
                 Ok(None) => break,
                 Ok(Some(text)) if text.is_empty() => continue,
                 Ok(Some(text)) => match text.strip_prefix('/') {
@@ -128,10 +100,7 @@ impl<'a> Repl<'a> {
                 terminal::report(&error);
             }
         }
-        if let Lines::Terminal(editor, Some(path)) = &mut self.lines {
-            let _ = path.parent().map(fs::create_dir_all);
-            let _ = editor.save_history(path);
-        }
+        self.lines.close();
         match self.failed && !terminal {
             true => Err(Error::new(Kind::Failure, "a part of the conversation failed").hint("see the errors above")),
             false => Ok(()),
@@ -146,19 +115,19 @@ impl<'a> Repl<'a> {
         self.ask(pictures, &text, ask)
     }
 
-    /// Takes `$N` out of a text: the images so far that it names.
+    /// Takes `$N` out of a text: the images so far that it names. Where there are none, it names none.
     fn named(&self, text: &str) -> Result<(String, Vec<Picture>)> {
         let mut pictures = Vec::new();
         let mut words = Vec::new();
+        let count = self.session.pictures().count();
         for word in text.split(' ') {
             let number = word.trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
             match number.and_then(|digits| digits.parse::<usize>().ok()) {
                 None => words.push(word),
+                Some(_) if count == 0 => words.push(word),
                 Some(n) => {
-                    let count = self.session.pictures().count();
                     let picture = n.checked_sub(1).and_then(|i| self.session.pictures().nth(i)).ok_or_else(|| {
                         let images = match count {
-                            0 => "there is no image yet".into(),
                             1 => "there is one image".into(),
                             n => format!("there are {n} images"),
                         };
@@ -329,118 +298,4 @@ impl<'a> Repl<'a> {
         turns.into_iter().for_each(|(role, parts)| self.session.push(role, parts));
         Ok(())
     }
-
-    /// The next message; none at the end.
-    fn message(&mut self) -> Result<Option<String>> {
-        let mut text = Vec::new();
-        let mut block = false;
-        loop {
-            let line = match self.line(!text.is_empty() || block) {
-                Ok(Line::Text(line)) => line,
-                Ok(Line::Dropped) => return Ok(Some(String::new())),
-                Ok(Line::End) if text.is_empty() => return Ok(None),
-                Ok(Line::End) => break,
-                Err(error) => {
-                    self.pass_over(block);
-                    return Err(error);
-                }
-            };
-            let trimmed = line.trim_ascii();
-            let quote = trimmed == QUOTE;
-            if quote && block {
-                break;
-            }
-            if quote {
-                block = true;
-                continue;
-            }
-            let more = !block && line.ends_with(b"\\");
-            text.extend_from_slice(if more { &line[..line.len() - 1] } else { &line });
-            text.push(b'\n');
-            if text.len() > MAX_MESSAGE {
-                self.pass_over(block);
-                return chat::check(&text).map(Some);
-            }
-            if !block && !more {
-                break;
-            }
-        }
-        let bad = |e: std::str::Utf8Error| {
-            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint("say it again")
-        };
-        Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
-    }
-
-    /// Reads what is left of a block that is refused.
-    fn pass_over(&mut self, block: bool) {
-        if !block {
-            return;
-        }
-        loop {
-            match self.line(true) {
-                Ok(Line::Text(line)) if line.trim_ascii() == QUOTE => break,
-                Ok(Line::Text(_)) => {}
-                Ok(_) => break,
-                // Another line that is too long.
-                Err(error) if error.kind == Kind::Usage => {}
-                Err(_) => break,
-            }
-        }
-    }
-
-    fn line(&mut self, more: bool) -> Result<Line> {
-        let Lines::Terminal(editor, _) = &mut self.lines else { return pipe() };
-        let prompt = match (more, self.pictures.len()) {
-            (true, _) => "… ".to_string(),
-            (_, 0) => "> ".to_string(),
-            (_, n) => format!("[{n} image{}] > ", if n > 1 { "s" } else { "" }),
-        };
-        match editor.readline(&prompt) {
-            Ok(line) => {
-                if line.len() <= MAX_MESSAGE {
-                    let _ = editor.add_history_entry(&line);
-                }
-                Ok(Line::Text(line.into_bytes()))
-            }
-            Err(ReadlineError::Interrupted) => Ok(Line::Dropped),
-            Err(ReadlineError::Eof) => Ok(Line::End),
-            Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
-        }
-    }
-}
-
-/// A line of standard input; the rest of one that is too long is passed over.
-fn pipe() -> Result<Line> {
-    let (mut input, mut line) = (io::stdin().lock(), Vec::new());
-    let limit = MAX_MESSAGE as u64 + 2;
-    if input.by_ref().take(limit).read_until(b'\n', &mut line)? == 0 {
-        return Ok(Line::End);
-    }
-    if line.last() != Some(&b'\n') {
-        let mut length = line.len();
-        loop {
-            let buffer = input.fill_buf()?;
-            let end = buffer.iter().position(|b| *b == b'\n');
-            let n = end.unwrap_or(buffer.len());
-            let last = end.is_some() || n == 0;
-            length += n;
-            input.consume(n + usize::from(end.is_some()));
-            if last {
-                break;
-            }
-        }
-        if length > MAX_MESSAGE {
-            let message = format!("the message has {length} bytes, the limit is {MAX_MESSAGE}");
-            return Err(Error::usage(message).hint("say it in several messages"));
-        }
-    }
-    let line = line.strip_suffix(b"\n").unwrap_or(&line);
-    Ok(Line::Text(line.strip_suffix(b"\r").unwrap_or(line).to_vec()))
-}
-
-/// Where lines are remembered.
-fn history() -> Option<PathBuf> {
-    let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let state = folder("XDG_STATE_HOME").or_else(|| Some(folder("HOME")?.join(".local/state")))?;
-    Some(state.join("nextflow/history"))
 }

@@ -289,6 +289,7 @@ fn radius(count: usize, size: Size, place: Place) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rng::Stream;
 
     fn rng(i: u64) -> Rng {
         Rng::new(5, i, Stream::Train, 0)

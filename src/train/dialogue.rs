@@ -6,7 +6,9 @@ use crate::chat::template::{Part, Role};
 use crate::generate::prompt;
 use crate::library::{Canvas, SIDE, Style, with_article};
 use crate::rng::Rng;
-use crate::scenes::{BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, Riddle, Scene, Smalltalk, Split, smalltalk};
+use crate::scenes::{
+    BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, Riddle, Scene, Smalltalk, Split, smalltalk,
+};
 
 /// What is said and shown, in turns.
 pub type Turns = Vec<(Role, Vec<Part<Canvas>>)>;

@@ -1,0 +1,172 @@
+//! Messages line by line: from a person at a terminal, or from a pipe.
+
+use std::fs;
+use std::io::{self, BufRead, IsTerminal, Read};
+use std::path::PathBuf;
+
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+
+use super::chat::{self, MAX_MESSAGE};
+use crate::error::{Error, Kind, Result};
+
+/// Before and behind a message of several lines.
+const QUOTE: &[u8] = b"\"\"\"";
+
+/// Where lines come from.
+pub(super) enum Lines {
+    Terminal(Box<DefaultEditor>, Option<PathBuf>),
+    Pipe,
+}
+
+/// A line, or why there is none.
+enum Line {
+    Text(Vec<u8>),
+    /// Ctrl-C while typing.
+    Dropped,
+    End,
+}
+
+impl Lines {
+    /// Standard input.
+    pub fn open() -> Result<Self> {
+        Ok(match io::stdin().is_terminal() {
+            false => Self::Pipe,
+            true => {
+                let broken = |e: ReadlineError| Error::new(Kind::Failure, format!("cannot use the terminal: {e}"));
+                let mut editor = DefaultEditor::new().map_err(broken)?;
+                let history = history();
+                // A history that cannot be read is an empty one.
+                let _ = history.as_ref().map(|path| editor.load_history(path));
+                Self::Terminal(Box::new(editor), history)
+            }
+        })
+    }
+
+    /// Whether a person types.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Self::Terminal(..))
+    }
+
+    /// Remembers what was typed.
+    pub fn close(&mut self) {
+        if let Self::Terminal(editor, Some(path)) = self {
+            let _ = path.parent().map(fs::create_dir_all);
+            let _ = editor.save_history(path);
+        }
+    }
+
+    /// The next message, with which so many images go; none at the end.
+    pub fn message(&mut self, images: usize) -> Result<Option<String>> {
+        let mut text = Vec::new();
+        let mut block = false;
+        loop {
+            let line = match self.line(!text.is_empty() || block, images) {
+                Ok(Line::Text(line)) => line,
+                Ok(Line::Dropped) => return Ok(Some(String::new())),
+                Ok(Line::End) if text.is_empty() => return Ok(None),
+                Ok(Line::End) => break,
+                Err(error) => {
+                    self.pass_over(block);
+                    return Err(error);
+                }
+            };
+            let trimmed = line.trim_ascii();
+            let quote = trimmed == QUOTE;
+            if quote && block {
+                break;
+            }
+            if quote {
+                block = true;
+                continue;
+            }
+            let more = !block && line.ends_with(b"\\");
+            text.extend_from_slice(if more { &line[..line.len() - 1] } else { &line });
+            text.push(b'\n');
+            if text.len() > MAX_MESSAGE {
+                self.pass_over(block);
+                return chat::check(&text).map(Some);
+            }
+            if !block && !more {
+                break;
+            }
+        }
+        let bad = |e: std::str::Utf8Error| {
+            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint("say it again")
+        };
+        Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
+    }
+
+    /// Reads what is left of a block that is refused.
+    fn pass_over(&mut self, block: bool) {
+        if !block {
+            return;
+        }
+        loop {
+            match self.line(true, 0) {
+                Ok(Line::Text(line)) if line.trim_ascii() == QUOTE => break,
+                Ok(Line::Text(_)) => {}
+                Ok(_) => break,
+                // Another line that is too long.
+                Err(error) if error.kind == Kind::Usage => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    fn line(&mut self, more: bool, images: usize) -> Result<Line> {
+        let Lines::Terminal(editor, _) = self else { return pipe() };
+        let prompt = match (more, images) {
+            (true, _) => "… ".to_string(),
+            (_, 0) => "> ".to_string(),
+            (_, n) => format!("[{n} image{}] > ", if n > 1 { "s" } else { "" }),
+        };
+        match editor.readline(&prompt) {
+            Ok(line) => {
+                if line.len() <= MAX_MESSAGE {
+                    let _ = editor.add_history_entry(&line);
+                }
+                Ok(Line::Text(line.into_bytes()))
+            }
+            Err(ReadlineError::Interrupted) => Ok(Line::Dropped),
+            Err(ReadlineError::Eof) => Ok(Line::End),
+            Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
+        }
+    }
+}
+
+/// A line of standard input; the rest of one that is too long is passed over.
+fn pipe() -> Result<Line> {
+    let (mut input, mut line) = (io::stdin().lock(), Vec::new());
+    let limit = MAX_MESSAGE as u64 + 2;
+    if input.by_ref().take(limit).read_until(b'\n', &mut line)? == 0 {
+        return Ok(Line::End);
+    }
+    if line.last() != Some(&b'\n') {
+        let mut length = line.len();
+        loop {
+            let buffer = input.fill_buf()?;
+            let end = buffer.iter().position(|b| *b == b'\n');
+            let n = end.unwrap_or(buffer.len());
+            let last = end.is_some() || n == 0;
+            length += n;
+            input.consume(n + usize::from(end.is_some()));
+            if last {
+                break;
+            }
+        }
+        if length > MAX_MESSAGE {
+            let message = format!("the message has {length} bytes, the limit is {MAX_MESSAGE}");
+            return Err(Error::usage(message).hint("say it in several messages"));
+        }
+    }
+    let line = line.strip_suffix(b"\n").unwrap_or(&line);
+    Ok(Line::Text(line.strip_suffix(b"\r").unwrap_or(line).to_vec()))
+}
+
+/// Where lines are remembered.
+fn history() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let state = folder("XDG_STATE_HOME").or_else(|| Some(folder("HOME")?.join(".local/state")))?;
+    Some(state.join("nextflow/history"))
+}
