@@ -12,6 +12,9 @@ use super::session::Row;
 use super::*;
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Context, Rope};
+use crate::generate::Sampling;
+use crate::rng::{Rng, Stream};
+use crate::scenes::{Kind, Scene, Split};
 
 fn data(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
@@ -168,6 +171,62 @@ fn texts_become_the_ids_of_the_reference() {
     // What a user types is never a control token.
     let typed = text.encode("<|im_start|>").unwrap();
     assert!(!typed.contains(&151_644) && typed.len() > 1);
+}
+
+/// An edit in a conversation, greedy and guided: every code is the likeliest under one masked pass over the whole of it.
+#[cfg(feature = "nano")]
+#[test]
+fn an_edit_is_what_the_masked_pass_says() {
+    let source = Source::parse(None).unwrap();
+    let model = ChatModel::load(&source, ChatConfig::read(&source).unwrap(), &Device::Cpu, None).unwrap();
+    let scene = Scene::of_kind(&Rng::new(1, 0, Stream::Train, 0), Kind::Colours, Split::Train);
+    let image = image::RgbImage::from_raw(128, 128, scene.render(128, 128)).unwrap();
+    let sampling = Sampling { cfg: 2.0, temperature: 0.0, top_k: None, top_p: 1.0, refine: vec![] };
+    let manner =
+        Manner { words: WordSampling::GREEDY, longest: 8, image: Some(sampling), seed: 0, guide_from_sources: true };
+    let mut session = Session::new(&model).unwrap();
+    let picture = model.picture("a", &image).unwrap();
+    session.draw(vec![picture], "make it blue", &manner, None, &mut |_| ControlFlow::Continue(())).unwrap();
+    let drawn = session.pictures().last().unwrap().clone();
+    let codes = drawn.codes().unwrap();
+    let config = &model.config.backbone;
+    let inputs = crate::generate::schedule::codes(&codes.scales) - 1;
+    let logits = [Row::Said, Row::Images].map(|row| {
+        let mut question = Session::new(&model).unwrap();
+        question.push(Role::User, session.turns()[0].parts.clone());
+        let mut script = question.render(row, true).unwrap();
+        let first = script.tokens.len();
+        let mut image = Script::default();
+        image.picture(&drawn, config);
+        script.tokens.extend(&image.tokens[..1 + inputs]);
+        script.layout.push_image(&codes.scales, config.spatial_extent);
+        let x = session.embed(&script.tokens).unwrap();
+        let tokens = script.layout.len();
+        let rope = Rope::new(config, &[&script.layout.positions], &Device::Cpu).unwrap();
+        let mask = Tensor::from_vec(script.layout.mask(0), (tokens, tokens), &Device::Cpu).unwrap();
+        let hidden = model.backbone.forward(&x, &rope, Context::Masked(&mask)).unwrap();
+        model.backbone.code_logits(&hidden.get(0).unwrap().narrow(0, first, 1 + inputs).unwrap()).unwrap()
+    });
+    let mut at = 0;
+    for (scale, (codes, (h, w))) in codes.codes.iter().zip(&codes.scales).enumerate() {
+        let t = 2.0 * scale as f64 / 7.0;
+        let [said, images] = [0, 1].map(|row: usize| logits[row].narrow(0, at, h * w).unwrap());
+        let guided = ((said * (1.0 + t)).unwrap() - (images * t).unwrap()).unwrap();
+        assert_eq!(&guided.argmax(1).unwrap().to_vec1::<u32>().unwrap(), codes, "scale {scale}");
+        at += h * w;
+    }
+    // What was drawn is in the cache: the next turn reads the sum of its codes, its end, and what is new.
+    let (next, _) =
+        (session.turns().len(), session.say(vec![], "what is it?", &manner, &mut |_| ControlFlow::Continue(())));
+    assert_eq!(session.turns().len(), next + 2);
+    let script = Script::of(
+        model
+            .template
+            .render(&model.text, "", session.turns()[..3].iter().map(|t| (t.role, &t.parts[..])), &[])
+            .unwrap(),
+        config,
+    );
+    assert!(session.read[0].starts_with(&script.tokens));
 }
 
 impl Session<'_> {

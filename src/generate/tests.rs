@@ -39,8 +39,12 @@ fn config(input_mode: InputMode) -> BackboneConfig {
 }
 
 fn model(input_mode: InputMode) -> (Backbone, Quantizer) {
+    model_of(config(input_mode))
+}
+
+fn model_of(config: BackboneConfig) -> (Backbone, Quantizer) {
     let weights = Weights::trainable(11, &Device::Cpu);
-    let backbone = Backbone::load(&weights, &config(input_mode)).unwrap();
+    let backbone = Backbone::load(&weights, &config).unwrap();
     let book = CodebookConfig { size: 40, semantic_dim: 2, pixel_dim: 4, w_sem: 1.0, w_pix: 1.0, l2_norm: false };
     let rng = Rng::new(2, 0, Stream::Train, 0);
     let table = (0..40 * 6).map(|i| rng.normal(i) as f32).collect();
@@ -81,13 +85,13 @@ fn full(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
                 x.push(embed(ids));
             }
             Part::Image(scales, codes) => {
-                layout.push_image(scales, config.spatial_extent);
-                layout.push_eoi();
+                layout.push_context_image(scales, config.spatial_extent, config.context_last_scale);
                 x.push(embed(&[config.boi()]));
                 let mut input = NextInput::new(config.input_mode);
                 for si in 1..scales.len() {
                     x.push(step_input(backbone, q, &mut input, codes, scales, si));
                 }
+                x.extend(whole(backbone, q, codes, scales));
                 x.push(embed(&[config.eoi()]));
             }
         }
@@ -112,6 +116,14 @@ fn step_input(
     backbone.embed_codes(&features, si, scales).unwrap()
 }
 
+/// The sum of all scales, for a model that reads it.
+fn whole(backbone: &Backbone, q: &Quantizer, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Option<Tensor> {
+    let (h, w) = *scales.last()?;
+    let features = Tensor::from_vec(q.accumulate(codes, scales, (h, w)), (1, h * w, 6), &Device::Cpu).unwrap();
+    let x = || backbone.embed_codes(&features, scales.len(), scales).unwrap();
+    backbone.config().context_last_scale.then(x)
+}
+
 /// The same, step by step against the cache.
 fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
     let config = backbone.config();
@@ -133,13 +145,13 @@ fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
                 step(embed(ids), &layout, Step::Text);
             }
             Part::Image(scales, codes) => {
-                layout.push_image(scales, config.spatial_extent);
-                layout.push_eoi();
+                layout.push_context_image(scales, config.spatial_extent, config.context_last_scale);
                 step(embed(&[config.boi()]), &layout, Step::Text);
                 let mut input = NextInput::new(config.input_mode);
                 for si in 1..scales.len() {
                     step(step_input(backbone, q, &mut input, codes, scales, si), &layout, Step::Scale);
                 }
+                whole(backbone, q, codes, scales).into_iter().for_each(|x| step(x, &layout, Step::Scale));
                 step(embed(&[config.eoi()]), &layout, Step::Text);
             }
         }
@@ -172,6 +184,8 @@ fn cached_inference_equals_the_masked_pass() {
             image(schedule::nearest(2.0).prefix(4), 6),
             Part::Text(vec![5]),
         ];
+        assert_same(&full(&backbone, &q, &two), &cached(&backbone, &q, &two));
+        let (backbone, q) = model_of(BackboneConfig { context_last_scale: true, ..config(mode) });
         assert_same(&full(&backbone, &q, &two), &cached(&backbone, &q, &two));
     }
 }
