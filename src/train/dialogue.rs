@@ -45,9 +45,10 @@ pub fn dialogue(sampler: &Sampler, index: u64, length: Length) -> Turns {
         (Length::Short, 60..76) => thing_question(sampler, &of(2)),
         (Length::Short, 76..96) => thinking(sampler, &of(3)),
         (Length::Short, _) => talk(&of(4)),
-        (Length::Long, 0..62) => edit(&of(5)),
-        (Length::Long, 62..82) => thing_edit(sampler, &of(6)),
-        (Length::Long, 82..96) => several_turns(&of(7), index),
+        (Length::Long, 0..25) => copy(sampler, &of(9)),
+        (Length::Long, 25..75) => edit(&of(5)),
+        (Length::Long, 75..86) => thing_edit(sampler, &of(6)),
+        (Length::Long, 86..97) => several_turns(&of(7), index),
         (Length::Long, _) => story(&of(8)),
     }
 }
@@ -132,6 +133,22 @@ fn edit(rng: &Rng) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
     let text = edit.instruction(&rng.fork(2), Split::Train);
     vec![user(vec![picture(&edit.source)], &text), model("", Some(picture(&edit.target)))]
+}
+
+/// Wordings that ask for the same image again.
+pub const COPY: [&str; 6] =
+    ["copy it", "draw it again", "show the same picture", "keep it as it is", "do not change anything", "照着再画一张"];
+
+/// An image, and the same again: where to look for what is to be kept, which every edit needs.
+fn copy(sampler: &Sampler, rng: &Rng) -> Turns {
+    let canvas = match rng.below(0, 2) {
+        0 => picture(&Scene::sample(&rng.fork(1), Split::Train)),
+        _ => {
+            let background = (rng.uniform(1) < 0.3).then(|| &BACKGROUNDS[rng.below(2, BACKGROUNDS.len())]);
+            sampler.single(sampler.thing(rng, 3).0, background, SIDE, SIDE).canvas
+        }
+    };
+    vec![user(vec![canvas.clone()], COPY[rng.below(4, COPY.len())]), model("", Some(canvas))]
 }
 
 /// Instructions that change the hand: to (0) the soft 3D one, (1) the flat one, (2) Noto's.

@@ -72,15 +72,15 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step. With dialogues every other step has long ones, half as many, and the others half short
+    /// The sequences of a step. With dialogues two steps of three have long ones, half as many, and the others half short
     /// ones, so that sequences of a batch are about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
-        let shelf = self.pool.shelf(step / 2);
+        let shelf = self.pool.shelf(step / 3);
         let Some((sampler, text)) = self.dialogues else {
             return self.captioned(self.pool.shelf(step), size, step);
         };
-        match step % 2 {
-            1 => self.dialogues(sampler, text, size / 2, step, Length::Long),
+        match step % 3 {
+            1 | 2 => self.dialogues(sampler, text, size / 2, step, Length::Long),
             _ if !self.pool.is_square(shelf) => self.captioned(shelf, size, step),
             _ => {
                 let mut sequences = self.captioned(shelf, size / 2, step)?;
@@ -101,7 +101,7 @@ impl Lesson<'_> {
                 sequence.push_words(item.caption(&rng));
             }
             let noise = Rng::new(recipe.seed, i as u64, Stream::Train, 2 << 32 | step as u64);
-            self.push_image(&mut sequence, &item.features, shelf.grids, Some(&noise), false);
+            self.push_image(&mut sequence, &item.features, shelf.grids, Learn::Corrections(&noise), false);
             sequence
         });
         Ok(sequences.collect())
@@ -171,6 +171,9 @@ impl Lesson<'_> {
                 (*role, parts.iter().filter(heard).cloned().collect())
             })
             .collect();
+        // Half of the images to draw are encoded without errors to correct: then what is kept has the very codes of its
+        // source, which shows where to look for them.
+        let exact = rng.uniform(1) < 0.5;
         let grids = schedule::nearest(1.0).prefix(self.run.recipe.scales);
         let mut sequence = Sequence::default();
         let pieces = template.render(text, "", turns.iter().map(|(role, parts)| (*role, &parts[..])), &[])?;
@@ -189,27 +192,46 @@ impl Lesson<'_> {
                     if said {
                         sequence.expect_word(config.boi());
                     }
-                    self.push_image(&mut sequence, features, grids, said.then_some(&noise), true);
+                    let manner = match (said, exact) {
+                        (false, _) => Learn::Nothing,
+                        (true, true) => Learn::Codes,
+                        (true, false) => Learn::Corrections(&noise),
+                    };
+                    self.push_image(&mut sequence, features, grids, manner, true);
                 }
             }
         }
         Ok(sequence)
     }
 
-    /// Appends an image of these features, to be learnt if there is `noise` for its self-correction.
+    /// Appends an image of these features.
     fn push_image(
         &self,
         sequence: &mut Sequence,
         features: &[f32],
         grids: &[(usize, usize)],
-        noise: Option<&Rng>,
+        learn: Learn,
         context: bool,
     ) {
         let (recipe, quantizer) = (&self.run.recipe, self.tokenizer.quantizer());
-        let correction = noise.map(|noise| (&recipe.self_correction, noise));
+        let correction = match learn {
+            Learn::Corrections(noise) => Some((&recipe.self_correction, noise)),
+            Learn::Nothing | Learn::Codes => None,
+        };
         let encoded = quantizer.encode(features, grids, correction, |_, _, _| {});
-        let alpha = noise.map(|_| recipe.scale_reweight);
+        let alpha = if matches!(learn, Learn::Nothing) { None } else { Some(recipe.scale_reweight) };
         let grids = &grids[..self.scales.min(grids.len())];
         sequence.push_image(&recipe.backbone, quantizer, &Picture { grids, encoded: &encoded, context, alpha });
     }
+}
+
+/// What is to be learnt of an image.
+#[derive(Clone, Copy)]
+enum Learn<'a> {
+    /// Nothing: the user shows it.
+    Nothing,
+    /// Its codes.
+    Codes,
+    /// Its codes behind others that are drawn among the nearest (self-correction).
+    Corrections(&'a Rng),
 }
