@@ -14,11 +14,12 @@ use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::activation::sigmoid;
+use super::avx512::{
+    LANES, Pairs, as_floats, as_pairs, load, load_pairs, round, store, store_bytes, store_pairs, transpose,
+};
 use super::blocks::dequantise;
 use super::columns::{Columns, by_columns};
 
-/// Numbers in a register: f32, or pairs of bf16.
-const LANES: usize = 16;
 /// Registers of inputs in a panel.
 const WIDE: usize = 3;
 /// Inputs in a panel.
@@ -34,8 +35,6 @@ const DEEP_BLOCKS: usize = 1024;
 /// Inputs that are laid out at a time, to bound the memory for it.
 const INPUTS: usize = 20 * PANEL;
 
-/// A register's worth of pairs of bf16.
-type Pairs = [u16; 2 * LANES];
 /// The sums of [`HIGH`] rows with a panel.
 type Sums = [[__m512; WIDE]; HIGH];
 
@@ -199,11 +198,11 @@ fn block(
                     let sum = |(w, stride): (&[u8], usize), sums: &mut [[[[f32; LANES]; WIDE]; HIGH]]| {
                         let mut totals = [[_mm512_setzero_ps(); WIDE]; HIGH];
                         if !first {
-                            put_down(&mut totals, &sums[i * groups + group]);
+                            take_up(&mut totals, &sums[i * groups + group]);
                         }
                         tiles(&mut totals, &w[rows.start * stride..], stride, rows.len(), panel, inputs.len());
                         if !last {
-                            take_up(&mut sums[i * groups + group], &totals);
+                            put_down(&mut sums[i * groups + group], &totals);
                         }
                         totals
                     };
@@ -226,36 +225,30 @@ fn block(
 }
 
 #[target_feature(enable = "avx512f")]
-fn put_down(totals: &mut Sums, sums: &[[[f32; LANES]; WIDE]; HIGH]) {
-    for r in 0..HIGH {
-        for i in 0..WIDE {
-            totals[r][i] = load(&sums[r][i]);
-        }
+fn take_up(totals: &mut Sums, sums: &[[[f32; LANES]; WIDE]; HIGH]) {
+    for (total, sum) in totals.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
+        *total = load(sum);
     }
 }
 
 #[target_feature(enable = "avx512f")]
-fn take_up(sums: &mut [[[f32; LANES]; WIDE]; HIGH], totals: &Sums) {
-    for r in 0..HIGH {
-        for i in 0..WIDE {
-            store(&mut sums[r][i], totals[r][i]);
-        }
+fn put_down(sums: &mut [[[f32; LANES]; WIDE]; HIGH], totals: &Sums) {
+    for (sum, total) in sums.as_flattened_mut().iter_mut().zip(totals.as_flattened()) {
+        store(sum, *total);
     }
 }
 
 /// `x * sigmoid(x)` of sums times others.
 #[target_feature(enable = "avx512f")]
 fn gate(totals: &mut Sums, up: &Sums) {
-    for r in 0..HIGH {
-        for i in 0..WIDE {
-            let (mut x, mut times) = ([0f32; LANES], [0f32; LANES]);
-            store(&mut x, totals[r][i]);
-            store(&mut times, up[r][i]);
-            for (x, times) in x.iter_mut().zip(times) {
-                *x = *x * sigmoid(*x) * times;
-            }
-            totals[r][i] = load(&x);
+    for (total, up) in totals.as_flattened_mut().iter_mut().zip(up.as_flattened()) {
+        let (mut x, mut times) = ([0f32; LANES], [0f32; LANES]);
+        store(&mut x, *total);
+        store(&mut times, *up);
+        for (x, times) in x.iter_mut().zip(times) {
+            *x = *x * sigmoid(*x) * times;
         }
+        *total = load(&x);
     }
 }
 
@@ -295,14 +288,14 @@ fn tile<const R: usize, const W: usize>(
         for i in 0..W {
             x[i] = as_floats(load_pairs(&inputs[i]));
         }
-        for r in 0..R {
+        for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: the r-th row has a pair for everyone of the panel, which was asserted above. Slices of rows would
             // be asked for their lengths at every step.
             #[allow(unsafe_code)]
             let pair = unsafe { pairs.byte_add(r * stride).read_unaligned() };
             let pair = as_pairs(_mm512_castsi512_ps(_mm512_set1_epi32(pair)));
             for i in 0..W {
-                sums[r][i] = _mm512_dpbf16_ps(sums[r][i], as_pairs(x[i]), pair);
+                sums[i] = _mm512_dpbf16_ps(sums[i], as_pairs(x[i]), pair);
             }
         }
         pairs = pairs.wrapping_add(1);
@@ -323,7 +316,7 @@ fn write(y: &mut Columns, inputs: Range<usize>, rows: Range<usize>, totals: &Sum
     let pd = |x| _mm512_castps_pd(x);
     // Of two registers with the same four inputs, four rows each: two inputs, all rows of the first before the second.
     let pick = [_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)];
-    for i in 0..inputs.len().div_ceil(LANES) {
+    for (i, at) in inputs.clone().step_by(LANES).enumerate() {
         // Input 4q + c of four rows is quarter q of the c-th register.
         let four = |first: usize| {
             let [a, b, c, d] = std::array::from_fn(|r| totals[first + r][i]);
@@ -338,12 +331,12 @@ fn write(y: &mut Columns, inputs: Range<usize>, rows: Range<usize>, totals: &Sum
         };
         let (low, high) = (four(0), four(HIGH / 2));
         for c in 0..4 {
-            for half in 0..2 {
-                let two = _mm512_castpd_ps(_mm512_permutex2var_pd(low[c], pick[half], high[c]));
+            for (half, pick) in pick.into_iter().enumerate() {
+                let two = _mm512_castpd_ps(_mm512_permutex2var_pd(low[c], pick, high[c]));
                 let mut out = [0f32; LANES];
                 store(&mut out, _mm512_add_ps(two, twice));
                 for (j, out) in out.chunks_exact(HIGH).enumerate() {
-                    let input = inputs.start + i * LANES + 8 * half + 4 * j + c;
+                    let input = at + 8 * half + 4 * j + c;
                     match rows.len() {
                         _ if input >= inputs.end => {}
                         // A copy of a length that is known is a move.
@@ -354,87 +347,4 @@ fn write(y: &mut Columns, inputs: Range<usize>, rows: Range<usize>, totals: &Sum
             }
         }
     }
-}
-
-/// Rows to columns.
-#[target_feature(enable = "avx512f")]
-fn transpose(r: [__m512; LANES]) -> [__m512; LANES] {
-    // Pairs, then fours, of rows side by side, in every quarter of a register.
-    let pairs: [__m512; LANES] = std::array::from_fn(|i| match i % 2 {
-        0 => _mm512_unpacklo_ps(r[i], r[i + 1]),
-        _ => _mm512_unpackhi_ps(r[i - 1], r[i]),
-    });
-    let fours: [__m512; LANES] = std::array::from_fn(|i| {
-        let (a, b) = (i / 4 * 4 + i % 4 / 2, i / 4 * 4 + i % 4 / 2 + 2);
-        let (a, b) = (_mm512_castps_pd(pairs[a]), _mm512_castps_pd(pairs[b]));
-        _mm512_castpd_ps(if i % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
-    });
-    // Column 4q + c is quarter q of the registers c, 4 + c, 8 + c and 12 + c.
-    let halves: [[__m512; 4]; 4] = std::array::from_fn(|c| {
-        [
-            _mm512_shuffle_f32x4::<0b10_00_10_00>(fours[c], fours[4 + c]),
-            _mm512_shuffle_f32x4::<0b11_01_11_01>(fours[c], fours[4 + c]),
-            _mm512_shuffle_f32x4::<0b10_00_10_00>(fours[8 + c], fours[12 + c]),
-            _mm512_shuffle_f32x4::<0b11_01_11_01>(fours[8 + c], fours[12 + c]),
-        ]
-    });
-    std::array::from_fn(|column| {
-        let [even_low, odd_low, even_high, odd_high] = halves[column % 4];
-        match column / 4 {
-            0 => _mm512_shuffle_f32x4::<0b10_00_10_00>(even_low, even_high),
-            1 => _mm512_shuffle_f32x4::<0b10_00_10_00>(odd_low, odd_high),
-            2 => _mm512_shuffle_f32x4::<0b11_01_11_01>(even_low, even_high),
-            _ => _mm512_shuffle_f32x4::<0b11_01_11_01>(odd_low, odd_high),
-        }
-    })
-}
-
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn round(low: __m512, high: __m512) -> __m512bh {
-    _mm512_cvtne2ps_pbh(high, low)
-}
-
-// SAFETY, for all that follows: a register is loaded from and stored to an array of its size, of any alignment, and
-// every pattern of 512 bits is a register of each kind.
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn load(x: &[f32; LANES]) -> __m512 {
-    unsafe { _mm512_loadu_ps(x.as_ptr()) }
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn store(x: &mut [f32; LANES], value: __m512) {
-    unsafe { _mm512_storeu_ps(x.as_mut_ptr(), value) }
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn load_pairs(x: &Pairs) -> __m512bh {
-    as_pairs(unsafe { _mm512_loadu_ps(x.as_ptr().cast()) })
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn store_pairs(x: &mut Pairs, value: __m512bh) {
-    unsafe { _mm512_storeu_ps(x.as_mut_ptr().cast(), as_floats(value)) }
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn store_bytes(x: &mut [u8; 64], value: __m512bh) {
-    unsafe { _mm512_storeu_ps(x.as_mut_ptr().cast(), as_floats(value)) }
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn as_pairs(x: __m512) -> __m512bh {
-    unsafe { std::mem::transmute(x) }
-}
-
-#[allow(unsafe_code)]
-#[target_feature(enable = "avx512f")]
-fn as_floats(x: __m512bh) -> __m512 {
-    unsafe { std::mem::transmute(x) }
 }

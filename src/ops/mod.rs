@@ -8,6 +8,8 @@
 mod activation;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 mod blocks;
 #[cfg(test)]
