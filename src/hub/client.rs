@@ -288,11 +288,15 @@ fn link(snapshot: &Path, file: &Remote) -> Result<()> {
 /// Makes `place` stand for `target`, which is a path from there or an absolute one.
 pub(super) fn put(place: &Path, target: &Path) -> Result<()> {
     make_parent(place)?;
-    let _ = fs::remove_file(place);
+    // Made beside it and moved there: another process may be doing the same, or reading what is there.
+    let name = place.file_name().unwrap_or_default().to_string_lossy();
+    let new = place.with_file_name(format!(".{name}.{}", std::process::id()));
+    let _ = fs::remove_file(&new);
     #[cfg(unix)]
-    return std::os::unix::fs::symlink(target, place).map_err(|e| cannot(place, &e));
+    let made = std::os::unix::fs::symlink(target, &new);
     #[cfg(not(unix))]
-    fs::copy(place.with_file_name("").join(target), place).map(drop).map_err(|e| cannot(place, &e))
+    let made = fs::copy(place.with_file_name("").join(target), &new).map(drop);
+    made.and_then(|()| fs::rename(&new, place)).map_err(|e| cannot(place, &e))
 }
 
 /// A path as part of a URL.
