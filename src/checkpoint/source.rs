@@ -116,6 +116,16 @@ impl Source {
         }
     }
 
+    /// Whether every file that [`Source::load`] would read for `file` is there.
+    ///
+    /// Errors: those of [`Source::load`], for a file that is not.
+    pub fn find(&self, file: &str) -> Result<()> {
+        match self {
+            Self::Embedded => Ok(()),
+            Self::Folder(folder) => shards::find(folder, file)?.iter().try_for_each(|f| archive::open(f).map(drop)),
+        }
+    }
+
     /// Whether what [`Source::load`] would read for `file` is GGUF, whose weights stay in the type that they have there.
     pub fn is_gguf(&self, file: &str) -> bool {
         let gguf = |files: Vec<PathBuf>| files.iter().all(|f| f.extension().is_some_and(|e| e == "gguf"));

@@ -9,7 +9,7 @@ use super::draw::{self, DrawArgs, Line, PromptArgs};
 use super::think;
 use crate::error::Result;
 use crate::generate::cost::{self, Memory};
-use crate::generate::{Model, schedule};
+use crate::generate::{Model, TRANSFORMER, schedule};
 use crate::memory;
 use crate::output::{self, Settings};
 use crate::request::Request;
@@ -40,6 +40,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     if args.draw.dry_run {
         return plan(&request, &scales, json);
     }
+    // A file that is missing matters more than the memory that it would take.
+    request.source.find(TRANSFORMER)?;
     let needed = forecast(&request, &scales)?.peak();
     memory::check(needed, &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
     let level = args.draw.level();
