@@ -221,6 +221,41 @@ fn a_quantised_copy_says_what_quantising_at_load_says() {
     assert_eq!(say(&["--model", "small"]), say(&["--quant", "q8_0"]));
 }
 
+#[test]
+fn the_models_own_settings_hold_where_no_flag_says_otherwise() {
+    let here = tempfile::tempdir().unwrap();
+    let model = here.path().join("m");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(data("qwen/tiny")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
+    }
+    let answer = |settings: Value, more: &[&str]| {
+        std::fs::write(model.join("generation_config.json"), settings.to_string()).unwrap();
+        let args = ["chat", "b", "--model", "m", "--json", "--max-tokens", "30"];
+        json(here.path(), &[&args, more].concat(), "").remove(0)
+    };
+    let text = |settings: &Value, more: &[&str]| answer(settings.clone(), more)["text"].clone();
+    let greedy = serde_json::json!({ "do_sample": false, "eos_token_id": 258 });
+    assert_eq!(text(&greedy, &["--seed", "1"]), text(&greedy, &["--seed", "2"]));
+    let mut other = greedy.clone();
+    other["repetition_penalty"] = 3.0.into();
+    assert_ne!(text(&other, &[]), text(&greedy, &[]));
+    assert_eq!(text(&other, &["--repetition-penalty", "1"]), text(&greedy, &[]));
+    let draws =
+        serde_json::json!({ "do_sample": true, "temperature": 1.5, "top_k": 0, "top_p": 1.0, "eos_token_id": 258 });
+    assert_ne!(text(&draws, &["--seed", "1"]), text(&draws, &["--seed", "2"]));
+    for (key, one) in [("top_k", serde_json::json!(1)), ("top_p", serde_json::json!(1e-6))] {
+        let mut draws = draws.clone();
+        draws[key] = one;
+        assert_eq!(text(&draws, &["--seed", "1"]), text(&greedy, &[]), "{key}");
+    }
+    // Any word is a stop.
+    let stops: Vec<u32> = (0..280).collect();
+    let stopped = answer(serde_json::json!({ "eos_token_id": stops }), &[]);
+    assert_eq!((&stopped["ending"], &stopped["text"]), (&"stop".into(), &"".into()));
+}
+
 /// Ctrl-C ends a reply; the conversation goes on.
 #[cfg(unix)]
 #[test]

@@ -96,3 +96,43 @@ impl Speech {
         Ok(all.get(before.len()..).unwrap_or_default().to_string())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_come_whole() {
+        let text = Text::from_bytes(include_bytes!("../../tests/data/qwen/tiny/tokenizer.json")).unwrap();
+        let said = "naïve 你好 🙂!";
+        let ids = text.encode(said).unwrap();
+        assert!(ids.len() > said.chars().count(), "no character takes several words");
+        let mut speech = Speech::default();
+        let parts: Vec<String> = ids.iter().map(|id| speech.push(*id, &text).unwrap()).collect();
+        assert_eq!(parts.concat(), said);
+        assert!(parts.iter().all(|part| !part.contains('\u{fffd}')), "{parts:?}");
+        assert_eq!((speech.finish(&text).unwrap().as_str(), speech.ids()), ("", &ids[..]));
+        // What is cut in the middle of a character is told as that.
+        let smile = text.encode("🙂").unwrap();
+        let mut speech = Speech::default();
+        for id in &smile[..smile.len() - 1] {
+            assert_eq!(speech.push(*id, &text).unwrap(), "");
+        }
+        assert_eq!(speech.finish(&text).unwrap(), "\u{fffd}");
+    }
+
+    #[test]
+    fn words_that_were_there_lose() {
+        let draw = |logits: &[f32], before: &[bool], repetition_penalty| {
+            let sampling = WordSampling { repetition_penalty, ..WordSampling::GREEDY };
+            sampling.draw(logits.to_vec(), before, 0, 0)
+        };
+        for logits in [[2.0, 1.5], [-1.0, -1.2]] {
+            assert_eq!(draw(&logits, &[true, false], 1.0), Some(0));
+            assert_eq!(draw(&logits, &[true, false], 1.5), Some(1));
+            assert_eq!(draw(&logits, &[true, true], 1.5), Some(0));
+        }
+        assert_eq!(draw(&[f32::NAN, 1.0], &[false, false], 1.0), None);
+        assert_eq!(draw(&[f32::NEG_INFINITY; 2], &[false, false], 1.0), None);
+    }
+}
