@@ -111,7 +111,7 @@ mod tests {
         let parts: Vec<String> = ids.iter().map(|id| speech.push(*id, &text).unwrap()).collect();
         assert_eq!(parts.concat(), said);
         assert!(parts.iter().all(|part| !part.contains('\u{fffd}')), "{parts:?}");
-        assert_eq!((speech.finish(&text).unwrap().as_str(), speech.ids()), ("", &ids[..]));
+        assert_eq!((speech.finish(&text).unwrap().as_str(), &speech.ids[..]), ("", &ids[..]));
         // What is cut in the middle of a character is told as that.
         let smile = text.encode("🙂").unwrap();
         let mut speech = Speech::default();

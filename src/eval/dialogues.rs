@@ -227,7 +227,7 @@ impl Examiner<'_> {
     }
 
     fn last_image(&self, session: &Session) -> Result<RgbImage> {
-        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().filter_map(Part::image).last());
+        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().rev().find_map(Part::image));
         self.model.decode(drawn.ok_or_else(|| Error::new(Failure::Failure, "the model drew nothing"))?)
     }
 }
