@@ -3,6 +3,7 @@
 mod config;
 mod cost;
 mod picture;
+mod reply;
 mod session;
 pub mod template;
 #[cfg(test)]
@@ -15,7 +16,8 @@ use image::RgbImage;
 pub use config::{QwenConfig, is_qwen};
 pub use cost::ChatMemory;
 pub use picture::{Codes, Picture};
-pub use session::{Ending, Heard, Manner, Reply, Session, Turn};
+pub use reply::{Ending, Heard, Listener, Manner, Reply};
+pub use session::{Session, Turn};
 pub use template::{Part, Role};
 pub use words::{Speech, WordSampling};
 

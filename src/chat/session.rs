@@ -1,17 +1,15 @@
 //! A conversation: its turns, and what the transformer has read of them.
 
-use std::ops::ControlFlow;
-
 use candle_core::Tensor;
-use serde::Serialize;
 
 use super::picture::{self, Script, Token, passes};
+use super::reply::{Ending, Heard, Listener, Manner, Reply};
 use super::template::{Part, Role};
-use super::{ChatModel, Picture, Speech, WordSampling};
+use super::{ChatModel, Picture, Speech};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
-use crate::generate::{Event, Job, Rows, Sampling, draw_codes, schedule};
+use crate::generate::{Job, Rows, draw_codes, schedule};
 
 /// Tokens that are read in one pass.
 pub(super) const CHUNK: usize = 512;
@@ -35,64 +33,6 @@ impl Turn {
     pub fn text(&self) -> String {
         self.parts.iter().filter_map(Part::text).collect()
     }
-}
-
-/// How replies are made.
-#[derive(Clone, Debug)]
-pub struct Manner {
-    /// How words are drawn.
-    pub words: WordSampling,
-    /// The most words of a reply.
-    pub longest: usize,
-    /// How codes are drawn, by a model that draws.
-    pub image: Option<Sampling>,
-    /// Decides all randomness.
-    pub seed: u64,
-    /// Guidance leads away from an image with the same images before it, so that they are kept; else from any image.
-    pub guide_from_sources: bool,
-}
-
-/// What happens while a reply is made.
-#[derive(Debug)]
-pub enum Heard<'a> {
-    /// A part of the conversation has been read.
-    Read,
-    /// More words.
-    Words(&'a str),
-    /// An image is being drawn.
-    Drawing(Event<'a>),
-    /// An image is drawn, with this seed; the listener may give it a name.
-    Drawn(&'a mut Picture, u64),
-}
-
-/// Called with everything that is [`Heard`]. An observer that answers `Break` stops the reply.
-pub type Listener<'a> = &'a mut dyn FnMut(Heard) -> ControlFlow<()>;
-
-/// Why a reply ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Ending {
-    /// The model had said it all.
-    Stop,
-    /// It was as long as it may be.
-    Length,
-    /// The user broke it off.
-    Interrupted,
-}
-
-/// What the model answered.
-#[derive(Clone, Debug, Serialize)]
-pub struct Reply {
-    /// Its words.
-    pub text: String,
-    /// Tokens of the conversation up to it, of which so many had been read before, and its own words.
-    pub prompt_tokens: usize,
-    /// See above.
-    pub cached_tokens: usize,
-    /// See above.
-    pub tokens: usize,
-    /// Why it ended.
-    pub ending: Ending,
 }
 
 /// A row of the cache: everything that was said, or the images alone, which is what guidance is away from.

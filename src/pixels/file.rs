@@ -96,6 +96,24 @@ mod tests {
         assert_eq!(open(&path).unwrap()[(1, 1)], Rgb([255; 3]));
     }
 
+    /// Files that Pillow wrote: white, 24 x 16, the upper left quarter red.
+    #[test]
+    fn inks_turns_and_first_frames_are_understood() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/images");
+        for (name, size, red) in [
+            ("cmyk.jpg", (24, 16), (3, 3)),
+            ("animated.webp", (24, 16), (3, 3)),
+            ("animated.png", (24, 16), (3, 3)),
+            // Its EXIF says that its left is up.
+            ("turned.jpg", (16, 24), (12, 3)),
+        ] {
+            let image = open(&folder.join(name)).unwrap();
+            assert_eq!(image.dimensions(), size, "{name}");
+            let like = |at: (u32, u32), rgb: [u8; 3]| (0..3).all(|c| image[at].0[c].abs_diff(rgb[c]) < 40);
+            assert!(like(red, [220, 30, 35]) && like((3, size.1 - 3), [255; 3]), "{name}: {:?}", image[red]);
+        }
+    }
+
     #[test]
     fn what_is_no_image_is_refused_with_a_hint() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,66 @@
+//! How replies are made, what is heard of them on the way, and what they come to.
+
+use std::ops::ControlFlow;
+
+use serde::Serialize;
+
+use super::{Picture, WordSampling};
+use crate::generate::{Event, Sampling};
+
+/// How replies are made.
+#[derive(Clone, Debug)]
+pub struct Manner {
+    /// How words are drawn.
+    pub words: WordSampling,
+    /// The most words of a reply.
+    pub longest: usize,
+    /// How codes are drawn, by a model that draws.
+    pub image: Option<Sampling>,
+    /// Decides all randomness.
+    pub seed: u64,
+    /// Guidance leads away from an image with the same images before it, so that they are kept; else from any image.
+    pub guide_from_sources: bool,
+}
+
+/// What happens while a reply is made.
+#[derive(Debug)]
+pub enum Heard<'a> {
+    /// A part of the conversation has been read.
+    Read,
+    /// More words.
+    Words(&'a str),
+    /// An image is being drawn.
+    Drawing(Event<'a>),
+    /// An image is drawn, with this seed; the listener may give it a name.
+    Drawn(&'a mut Picture, u64),
+}
+
+/// Called with everything that is [`Heard`]. An observer that answers `Break` stops the reply.
+pub type Listener<'a> = &'a mut dyn FnMut(Heard) -> ControlFlow<()>;
+
+/// Why a reply ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ending {
+    /// The model had said it all.
+    Stop,
+    /// It was as long as it may be.
+    Length,
+    /// The user broke it off.
+    Interrupted,
+}
+
+/// What the model answered.
+#[derive(Clone, Debug, Serialize)]
+pub struct Reply {
+    /// Its words.
+    pub text: String,
+    /// Tokens of the conversation up to it, of which so many had been read before, and its own words.
+    pub prompt_tokens: usize,
+    /// See above.
+    pub cached_tokens: usize,
+    /// See above.
+    pub tokens: usize,
+    /// Why it ended.
+    pub ending: Ending,
+}
