@@ -2,15 +2,20 @@
 
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args;
+use image::RgbImage;
 use serde::Serialize;
 
 use super::ModelArgs;
 use crate::checkpoint::WeightType;
 use crate::error::Result;
-use crate::terminal::{self, Level};
+use crate::generate::Job;
+use crate::output::{self, Settings};
+use crate::request::Request;
+use crate::terminal::{self, Console, Level, Stop};
 
 /// What to draw, in words.
 #[derive(Args, Debug, Default)]
@@ -96,22 +101,54 @@ impl DrawArgs {
 
 /// One line of `--json`.
 #[derive(Serialize)]
-pub(super) struct Line<'a> {
-    pub path: &'a str,
-    pub seed: u64,
-    pub size: &'a str,
-    pub prompt: &'a str,
+struct Line<'a> {
+    path: &'a str,
+    seed: u64,
+    size: &'a str,
+    prompt: &'a str,
     /// What the model thought first.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub thought: Option<&'a str>,
-    pub seconds: f64,
+    thought: Option<&'a str>,
+    seconds: f64,
 }
 
-/// Prints what was saved, for people and scripts.
-pub(super) fn announce(json: bool, path: &Path, line: Line) -> Result<ControlFlow<()>> {
-    if !json {
-        return terminal::emit_path(path);
+/// Where the images of a run go.
+pub(super) struct Delivery<'a> {
+    pub request: &'a Request,
+    pub console: Console,
+    pub stop: Stop,
+    pub json: bool,
+}
+
+impl Delivery<'_> {
+    /// Keeps an image that was drawn since `started` and tells of it; `Break` when nobody wants more.
+    pub fn deliver(
+        &mut self,
+        job: &Job,
+        image: &RgbImage,
+        thought: Option<&str>,
+        started: Instant,
+    ) -> Result<ControlFlow<()>> {
+        let settings = Settings::new(job, &self.request.model, image.dimensions());
+        let png = output::encode(image, &settings)?;
+        if self.stop.check().is_break() {
+            return Err(terminal::interrupted());
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let path = self.request.destination.save(&png, &job.prompt, job.seed)?;
+        let said = thought.map(|thought| format!("{thought} · ")).unwrap_or_default();
+        self.console.finish(&format!("{said}seed {} · {} · {seconds:.2} s", job.seed, settings.size));
+        match path {
+            None => terminal::emit(&png),
+            Some(path) if !self.json => terminal::emit_path(&path),
+            Some(path) => terminal::emit_json(&Line {
+                path: &path.to_string_lossy(),
+                seed: job.seed,
+                size: &settings.size,
+                prompt: &job.prompt,
+                thought,
+                seconds: (seconds * 1e3).round() / 1e3,
+            }),
+        }
     }
-    let (path, seconds) = (path.to_string_lossy(), (line.seconds * 1e3).round() / 1e3);
-    terminal::emit_json(&Line { path: &path, seconds, ..line })
 }

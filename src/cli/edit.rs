@@ -6,12 +6,11 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::draw::{self, DrawArgs, Line, PromptArgs};
+use super::draw::{Delivery, DrawArgs, PromptArgs};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
 use crate::error::{Error, Result};
 use crate::generate::frame::Frame;
 use crate::generate::schedule;
-use crate::output::{self, Settings};
 use crate::request::Request;
 use crate::terminal::{self, Console};
 use crate::{memory, pixels};
@@ -81,9 +80,10 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
     let mut session = Session::new(&model)?;
+    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json };
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
-        console.start();
+        delivery.console.start();
         let manner = Manner {
             words: model.config().sampling,
             longest: 0,
@@ -93,28 +93,15 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         };
         session.draw(pictures.clone(), &job.prompt, &manner, Some(&frame.scales), &mut |heard| {
             if let Heard::Drawing(event) = heard {
-                console.event(&event);
+                delivery.console.event(&event);
             }
-            stop.check()
+            delivery.stop.check()
         })?;
         let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
         let image = frame.cut(&model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?);
         // The sources stay in the cache for the next one.
         session.undo();
-        let settings = Settings::new(&job, &request.model, image.dimensions());
-        let png = output::encode(&image, &settings)?;
-        if stop.check().is_break() {
-            return Err(terminal::interrupted());
-        }
-        let seconds = started.elapsed().as_secs_f64();
-        let path = request.destination.save(&png, &job.prompt, job.seed)?;
-        console.finish(&format!("seed {} · {} · {seconds:.2} s", job.seed, settings.size));
-        let line = Line { path: "", seed: job.seed, size: &settings.size, prompt: &job.prompt, thought: None, seconds };
-        let flow = match path {
-            None => terminal::emit(&png)?,
-            Some(path) => draw::announce(args.draw.json, &path, line)?,
-        };
-        if flow.is_break() {
+        if delivery.deliver(&job, &image, None, started)?.is_break() {
             break;
         }
     }

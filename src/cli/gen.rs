@@ -5,13 +5,12 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::draw::{self, DrawArgs, Line, PromptArgs};
+use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::think;
 use crate::error::Result;
 use crate::generate::cost::{self, Memory};
 use crate::generate::{Model, TRANSFORMER, schedule};
 use crate::memory;
-use crate::output::{self, Settings};
 use crate::request::Request;
 use crate::terminal::{self, Console, Level};
 
@@ -49,7 +48,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     console.loading();
     if args.think {
-        return think::run(&request, &scales, json, console, &stop);
+        return think::run(Delivery { request: &request, console, stop, json }, &scales);
     }
     let started = Instant::now();
     let model = Model::load(&request.source, &request.device, request.weights)?;
@@ -63,27 +62,15 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
             ));
         }
     }
+    let mut delivery = Delivery { request: &request, console, stop, json };
     for job in request.jobs(&scales) {
         let started = Instant::now();
-        console.start();
+        delivery.console.start();
         let image = model.draw(&job, &mut |event| {
-            console.event(&event);
-            stop.check()
+            delivery.console.event(&event);
+            delivery.stop.check()
         })?;
-        let settings = Settings::new(&job, &request.model, image.dimensions());
-        let png = output::encode(&image, &settings)?;
-        if stop.check().is_break() {
-            return Err(terminal::interrupted());
-        }
-        let seconds = started.elapsed().as_secs_f64();
-        let path = request.destination.save(&png, &job.prompt, job.seed)?;
-        console.finish(&format!("seed {} · {} · {seconds:.2} s", job.seed, settings.size));
-        let line = Line { path: "", seed: job.seed, size: &settings.size, prompt: &job.prompt, thought: None, seconds };
-        let flow = match path {
-            None => terminal::emit(&png)?,
-            Some(path) => draw::announce(json, &path, line)?,
-        };
-        if flow.is_break() {
+        if delivery.deliver(&job, &image, None, started)?.is_break() {
             break; // The reader of our output has gone: nobody wants the rest.
         }
     }

@@ -119,14 +119,3 @@ fn a_dialogue_goes_on_from_where_an_edit_ended() {
     let one = Edit::of_kind(&rng(0), EditKind::Remove, Split::Train).target;
     assert!(Edit::on(&rng(0), &one, EditKind::Remove, Split::Train).is_none());
 }
-
-#[test]
-#[ignore = "prints edits to look at"]
-fn samples() {
-    for i in 0..60 {
-        let edit = Edit::of_kind(&rng(i), EDIT_KINDS[i as usize % 9], Split::Train);
-        eprintln!("{}\n  {:?}\n  {} | {}", edit.source.prompt(), edit.kind, edit.canonical(), edit.target.prompt());
-        eprintln!("  {}", edit.instruction(&rng(i), Split::Train));
-        eprintln!("  {}", edit.instruction(&rng(i), Split::HeldOut));
-    }
-}

@@ -126,13 +126,3 @@ fn a_caption_depends_on_the_picture_alone() {
         }
     }
 }
-
-#[test]
-#[ignore = "prints questions to look at"]
-fn samples() {
-    for i in 0..90 {
-        let split = if i % 2 == 0 { Split::Train } else { Split::HeldOut };
-        let q = Question::of_kind(&rng(i), QUESTION_KINDS[i as usize / 2 % 6], split);
-        eprintln!("{} | {} -> {}", q.scene.prompt(), q.text, q.answer);
-    }
-}
