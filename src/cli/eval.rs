@@ -97,6 +97,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             args.seed,
         )?,
         dialogues: None,
+        thing_edits: Vec::new(),
         recognition: None,
         reconstruction: None,
     };
@@ -107,10 +108,14 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     if model.config().conversation.draws {
         let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
-        report.dialogues = Some(examiner.run(&mut || {
+        let watch = &mut || {
             console.start();
             stop.check()
-        })?);
+        };
+        report.dialogues = Some(examiner.run(watch)?);
+        if let Some(library) = &library {
+            report.thing_edits = eval::thing_edits(&examiner, library, watch)?;
+        }
         done(&mut console, "dialogues");
     }
     if let Some(library) = &library {

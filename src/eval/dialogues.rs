@@ -113,7 +113,7 @@ impl Examiner<'_> {
         Ok(Dialogues { edits, questions, turns: self.turns(watch)?, reasoning: self.reasoning(watch)? })
     }
 
-    fn rng(&self, case: usize, step: u64) -> Rng {
+    pub(super) fn rng(&self, case: usize, step: u64) -> Rng {
         Rng::new(self.seed, case as u64, Stream::Train, step)
     }
 
@@ -129,17 +129,22 @@ impl Examiner<'_> {
         self.model.encode("scene", &render(scene)?, &self.model.usual_scales()?)
     }
 
+    /// What the model makes of an image.
+    pub(super) fn edit(&self, image: &RgbImage, text: &str, case: usize) -> Result<RgbImage> {
+        let source = self.model.encode("source", image, &self.model.usual_scales()?)?;
+        let mut session = Session::new(self.model)?;
+        session.draw(vec![source], text, &self.manner(case)?, None, &mut |_| ControlFlow::Continue(()))?;
+        self.last_image(&session)
+    }
+
     fn edits(&self, kind: EditKind, step: u64, watch: Watch) -> Result<Edits> {
         let (mut right, mut copied, mut redrawn, mut unchanged) = (0, 0, 0, Vec::new());
         for case in 0..self.per_kind {
             let rng = self.rng(case, step);
             let edit = Edit::of_kind(&rng, kind, self.split);
-            let source = self.scene(&edit.source)?;
-            let copy = self.model.decode(&source)?;
-            let text = edit.instruction(&rng.fork(1), self.split);
-            let mut session = Session::new(self.model)?;
-            session.draw(vec![source], &text, &self.manner(case)?, None, &mut |_| ControlFlow::Continue(()))?;
-            let image = self.last_image(&session)?;
+            let source = render(&edit.source)?;
+            let copy = self.model.decode(&self.scene(&edit.source)?)?;
+            let image = self.edit(&source, &edit.instruction(&rng.fork(1), self.split), case)?;
             let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
             right += succeeded(&image);
             copied += succeeded(&copy);
@@ -232,7 +237,7 @@ impl Examiner<'_> {
     }
 }
 
-fn stop(watch: Watch) -> Result<()> {
+pub(super) fn stop(watch: Watch) -> Result<()> {
     match watch() {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::new(Failure::Interrupted, "interrupted")),

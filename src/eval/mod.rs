@@ -8,6 +8,7 @@ mod fit;
 pub mod judge;
 pub mod metrics;
 mod report;
+pub mod things;
 
 use candle_core::Device;
 use image::RgbImage;
@@ -16,6 +17,7 @@ use serde::Serialize;
 pub use compositions::{Category, compositions};
 pub use dialogues::{Dialogues, Examiner};
 pub use report::Report;
+pub use things::{ThingEdits, thing_edits};
 
 use crate::error::Result;
 use crate::library::{Canvas, Library, Style};

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::dialogues::{Dialogues, Edits, Questions};
-use super::{Category, Recognition, Reconstruction};
+use super::{Category, Recognition, Reconstruction, ThingEdits};
 use crate::scenes::Split;
 
 /// Results of all suites that ran.
@@ -23,6 +23,8 @@ pub struct Report {
     pub compositions: Vec<Category>,
     /// Of a model that converses.
     pub dialogues: Option<Dialogues>,
+    /// Needs the picture library too.
+    pub thing_edits: Vec<ThingEdits>,
     /// Needs the picture library.
     pub recognition: Option<Recognition>,
     /// Needs the picture library.
@@ -57,6 +59,10 @@ impl Report {
         line("  mean", &mean(|c| c.score), &mean(|c| c.ceiling), &mean(|c| c.ground_truth));
         if let Some(d) = &self.dialogues {
             Self::dialogues(d, &mut line);
+        }
+        if !self.thing_edits.is_empty() {
+            line("edits of held-out things", "model", "", "");
+            self.thing_edits.iter().for_each(|e| line(&format!("  {}", name(e.kind)), &percent(e.score), "", ""));
         }
         if let Some(r) = &self.recognition {
             let title = format!("recognition ({} among {})", r.concepts, r.gallery);
@@ -117,6 +123,7 @@ mod tests {
             per_category: 50,
             compositions: KINDS.map(|kind| Category { kind, score: 0.5, ceiling: 0.75, ground_truth: 1.0 }).into(),
             dialogues: None,
+            thing_edits: Vec::new(),
             recognition: Some(Recognition {
                 concepts: 780,
                 gallery: 780,

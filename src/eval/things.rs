@@ -1,0 +1,121 @@
+//! Edits of everyday things that were held out of training: a right result is nearer to the true one than to the source
+//! and to the other answers that one could give.
+
+use image::RgbImage;
+use serde::Serialize;
+
+use super::dialogues::{Examiner, Watch};
+use super::metrics::{nearest, pixel_feature};
+use crate::error::{Error, Kind as Failure, Result};
+use crate::library::{Canvas, Library, SIDE, Style, with_article};
+use crate::rng::Rng;
+use crate::scenes::BACKGROUNDS;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ThingEdit {
+    /// Another background, of all that have names.
+    Background,
+    /// The mirror image.
+    Flip,
+    /// Another hand, of three.
+    Style,
+    /// Another thing, of ten.
+    Replace,
+}
+
+/// All kinds.
+pub const THING_EDITS: [ThingEdit; 4] = [ThingEdit::Background, ThingEdit::Flip, ThingEdit::Style, ThingEdit::Replace];
+
+/// Edits of one kind.
+#[derive(Clone, Debug, Serialize)]
+pub struct ThingEdits {
+    /// Which kind.
+    pub kind: ThingEdit,
+    /// Share of right results, 0 to 1; a copy of the source is never right.
+    pub score: f64,
+}
+
+/// An instruction, the source, and all that could come of it, the right one first.
+struct Case {
+    text: String,
+    source: Canvas,
+    answers: Vec<Canvas>,
+}
+
+const WHITE: [u8; 3] = [255; 3];
+
+fn canvas(library: &Library, picture: usize, background: [u8; 3]) -> Canvas {
+    Canvas { width: SIDE, height: SIDE, rgb: library.over(picture, background) }
+}
+
+/// The `i`-th case; none if the library has no such pictures.
+fn case(library: &Library, kind: ThingEdit, rng: &Rng) -> Option<Case> {
+    let concepts: Vec<usize> = library.everyday(true).collect();
+    let concept = |counter| concepts[rng.below(counter, concepts.len())];
+    if concepts.is_empty() {
+        return None;
+    }
+    let thing = concept(0);
+    let picture = library.picture(thing, Style::ThreeD)?;
+    let source = canvas(library, picture, WHITE);
+    let (text, answers) = match kind {
+        ThingEdit::Background => {
+            let n = rng.below(1, BACKGROUNDS.len());
+            let turned = (0..BACKGROUNDS.len()).map(|i| &BACKGROUNDS[(n + i) % BACKGROUNDS.len()]);
+            let answers = turned.map(|b| canvas(library, picture, b.rgb)).collect();
+            (format!("make the background {}", BACKGROUNDS[n].name), answers)
+        }
+        ThingEdit::Flip => ("flip the picture".into(), vec![source.clone().mirrored()]),
+        ThingEdit::Style => {
+            let flat = rng.below(1, 2) == 0;
+            let (to, other) = if flat { (Style::Flat, Style::Noto) } else { (Style::Noto, Style::Flat) };
+            let pictures = [to, other].map(|style| library.picture(thing, style));
+            let answers = pictures.into_iter().map(|p| Some(canvas(library, p?, WHITE))).collect::<Option<_>>()?;
+            (if flat { "make it flat" } else { "make it noto" }.into(), answers)
+        }
+        ThingEdit::Replace => {
+            let others: Vec<usize> = (1..11).map(concept).filter(|&c| c != thing).collect();
+            let text = format!("turn it into {}", with_article(&library.concepts[*others.first()?].names[0]));
+            let picture = |&c: &usize| Some(canvas(library, library.picture(c, Style::ThreeD)?, WHITE));
+            (text, others.iter().map(picture).collect::<Option<_>>()?)
+        }
+    };
+    Some(Case { text, source, answers })
+}
+
+fn image(canvas: &Canvas) -> Result<RgbImage> {
+    let wrong = || Error::new(Failure::Failure, "a canvas of the wrong size");
+    RgbImage::from_raw(canvas.width as u32, canvas.height as u32, canvas.rgb.clone()).ok_or_else(wrong)
+}
+
+/// Plain pixels, with the colour of a corner: a background is little but brightness, which they leave out.
+fn feature(image: &RgbImage) -> Vec<f32> {
+    let corner = image.get_pixel(2, 2).0.map(|v| f32::from(v) / 255.0 * 30.0);
+    pixel_feature(image).into_iter().chain(corner).collect()
+}
+
+/// Edits of every kind.
+pub fn thing_edits(examiner: &Examiner, library: &Library, watch: Watch) -> Result<Vec<ThingEdits>> {
+    (0..)
+        .zip(THING_EDITS)
+        .map(|(step, kind)| {
+            let (mut right, mut count) = (0, 0);
+            for n in 0..4 * examiner.per_kind {
+                let Some(Case { text, source, answers }) = case(library, kind, &examiner.rng(n, 600 + step)) else {
+                    continue;
+                };
+                let drawn = examiner.edit(&image(&source)?, &text, n)?;
+                let gallery = answers.iter().chain([&source]).map(|c| Ok(feature(&image(c)?)));
+                right += usize::from(nearest(&feature(&drawn), &gallery.collect::<Result<Vec<_>>>()?) == Some(0));
+                count += 1;
+                super::dialogues::stop(watch)?;
+                if count == examiner.per_kind {
+                    break;
+                }
+            }
+            Ok(ThingEdits { kind, score: right as f64 / count.max(1) as f64 })
+        })
+        .collect()
+}
