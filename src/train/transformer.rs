@@ -72,19 +72,20 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step. With dialogues two steps of three have long ones, half as many, and the others half short
+    /// The sequences of a step. With dialogues every other step has long ones, half as many, and the others some short
     /// ones, so that sequences of a batch are about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
-        let shelf = self.pool.shelf(step / 3);
+        let shelf = self.pool.shelf(step / 2);
         let Some((sampler, text)) = self.dialogues else {
             return self.captioned(self.pool.shelf(step), size, step);
         };
-        match step % 3 {
-            1 | 2 => self.dialogues(sampler, text, size / 2, step, Length::Long),
+        match step % 2 {
+            1 => self.dialogues(sampler, text, size / 2, step, Length::Long),
             _ if !self.pool.is_square(shelf) => self.captioned(shelf, size, step),
             _ => {
-                let mut sequences = self.captioned(shelf, size / 2, step)?;
-                sequences.extend(self.dialogues(sampler, text, size / 2, step, Length::Short)?);
+                let dialogues = size / 4;
+                let mut sequences = self.captioned(shelf, size - dialogues, step)?;
+                sequences.extend(self.dialogues(sampler, text, dialogues, step, Length::Short)?);
                 Ok(sequences)
             }
         }
