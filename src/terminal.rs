@@ -83,7 +83,10 @@ pub fn show(image: &RgbImage) {
     if !io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some() {
         return;
     }
-    let config = viuer::Config { absolute_offset: false, width: Some(32), ..Default::default() };
+    // Kitty's way is asked for only where it is known to be understood: the question waits for an answer.
+    let term = std::env::var("TERM").unwrap_or_default();
+    let use_kitty = std::env::var_os("KITTY_WINDOW_ID").is_some() || term.contains("kitty") || term.contains("ghostty");
+    let config = viuer::Config { absolute_offset: false, width: Some(32), use_kitty, ..Default::default() };
     // The file tells as much.
     let _ = viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config);
 }

@@ -326,7 +326,9 @@ impl Host {
                             paths.push(picture.name.clone());
                             let gap =
                                 if std::mem::take(&mut words_before) { terminal::speak("\n")? } else { stop.check() };
-                            terminal::show(&image);
+                            if !json {
+                                terminal::show(&image);
+                            }
                             if json || gap.is_break() { gap } else { terminal::emit_path(&path)? }
                         }
                     }
