@@ -43,6 +43,8 @@ pub struct Weights {
     prefix: String,
     unused: bool,
     matrices: Option<GgmlDType>,
+    /// In place of the store's.
+    dtype: Option<DType>,
     store: Arc<Store>,
     device: Device,
 }
@@ -148,7 +150,8 @@ impl Weights {
     }
 
     fn new(store: Store, device: &Device) -> Self {
-        Self { prefix: String::new(), unused: false, matrices: None, store: Arc::new(store), device: device.clone() }
+        let (prefix, store) = (String::new(), Arc::new(store));
+        Self { prefix, unused: false, matrices: None, dtype: None, store, device: device.clone() }
     }
 
     /// The weights below `name`: keys are joined with dots.
@@ -162,9 +165,15 @@ impl Weights {
         Self { unused: true, ..self.clone() }
     }
 
-    /// The same place, with [matrices](Self::matrix) in blocks of a type; `None` keeps them as tensors.
+    /// The same place, with [matrices](Self::matrix) in blocks of a type; `None` keeps them as tensors. Trainable weights
+    /// stay f32 tensors, but with BF16 they are trained in mixed precision.
     pub fn with_matrices(&self, blocks: Option<GgmlDType>) -> Self {
         Self { matrices: blocks, ..self.clone() }
+    }
+
+    /// The same place, with tensors that are read or made up as a type.
+    pub fn with_dtype(&self, dtype: DType) -> Self {
+        Self { dtype: Some(dtype), ..self.clone() }
     }
 
     fn key(&self, name: impl Display) -> String {
@@ -232,7 +241,7 @@ impl Weights {
             }
             _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
             Store::Files(archives, dtype) => match check(archives, &key, &shape) {
-                Ok(archive) => archive.read(&key, *dtype, &self.device),
+                Ok(archive) => archive.read(&key, self.dtype.unwrap_or(*dtype), &self.device),
                 Err(fault) => Err(Error::Msg(format!("{key}: {fault}"))),
             },
             Store::Plan(archives, dtype, problems) => {
@@ -241,7 +250,7 @@ impl Weights {
                 }
                 Tensor::zeros((), *dtype, &Device::Cpu)?.broadcast_as(shape)
             }
-            Store::Synthetic(dtype) => synthetic::tensor(&shape, init, *dtype, &self.device),
+            Store::Synthetic(dtype) => synthetic::tensor(&shape, init, self.dtype.unwrap_or(*dtype), &self.device),
             Store::Trainable { seed, state } => lock(state).get(key, shape, init, *seed, &self.device),
         }
     }
@@ -272,6 +281,9 @@ impl Weights {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
                     None => self.get(shape, name, init).map(WeightMatrix::Dense),
                 }
+            }
+            Store::Trainable { .. } if self.matrices == Some(GgmlDType::BF16) => {
+                self.get(shape, name, init).map(WeightMatrix::Mixed)
             }
             _ => self.get(shape, name, init).map(WeightMatrix::Dense),
         }

@@ -2,7 +2,8 @@
 //!
 //! The inputs are rounded to bf16 and laid out in panels of 48: for every pair of neighbouring numbers, 48 such pairs
 //! side by side. A pair of a row of weights, which needs no layout, is then multiplied with 48 inputs at once, and eight
-//! rows of weights with 48 inputs keep their sums in registers until they are written.
+//! rows of weights with 48 inputs keep their sums in registers until they are written. For gradients the columns of a
+//! matrix are multiplied instead of its rows.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -63,23 +64,64 @@ pub(super) enum Then<'a> {
 /// Errors: blocks that do not divide `columns`. Panics unless it [`suits`].
 pub(super) fn products(
     y: &mut [MaybeUninit<f32>],
-    (w, dtype): (&[u8], GgmlDType),
+    w: (&[u8], GgmlDType),
     then: Then,
     inputs: &[f32],
     columns: usize,
+) -> Result<()> {
+    multiply(y, w, then, inputs.len() / columns, columns, |panel, range| {
+        let inputs = &inputs[range.start * columns..range.end * columns];
+        // SAFETY (here and below): `multiply` has asked the processor for what this is compiled for.
+        #[allow(unsafe_code)]
+        unsafe {
+            lay_out(panel, inputs, columns)
+        }
+    })
+}
+
+/// As [`products`] of the columns of `inputs` (N, count) with rows of bf16 that are `padded(N)` long: (count, rows) in `y`.
+///
+/// Panics unless `count` is a multiple of 16.
+pub(super) fn products_of_columns(
+    y: &mut [MaybeUninit<f32>],
+    w: &[u8],
+    inputs: &[f32],
+    (n, count): (usize, usize),
+) -> Result<()> {
+    assert!(count.is_multiple_of(LANES) && inputs.len() == n * count, "columns that do not fill registers");
+    multiply(y, (w, GgmlDType::BF16), Then::Add(None), count, padded(n), |panel, range| {
+        #[allow(unsafe_code)]
+        unsafe {
+            lay_out_columns(panel, inputs, count, range)
+        }
+    })
+}
+
+/// The length of a column of so many numbers with zeros up to a whole register.
+pub(super) fn padded(n: usize) -> usize {
+    n.next_multiple_of(2 * LANES)
+}
+
+fn multiply(
+    y: &mut [MaybeUninit<f32>],
+    (w, dtype): (&[u8], GgmlDType),
+    then: Then,
+    count: usize,
+    columns: usize,
+    lay_out: impl Fn(&mut [Pairs], Range<usize>) + Sync,
 ) -> Result<()> {
     assert!(suits(dtype, columns), "a product that this processor has not");
     let bytes = columns / dtype.block_size() * dtype.type_size();
     let rows = w.len() / bytes;
     let at_once = ROWS[usize::from(rows < 4 * ROWS[0] * rayon::current_num_threads())];
     let mut panels: Vec<Pairs> = Vec::new();
-    for (inputs, y) in inputs.chunks(INPUTS * columns).zip(y.chunks_mut(INPUTS * rows)) {
-        let count = inputs.len() / columns;
-        panels.resize(count.div_ceil(PANEL) * WIDE * columns / 2, [0; _]);
-        let each = panels.par_chunks_exact_mut(WIDE * columns / 2).zip(inputs.par_chunks(PANEL * columns));
-        // SAFETY (here and below): `suits` has asked the processor for what this is compiled for.
-        #[allow(unsafe_code)]
-        each.for_each(|(panel, inputs)| unsafe { lay_out(panel, inputs, columns) });
+    for (i, y) in y.chunks_mut(INPUTS * rows).enumerate() {
+        let inputs = i * INPUTS..count.min((i + 1) * INPUTS);
+        panels.resize(inputs.len().div_ceil(PANEL) * WIDE * columns / 2, [0; _]);
+        panels.par_chunks_exact_mut(WIDE * columns / 2).enumerate().for_each(|(j, panel)| {
+            let first = inputs.start + j * PANEL;
+            lay_out(panel, first..inputs.end.min(first + PANEL));
+        });
         by_columns(y, rows, at_once, |y| {
             let range = y.first() * bytes..(y.first() + y.width()) * bytes;
             let (other, bias) = match then {
@@ -90,11 +132,88 @@ pub(super) fn products(
             let (w, other) = (part(&w[range]), other.map(part));
             #[allow(unsafe_code)]
             unsafe {
-                block(y, w, other, bias, &panels, count)
+                block(y, w, other, bias, &panels, inputs.len())
             }
         })?;
     }
     Ok(())
+}
+
+/// Numbers rounded to bf16.
+pub(super) fn rounded(x: &[f32]) -> Vec<u8> {
+    let mut out = vec![0u8; 2 * x.len()];
+    out.par_chunks_mut(1 << 14).zip(x.par_chunks(1 << 13)).for_each(|(out, x)| {
+        for (out, x) in out.as_chunks_mut::<2>().0.iter_mut().zip(x) {
+            *out = half::bf16::from_f32(*x).to_le_bytes();
+        }
+    });
+    out
+}
+
+/// The columns of `x` (n, columns) as rows of bf16, each [`padded`] with zeros.
+///
+/// Panics unless this processor [`suits`] and `columns` is a multiple of 16.
+pub(super) fn rounded_columns(x: &[f32], (n, columns): (usize, usize)) -> Vec<u8> {
+    assert!(suits(GgmlDType::BF16, padded(n)), "a product that this processor has not");
+    assert!(columns.is_multiple_of(LANES) && x.len() == n * columns, "columns that do not fill registers");
+    let bytes = 2 * padded(n);
+    let mut out = vec![0u8; columns * bytes];
+    out.par_chunks_exact_mut(LANES * bytes).enumerate().for_each(|(block, out)| {
+        #[allow(unsafe_code)]
+        unsafe {
+            turn(out, x, (n, columns), block * LANES)
+        }
+    });
+    out
+}
+
+/// 16 columns of `x` (n, columns), from `first` on, as rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn turn(out: &mut [u8], x: &[f32], (n, columns): (usize, usize), first: usize) {
+    let bytes = 2 * padded(n);
+    for step in 0..padded(n) / (2 * LANES) {
+        let pairs = std::array::from_fn(|pair| pairs_of_rows(x, columns, 2 * (step * LANES + pair), first));
+        for (column, row) in transpose(pairs).into_iter().enumerate() {
+            if let Some(out) = out[column * bytes + step * 4 * LANES..].first_chunk_mut() {
+                store_bytes(out, as_pairs(row));
+            }
+        }
+    }
+}
+
+/// The panel of up to [`PANEL`] columns, `range` of those of `x` (N, columns); what is missing counts as zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn lay_out_columns(panel: &mut [Pairs], x: &[f32], columns: usize, range: Range<usize>) {
+    for (pair, out) in panel.chunks_exact_mut(WIDE).enumerate() {
+        for (wide, out) in out.iter_mut().enumerate() {
+            let first = range.start + wide * LANES;
+            let pairs =
+                if first < range.end { pairs_of_rows(x, columns, 2 * pair, first) } else { _mm512_setzero_ps() };
+            store_pairs(out, as_pairs(pairs));
+        }
+    }
+}
+
+/// 16 columns from `first` on of the rows `row` and the one behind it, side by side; a row that is missing is zero.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pairs_of_rows(x: &[f32], columns: usize, row: usize, first: usize) -> __m512 {
+    const SIDE_BY_SIDE: Pairs = {
+        let mut order = [0; 2 * LANES];
+        let mut i = 0;
+        while i < 2 * LANES {
+            order[i] = (i / 2 + i % 2 * LANES) as u16;
+            i += 1;
+        }
+        order
+    };
+    let load_row = |row: usize| match x.get(row * columns + first..).and_then(|x| x.first_chunk()) {
+        Some(x) => load(x),
+        None => _mm512_setzero_ps(),
+    };
+    let both = _mm512_castps_si512(as_floats(round(load_row(row), load_row(row + 1))));
+    let order = _mm512_castps_si512(as_floats(load_pairs(&SIDE_BY_SIDE)));
+    _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both))
 }
 
 /// The panel of up to [`PANEL`] inputs; what is missing counts as zero.

@@ -7,7 +7,7 @@ use candle_core::{DType, Module, Result, Tensor, bail};
 
 use super::activation::swiglu;
 use super::blocks::dequantise;
-use super::linear;
+use super::linear::{linear, mixed_linear};
 use super::product::{Rows, gated, product};
 use super::slice::Borrowed;
 
@@ -16,6 +16,8 @@ use super::slice::Borrowed;
 pub enum WeightMatrix {
     /// One number after the other.
     Dense(Tensor),
+    /// To be trained in mixed precision: f32, but products are of bf16 where the processor has them.
+    Mixed(Tensor),
     /// Some rows of a matrix in blocks; what goes in and comes out is f32.
     Blocks {
         /// The whole matrix.
@@ -38,7 +40,7 @@ impl WeightMatrix {
     /// Type of what goes in and comes out.
     pub fn dtype(&self) -> DType {
         match self {
-            Self::Dense(tensor) => tensor.dtype(),
+            Self::Dense(tensor) | Self::Mixed(tensor) => tensor.dtype(),
             Self::Blocks { .. } => DType::F32,
         }
     }
@@ -47,6 +49,7 @@ impl WeightMatrix {
     pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
         match self {
             Self::Dense(tensor) => tensor.narrow(0, start, count).map(Self::Dense),
+            Self::Mixed(tensor) => tensor.narrow(0, start, count).map(Self::Mixed),
             Self::Blocks { blocks, first, rows } if start.checked_add(count).is_some_and(|end| end <= *rows) => {
                 Ok(Self::Blocks { blocks: blocks.clone(), first: first + start, rows: count })
             }
@@ -57,7 +60,7 @@ impl WeightMatrix {
     /// The rows `ids` (u32, N): (N, columns).
     pub fn select(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) => tensor.index_select(ids, 0),
+            Self::Dense(tensor) | Self::Mixed(tensor) => tensor.index_select(ids, 0),
             Self::Blocks { blocks, first, rows } => {
                 let (_, columns) = blocks.shape().dims2()?;
                 let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
@@ -79,6 +82,7 @@ impl WeightMatrix {
     pub fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) => linear(x, tensor, bias),
+            Self::Mixed(tensor) => mixed_linear(x, tensor, bias),
             Self::Blocks { blocks, first, rows } => {
                 let (_, columns) = blocks.shape().dims2()?;
                 if x.dims().last() != Some(&columns) || bias.is_some_and(|b| b.dims() != [*rows]) {

@@ -20,6 +20,8 @@ pub enum Length {
     Short,
     /// Two or three.
     Long,
+    /// None: a reply ends where its image would begin.
+    Words,
 }
 
 fn user(images: Vec<Canvas>, text: &str) -> (Role, Vec<Part<Canvas>>) {
@@ -41,13 +43,15 @@ pub fn dialogue(sampler: &Sampler, index: u64, length: Length) -> Turns {
     let of = |purpose: u64| sampler.rng(index, 50 + 10 * purpose + length as u64);
     match (length, rng.below(0, 100)) {
         (Length::Short, 0..18) => drawing(sampler, &of(0)),
-        (Length::Short, 18..60) => question(&of(1)),
+        (Length::Short, 18..60) => questions(&of(1)),
         (Length::Short, 60..76) => thing_question(sampler, &of(2)),
         (Length::Short, 76..96) => thinking(sampler, &of(3)),
         (Length::Short, _) => talk(&of(4)),
-        (Length::Long, 0..25) => copy(sampler, &of(9)),
-        (Length::Long, 25..75) => edit(&of(5)),
-        (Length::Long, 75..86) => thing_edit(sampler, &of(6)),
+        (Length::Words, 0..90) => thinking(sampler, &of(10)),
+        (Length::Words, _) => talk(&of(4)),
+        (Length::Long, 0..12) => copy(sampler, &of(9)),
+        (Length::Long, 12..72) => edit(&of(5)),
+        (Length::Long, 72..86) => thing_edit(sampler, &of(6)),
         (Length::Long, 86..97) => several_turns(&of(7), index),
         (Length::Long, _) => story(&of(8)),
     }
@@ -73,10 +77,21 @@ fn drawing(sampler: &Sampler, rng: &Rng) -> Turns {
     vec![user(vec![], &request), model("", Some(canvas))]
 }
 
-/// A question about a composition.
-fn question(rng: &Rng) -> Turns {
+/// Questions about a composition are so many at most.
+const QUESTIONS: usize = 6;
+
+/// Questions about a composition, each answered before the next.
+fn questions(rng: &Rng) -> Turns {
     let Question { scene, text, answer, .. } = Question::sample(&rng.fork(1), Split::Train);
-    vec![user(vec![picture(&scene)], &text), model(&answer, None)]
+    let mut turns = vec![user(vec![picture(&scene)], &text), model(&answer, None)];
+    for step in 1..QUESTIONS as u64 {
+        let rng = rng.fork(1 + step);
+        let kind = QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())];
+        if let Some(next) = Question::on(&rng, &scene, kind, Split::Train) {
+            turns.extend([user(vec![], &next.text), model(&next.answer, None)]);
+        }
+    }
+    turns
 }
 
 /// Wordings of "what is this?".

@@ -2,6 +2,7 @@
 //! reweighting and self-correction. First to draw what captions say, then in dialogues, on the model's part only.
 
 use candle_core::Device;
+use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::dialogue::{Length, Turns, dialogue};
@@ -44,7 +45,7 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
     let run = lesson.run;
     let file = run.file("model.safetensors");
     let weights = run.trainable(&[&file])?;
-    let backbone = Backbone::load(&weights, &run.recipe.backbone)?;
+    let backbone = Backbone::load(&weights.with_matrices(Some(GgmlDType::BF16)), &run.recipe.backbone)?;
     let vars = weights.vars();
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
     let state = run.file(&format!("transformer-{part}.state"));
@@ -57,7 +58,13 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
     let names: Vec<String> = square.iter().map(|(h, w)| format!("{h}x{w}")).collect();
     while optimizer.step < plan.steps {
         let sequences = lesson.sequences(batch, optimizer.step)?;
-        let (loss, means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
+        let (mut loss, mut means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
+        if let Some((sampler, text)) = lesson.dialogues {
+            let words = lesson.dialogues(sampler, text, batch / 2, optimizer.step, Length::Words)?;
+            let (part, measured) = Batch(&words).loss(&backbone, run.recipe.scales)?;
+            loss = (loss + part)?;
+            means.words = measured.words;
+        }
         let norm = optimizer.descend(&loss, plan)?;
         let mut measured = vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm), ("words", means.words)];
         measured.extend(names.iter().map(String::as_str).zip(means.scales));
@@ -72,7 +79,7 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step. With dialogues every other step has long ones, half as many, and the others some short
+    /// The sequences of a step, but for those of words alone. With dialogues every other step has long ones, half as many, and the others some short
     /// ones, so that sequences of a batch are about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let shelf = self.pool.shelf(step / 2);
@@ -120,7 +127,8 @@ impl Lesson<'_> {
         let dialogues: Vec<Turns> =
             (0..size as u64).into_par_iter().map(|i| dialogue(sampler, first + i, length)).collect();
         let template = Template::of(text, false)?;
-        let mut features = self.features(&dialogues)?.into_iter();
+        let wordy = length == Length::Words;
+        let mut features = if wordy { Vec::new() } else { self.features(&dialogues)? }.into_iter();
         let dialogues: Vec<_> = dialogues
             .into_iter()
             .enumerate()
@@ -139,7 +147,7 @@ impl Lesson<'_> {
                 (first + i as u64, turns)
             })
             .collect();
-        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, template, *index, turns)).collect()
+        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, template, *index, turns, wordy)).collect()
     }
 
     /// What is quantised, of all images in the order of the dialogues: (h * w, D) each.
@@ -159,12 +167,13 @@ impl Lesson<'_> {
         template: Template,
         index: u64,
         turns: &[(Role, Vec<Part<Vec<f32>>>)],
+        wordy: bool,
     ) -> Result<Sequence> {
         let rng = Rng::new(self.run.recipe.seed, index, Stream::Train, 3 << 32);
         let config = &self.run.recipe.backbone;
         let drawn = turns.last().is_some_and(|(_, parts)| parts.iter().any(|p| p.image().is_some()));
         // Without words, for guidance.
-        let silent = drawn && rng.uniform(0) < CAPTION_DROP;
+        let silent = drawn && !wordy && rng.uniform(0) < CAPTION_DROP;
         let turns: Vec<(Role, Vec<Part<Vec<f32>>>)> = turns
             .iter()
             .map(|(role, parts)| {
@@ -192,6 +201,9 @@ impl Lesson<'_> {
                     let noise = Rng::new(self.run.recipe.seed, index, Stream::Train, 4 << 32 | i as u64);
                     if said {
                         sequence.expect_word(config.boi());
+                    }
+                    if wordy {
+                        break;
                     }
                     let manner = match (said, exact) {
                         (false, _) => Learn::Nothing,
