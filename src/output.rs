@@ -30,6 +30,12 @@ pub struct Settings {
     pub top_k: Option<usize>,
     /// 1 keeps all codes.
     pub top_p: f64,
+    /// How many of the first scales were guided, if not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cfg_until: Option<usize>,
+    /// How many scales were left out at the end, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft: Option<usize>,
     /// The model's name.
     pub model: String,
     /// Of this program.
@@ -48,6 +54,8 @@ impl Settings {
             temperature: job.sampling.temperature,
             top_k: job.sampling.top_k,
             top_p: job.sampling.top_p,
+            cfg_until: job.sampling.cfg_until,
+            draft: Some(job.sampling.draft).filter(|&n| n > 0),
             model: model.into(),
             version: env!("CARGO_PKG_VERSION").into(),
         }
@@ -283,7 +291,7 @@ mod tests {
     use crate::generate::Sampling;
 
     fn settings(prompt: &str) -> Settings {
-        let sampling = Sampling { cfg: 2.5, temperature: 1.0, top_k: Some(100), top_p: 0.95, refine: vec![] };
+        let sampling = Sampling { cfg: 2.5, top_k: Some(100), top_p: 0.95, ..Sampling::default() };
         let job = Job { prompt: prompt.into(), scales: vec![(1, 1), (1, 2)], sampling, seed: 42 };
         Settings::new(&job, "nano", (32, 16))
     }

@@ -122,6 +122,8 @@ fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
         top_k: args.top_k.or(defaults.top_k),
         top_p: args.top_p.unwrap_or(defaults.top_p),
         refine: defaults.refine,
+        cfg_until: args.cfg_until.or(defaults.cfg_until),
+        draft: defaults.draft,
     }
 }
 
@@ -228,7 +230,7 @@ mod tests {
         assert!(with(&|a| a.top_k = Some(0)).is_err());
         assert!(with(&|a| a.top_p = Some(0.0)).is_err());
         assert!(with(&|a| a.top_p = Some(1.01)).is_err());
-        let defaults = Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(5), top_p: 0.9, refine: vec![] };
+        let defaults = Sampling { cfg: 3.0, top_k: Some(5), top_p: 0.9, ..Sampling::default() };
         assert_eq!(sampling(&with(&|_| ()).unwrap(), defaults.clone()), defaults);
         let greedy = with(&|a| (a.temperature, a.cfg) = (Some(0.0), Some(0.0))).unwrap();
         assert_eq!(sampling(&greedy, defaults.clone()), Sampling { cfg: 0.0, temperature: 0.0, ..defaults });

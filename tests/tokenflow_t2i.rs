@@ -10,7 +10,7 @@ use nextflow::backbone::rope::{Position, text_position};
 use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope};
 use nextflow::checkpoint::{Source, Weights};
 use nextflow::generate::inputs::NextInput;
-use nextflow::generate::sampler::Filter;
+use nextflow::generate::sampler::{self, Filter};
 use nextflow::generate::{Job, Prefix, PromptConfig, Rows, Sampling, draw_behind};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
@@ -108,7 +108,7 @@ fn the_loop_draws_the_references_codes() {
     for (run, cfg, passes) in RUNS {
         let golden = golden(run);
         let refine = vec![Filter { top_k: Some(1), top_p: 1.0 }; passes - 1];
-        let sampling = Sampling { cfg, temperature: 1.0, top_k: Some(1), top_p: 1.0, refine };
+        let sampling = Sampling { cfg, top_k: Some(1), refine, ..Sampling::default() };
         let job = Job { prompt: String::new(), scales: SCALES.to_vec(), sampling, seed: 0 };
         for row in 0..2 {
             let [conditional, unconditional] = prefixes(&golden, row);
@@ -154,11 +154,13 @@ fn every_step_equals_the_reference() {
                         close(&what, &x, &pair(at("inputs_embeds_tail")), FEATURES);
                         hidden = rows.read(si, features, pass > 0).unwrap();
                     }
-                    let logits = [backbone.text_logits(&hidden).unwrap(), backbone.code_logits(&hidden).unwrap()];
+                    let code_logits = backbone.code_logits(&hidden).unwrap();
+                    let logits = [backbone.text_logits(&hidden).unwrap(), code_logits.clone()];
                     let logits = Tensor::cat(&logits, 2).unwrap();
                     let both = [at("logits_cond").get(row).unwrap(), at("logits_uncond").get(row).unwrap()];
                     close(&what, &logits, &Tensor::stack(&both, 0).unwrap(), FEATURES);
-                    let guided = rows.guided_logits(&hidden, cfg * si as f64 / 3.0).unwrap();
+
+                    let guided = sampler::guided(&code_logits, cfg * si as f64 / 3.0).unwrap();
                     // Guidance magnifies differences by up to 1 + 2 * 7.5.
                     close(&what, &guided, &at("cfg_logits").get(row).unwrap(), 16.0 * FEATURES);
                     codes = ids(at("token_ids"), row).iter().map(|id| id - 33).collect();

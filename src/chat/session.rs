@@ -241,7 +241,8 @@ impl<'a> Session<'a> {
         let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(manner.image.as_ref()) else {
             return Err(ChatModel::draws_nothing());
         };
-        let rows = if sampling.cfg > 0.0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
+        let guided = sampling.guided(scales.len());
+        let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
         let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
         for &row in rows {
             let mut script = self.render(row, manner.guide_from_sources)?;
@@ -269,11 +270,13 @@ impl<'a> Session<'a> {
         };
         let name = format!("${}", self.pictures().count() + 1);
         let mut picture = Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales);
-        // The loop has left the inputs of all scales in the cache.
+        // The loop has left the inputs of all scales in the cache, or of the guided ones.
         let mut script = Script::default();
         script.picture(&picture, config);
-        let inputs = schedule::codes(scales) - 1;
-        rows.iter().for_each(|&row| self.read[row as usize].extend(&script.tokens[1..][..inputs]));
+        for (&row, read) in rows.iter().zip([scales.len(), guided]) {
+            let inputs = schedule::codes(&scales[..read]) - 1;
+            self.read[row as usize].extend(&script.tokens[1..][..inputs]);
+        }
         let _ = listener(Heard::Drawn(&mut picture, seed));
         self.reply.push(Part::Image(picture));
         Ok(())

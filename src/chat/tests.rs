@@ -181,7 +181,7 @@ fn an_edit_is_what_the_masked_pass_says() {
     let model = ChatModel::load(&source, ChatConfig::read(&source).unwrap(), &Device::Cpu, None).unwrap();
     let scene = Scene::of_kind(&Rng::new(1, 0, Stream::Train, 0), Kind::Colours, Split::Train);
     let image = image::RgbImage::from_raw(128, 128, scene.render(128, 128)).unwrap();
-    let sampling = Sampling { cfg: 2.0, temperature: 0.0, top_k: None, top_p: 1.0, refine: vec![] };
+    let sampling = Sampling { cfg: 2.0, temperature: 0.0, ..Sampling::default() };
     let manner =
         Manner { words: WordSampling::GREEDY, longest: 8, image: Some(sampling), seed: 0, guide_from_sources: true };
     let mut session = Session::new(&model).unwrap();

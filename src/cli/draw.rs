@@ -47,6 +47,9 @@ pub struct DrawArgs {
     /// Guidance: how closely to follow the prompt; 0 turns it off [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub cfg: Option<f64>,
+    /// Guide the first N scales only, which saves half of the time of the others [default: all]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub cfg_until: Option<usize>,
     /// Spread of the drawn codes; 0 always takes the likeliest [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f64>,

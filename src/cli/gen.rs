@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::think;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory};
 use crate::generate::{Model, TRANSFORMER, schedule};
 use crate::memory;
@@ -26,6 +26,9 @@ pub struct GenArgs {
     /// Let the model think in words first, and draw what it comes to
     #[arg(long)]
     pub think: bool,
+    /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "think", allow_negative_numbers = true)]
+    pub draft: usize,
     /// How to draw.
     #[command(flatten)]
     pub draw: DrawArgs,
@@ -33,8 +36,13 @@ pub struct GenArgs {
 
 /// Runs `nextflow gen`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &GenArgs) -> Result<()> {
-    let request = Request::new(&args.words, &args.draw)?;
+    let mut request = Request::new(&args.words, &args.draw)?;
     let scales = request.size.grids(&request.config)?;
+    if args.draft >= scales.len() {
+        let message = format!("--draft {} leaves none of the {} scales", args.draft, scales.len());
+        return Err(Error::usage(message).hint("--draft 1"));
+    }
+    request.sampling.draft = args.draft;
     let json = args.draw.json;
     if args.draw.dry_run {
         return plan(&request, &scales, json);
@@ -107,7 +115,7 @@ fn plan(request: &Request, scales: &[(usize, usize)], json: bool) -> Result<()> 
         size: format!("{}x{}", w * stride, h * stride),
         scales,
         codes: schedule::codes(scales),
-        passes: (0..scales.len()).map(|si| request.sampling.passes(si)).sum(),
+        passes: (0..scales.len() - request.sampling.draft).map(|si| request.sampling.passes(si)).sum(),
         peak_memory: memory.peak(),
         memory,
     };

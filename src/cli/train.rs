@@ -109,7 +109,9 @@ impl Plan {
 }
 
 /// Sampling of the exported checkpoint.
-const SAMPLING: Sampling = Sampling { cfg: 1.5, temperature: 0.5, top_k: Some(50), top_p: 0.9, refine: Vec::new() };
+fn sampling() -> Sampling {
+    Sampling { cfg: 1.5, temperature: 0.5, top_k: Some(50), top_p: 0.9, ..Sampling::default() }
+}
 
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
@@ -120,7 +122,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
     let run = Run::open(&args.run)?;
     if let Step::Export { out } = &args.step {
-        return train::export::export(&run, out, SAMPLING);
+        return train::export::export(&run, out, sampling());
     }
     let library = Library::load(&args.data)?;
     let sampler = Sampler::new(&library, run.recipe.seed, Style::ThreeD);

@@ -4,6 +4,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use serde::Serialize;
 
+use super::rows::POSITIONS;
 use super::{ModelConfig, Sampling, TRANSFORMER};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{Inventory, Source, WeightType, Weights};
@@ -71,7 +72,7 @@ pub fn synthetic_memory(
     Backbone::load(&transformer, &config.backbone)?;
     ImageTokenizer::load(&tokenizer, &config.tokenizer)?;
     let (c, width) = (&config.backbone, dtype.size_in_bytes());
-    let rows = if sampling.cfg > 0.0 { 2 } else { 1 };
+    let rows = if sampling.guided(scales.len()) > 0 { 2 } else { 1 };
     let codes: usize = scales.iter().map(|(h, w)| h * w).sum();
     let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
     let prefix = config.prompt.padded_to.unwrap_or(0) + PREFIX;
@@ -79,7 +80,7 @@ pub fn synthetic_memory(
     // Gate and up, each as it is computed and as it is laid out, beside the residual stream and its norm.
     let block = rows * largest * (4 * c.intermediate_size + 4 * c.hidden_size) * width;
     // Logits of both rows, the guided ones, and the copy that is filtered.
-    let logits = (2 * rows + 2) * largest * c.codebook_size * 4;
+    let logits = (2 * rows + 2) * largest.min(POSITIONS) * c.codebook_size * 4;
     let cnn = &config.tokenizer.decoder;
     let side = cnn.stride() / cnn.patch;
     let pixels = largest * side * side;

@@ -22,7 +22,7 @@ use crate::backbone::Backbone;
 use crate::error::{Error, Kind, Result};
 use crate::tokenizer::Quantizer;
 use inputs::NextInput;
-use sampler::Filter;
+use sampler::{Draw, Filter};
 
 /// How codes are drawn from the logits.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -39,9 +39,31 @@ pub struct Sampling {
     /// Further passes over every scale but the first, each with a filter of its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refine: Vec<Filter>,
+    /// The first so many scales are guided; later ones follow the prompt's row alone, in half the time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cfg_until: Option<usize>,
+    /// So many scales are left out at the end: a draft, of full size but without its finest detail.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub draft: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
+impl Default for Sampling {
+    /// All codes as the model gives them, without guidance.
+    fn default() -> Self {
+        Self { cfg: 0.0, temperature: 1.0, top_k: None, top_p: 1.0, refine: Vec::new(), cfg_until: None, draft: 0 }
+    }
 }
 
 impl Sampling {
+    /// How many of the first scales are guided.
+    pub fn guided(&self, scales: usize) -> usize {
+        if self.cfg > 0.0 { self.cfg_until.unwrap_or(scales).min(scales) } else { 0 }
+    }
+
     /// Passes over the scale of an index.
     pub fn passes(&self, scale: usize) -> usize {
         if scale == 0 { 1 } else { 1 + self.refine.len() }
@@ -98,7 +120,7 @@ pub fn draw_behind(
     observe: Observer,
 ) -> Result<Vec<Vec<u32>>> {
     let both = [conditional, unconditional];
-    let prefixes = if job.sampling.cfg > 0.0 { &both[..] } else { &both[..1] };
+    let prefixes = if job.sampling.guided(job.scales.len()) > 0 { &both[..] } else { &both[..1] };
     let mut cache = Rows::cache(backbone, prefixes, &job.scales)?;
     let (rows, hidden) = Rows::start(backbone, &mut cache, prefixes, &job.scales)?;
     tell(observe, Event::Prompt { tokens: conditional.ids.len() - 1 })?;
@@ -110,7 +132,8 @@ pub fn draw_behind(
 /// With guidance the batch has two rows, the prompt's and the unconditional one, both read up to what opens the image;
 /// `hidden` are the states of that last token, (R, 1, hidden). Each scale is one forward pass over its grid against the
 /// cache, without a mask. The first code is predicted by the last token, the codes of every later scale by the upsampled
-/// codes before it; further passes see the scale's own codes as well and draw them anew.
+/// codes before it; further passes see the scale's own codes as well and draw them anew. Once guidance ends, the loop goes
+/// on with the prompt's row.
 pub fn draw_codes(
     mut rows: Rows,
     mut hidden: Tensor,
@@ -121,7 +144,10 @@ pub fn draw_codes(
     let (scales, sampling) = (&job.scales, &job.sampling);
     let mut input = NextInput::new(rows.backbone().config().input_mode);
     let mut codes: Vec<Vec<u32>> = Vec::new();
-    for (si, &grid) in scales.iter().enumerate() {
+    for (si, &grid) in scales[..scales.len().saturating_sub(sampling.draft)].iter().enumerate() {
+        if si == sampling.guided(scales.len()) {
+            rows.drop_unconditional();
+        }
         if si > 0 {
             let features = input.next(quantizer, &codes[si - 1], scales[si - 1], grid);
             hidden = rows.read(si, features, false)?;
@@ -132,8 +158,8 @@ pub fn draw_codes(
             if pass > 0 {
                 hidden = rows.read(si, input.with(quantizer, &drawn), true)?;
             }
-            let logits = rows.guided_logits(&hidden, t)?;
-            drawn = sampler::sample(&logits, sampling, job.seed, si, pass).map_err(|e| non_finite(e, si, grid))?;
+            let draw = Draw { sampling, guidance: t, seed: job.seed, scale: si, pass };
+            drawn = rows.draw(&hidden, &draw).map_err(|e| non_finite(e, si, grid))?;
         }
         codes.push(drawn);
         tell(observe, Event::Scale { codes: &codes, scales })?;
@@ -148,8 +174,11 @@ fn tell(observe: &mut dyn FnMut(Event) -> ControlFlow<()>, event: Event) -> Resu
     }
 }
 
-fn non_finite(error: sampler::NonFinite, scale: usize, (h, w): (usize, usize)) -> Error {
-    let sampler::NonFinite { position } = error;
+fn non_finite(fault: sampler::Fault, scale: usize, (h, w): (usize, usize)) -> Error {
+    let position = match fault {
+        sampler::Fault::NonFinite { position } => position,
+        sampler::Fault::Tensor(error) => return error.into(),
+    };
     let message = format!("the model gave no finite numbers at scale {} ({h}x{w}), position {position}", scale + 1);
     Error::new(Kind::NonFinite, message).hint("check the weights: nextflow gen --model FOLDER with another checkpoint")
 }

@@ -103,7 +103,7 @@ impl ModelConfig {
             vocabulary: Vocabulary::Markers,
             ..transformer
         };
-        let sampling = Sampling { cfg: 3.0, temperature: 1.0, top_k: Some(600), top_p: 0.95, refine: Vec::new() };
+        let sampling = Sampling { cfg: 3.0, top_k: Some(600), top_p: 0.95, ..Sampling::default() };
         let (scales, grids) = (backbone.max_scales, Vec::new());
         Self {
             name: name.into(),

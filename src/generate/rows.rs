@@ -1,10 +1,14 @@
 //! The sequences that one image is drawn in: the prompt's and, for guidance, the unconditional one.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
+use super::sampler::{self, Draw, Fault};
 use super::{Prefix, schedule};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, Cache, Context, Position, Rope, Step};
+
+/// Tokens whose logits are held at a time: 1 GB for all of a 64x64 grid would be too much.
+pub const POSITIONS: usize = 1024;
 
 /// A batch of rows that see the same codes behind beginnings of their own.
 #[derive(Debug)]
@@ -85,13 +89,19 @@ impl<'a> Rows<'a> {
         self.backbone.forward(&x, &rope, Context::Cached { cache: self.cache, first: 0, step })
     }
 
-    /// Code logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, hidden) -> (T, codes).
-    pub fn guided_logits(&self, hidden: &Tensor, t: f64) -> Result<Tensor> {
-        let logits = self.backbone.code_logits(hidden)?.to_dtype(DType::F32)?;
-        let conditional = logits.get(0)?;
-        if logits.dim(0)? == 1 || t == 0.0 {
-            return Ok(conditional);
+    /// From here on there is no guidance: the unconditional row is neither read nor kept.
+    pub fn drop_unconditional(&mut self) {
+        self.layouts.truncate(1);
+    }
+
+    /// One code for each of the tokens, (R, T, hidden). Their logits are held for [`POSITIONS`] of them at a time.
+    pub fn draw(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Vec<u32>, Fault> {
+        let tokens = hidden.dim(1)?;
+        let mut codes = Vec::with_capacity(tokens);
+        for first in (0..tokens).step_by(POSITIONS) {
+            let part = hidden.narrow(1, first, POSITIONS.min(tokens - first))?;
+            codes.extend(sampler::sample(&self.backbone.code_logits(&part)?, draw, first)?);
         }
-        (conditional * (1.0 + t))? - (logits.get(1)? * t)?
+        Ok(codes)
     }
 }

@@ -1,16 +1,42 @@
 //! From logits to codes: temperature, top-k, top-p, and a draw that depends on (seed, scale, position) alone.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::Sampling;
 use crate::rng::{Rng, Stream};
 
-/// A row of logits without a finite maximum, or with a NaN.
+/// Why there are no codes.
 #[derive(Debug)]
-pub struct NonFinite {
-    /// Index of the row.
-    pub position: usize,
+pub enum Fault {
+    /// A row of logits without a finite maximum, or with a NaN.
+    NonFinite {
+        /// Index of the row.
+        position: usize,
+    },
+    /// An operation failed.
+    Tensor(candle_core::Error),
+}
+
+impl From<candle_core::Error> for Fault {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Tensor(error)
+    }
+}
+
+/// What decides the codes of a pass over a scale, beside its logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Draw<'a> {
+    /// Temperature and filters.
+    pub sampling: &'a Sampling,
+    /// VAR's guidance t at this scale.
+    pub guidance: f64,
+    /// Of the image.
+    pub seed: u64,
+    /// Index of the scale.
+    pub scale: usize,
+    /// 0 for the first pass.
+    pub pass: usize,
 }
 
 /// Which codes stay candidates.
@@ -23,26 +49,51 @@ pub struct Filter {
     pub top_p: f64,
 }
 
-/// One code per row of `logits` (T, codes), f32, in one of the passes over a scale.
-pub fn sample(
-    logits: &Tensor,
-    sampling: &Sampling,
-    seed: u64,
-    scale: usize,
-    pass: usize,
-) -> Result<Vec<u32>, NonFinite> {
-    let rows = logits.to_vec2::<f32>().map_err(|_| NonFinite { position: 0 })?;
-    let rng = Rng::new(seed, 0, Stream::Code, scale as u64 | (pass as u64) << 32);
-    let filter = sampling.filter(pass);
+/// One code for each of the positions from `first` on, by their [`guided`] logits (R, T, codes).
+pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Vec<u32>, Fault> {
+    let rng = Rng::new(draw.seed, 0, Stream::Code, draw.scale as u64 | (draw.pass as u64) << 32);
+    let noise: Vec<f64> = (0..logits.dim(1)?).map(|position| rng.uniform((first + position) as u64)).collect();
+    let filter = draw.sampling.filter(draw.pass);
+    #[cfg(feature = "cuda")]
+    if let Some(drawn) = on_gpu(logits, draw, filter, &noise)? {
+        return drawn.map_err(|position| Fault::NonFinite { position: first + position });
+    }
+    let rows = guided(logits, draw.guidance)?.to_vec2::<f32>()?;
     rows.into_iter()
+        .zip(noise)
         .enumerate()
-        .map(|(position, row)| {
+        .map(|(position, (row, noise))| {
             if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
-                return Err(NonFinite { position });
+                return Err(Fault::NonFinite { position: first + position });
             }
-            Ok(draw(row, sampling.temperature, filter, rng.uniform(position as u64)))
+            Ok(self::draw(row, draw.sampling.temperature, filter, noise))
         })
         .collect()
+}
+
+/// The same by a kernel that filters and draws where the logits are, if there is one for them.
+#[cfg(feature = "cuda")]
+fn on_gpu(
+    logits: &Tensor,
+    draw: &Draw,
+    filter: Filter,
+    noise: &[f64],
+) -> candle_core::Result<Option<Result<Vec<u32>, usize>>> {
+    let greedy = draw.sampling.temperature == 0.0;
+    let Some(top_k) = filter.top_k.or(greedy.then_some(1)) else { return Ok(None) };
+    let (temperature, top_p) = (draw.sampling.temperature as f32, filter.top_p as f32);
+    let sample = crate::ops::Sample { guidance: draw.guidance as f32, temperature, top_k, top_p };
+    crate::ops::sample(logits, &sample, noise)
+}
+
+/// Logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, codes) -> (T, codes).
+pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Tensor> {
+    let logits = logits.to_dtype(DType::F32)?;
+    let conditional = logits.get(0)?;
+    if logits.dim(0)? == 1 || t == 0.0 {
+        return Ok(conditional);
+    }
+    (conditional * (1.0 + t))? - (logits.get(1)? * t)?
 }
 
 /// One of the entries that `kept` leaves of a row of finite logits, by `u` of (0, 1); at temperature 0 the largest.
@@ -136,7 +187,20 @@ mod tests {
     }
 
     fn sampling(temperature: f64, top_k: Option<usize>, top_p: f64) -> Sampling {
-        Sampling { cfg: 0.0, temperature, top_k, top_p, refine: vec![] }
+        Sampling { temperature, top_k, top_p, ..Sampling::default() }
+    }
+
+    /// Codes of logits (T, codes) without guidance.
+    fn sample(logits: &Tensor, sampling: &Sampling, seed: u64, scale: usize, pass: usize) -> Result<Vec<u32>, Fault> {
+        super::sample(&logits.unsqueeze(0)?, &Draw { sampling, guidance: 0.0, seed, scale, pass }, 0)
+    }
+
+    #[track_caller]
+    fn fault(drawn: Result<Vec<u32>, Fault>) -> usize {
+        match drawn {
+            Err(Fault::NonFinite { position }) => position,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -157,6 +221,15 @@ mod tests {
     }
 
     #[test]
+    fn guidance_pushes_away_from_the_unconditional_row() {
+        let logits = Tensor::new(&[[[1.0f32, 0.9, 0.0]], [[1.0, 0.0, 0.0]]], &Device::Cpu).unwrap();
+        let greedy = sampling(0.0, None, 1.0);
+        let draw = |guidance| Draw { sampling: &greedy, guidance, seed: 1, scale: 0, pass: 0 };
+        assert_eq!(super::sample(&logits, &draw(0.0), 0).unwrap(), [0]);
+        assert_eq!(super::sample(&logits, &draw(1.0), 0).unwrap(), [1]);
+    }
+
+    #[test]
     fn every_pass_has_its_own_filter_and_noise() {
         let logits = Tensor::new(&[[0f32, 1.0, 0.5]; 200], &Device::Cpu).unwrap();
         let refine = vec![Filter { top_k: None, top_p: 1.0 }, Filter { top_k: Some(1), top_p: 1.0 }];
@@ -169,8 +242,8 @@ mod tests {
     #[test]
     fn logits_that_are_not_finite_stop_the_run() {
         let logits = Tensor::new(&[[0f32, 1.0], [f32::NAN, 1.0]], &Device::Cpu).unwrap();
-        assert_eq!(sample(&logits, &sampling(1.0, None, 1.0), 5, 0, 0).unwrap_err().position, 1);
+        assert_eq!(fault(sample(&logits, &sampling(1.0, None, 1.0), 5, 0, 0)), 1);
         let logits = Tensor::new(&[[f32::NEG_INFINITY, f32::NEG_INFINITY]], &Device::Cpu).unwrap();
-        assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0).unwrap_err().position, 0);
+        assert_eq!(fault(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0)), 0);
     }
 }

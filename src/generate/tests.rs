@@ -197,17 +197,18 @@ fn draw(backbone: &Backbone, q: &Quantizer, prompt: &[u32], job: &Job, observe: 
 }
 
 fn job(cfg: f64, seed: u64) -> Job {
-    let sampling = Sampling { cfg, temperature: 1.0, top_k: Some(20), top_p: 0.9, refine: vec![] };
+    let sampling = Sampling { cfg, top_k: Some(20), top_p: 0.9, ..Sampling::default() };
     Job { prompt: String::new(), scales: schedule::nearest(1.0).prefix(5).to_vec(), sampling, seed }
 }
 
 #[test]
 fn the_loop_draws_what_the_masked_pass_says() {
     // Greedy codes must be the argmax of a teacher-forced pass over those very codes, guidance rows included.
-    for mode in [InputMode::Residual, InputMode::Cumulative] {
+    for (mode, until) in [(InputMode::Residual, None), (InputMode::Cumulative, None), (InputMode::Residual, Some(3))] {
         let (backbone, q) = model(mode);
         let mut job = job(3.0, 1);
         job.sampling.temperature = 0.0;
+        job.sampling.cfg_until = until;
         let prompt = [7u32, 8, 9, 10];
         let codes = draw(&backbone, &q, &prompt, &job, &mut |_| ControlFlow::Continue(())).unwrap();
         let rows: Vec<Tensor> = [&prompt[..], &[]]
@@ -221,7 +222,7 @@ fn the_loop_draws_what_the_masked_pass_says() {
             .collect();
         let mut start = 0;
         for (si, codes) in codes.iter().enumerate() {
-            let t = 3.0 * si as f64 / 4.0;
+            let t = if until.is_some_and(|n| si >= n) { 0.0 } else { 3.0 * si as f64 / 4.0 };
             let part = |r: &Tensor| r.narrow(1, start, codes.len()).unwrap().squeeze(0).unwrap();
             let logits = ((part(&rows[0]) * (1.0 + t)).unwrap() - (part(&rows[1]) * t).unwrap()).unwrap();
             assert_eq!(&logits.argmax(1).unwrap().to_vec1::<u32>().unwrap(), codes, "{mode:?} scale {si}");
@@ -257,12 +258,24 @@ fn a_seed_decides_everything_and_an_observer_may_stop() {
 }
 
 #[test]
+fn a_draft_is_the_beginning_of_the_image() {
+    let (backbone, q) = model(InputMode::Residual);
+    let mut job = job(3.0, 1);
+    let mut draw = |draft| {
+        job.sampling.draft = draft;
+        self::draw(&backbone, &q, &[7, 8], &job, &mut |_| ControlFlow::Continue(())).unwrap()
+    };
+    assert_eq!(draw(2), draw(0)[..3]);
+}
+
+#[test]
 fn weights_without_finite_numbers_end_the_run() {
     let (backbone, q) = model(InputMode::Residual);
     let broken = Tensor::full(f32::NAN, (1, 1, 64), &Device::Cpu).unwrap();
-    let logits = backbone.code_logits(&broken).unwrap().squeeze(0).unwrap();
-    let error = sampler::sample(&logits, &job(0.0, 1).sampling, 1, 0, 0).unwrap_err();
-    assert_eq!(non_finite(error, 0, (1, 1)).kind, Kind::NonFinite);
+    let sampling = job(0.0, 1).sampling;
+    let draw = Draw { sampling: &sampling, guidance: 0.0, seed: 1, scale: 0, pass: 0 };
+    let fault = sampler::sample(&backbone.code_logits(&broken).unwrap(), &draw, 0).unwrap_err();
+    assert_eq!(non_finite(fault, 0, (1, 1)).kind, Kind::NonFinite);
     assert_eq!(q.config().size, 40);
 }
 

@@ -27,7 +27,7 @@ pub fn sampling(passes: usize) -> Sampling {
         2 => (filter(1200, 0.8), vec![filter(1, 1.0)]),
         _ => (filter(1200, 0.8), vec![filter(100, 0.8), filter(1, 1.0)]),
     };
-    Sampling { cfg: 7.5, temperature: 1.0, top_k: first.top_k, top_p: first.top_p, refine }
+    Sampling { cfg: 7.5, top_k: first.top_k, top_p: first.top_p, refine, ..Sampling::default() }
 }
 
 /// The whole model, with one pass over a scale.
