@@ -71,12 +71,29 @@ impl std::error::Error for Error {}
 
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        Self::new(Kind::Failure, e.to_string())
+        let message = e.to_string();
+        if message.contains("OUT_OF_MEMORY") {
+            return Self::new(Kind::Memory, "the GPU has no memory left for this")
+                .hint("--quant q8_0, --quant q4_K, or a smaller --size; nextflow gen --dry-run tells what each takes");
+        }
+        Self::new(Kind::Failure, message)
     }
 }
 
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
         Self::new(Kind::Failure, e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_gpu_is_no_plain_failure() {
+        let full = candle_core::Error::Msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")".into());
+        assert_eq!(Error::from(full).exit_code(), 4);
+        assert_eq!(Error::from(candle_core::Error::Msg("shapes differ".into())).exit_code(), 1);
     }
 }

@@ -35,15 +35,25 @@ pub fn peak() -> Option<u64> {
 }
 
 /// Bytes that are free or can be freed; unknown but on Linux.
-pub fn available() -> Option<u64> {
+fn available() -> Option<u64> {
     proc_bytes("/proc/meminfo", "MemAvailable")
 }
 
-/// Refuses what the machine has no room for, as far as that is known.
+/// Bytes of a device's memory that are free, or can be; as far as that is known.
+pub fn free(device: &Device) -> Option<u64> {
+    match device {
+        Device::Cpu => available(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(gpu) => gpu.cuda_stream().context().mem_get_info().ok().map(|(free, _)| free as u64),
+        _ => None,
+    }
+}
+
+/// Refuses what a device has no room for, as far as that is known.
 ///
 /// Errors: [`Kind::Memory`], with `hint`.
 pub fn check(needed: u64, device: &Device, hint: &str) -> Result<()> {
-    match available().filter(|_| device.is_cpu()) {
+    match free(device) {
         Some(available) if available < needed => {
             let gb = |bytes: u64| bytes as f64 / 1e9;
             let message = format!("{:.1} GB of memory are needed, {:.1} GB are free", gb(needed), gb(available));

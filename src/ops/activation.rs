@@ -1,5 +1,7 @@
 //! Element-wise activations.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::cpu::erf::erf_f32;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -45,7 +47,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         bail!("swiglu: shapes {:?} and {:?} differ", gate.dims(), up.dims());
     }
-    match slice::fused(&[gate, up]) {
+    match slice::kernels(&[gate, up]) {
         true => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
         false => plain_swiglu(gate, up),
     }
@@ -173,6 +175,11 @@ impl CustomOp2 for SwiGlu {
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let y = map2(slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, |gate, up| gate * sigmoid(gate) * up);
         Ok((CpuStorage::F32(y), l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
+        super::cuda::swiglu((s1, l1), (s2, l2))
     }
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {

@@ -1,5 +1,7 @@
 //! Scaled dot-product attention with grouped keys and values.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -9,6 +11,8 @@ use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 /// Fewer query rows than this are not worth a task of their own; more keep too many weights at a time.
 const MIN_ROWS: usize = 16;
 const MAX_ROWS: usize = 256;
+/// Query rows at a time in the backward pass.
+const BACKWARD_ROWS: usize = 96;
 
 /// Which keys a query sees.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +43,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
         Mask::Causal if t > s => bail!("attention: {t} queries do not stand behind {s} keys"),
         _ => {}
     }
-    if !slice::fused(&[q, k, v]) {
+    if !slice::fused(&[q, k, v]) && !on_gpu(q, k, v, mask) {
         let kept = match mask {
             Mask::None => None,
             Mask::Causal => Some(causal(t, s, q.device())?),
@@ -55,6 +59,17 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
     q.contiguous()?.apply_op3(&heads_contiguous(k)?, &heads_contiguous(v)?, Attention { mask, causal, scale })
 }
 
+/// Whether there is a kernel for CUDA.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+fn on_gpu(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> bool {
+    #[cfg(feature = "cuda")]
+    return super::cuda::takes(&[q, k, v])
+        && !matches!(mask, Mask::Kept(_))
+        && q.dims().last().is_some_and(|d| super::cuda::HEAD_DIMS.contains(d));
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
 /// [`Mask::Causal`] as a mask.
 fn causal(t: usize, s: usize, device: &Device) -> Result<Tensor> {
     let keep = (0..t).flat_map(|i| (0..s).map(move |j| u8::from(j + t <= i + s)));
@@ -63,7 +78,9 @@ fn causal(t: usize, s: usize, device: &Device) -> Result<Tensor> {
 
 fn heads_contiguous(x: &Tensor) -> Result<Tensor> {
     let (dims, stride) = (x.dims(), x.stride());
-    let contiguous = (dims[3] == 1 || stride[3] == 1) && (dims[2] == 1 || stride[2] == dims[3]);
+    let heads = (dims[3] == 1 || stride[3] == 1) && (dims[2] == 1 || stride[2] == dims[3]);
+    // The kernel for CUDA takes no gaps between positions either.
+    let contiguous = heads && (x.device().is_cpu() || dims[1] == 1 || stride[1] == dims[2] * dims[3]);
     if contiguous { Ok(x.clone()) } else { x.contiguous() }
 }
 
@@ -107,8 +124,8 @@ enum Seen<'a> {
     All,
     /// So many more than the index of the query, and its own.
     Behind(usize),
-    /// By the mask's rows.
-    Kept(&'a [u8]),
+    /// By the mask's rows, of so many keys.
+    Kept(&'a [u8], usize),
 }
 
 /// The heads of queries, keys or values, (B, N, heads, D), with the last two dimensions contiguous.
@@ -133,16 +150,32 @@ impl<'a> Heads<'a> {
         let start = batch * self.batch_stride + first * self.stride + head * self.d;
         Matrix::strided(&self.data[start..], rows, self.d, self.stride)
     }
-
-    fn head(&self, batch: usize, head: usize) -> Matrix<'a> {
-        self.rows(batch, head, 0, self.n)
-    }
 }
 
 impl Attention {
     /// The mask's first row of a batch row of `t` queries: (T, S) is one for all.
     fn mask_row(&self, batch: usize, t: usize) -> usize {
         if self.mask.as_ref().is_some_and(|m| m.rank() == 3) { batch * t } else { 0 }
+    }
+
+    /// Of `t` queries over `s` keys, the keys that `rows` queries of a batch row from `first` on see: up to which, and
+    /// which of them.
+    fn seen<'a>(
+        &self,
+        mask: Option<&'a [u8]>,
+        batch: usize,
+        (first, rows): (usize, usize),
+        (t, s): (usize, usize),
+    ) -> (usize, Seen<'a>) {
+        let before = s.saturating_sub(t) + first;
+        match mask {
+            Some(mask) => {
+                let mask = &mask[(self.mask_row(batch, t) + first) * s..][..rows * s];
+                (last_kept(mask, s), Seen::Kept(mask, s))
+            }
+            None if self.causal => (before + rows, Seen::Behind(before)),
+            None => (s, Seen::All),
+        }
     }
 
     /// The weights of some queries of one head over its keys, into `p` (rows, S).
@@ -159,8 +192,8 @@ impl Attention {
                             softmax(row);
                             unseen.fill(0.0);
                         }
-                        Seen::Kept(mask) => {
-                            for (logit, &keep) in row.iter_mut().zip(&mask[i * s..]) {
+                        Seen::Kept(mask, keys) => {
+                            for (logit, &keep) in row.iter_mut().zip(&mask[i * keys..]) {
                                 *logit = if keep == 0 { f32::NEG_INFINITY } else { *logit };
                             }
                             softmax(row);
@@ -170,6 +203,12 @@ impl Attention {
             },
         );
     }
+}
+
+/// How many of `keys` there are up to the last one that any of the mask's rows keeps; one at least.
+fn last_kept(mask: &[u8], keys: usize) -> usize {
+    let last = |row: &[u8]| row.iter().rposition(|&keep| keep != 0).map_or(1, |last| last + 1);
+    mask.chunks_exact(keys).map(last).max().unwrap_or(1)
 }
 
 /// In place; a row of nothing but negative infinity becomes zeros.
@@ -221,12 +260,7 @@ impl CustomOp3 for Attention {
                     let (first, heads) = if t == 1 { (0, i * group..(i + 1) * group) } else { (i * rows, 0..h) };
                     let stride = heads.len() * d;
                     let rows = out.len() / stride;
-                    let before = s.saturating_sub(t) + first;
-                    let (keys, seen) = match mask {
-                        Some(m) => (s, Seen::Kept(&m[(self.mask_row(bi, t) + first) * s..])),
-                        None if self.causal => (before + rows, Seen::Behind(before)),
-                        None => (s, Seen::All),
-                    };
+                    let (keys, seen) = self.seen(mask, bi, (first, rows), (t, s));
                     let p = &mut p[..rows * keys];
                     for (j, head) in heads.enumerate() {
                         let (q, k) = (q.rows(bi, head, first, rows), k.rows(bi, head / group, 0, keys));
@@ -239,6 +273,19 @@ impl CustomOp3 for Attention {
             );
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        super::cuda::attention((s1, l1), (s2, l2), (s3, l3), (self.scale, self.causal))
     }
 
     fn bwd(
@@ -263,31 +310,33 @@ impl CustomOp3 for Attention {
         // Batch rows share nothing; where they are too few for all threads, the products split instead.
         let all = b < rayon::current_num_threads();
         let (row, key) = (h * d, kv * d);
+        let rows = t.min(BACKWARD_ROWS);
         let grads = dq.par_chunks_mut(t * row).zip(dk.par_chunks_mut(s * key)).zip(dv.par_chunks_mut(s * key));
         grads.enumerate().for_each_init(
-            || (vec![0f32; t * s], vec![0f32; t * s]),
+            || (vec![0f32; rows * s], vec![0f32; rows * s]),
             |(p, dp), (bi, ((dq, dk), dv))| {
-                let seen = match mask {
-                    Some(m) => Seen::Kept(&m[self.mask_row(bi, t) * s..]),
-                    None if self.causal => Seen::Behind(s - t),
-                    None => Seen::All,
-                };
-                for head in 0..h {
-                    let (q, dy) = (qs.head(bi, head), dys.head(bi, head));
-                    let (k, v) = (ks.head(bi, head / group), vs.head(bi, head / group));
-                    let at = head / group * d;
-                    self.weights(q, k, seen, p, (t, s), all);
-                    let dv = MatrixMut::strided(&mut dv[at..], s, d, key);
-                    gemm(dv, Into::Add, Matrix::new(p, t, s).t(), dy, 1.0, all);
-                    gemm(MatrixMut::new(dp, t, s), Into::Overwrite, dy, v.t(), 1.0, all);
-                    for (p, dp) in p.chunks_exact(s).zip(dp.chunks_exact_mut(s)) {
-                        let mean = slice::sum(p, dp, |p, dp| p * dp);
-                        dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - mean) * self.scale);
+                // A block of queries sees the keys up to the last of them at most.
+                for (first, dq) in (0..t).step_by(rows).zip(dq.chunks_mut(rows * row)) {
+                    let rows = dq.len() / row;
+                    let (keys, seen) = self.seen(mask, bi, (first, rows), (t, s));
+                    let (p, dp) = (&mut p[..rows * keys], &mut dp[..rows * keys]);
+                    for head in 0..h {
+                        let (q, dy) = (qs.rows(bi, head, first, rows), dys.rows(bi, head, first, rows));
+                        let (k, v) = (ks.rows(bi, head / group, 0, keys), vs.rows(bi, head / group, 0, keys));
+                        let at = head / group * d;
+                        self.weights(q, k, seen, p, (rows, keys), all);
+                        let dv = MatrixMut::strided(&mut dv[at..], keys, d, key);
+                        gemm(dv, Into::Add, Matrix::new(p, rows, keys).t(), dy, 1.0, all);
+                        gemm(MatrixMut::new(dp, rows, keys), Into::Overwrite, dy, v.t(), 1.0, all);
+                        for (p, dp) in p.chunks_exact(keys).zip(dp.chunks_exact_mut(keys)) {
+                            let mean = slice::sum(p, dp, |p, dp| p * dp);
+                            dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - mean) * self.scale);
+                        }
+                        let dlogits = Matrix::new(dp, rows, keys);
+                        let dq = MatrixMut::strided(&mut dq[head * d..], rows, d, row);
+                        gemm(dq, Into::Overwrite, dlogits, k, 1.0, all);
+                        gemm(MatrixMut::strided(&mut dk[at..], keys, d, key), Into::Add, dlogits.t(), q, 1.0, all);
                     }
-                    let dlogits = Matrix::new(dp, t, s);
-                    let dq = MatrixMut::strided(&mut dq[head * d..], t, d, row);
-                    gemm(dq, Into::Overwrite, dlogits, k, 1.0, all);
-                    gemm(MatrixMut::strided(&mut dk[at..], s, d, key), Into::Add, dlogits.t(), q, 1.0, all);
                 }
             },
         );

@@ -9,6 +9,8 @@ use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
 /// Floats of unfolded patches per thread: what bounds memory and stays near the caches.
 const PATCHES: usize = 1 << 20;
+/// Numbers of unfolded patches at a time where candle does it.
+const UNFOLDED: usize = 1 << 28;
 
 /// Convolves x (B, C, H, W) with w (O, C, K, K) and adds b (O), at `stride` and with zero padding of `[top, bottom,
 /// left, right]` pixels: (B, O, H', W'), of x's dtype.
@@ -33,11 +35,29 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding
 
 fn plain(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: [usize; 4]) -> Result<Tensor> {
     let [top, bottom, left, right] = padding;
-    let y = match padding == [top; 4] {
+    let (k, width) = (w.dim(2)?, x.dim(3)?);
+    let rows = UNFOLDED / (x.dim(0)? * x.dim(1)? * k * k * (width + left + right).div_ceil(stride)).max(1);
+    let y = match padding == [top; 4] && rows * stride >= x.dim(2)? {
         true => x.conv2d(w, top, stride, 1, 1)?,
-        false => x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?.conv2d(w, 0, stride, 1, 1)?,
+        false => in_strips(&x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?, w, stride, rows.max(1))?,
     };
     b.map_or(Ok(y.clone()), |b| y.broadcast_add(&b.reshape((1, (), 1, 1))?))
+}
+
+/// A convolution without padding, `rows` rows of the result at a time: candle unfolds all patches of an image at once, which
+/// at 1024 pixels are several gigabytes.
+fn in_strips(x: &Tensor, w: &Tensor, stride: usize, rows: usize) -> Result<Tensor> {
+    let k = w.dim(2)?;
+    let all = (x.dim(2)? - k) / stride + 1;
+    if rows >= all {
+        return x.conv2d(w, 0, stride, 1, 1);
+    }
+    let strip = |first: usize| {
+        let rows = rows.min(all - first);
+        x.narrow(2, first * stride, (rows - 1) * stride + k)?.contiguous()?.conv2d(w, 0, stride, 1, 1)
+    };
+    let strips: Vec<Tensor> = (0..all).step_by(rows).map(strip).collect::<Result<_>>()?;
+    Tensor::cat(&strips, 2)
 }
 
 struct Conv {
@@ -270,6 +290,14 @@ mod tests {
         let (x, w) = (random((1, 64, 40, 64), 1), random((3, 64, 3, 3), 2));
         for (stride, padding) in [(1, [1; 4]), (1, [3, 0, 0, 4]), (2, [0, 1, 0, 1])] {
             same(&[&x, &w], || conv2d(&x, &w, None, stride, padding), || plain(&x, &w, None, stride, padding));
+        }
+    }
+
+    #[test]
+    fn strips_are_the_whole() {
+        let (x, w) = (random((2, 5, 23, 9), 1), random((4, 5, 3, 3), 2));
+        for (stride, rows) in [(1, 1), (1, 6), (2, 4), (2, 100)] {
+            same(&[&x, &w], || in_strips(&x, &w, stride, rows), || x.conv2d(&w, 0, stride, 1, 1));
         }
     }
 

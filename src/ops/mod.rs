@@ -1,7 +1,8 @@
 //! The network's kernels: fused, multi-threaded f32 on the CPU, each with its backward pass.
 //!
 //! Every function takes any device and dtype. On the CPU in f32 it runs as one candle custom op that borrows its
-//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. Elsewhere it is the plain
+//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. With `--features cuda` what
+//! counts there has kernels for bf16, forward only. Elsewhere it is the plain
 //! composition of candle's own differentiable operations, with softmax, norms and losses in f32; the tests hold the
 //! kernels to that composition, values and gradients.
 
@@ -16,6 +17,8 @@ mod blocks;
 mod check;
 mod columns;
 mod conv;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod exp;
 mod few;
 mod group_norm;
@@ -33,6 +36,8 @@ pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention};
 pub use blocks::{dequantise, quantise};
 pub use conv::conv2d;
+#[cfg(feature = "cuda")]
+pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_rows};

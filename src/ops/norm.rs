@@ -1,5 +1,7 @@
 //! Normalisation over the last dimension.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -13,7 +15,7 @@ const ROWS: usize = 64;
 /// Errors when `w` does not fit.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
     check("rms_norm", x, w)?;
-    match slice::fused(&[x, w]) {
+    match slice::kernels(&[x, w]) {
         true => x.contiguous()?.apply_op2(&w.contiguous()?, RmsNorm { eps }),
         false => plain_rms(x, w, eps),
     }
@@ -121,6 +123,11 @@ impl CustomOp2 for RmsNorm {
             }
         });
         Ok((CpuStorage::F32(y), l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
+        super::cuda::rms_norm((s1, l1), (s2, l2), self.eps)
     }
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {

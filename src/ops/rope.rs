@@ -1,5 +1,7 @@
 //! Rotary position embedding.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -15,7 +17,8 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if d % 2 != 0 || !fits(cos.dims()) || sin.dims() != cos.dims() {
         bail!("rope: {:?} does not fit angles {:?} and {:?}", x.dims(), cos.dims(), sin.dims());
     }
-    match slice::fused(&[x, cos, sin]) {
+    let angles = [cos, sin].iter().all(|t| t.dtype() == DType::F32);
+    match angles && slice::kernels(&[x]) {
         true => x.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, Rope),
         false => plain(x, cos, sin),
     }
@@ -73,6 +76,19 @@ impl CustomOp3 for Rope {
         let (_, _, heads, d) = l1.shape().dims4()?;
         let (x, cos, sin) = (slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, slice::contiguous(s3, l3)?);
         Ok((CpuStorage::F32(rotate(x, heads, d, cos, sin, 1.0)), l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        super::cuda::rope((s1, l1), (s2, l2), (s3, l3))
     }
 
     fn bwd(

@@ -8,6 +8,15 @@ pub(super) fn fused(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && t.elem_count() > 0)
 }
 
+/// Whether there are kernels for these operands: as [`fused`], or for CUDA.
+pub(super) fn kernels(tensors: &[&Tensor]) -> bool {
+    #[cfg(feature = "cuda")]
+    if super::cuda::takes(tensors) {
+        return true;
+    }
+    fused(tensors)
+}
+
 /// The elements of a contiguous operand.
 pub(super) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {

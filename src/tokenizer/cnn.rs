@@ -1,6 +1,6 @@
 //! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Init, Weights};
@@ -62,6 +62,10 @@ impl Conv {
     fn load_with(w: &Weights, from: usize, to: usize, kernel: usize, init: Init) -> Result<Self> {
         let weight = w.get((to, from, kernel, kernel), "weight", init)?;
         Ok(Self { weight, bias: w.get(to, "bias", Init::Zeros)? })
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.weight.dtype()
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {

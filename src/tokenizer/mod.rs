@@ -10,7 +10,7 @@ mod semantic_decoder;
 mod tests;
 mod vit;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 pub use cnn::CnnConfig;
@@ -97,6 +97,8 @@ impl ImageTokenizer {
             VitLayout::Clip => semantic,
             VitLayout::Siglip | VitLayout::Naflex => semantic.pp("vision_model"),
         };
+        // Eight bits a colour need no f32: on a GPU pixels come from bf16. What is quantised is f32 everywhere.
+        let pixels = if w.device().is_cuda() { w.with_dtype(DType::BF16) } else { w.clone() };
         // Statistics and a loss's constants, left over from training.
         let unused = w.unused();
         unused.pp("quantize").get(4 * codes.size, "codebook_used", Init::Zeros)?;
@@ -110,8 +112,13 @@ impl ImageTokenizer {
             encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
             quant_conv: cnn::Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
             quantizer: Quantizer::load(&w.pp("quantize"), codes)?,
-            post_quant_conv: cnn::Conv::load(&w.pp("post_quant_conv"), codes.pixel_dim, config.decoder.z_channels, 1)?,
-            decoder: cnn::Decoder::load(&w.pp("decoder"), &config.decoder)?,
+            post_quant_conv: cnn::Conv::load(
+                &pixels.pp("post_quant_conv"),
+                codes.pixel_dim,
+                config.decoder.z_channels,
+                1,
+            )?,
+            decoder: cnn::Decoder::load(&pixels.pp("decoder"), &config.decoder)?,
             semantic_decoder: SemanticDecoder::load(
                 &w.pp("decoder_vqkd"),
                 &config.semantic,
@@ -192,7 +199,8 @@ impl ImageTokenizer {
     pub fn decode_features(&self, f: &Tensor) -> Result<Tensor> {
         let codes = &self.config.codebook;
         let pixel = f.narrow(3, codes.semantic_dim, codes.pixel_dim)?.permute((0, 3, 1, 2))?.contiguous()?;
-        let image = self.decoder.forward(&self.post_quant_conv.forward(&pixel)?)?;
+        let pixel = pixel.to_dtype(self.post_quant_conv.dtype())?;
+        let image = self.decoder.forward(&self.post_quant_conv.forward(&pixel)?)?.to_dtype(f.dtype())?;
         let Some(side) = self.config.image_size else { return Ok(image) };
         GridResampling::bicubic((image.dim(2)?, image.dim(3)?), (side, side)).channels_first(&image)
     }

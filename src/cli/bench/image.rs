@@ -31,13 +31,31 @@ struct Report {
     tokens_per_second: f64,
     /// f32 matrix product, as measured here.
     peak_gflops: f64,
-    /// Reading of memory, as measured here; nothing is known of a GPU's.
-    read_gbytes_per_second: Option<f64>,
+    /// Reading of memory, as measured here.
+    read_gbytes_per_second: f64,
     floor_seconds: f64,
     /// Of the time of prompt and scales.
     share_of_floor: f64,
     forecast_bytes: u64,
+    /// Of the process, or of a GPU's memory.
     peak_bytes: Option<u64>,
+    /// How much more memory is taken behind the last image than behind the second one.
+    growth_bytes: Option<i64>,
+}
+
+/// How one image went.
+#[derive(Clone)]
+struct Image {
+    /// Of the prompt, every scale, and the pixels.
+    seconds: Vec<f64>,
+    /// Bytes of memory that were free before the model was loaded.
+    taken: Option<u64>,
+}
+
+impl Image {
+    fn total(&self) -> f64 {
+        self.seconds.iter().sum()
+    }
 }
 
 /// The prompt, or a scale with all its passes.
@@ -54,14 +72,16 @@ struct Part {
 /// Draws one image of a shape.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let device = device::parse(&args.device)?;
-    let config = config(args.synthetic)?;
+    let mut config = config(args.synthetic)?;
+    config.sampling.cfg_until = args.cfg_until;
+    config.sampling.draft = args.draft;
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     let (dtype, blocks) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let needed = cost::synthetic_memory(&config, dtype, blocks, &scales, &config.sampling)?;
     memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
     let stop = terminal::interrupts()?;
 
-    let started = Instant::now();
+    let (started, started_free) = (Instant::now(), memory::free(&device));
     let weights = Weights::synthetic(dtype, &device).with_matrices(blocks);
     let backbone = Backbone::load(&weights, &config.backbone)?;
     let tokenizer = ImageTokenizer::load(&Weights::synthetic(DType::F32, &device), &config.tokenizer)?;
@@ -69,21 +89,33 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 
     let job = Job { prompt: String::new(), scales: scales.clone(), sampling: config.sampling.clone(), seed: 0 };
     let prefixes = prefixes(&config, args.prompt.unwrap_or(16));
-    let mut marks = vec![Instant::now()];
     let rows = [&prefixes[0], &prefixes[1]];
-    let codes = draw_behind(&backbone, tokenizer.quantizer(), rows, &job, &mut |event| {
-        if !matches!(event, Event::Decode) {
-            marks.push(Instant::now());
-        }
-        stop.check()
-    })?;
-    let drawn = Instant::now();
-    pixels::to_image(&tokenizer.decode(&codes, &scales)?)?;
-    let decode = drawn.elapsed();
-    let peak_bytes = memory::peak();
+    let mut images = Vec::new();
+    for _ in 0..args.images {
+        let mut marks = vec![Instant::now()];
+        let codes = draw_behind(&backbone, tokenizer.quantizer(), rows, &job, &mut |event| {
+            if !matches!(event, Event::Decode) {
+                marks.push(Instant::now());
+            }
+            stop.check()
+        })?;
+        pixels::to_image(&tokenizer.decode(&codes, &scales)?)?;
+        marks.push(Instant::now());
+        let taken = started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));
+        images.push(Image { seconds: marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect(), taken });
+    }
+    let peak_bytes = if device.is_cpu() { memory::peak() } else { images.iter().filter_map(|i| i.taken).max() };
+    let growth_bytes = match (images.get(1).and_then(|i| i.taken), images.last().and_then(|i| i.taken)) {
+        (Some(early), Some(late)) if images.len() > 2 => Some(late as i64 - early as i64),
+        _ => None,
+    };
+    // The first one of several warms up.
+    let warm = if images.len() > 1 { &mut images[1..] } else { &mut images[..] };
+    warm.sort_by(|a, b| a.total().total_cmp(&b.total()));
+    let Image { mut seconds, .. } = warm[warm.len() / 2].clone();
+    let decode_seconds = seconds.pop().unwrap_or(0.0);
 
     let machine = Machine::measure(&device, dtype)?;
-    let seconds: Vec<f64> = marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect();
     let parts = parts(&config, &scales, &prefixes, &seconds, &machine, needed.transformer);
     let sum = |f: fn(&Part) -> f64| parts.iter().map(f).sum::<f64>();
     let (spent, floor) = (sum(|p| p.seconds), sum(|p| p.floor_seconds));
@@ -93,15 +125,16 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         parameters: config.backbone.parameters() as u64,
         weight_bytes: needed.transformer,
         load_seconds,
-        decode_seconds: decode.as_secs_f64(),
-        image_seconds: spent + decode.as_secs_f64(),
+        decode_seconds,
+        image_seconds: spent + decode_seconds,
         tokens_per_second: parts.iter().map(|p| p.tokens).sum::<usize>() as f64 / spent,
         peak_gflops: machine.flops / 1e9,
-        read_gbytes_per_second: machine.bandwidth.map(|b| b / 1e9),
+        read_gbytes_per_second: machine.bandwidth / 1e9,
         floor_seconds: floor,
         share_of_floor: floor / spent,
         forecast_bytes: needed.peak(),
         peak_bytes,
+        growth_bytes,
         parts,
     };
     let _ = match args.json {
@@ -143,11 +176,13 @@ fn parts(
     weights: u64,
 ) -> Vec<Part> {
     let c = &config.backbone;
-    let rows = if config.sampling.cfg > 0.0 { 2 } else { 1 };
+    let guided = config.sampling.guided(scales.len());
+    let rows = if guided > 0 { 2 } else { 1 };
     let read: Vec<usize> = prefixes[..rows].iter().map(|p| p.ids.len()).collect();
     let prompt_floor = read.iter().map(|&n| machine.floor(cost::flops(c, 1, n, 0, 0), weights)).sum();
     let (mut seen, mut parts) = (read[0], Vec::new());
-    for (si, &(h, w)) in scales.iter().enumerate() {
+    for (si, &(h, w)) in scales[..scales.len().saturating_sub(config.sampling.draft)].iter().enumerate() {
+        let rows = if si < guided { 2 } else { 1 };
         let passes = config.sampling.passes(si);
         // The last token of the prompt predicts the first code.
         let (tokens, name) = if si == 0 { (0, "1x1".into()) } else { (h * w, format!("{h}x{w}")) };
@@ -185,7 +220,7 @@ impl Report {
             let _ = writeln!(text, "{name:<10} {passes:>6} {tokens:>7} {ms:>10.1} {speed:>10} {floor:>10.1}");
         }
         let _ = writeln!(text, "{:<10} {:>25.1}\n", "pixels", 1e3 * self.decode_seconds);
-        let read = self.read_gbytes_per_second.map_or(String::new(), |b| format!(" and reads {b:.1} GB/s"));
+        let read = format!(" and reads {:.1} GB/s", self.read_gbytes_per_second);
         let _ = writeln!(
             text,
             "image {:.2} s · {:.1} tokens/s · {:.0}% of the floor ({:.2} s; this machine computes {:.0} GFLOP/s{read})",
@@ -196,7 +231,8 @@ impl Report {
             self.peak_gflops,
         );
         let peak = self.peak_bytes.map_or("unknown".into(), gb);
-        let _ = writeln!(text, "peak memory {peak}, forecast {}", gb(self.forecast_bytes));
+        let growth = self.growth_bytes.map_or(String::new(), |b| format!(", growth {:+.1} MB", b as f64 / 1e6));
+        let _ = writeln!(text, "peak memory {peak}, forecast {}{growth}", gb(self.forecast_bytes));
         text
     }
 }

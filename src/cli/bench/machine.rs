@@ -11,23 +11,30 @@ use crate::ops;
 pub struct Machine {
     /// Floating-point operations a second of a large matrix product.
     pub flops: f64,
-    /// Bytes a second of reading memory; unknown of a GPU's.
-    pub bandwidth: Option<f64>,
+    /// Bytes a second of reading memory, or of copying a GPU's.
+    pub bandwidth: f64,
 }
 
 impl Machine {
     /// Takes about a second.
     pub fn measure(device: &Device, dtype: DType) -> Result<Self> {
-        const SIDE: usize = 2048;
-        let random = || Tensor::randn(0f32, 1.0, (SIDE, SIDE), device)?.to_dtype(dtype);
+        // Large enough for all of a GPU, and a second's work for a CPU.
+        let side = if device.is_cpu() { 2048 } else { 8192 };
+        let random = || Tensor::randn(0f32, 1.0, (side, side), device)?.to_dtype(dtype);
         let (x, w) = (random()?, random()?);
         let product = || -> Result<()> {
             ops::linear(&x, &w, None)?;
             Ok(device.synchronize()?)
         };
-        let flops = 2.0 * (SIDE as f64).powi(3) / best(product)?.as_secs_f64();
+        let flops = 2.0 * (side as f64).powi(3) / best(product)?.as_secs_f64();
         if !device.is_cpu() {
-            return Ok(Self { flops, bandwidth: None });
+            let numbers = Tensor::zeros(1 << 28, DType::F32, device)?;
+            let copy = || -> Result<()> {
+                numbers.copy()?;
+                Ok(device.synchronize()?)
+            };
+            let bandwidth = (2 * 4 * numbers.elem_count()) as f64 / best(copy)?.as_secs_f64();
+            return Ok(Self { flops, bandwidth });
         }
         use rayon::prelude::*;
         let numbers = vec![1u64; 1 << 25];
@@ -38,13 +45,12 @@ impl Machine {
             Ok(())
         };
         let bandwidth = (numbers.len() * 8) as f64 / best(sum)?.as_secs_f64();
-        Ok(Self { flops, bandwidth: Some(bandwidth) })
+        Ok(Self { flops, bandwidth })
     }
 
     /// The shortest time of a pass: its arithmetic, or reading the weights.
     pub fn floor(&self, flops: f64, weights: u64) -> f64 {
-        let read = self.bandwidth.map_or(0.0, |bandwidth| weights as f64 / bandwidth);
-        (flops / self.flops).max(read)
+        (flops / self.flops).max(weights as f64 / self.bandwidth)
     }
 }
 

@@ -50,6 +50,15 @@ pub struct BenchArgs {
     /// Text tokens of the prompt [default: 16, 512 for Qwen2.5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub prompt: Option<u32>,
+    /// Images in a row: of several the first warms up, and the median of the others is told
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub images: u32,
+    /// Guide the first N scales only [default: all]
+    #[arg(long, value_name = "N")]
+    pub cfg_until: Option<usize>,
+    /// Leave out the last N scales
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub draft: usize,
     /// Words that Qwen2.5 answers
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub words: u32,

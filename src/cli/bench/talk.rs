@@ -29,7 +29,7 @@ struct Report {
     /// f32 matrix product, as measured here.
     peak_gflops: f64,
     /// Reading of memory, as measured here; nothing is known of a GPU's.
-    read_gbytes_per_second: Option<f64>,
+    read_gbytes_per_second: f64,
     forecast_bytes: u64,
     peak_bytes: Option<u64>,
 }
@@ -127,7 +127,7 @@ pub(super) fn run(
         load_seconds,
         parts: parts.collect(),
         peak_gflops: machine.flops / 1e9,
-        read_gbytes_per_second: machine.bandwidth.map(|b| b / 1e9),
+        read_gbytes_per_second: machine.bandwidth / 1e9,
         forecast_bytes: forecast.peak(),
         peak_bytes,
     };
@@ -176,7 +176,7 @@ impl Report {
             let (ms, floor) = (1e3 * seconds, 1e3 * floor_seconds);
             let _ = writeln!(text, "{name:<8} {tokens:>7} {ms:>10.1} {speed:>10.1} {floor:>10.1} {share:>8.0}%");
         }
-        let read = self.read_gbytes_per_second.map_or(String::new(), |b| format!(" and reads {b:.1} GB/s"));
+        let read = format!(" and reads {:.1} GB/s", self.read_gbytes_per_second);
         let _ = writeln!(text, "\nthis machine computes {:.0} GFLOP/s{read}", self.peak_gflops);
         let peak = self.peak_bytes.map_or("unknown".into(), gb);
         let _ = writeln!(text, "peak memory {peak}, forecast {}", gb(self.forecast_bytes));

@@ -1,0 +1,42 @@
+//! Compiles the CUDA kernels to PTX with `--features cuda`; other builds need nothing of it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const KERNELS: [&str; 3] = ["attention", "step", "sample"];
+/// PTX for this architecture runs on it and on all later ones: the driver compiles it for the GPU that is there.
+const ARCHITECTURE: &str = "compute_80";
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    println!("cargo::rerun-if-changed=src/ops/cuda");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let nvcc = nvcc();
+    for kernel in KERNELS {
+        let source = Path::new("src/ops/cuda").join(kernel).with_extension("cu");
+        let ptx = out.join(kernel).with_extension("ptx");
+        let mut command = Command::new(&nvcc);
+        command.args(["--ptx", "-O3", "-std=c++17", "-arch", ARCHITECTURE, "-o"]).arg(&ptx).arg(&source);
+        match command.status() {
+            Ok(status) if status.success() => {}
+            Ok(status) => panic!("{} failed on {}: {status}", nvcc.display(), source.display()),
+            Err(error) => panic!("{}: {error}. Install the CUDA toolkit, or set CUDA_HOME to it", nvcc.display()),
+        }
+    }
+}
+
+/// The compiler: as told, of the toolkit that is told, or on the path.
+fn nvcc() -> PathBuf {
+    if let Some(nvcc) = std::env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
+    let told = homes.map(|home| Path::new(&home).join("bin/nvcc")).find(|nvcc| nvcc.exists());
+    told.unwrap_or_else(|| "nvcc".into())
+}

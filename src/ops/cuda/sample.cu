@@ -1,0 +1,191 @@
+// Draws codes from logits where they are, as `generate::sampler` does: guidance, temperature, top-k, top-p, and a draw
+// by a given number of (0, 1). One block per row.
+
+#include "ptx.cuh"
+
+constexpr int THREADS = 256;
+// The most candidates that are kept, by far more than top-k: ties with the k-th stay.
+constexpr int MOST = 2048;
+constexpr int ITEMS = MOST / THREADS;
+
+using Key = unsigned long long;
+
+// A number of the same order, and back.
+__device__ inline unsigned ordered(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ inline float unordered(unsigned x) { return __uint_as_float(x >> 31 ? x & ~(1u << 31) : ~x); }
+
+// The likeliest has the largest key, and of equals the one of the lowest index.
+__device__ inline Key key(float logit, int index) { return Key(ordered(logit)) << 32 | ~unsigned(index); }
+__device__ inline float logit_of(Key key) { return unordered(unsigned(key >> 32)); }
+__device__ inline unsigned index_of(Key key) { return ~unsigned(key); }
+
+// The sum over the threads before this one; `total` is that over all.
+template <class T> __device__ T sum_before(T value, T &total) {
+  __shared__ T warps[THREADS / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  T upto = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(ALL_LANES, upto, step);
+    if (lane >= step) upto += other;
+  }
+  if (lane == 31) warps[warp] = upto;
+  __syncthreads();
+  T before = __shfl_up_sync(ALL_LANES, upto, 1), earlier = 0;
+  if (lane == 0) before = 0;
+  total = 0;
+  for (int i = 0; i < THREADS / 32; i++) {
+    if (i == warp) earlier = total;
+    total += warps[i];
+  }
+  __syncthreads();
+  return earlier + before;
+}
+
+// The largest key of all threads, for all of them; once per launch.
+__device__ inline Key largest(Key mine) {
+  __shared__ Key warps[THREADS / 32];
+  for (int step = 16; step > 0; step /= 2) mine = max(mine, __shfl_xor_sync(ALL_LANES, mine, step));
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  __syncthreads();
+  for (int i = 0; i < THREADS / 32; i++) mine = max(mine, warps[i]);
+  return mine;
+}
+
+// The k-th largest, k from 1, of the numbers that `logit` gives: eight bits at a time, from the highest.
+template <class Logit> __device__ float select(Logit logit, int columns, int k) {
+  __shared__ int counts[256], bin, rank;
+  static_assert(THREADS == 256, "a thread takes a bin");
+  unsigned found = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    counts[threadIdx.x] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < columns; i += THREADS) {
+      const unsigned number = ordered(logit(i));
+      if (Key(number ^ found) >> (shift + 8) == 0) atomicAdd(&counts[number >> shift & 255], 1);
+    }
+    __syncthreads();
+    const int mine = 255 - threadIdx.x, count = counts[mine];
+    int all;
+    const int before = sum_before(count, all);
+    if (before < k && k <= before + count) bin = mine, rank = k - before;
+    __syncthreads();
+    found |= unsigned(bin) << shift;
+    k = rank;
+  }
+  return unordered(found);
+}
+
+// Sorts keys, of which `count` are there and the rest up to a power of two is room, from the largest on.
+__device__ inline void sort(Key *keys, int count) {
+  int size = 2;
+  while (size < count) size *= 2;
+  for (int i = count + threadIdx.x; i < size; i += THREADS) keys[i] = 0;
+  __syncthreads();
+  for (int width = 2; width <= size; width *= 2) {
+    for (int step = width / 2; step > 0; step /= 2) {
+      for (int i = threadIdx.x; i < size / 2; i += THREADS) {
+        const int low = 2 * i - (i & (step - 1)), high = low + step;
+        const Key a = keys[low], b = keys[high];
+        if ((a < b) == ((low & width) == 0)) keys[low] = b, keys[high] = a;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Logits (positions, columns). Unless guidance is 0, they become (1 + guidance) conditional - guidance unconditional.
+// top_k is at most 1024. Where a row has a NaN or no finite logit, `bad` becomes the lowest such position.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sample_bf16(const bf16 *conditional, const bf16 *unconditional, const double *uniforms, unsigned *codes,
+                unsigned *bad, int columns, float guidance, float temperature, int top_k, float top_p) {
+  __shared__ Key keys[MOST];
+  __shared__ int cut, drawn;
+  const int position = blockIdx.x;
+  conditional += size_t(blockIdx.x) * columns;
+  const bool alone = guidance == 0.0f;
+  if (!alone) unconditional += size_t(blockIdx.x) * columns;
+  // Rounded after every operation, as it is on the CPU.
+  const auto guided = [=](int i) {
+    const float c = __bfloat162float(conditional[i]);
+    if (alone) return c;
+    return __fsub_rn(__fmul_rn(1.0f + guidance, c), __fmul_rn(guidance, __bfloat162float(unconditional[i])));
+  };
+
+  const bool greedy = temperature == 0.0f || top_k == 1;
+  bool nan = false, finite = false;
+  Key best = 0;
+  for (int i = threadIdx.x; i < columns; i += THREADS) {
+    const float logit = guided(i);
+    nan |= isnan(logit);
+    finite |= isfinite(logit);
+    // The sum makes zeros equal, whatever their sign.
+    best = max(best, key(logit + 0.0f, i));
+  }
+  nan = __syncthreads_or(nan);
+  finite = __syncthreads_or(finite);
+  if (nan || !finite) {
+    if (threadIdx.x == 0) atomicMin(bad, unsigned(position)), codes[position] = 0;
+    return;
+  }
+  if (greedy) {
+    best = largest(best);
+    if (threadIdx.x == 0) codes[position] = index_of(best);
+    return;
+  }
+
+  const auto logit = [=](int i) { return guided(i) / temperature; };
+  const float threshold = select(logit, columns, min(min(top_k, columns), MOST / 2));
+  // Each thread gathers from columns in a row, so that when there is no room for all ties the first ones get it.
+  const int span = (columns + THREADS - 1) / THREADS, from = threadIdx.x * span, to = min(from + span, columns);
+  int above = 0, equal = 0, all_above, all_equal;
+  for (int i = from; i < to; i++) above += logit(i) > threshold, equal += logit(i) == threshold;
+  above = sum_before(above, all_above);
+  equal = sum_before(equal, all_equal) + all_above;
+  for (int i = from; i < to; i++) {
+    const float x = logit(i);
+    if (x > threshold) keys[above++] = key(x, i);
+    if (x == threshold && equal < MOST) keys[equal++] = key(x, i);
+  }
+  int count = min(all_above + all_equal, MOST);
+  if (threadIdx.x == 0) cut = drawn = count;
+  sort(keys, count);
+
+  // Unnormalised probabilities, a few in a row to a thread.
+  const int share = (count + THREADS - 1) / THREADS, start = threadIdx.x * share;
+  double p[ITEMS], mine = 0.0, total;
+#pragma unroll
+  for (int j = 0; j < ITEMS; j++) {
+    p[j] = j < share && start + j < count ? exp(double(logit_of(keys[start + j]) - logit_of(keys[0]))) : 0.0;
+    mine += p[j];
+  }
+  double before = sum_before(mine, total);
+  if (top_p < 1.0f) {
+    const double limit = double(top_p) * total;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+      if (j < share && start + j < count && !(before <= limit)) atomicMin(&cut, start + j);
+      before += p[j];
+    }
+    __syncthreads();
+    count = max(cut, 1);
+    mine = 0.0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+      if (start + j >= count) p[j] = 0.0;
+      mine += p[j];
+    }
+    before = sum_before(mine, total);
+  }
+  const double mark = uniforms[position] * total;
+#pragma unroll
+  for (int j = 0; j < ITEMS; j++) {
+    before += p[j];
+    if (j < share && start + j < count && before >= mark) atomicMin(&drawn, start + j);
+  }
+  __syncthreads();
+  // Rounding can leave a crumb behind the last one.
+  if (threadIdx.x == 0) codes[position] = index_of(keys[min(drawn, count - 1)]);
+}

@@ -1,0 +1,144 @@
+//! Against the CPU in f32, where there is a GPU: `cargo test --release --features cuda --lib on_a_gpu -- --ignored`.
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+
+use super::super::check::random;
+use super::super::{Mask, attention, conv2d, group_norm, rms_norm, rope, swiglu};
+use crate::backbone::presets::QWEN2_5_VL_7B;
+use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Position, Rope, Step, rope as positions};
+use crate::checkpoint::Weights;
+use crate::generate::Sampling;
+use crate::generate::sampler::{self, Draw};
+
+/// The same numbers, all of them bf16: in f32 for the CPU, and on the GPU.
+fn both(shape: impl Into<Shape>, seed: u64) -> Result<[Tensor; 2]> {
+    let gpu = Device::new_cuda(0)?;
+    let half = random(shape, seed).to_dtype(DType::BF16)?;
+    Ok([half.to_dtype(DType::F32)?, half.to_device(&gpu)?])
+}
+
+/// Fails unless the largest difference is below a hundredth of the largest value.
+#[track_caller]
+fn close(what: &str, gpu: &Tensor, cpu: &Tensor) -> Result<()> {
+    let gpu = gpu.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    assert_eq!(gpu.dims(), cpu.dims(), "{what}");
+    let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    let (error, scale) = (largest(&(gpu - cpu)?)?, largest(cpu)?);
+    eprintln!("{what}: {:.1e}", error / scale);
+    assert!(error < 1e-2 * scale, "{what}: off by {error} of {scale}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_norms_and_activations() -> Result<()> {
+    for (rows, hidden) in [(1, 64), (5, 3584), (300, 896)] {
+        let ([x, gx], [w, gw]) = (both((rows, hidden), 1)?, both(hidden, 2)?);
+        close(&format!("rms_norm {rows}x{hidden}"), &rms_norm(&gx, &gw, 1e-6)?, &rms_norm(&x, &w, 1e-6)?)?;
+        let [up, gup] = both((rows, hidden), 3)?;
+        close(&format!("swiglu {rows}x{hidden}"), &swiglu(&gx, &gup)?, &swiglu(&x, &up)?)?;
+    }
+    for (b, c, h, w, groups) in [(1, 64, 16, 24, 16), (2, 32, 8, 8, 32), (1, 256, 128, 128, 32)] {
+        let ([x, gx], [scale, gscale], [shift, gshift]) = (both((b, c, h, w), 4)?, both(c, 5)?, both(c, 6)?);
+        for silu in [false, true] {
+            let got = group_norm(&gx, &gscale, &gshift, groups, 1e-6, silu)?;
+            close(&format!("group_norm {c}x{h}x{w}"), &got, &group_norm(&x, &scale, &shift, groups, 1e-6, silu)?)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_rotations() -> Result<()> {
+    for (b, t, heads, d) in [(1, 1, 4, 32), (2, 70, 28, 128)] {
+        let [x, gx] = both((b, t, heads, d), 1)?;
+        let angles = random((b, t, d / 2), 2);
+        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        let moved = |t: &Tensor| t.to_device(gx.device());
+        close(&format!("rope {d}"), &rope(&gx, &moved(&cos)?, &moved(&sin)?)?, &rope(&x, &cos, &sin)?)?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_attention() -> Result<()> {
+    for (heads, kv, d) in [(8, 2, 32), (14, 2, 64), (28, 4, 128), (4, 4, 128)] {
+        for (b, t, s) in [(1, 1, 1), (2, 1, 300), (1, 64, 64), (2, 100, 333), (1, 700, 700)] {
+            let [q, gq] = both((b, t, heads, d), 1)?;
+            let ([k, gk], [v, gv]) = (both((b, s + 9, kv, d), 2)?, both((b, s + 9, kv, d), 3)?);
+            // A view of a cache that has more room.
+            let view = |x: &Tensor| x.narrow(1, 0, s);
+            for mask in [Mask::None, Mask::Causal] {
+                let scale = (d as f32).powf(-0.5);
+                let got = attention(&gq, &view(&gk)?, &view(&gv)?, mask, scale)?;
+                let want = attention(&q, &view(&k)?, &view(&v)?, mask, scale)?;
+                close(&format!("attention {d}, {t} over {s}, {mask:?}"), &got, &want)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_convolutions() -> Result<()> {
+    let ([x, gx], [w, gw], [b, gb]) = (both((1, 64, 100, 72), 1)?, both((32, 64, 3, 3), 2)?, both(32, 3)?);
+    close("conv2d", &conv2d(&gx, &gw, Some(&gb), 1, [1; 4])?, &conv2d(&x, &w, Some(&b), 1, [1; 4])?)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_codes_are_those_of_the_cpu() -> Result<()> {
+    let (tokens, columns) = (300, 32768);
+    let [logits, glogits] = both((2, tokens, columns), 1)?;
+    for (temperature, top_k, top_p) in
+        [(0.0, None, 1.0), (1.0, Some(600), 0.95), (0.7, Some(50), 1.0), (1.3, Some(1), 0.9)]
+    {
+        let sampling = Sampling { temperature, top_k, top_p, ..Sampling::default() };
+        for guidance in [0.0, 2.5] {
+            let draw = Draw { sampling: &sampling, guidance, seed: 7, scale: 3, pass: 0 };
+            let codes = |logits: &Tensor| sampler::sample(logits, &draw, 11).expect("finite logits");
+            let (got, want) = (codes(&glogits), codes(&logits));
+            let same = got.iter().zip(&want).filter(|(a, b)| a == b).count();
+            eprintln!("temperature {temperature}, top-k {top_k:?}, guidance {guidance}: {same} of {tokens} codes");
+            // Where rounding decides between two codes, either is right.
+            assert!(same * 100 >= tokens * 99, "{same} of {tokens}");
+        }
+    }
+    let broken = Tensor::full(f32::NAN, (1, 3, 64), glogits.device())?.to_dtype(DType::BF16)?;
+    let sampling = Sampling { top_k: Some(5), ..Sampling::default() };
+    let draw = Draw { sampling: &sampling, guidance: 0.0, seed: 1, scale: 0, pass: 0 };
+    assert!(matches!(sampler::sample(&broken, &draw, 4), Err(sampler::Fault::NonFinite { position: 4 })));
+    Ok(())
+}
+
+/// Hidden states behind every layer of the 7B shape: a prompt, and a scale behind it.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_layers_of_the_7b_shape() -> Result<()> {
+    let gpu = Device::new_cuda(0)?;
+    for layers in 1..=4 {
+        let config = BackboneConfig { vocab_size: 64, num_hidden_layers: layers, ..QWEN2_5_VL_7B };
+        let (prompt, grid) = (20, (16, 16));
+        let text: Vec<Position> = (0..prompt).map(positions::text_position).collect();
+        let scale: Vec<Position> = positions::grid_positions(prompt, grid, 64.0).collect();
+        let hidden = |device: &Device, dtype: DType| -> Result<Vec<Tensor>> {
+            let backbone = Backbone::load(&Weights::synthetic(dtype, device), &config)?;
+            let mut cache = Cache::new(&config, 2, prompt + scale.len(), dtype, device)?;
+            let mut pass = |count: usize, positions: &[Position], step| {
+                let x = random((2, count, config.hidden_size), count as u64).to_dtype(DType::BF16)?;
+                let x = x.to_device(device)?.to_dtype(dtype)?;
+                let rope = Rope::new(&config, &[positions; 2], device)?;
+                backbone.forward(&x, &rope, Context::Cached { cache: &mut cache, first: 0, step })
+            };
+            Ok(vec![pass(prompt, &text, Step::Text)?, pass(scale.len(), &scale, Step::Scale)?])
+        };
+        let (got, want) = (hidden(&gpu, DType::BF16)?, hidden(&Device::Cpu, DType::F32)?);
+        for (name, (got, want)) in ["prompt", "scale"].into_iter().zip(got.iter().zip(&want)) {
+            close(&format!("{layers} layers, {name}"), got, want)?;
+        }
+    }
+    Ok(())
+}
