@@ -161,6 +161,7 @@ fn every_step_equals_the_reference() {
                     close(&what, &logits, &Tensor::stack(&both, 0).unwrap(), FEATURES);
 
                     let guided = sampler::guided(&code_logits, cfg * si as f64 / 3.0).unwrap();
+                    let guided = Tensor::new(guided, &Device::Cpu).unwrap();
                     // Guidance magnifies differences by up to 1 + 2 * 7.5.
                     close(&what, &guided, &at("cfg_logits").get(row).unwrap(), 16.0 * FEATURES);
                     codes = ids(at("token_ids"), row).iter().map(|id| id - 33).collect();

@@ -1,6 +1,7 @@
 //! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or behind it (TokenFlow-t2i).
 
 use candle_core::{Result, Tensor};
+use rayon::prelude::*;
 
 use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
@@ -46,17 +47,21 @@ impl Context<'_> {
         match self {
             Context::Masked(mask) => ops::attention(q, k, v, Mask::Kept(mask), scale),
             Context::Cached { cache, first, step } => {
-                let outputs = (0..q.dim(0)?)
-                    .map(|r| {
-                        let (q, k, v) = (q.narrow(0, r, 1)?, k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
-                        let (keys, values) = match step {
-                            Step::Text | Step::Scale => cache.append(layer, *first + r, &k, &v)?,
-                            Step::Again => cache.with_last(layer, *first + r, &k, &v)?,
-                        };
-                        let mask = if *step == Step::Text { Mask::Causal } else { Mask::None };
-                        ops::attention(&q, &keys, &values, mask, scale)
-                    })
-                    .collect::<Result<Vec<_>>>()?;
+                let (cache, first, step) = (&**cache, *first, *step);
+                let attend = |r: usize| {
+                    let (q, k, v) = (q.narrow(0, r, 1)?, k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
+                    let (keys, values) = match step {
+                        Step::Text | Step::Scale => cache.append(layer, first + r, &k, &v)?,
+                        Step::Again => cache.with_last(layer, first + r, &k, &v)?,
+                    };
+                    let mask = if step == Step::Text { Mask::Causal } else { Mask::None };
+                    ops::attention(&q, &keys, &values, mask, scale)
+                };
+                let rows = 0..q.dim(0)?;
+                let outputs: Vec<Tensor> = match q.device().is_cpu() {
+                    true => rows.into_par_iter().map(attend).collect::<Result<_>>()?,
+                    false => rows.map(attend).collect::<Result<_>>()?,
+                };
                 Tensor::cat(&outputs, 0)
             }
         }
@@ -160,7 +165,15 @@ impl Block {
     fn attention(&self, x: &Tensor, rope: &Rope, layer: usize, context: &mut Context) -> Result<Tensor> {
         let (rows, tokens, _) = x.dims3()?;
         let heads = |l: &Linear| l.forward(x)?.reshape((rows, tokens, (), self.head_dim));
-        let (mut q, mut k, v) = (heads(&self.q_proj)?, heads(&self.k_proj)?, heads(&self.v_proj)?);
+        let [mut q, mut k, v] = match x.device().is_cpu() {
+            // Keys and values of a few heads are too little for all threads.
+            true => {
+                let pair = || rayon::join(|| heads(&self.k_proj), || heads(&self.v_proj));
+                let (q, (k, v)) = rayon::join(|| heads(&self.q_proj), pair);
+                [q?, k?, v?]
+            }
+            false => [heads(&self.q_proj)?, heads(&self.k_proj)?, heads(&self.v_proj)?],
+        };
         if let Some((query_norm, key_norm)) = &self.qk_norm {
             (q, k) = (query_norm.forward(&q)?, key_norm.forward(&k)?);
         }

@@ -1,6 +1,7 @@
 //! From logits to codes: temperature, top-k, top-p, and a draw that depends on (seed, scale, position) alone.
 
 use candle_core::{DType, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Sampling;
@@ -58,8 +59,8 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Vec<u32>, Fa
     if let Some(drawn) = on_gpu(logits, draw, filter, &noise)? {
         return drawn.map_err(|position| Fault::NonFinite { position: first + position });
     }
-    let rows = guided(logits, draw.guidance)?.to_vec2::<f32>()?;
-    rows.into_iter()
+    guided(logits, draw.guidance)?
+        .into_par_iter()
         .zip(noise)
         .enumerate()
         .map(|(position, (row, noise))| {
@@ -86,14 +87,17 @@ fn on_gpu(
     crate::ops::sample(logits, &sample, noise)
 }
 
-/// Logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, codes) -> (T, codes).
-pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Tensor> {
-    let logits = logits.to_dtype(DType::F32)?;
-    let conditional = logits.get(0)?;
-    if logits.dim(0)? == 1 || t == 0.0 {
-        return Ok(conditional);
+/// Logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, codes) -> T rows.
+pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
+    let (rows, tokens, codes) = logits.dims3()?;
+    let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let (conditional, unconditional) = logits.split_at(tokens * codes);
+    if rows == 1 || t == 0.0 {
+        return Ok(conditional.chunks_exact(codes).map(<[f32]>::to_vec).collect());
     }
-    (conditional * (1.0 + t))? - (logits.get(1)? * t)?
+    let (more, less) = ((1.0 + t) as f32, t as f32);
+    let both = conditional.par_chunks_exact(codes).zip(unconditional.par_chunks_exact(codes));
+    Ok(both.map(|(c, u)| c.iter().zip(u).map(|(c, u)| c * more - u * less).collect()).collect())
 }
 
 /// One of the entries that `kept` leaves of a row of finite logits, by `u` of (0, 1); at temperature 0 the largest.

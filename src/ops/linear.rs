@@ -6,9 +6,9 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, b
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::bf16;
-#[cfg(target_arch = "x86_64")]
 use super::columns::filled;
+#[cfg(target_arch = "x86_64")]
+use super::panels;
 use super::product::{Rows, product};
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
@@ -40,7 +40,7 @@ pub(super) fn mixed_linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 fn rounds(out: usize, inner: usize) -> bool {
     #[cfg(target_arch = "x86_64")]
-    return bf16::suits(GgmlDType::BF16, out) && bf16::suits(GgmlDType::BF16, inner);
+    return panels::suits(GgmlDType::BF16, out) && panels::suits(GgmlDType::BF16, inner);
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
@@ -88,7 +88,7 @@ impl CustomOp3 for Linear {
         let bias = if b.is_empty() { None } else { Some(b) };
         let y = match self.rounded {
             #[cfg(target_arch = "x86_64")]
-            true => product(x, Rows::Blocks(&bf16::rounded(w), GgmlDType::BF16), bias, (out, inner))?,
+            true => product(x, Rows::Blocks(&panels::rounded(w), GgmlDType::BF16), bias, (out, inner))?,
             _ => product(x, Rows::Plain(w), bias, (out, inner))?,
         };
         let mut dims = l1.dims().to_vec();
@@ -114,12 +114,12 @@ impl CustomOp3 for Linear {
             #[cfg(target_arch = "x86_64")]
             true => (
                 of(x, &|| {
-                    let w = bf16::rounded_columns(ws, (out, inner));
+                    let w = panels::rounded_columns(ws, (out, inner));
                     product(dys, Rows::Blocks(&w, GgmlDType::BF16), None, (inner, out))
                 })?,
                 of(w, &|| {
-                    let x = bf16::rounded_columns(xs, (rows, inner));
-                    filled(out * inner, |dw| bf16::products_of_columns(dw, &x, dys, (rows, out)))
+                    let x = panels::rounded_columns(xs, (rows, inner));
+                    filled(out * inner, |dw| panels::products_of_columns(dw, &x, dys, (rows, out)))
                 })?,
             ),
             _ => {

@@ -9,7 +9,7 @@ use super::activation::swiglu;
 use super::blocks::dequantise;
 use super::linear::{linear, mixed_linear};
 use super::product::{Rows, gated, product};
-use super::slice::Borrowed;
+use super::slice::{self, Borrowed};
 
 /// The weights (rows, columns) of a linear layer, or a table of rows.
 #[derive(Clone, Debug)]
@@ -101,10 +101,7 @@ impl WeightMatrix {
                 let w = Rows::Blocks(&data[first * bytes..][..rows * bytes], blocks.dtype());
                 let bias = bias.as_ref().map(|b| b.slice::<f32>()).transpose()?;
                 let y = product(inputs.slice()?, w, bias, (*rows, columns))?;
-                let mut dims = x.dims().to_vec();
-                dims.pop();
-                dims.push(*rows);
-                Tensor::from_vec(y, dims, x.device())
+                shaped(y, &x, *rows)
             }
         }
     }
@@ -124,14 +121,32 @@ pub fn gated_linear(x: &Tensor, gate: &WeightMatrix, up: &WeightMatrix) -> Resul
             let (inputs, a_data, b_data) = (Borrowed::of(&x), a.data()?, b.data()?);
             let (gate, up) = (Rows::Blocks(&a_data, a.dtype()), Rows::Blocks(&b_data, b.dtype()));
             if let Some(y) = gated(inputs.slice()?, gate, up, (count, columns))? {
-                let mut dims = x.dims().to_vec();
-                dims.pop();
-                dims.push(count);
-                return Tensor::from_vec(y, dims, x.device());
+                return shaped(y, &x, count);
             }
         }
     }
+    if let (WeightMatrix::Dense(a), WeightMatrix::Dense(b)) = (gate, up)
+        && slice::fused(&[x, a, b])
+        && a.dims() == b.dims()
+        && x.dims().last() == a.dims().last()
+        // The gradient is that of the composition.
+        && ![x, a, b].iter().any(|t| t.track_op())
+    {
+        let (x, a, b) = (x.contiguous()?, a.contiguous()?, b.contiguous()?);
+        let (inputs, a, b, shape) = (Borrowed::of(&x), Borrowed::of(&a), Borrowed::of(&b), a.dims2()?);
+        if let Some(y) = gated(inputs.slice()?, Rows::Plain(a.slice()?), Rows::Plain(b.slice()?), shape)? {
+            return shaped(y, &x, shape.0);
+        }
+    }
     swiglu(&gate.linear(x, None)?, &up.linear(x, None)?)
+}
+
+/// Rows of so many numbers, one for each of x's.
+fn shaped(y: Vec<f32>, x: &Tensor, rows: usize) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    dims.pop();
+    dims.push(rows);
+    Tensor::from_vec(y, dims, x.device())
 }
 
 fn row_bytes(blocks: &QTensor, columns: usize) -> usize {

@@ -10,8 +10,6 @@ mod activation;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "x86_64")]
-mod bf16;
 mod blocks;
 #[cfg(test)]
 mod check;
@@ -27,6 +25,8 @@ mod loss;
 mod matrix;
 mod norm;
 mod optim;
+#[cfg(target_arch = "x86_64")]
+mod panels;
 mod product;
 mod resize;
 mod rope;

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 
 use super::slice::{self, Borrowed};
 
-/// Rows one thread takes at a time.
-const ROWS: usize = 64;
+/// Elements one thread takes at a time, in whole rows: fewer are not worth waking another.
+const CHUNK: usize = 1 << 15;
 
 /// `x / sqrt(mean(x²) + eps) * w` over the last dimension of x (..., D), with w (D): x's shape and dtype.
 ///
@@ -68,10 +68,15 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (slice::sum(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
 }
 
+/// About [`CHUNK`] elements in rows of `d`.
+fn whole_rows(d: usize) -> usize {
+    d * (CHUNK / d).max(1)
+}
+
 /// The rows of `x` with those of an output of its shape, on all threads.
 fn map_rows(x: &[f32], d: usize, row: impl Fn(&mut [f32], &[f32]) + Sync) -> Vec<f32> {
     let mut out = vec![0f32; x.len()];
-    out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| {
+    out.par_chunks_mut(whole_rows(d)).zip(x.par_chunks(whole_rows(d))).for_each(|(out, x)| {
         slice::wide(
             #[inline(always)]
             || {
@@ -94,7 +99,7 @@ fn map_rows_back(
 ) -> (Vec<f32>, Vec<f32>) {
     let mut dx = vec![0f32; x.len()];
     let zeros = || vec![0f32; width];
-    let blocks = dx.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).zip(dy.par_chunks(d * ROWS));
+    let blocks = dx.par_chunks_mut(whole_rows(d)).zip(x.par_chunks(whole_rows(d))).zip(dy.par_chunks(whole_rows(d)));
     let block = |mut sums: Vec<f32>, ((dx, x), dy): ((&mut [f32], &[f32]), &[f32])| {
         for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
             row(dx, x, dy, &mut sums);

@@ -4,13 +4,15 @@ use std::cell::RefCell;
 
 use candle_core::Result;
 use candle_core::quantized::GgmlDType;
+#[cfg(target_arch = "x86_64")]
+use pulp::bytemuck::cast_slice;
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::bf16::{self, Then};
 use super::blocks::dequantise;
 use super::columns::{Columns, by_columns, filled};
 use super::few::{self, FEW};
+#[cfg(target_arch = "x86_64")]
+use super::panels::{self, Then};
 use super::slice::{Into, Matrix, MatrixMut, gemm};
 
 /// Rows of weights that a thread takes at a time for few inputs, and for many, which are packed anew for every such tile.
@@ -28,6 +30,15 @@ pub(super) enum Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
+    /// As they lie in memory, and as what.
+    #[cfg(target_arch = "x86_64")]
+    fn bytes(self) -> (&'a [u8], GgmlDType) {
+        match self {
+            Self::Plain(w) => (cast_slice(w), GgmlDType::F32),
+            Self::Blocks(w, dtype) => (w, dtype),
+        }
+    }
+
     /// `count` rows, `columns` long, from `first` on.
     #[inline(always)]
     pub(super) fn narrow(self, first: usize, count: usize, columns: usize) -> Self {
@@ -43,7 +54,7 @@ impl<'a> Rows<'a> {
 
 /// `inputs` (N, columns), `w` (rows, columns) and `bias` (rows) give (N, rows).
 ///
-/// Weights in blocks and many inputs are rounded to bf16 where the processor multiplies bf16; else all is f32.
+/// With weights in blocks many inputs are rounded to bf16 where the processor multiplies bf16; else all is f32.
 ///
 /// Errors: blocks of a type that [`dequantise`] does not know, or that do not divide `columns`.
 pub(super) fn product(
@@ -67,6 +78,10 @@ pub(super) fn product(
         return filled(count * rows, |y| by_columns(y, rows, TILE[0], products));
     }
     match w {
+        #[cfg(target_arch = "x86_64")]
+        Rows::Plain(w) if panels::suits(GgmlDType::F32, columns) => {
+            filled(count * rows, |y| panels::products(y, Rows::Plain(w).bytes(), Then::Add(bias), inputs, columns))
+        }
         Rows::Plain(w) => {
             let mut y = vec![0f32; count * rows];
             if let Some(bias) = bias {
@@ -79,8 +94,8 @@ pub(super) fn product(
             Ok(y)
         }
         #[cfg(target_arch = "x86_64")]
-        Rows::Blocks(w, dtype) if bf16::suits(dtype, columns) => {
-            filled(count * rows, |y| bf16::products(y, (w, dtype), Then::Add(bias), inputs, columns))
+        Rows::Blocks(w, dtype) if panels::suits(dtype, columns) => {
+            filled(count * rows, |y| panels::products(y, (w, dtype), Then::Add(bias), inputs, columns))
         }
         Rows::Blocks(_, dtype) => {
             thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
@@ -106,12 +121,12 @@ pub(super) fn product(
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 pub(super) fn gated(inputs: &[f32], gate: Rows, up: Rows, (rows, columns): (usize, usize)) -> Result<Option<Vec<f32>>> {
     #[cfg(target_arch = "x86_64")]
-    if let (Rows::Blocks(gate, dtype), Rows::Blocks(up, same)) = (gate, up)
+    if let ((gate, dtype), (up, same)) = (gate.bytes(), up.bytes())
         && dtype == same
-        && bf16::suits(dtype, columns)
+        && panels::suits(dtype, columns)
         && inputs.len() > FEW * columns
     {
-        let products = |y: &mut [_]| bf16::products(y, (gate, dtype), Then::Gate(up), inputs, columns);
+        let products = |y: &mut [_]| panels::products(y, (gate, dtype), Then::Gate(up), inputs, columns);
         return filled(inputs.len() / columns * rows, products).map(Some);
     }
     Ok(None)

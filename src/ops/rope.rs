@@ -35,12 +35,16 @@ fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Tensor::cat(&[first, second], D::Minus1)?.to_dtype(x.dtype())
 }
 
+/// Elements one thread takes at a time, in whole positions: fewer are not worth waking another.
+const CHUNK: usize = 1 << 15;
+
 /// Rotates each position by its angles, or back with `sign` -1.
 fn rotate(x: &[f32], heads: usize, d: usize, cos: &[f32], sin: &[f32], sign: f32) -> Vec<f32> {
     let half = d / 2;
     let positions = cos.len() / half;
     let mut out = vec![0f32; x.len()];
-    out.par_chunks_mut(heads * d).zip(x.par_chunks(heads * d)).enumerate().for_each(|(i, (out, x))| {
+    let chunks = (out.par_chunks_mut(heads * d), x.par_chunks(heads * d));
+    chunks.0.zip(chunks.1).enumerate().with_min_len((CHUNK / (heads * d)).max(1)).for_each(|(i, (out, x))| {
         let at = i % positions * half;
         let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
         for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {

@@ -122,8 +122,8 @@ impl ResBlock {
         let h = self.conv1.forward(&self.norm1.forward(x, true)?)?;
         let h = self.conv2.forward(&self.norm2.forward(&h, true)?)?;
         match &self.nin_shortcut {
-            Some(shortcut) => shortcut.forward(x)? + h,
-            None => x + h,
+            Some(shortcut) => ops::add(&shortcut.forward(x)?, &h),
+            None => ops::add(x, &h),
         }
     }
 }
@@ -157,7 +157,7 @@ impl AttnBlock {
         let scale = 1.0 / (c as f32).sqrt();
         let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, Mask::None, scale)?;
         let out = out.reshape((b, h * w, c))?.transpose(1, 2)?.reshape((b, c, h, w))?;
-        x + self.proj_out.forward(&out)?
+        ops::add(x, &self.proj_out.forward(&out)?)
     }
 }
 

@@ -1,8 +1,8 @@
-//! `x wᵀ` for many inputs with bf16 products and f32 sums, on processors that have an instruction for them (AVX-512 BF16).
+//! `x wᵀ` for many inputs on processors with AVX-512 BF16: in f32, or with bf16 products and f32 sums.
 //!
-//! The inputs are rounded to bf16 and laid out in panels of 48: for every pair of neighbouring numbers, 48 such pairs
-//! side by side. A pair of a row of weights, which needs no layout, is then multiplied with 48 inputs at once, and eight
-//! rows of weights with 48 inputs keep their sums in registers until they are written. For gradients the columns of a
+//! The inputs are laid out in panels of 48: for every column 48 numbers side by side, or, rounded to bf16, for every pair
+//! of neighbouring columns 48 such pairs. A number or pair of a row of weights, which needs no layout, is then multiplied
+//! with 48 inputs at once, and eight rows of weights with 48 inputs keep their sums in registers until they are written. For gradients the columns of a
 //! matrix are multiplied instead of its rows.
 
 use std::arch::x86_64::*;
@@ -29,8 +29,9 @@ const PANEL: usize = WIDE * LANES;
 const HIGH: usize = 8;
 /// Rows of weights that one thread takes at a time, if there are enough for all threads, and if not.
 const ROWS: [usize; 2] = [128, 64];
-/// Columns that are summed before the sums are put down: a panel of so many stays in the second-level cache.
-const DEEP: usize = 5120;
+/// Columns that are summed before the sums are put down: a panel of so many, of two bytes or four, stays in the
+/// second-level cache.
+const DEEP: [usize; 2] = [5120, 2560];
 /// The same for blocks, whose rows are rounded to bf16 before.
 const DEEP_BLOCKS: usize = 1024;
 /// Inputs that are laid out at a time, to bound the memory for it.
@@ -39,9 +40,14 @@ const INPUTS: usize = 20 * PANEL;
 /// The sums of [`HIGH`] rows with a panel.
 type Sums = [[__m512; WIDE]; HIGH];
 
+/// Columns that share the lane of a register: two of bf16, one of f32.
+fn shared(dtype: GgmlDType) -> usize {
+    if dtype == GgmlDType::F32 { 1 } else { 2 }
+}
+
 /// Whether this processor and these weights are what [`products`] is for.
 pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
-    matches!(dtype, GgmlDType::BF16 | GgmlDType::Q8_0 | GgmlDType::Q4K)
+    matches!(dtype, GgmlDType::F32 | GgmlDType::BF16 | GgmlDType::Q8_0 | GgmlDType::Q4K)
         && columns > 0
         && columns.is_multiple_of(2 * LANES)
         && is_x86_feature_detected!("avx512f")
@@ -59,7 +65,7 @@ pub(super) enum Then<'a> {
 }
 
 /// The products of every one of the `inputs`, `columns` long, with all rows of `w`, blocks of `dtype`, and what is `then`
-/// done with them: (inputs, rows) in `y`. Numbers in blocks are rounded to bf16 as well.
+/// done with them: (inputs, rows) in `y`. Unless weights are F32, inputs and numbers in blocks are rounded to bf16.
 ///
 /// Errors: blocks that do not divide `columns`. Panics unless it [`suits`].
 pub(super) fn products(
@@ -74,7 +80,10 @@ pub(super) fn products(
         // SAFETY (here and below): `multiply` has asked the processor for what this is compiled for.
         #[allow(unsafe_code)]
         unsafe {
-            lay_out(panel, inputs, columns)
+            match w.1 {
+                GgmlDType::F32 => lay_out::<false>(panel, inputs, columns),
+                _ => lay_out::<true>(panel, inputs, columns),
+            }
         }
     })
 }
@@ -114,11 +123,12 @@ fn multiply(
     let bytes = columns / dtype.block_size() * dtype.type_size();
     let rows = w.len() / bytes;
     let at_once = ROWS[usize::from(rows < 4 * ROWS[0] * rayon::current_num_threads())];
+    let registers = WIDE * columns / shared(dtype);
     let mut panels: Vec<Pairs> = Vec::new();
     for (i, y) in y.chunks_mut(INPUTS * rows).enumerate() {
         let inputs = i * INPUTS..count.min((i + 1) * INPUTS);
-        panels.resize(inputs.len().div_ceil(PANEL) * WIDE * columns / 2, [0; _]);
-        panels.par_chunks_exact_mut(WIDE * columns / 2).enumerate().for_each(|(j, panel)| {
+        panels.resize(inputs.len().div_ceil(PANEL) * registers, [0; _]);
+        panels.par_chunks_exact_mut(registers).enumerate().for_each(|(j, panel)| {
             let first = inputs.start + j * PANEL;
             lay_out(panel, first..inputs.end.min(first + PANEL));
         });
@@ -216,17 +226,18 @@ fn pairs_of_rows(x: &[f32], columns: usize, row: usize, first: usize) -> __m512 
     _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both))
 }
 
-/// The panel of up to [`PANEL`] inputs; what is missing counts as zero.
+/// The panel of up to [`PANEL`] inputs, in pairs of bf16 or in f32; what is missing counts as zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn lay_out(panel: &mut [Pairs], inputs: &[f32], columns: usize) {
+fn lay_out<const HALF: bool>(panel: &mut [Pairs], inputs: &[f32], columns: usize) {
     let count = inputs.len() / columns;
     for wide in 0..WIDE {
         for (step, out) in panel.chunks_exact_mut(LANES * WIDE).enumerate() {
             let rows = std::array::from_fn(|i| match wide * LANES + i {
-                input if input < count => {
+                input if input < count && HALF => {
                     let x = inputs[input * columns + step * 2 * LANES..].as_chunks::<LANES>().0;
                     as_floats(round(load(&x[0]), load(&x[1])))
                 }
+                input if input < count => load(&inputs[input * columns + step * LANES..].as_chunks::<LANES>().0[0]),
                 _ => _mm512_setzero_ps(),
             });
             for (pair, inputs) in transpose(rows).into_iter().enumerate() {
@@ -247,7 +258,7 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// The columns from `at` on, `deep` of them, as bf16, and how many bytes lie between rows.
+    /// The columns from `at` on, `deep` of them, as bf16 or f32, and how many bytes lie between rows.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn rounded<'a>(
         &'a self,
@@ -256,7 +267,7 @@ impl Part<'_> {
         scratch: &'a mut (Vec<f32>, Vec<u8>),
     ) -> Result<(&'a [u8], usize)> {
         let bytes = |numbers: usize| numbers / self.dtype.block_size() * self.dtype.type_size();
-        if self.dtype == GgmlDType::BF16 {
+        if matches!(self.dtype, GgmlDType::BF16 | GgmlDType::F32) {
             return Ok((&self.rows[bytes(at)..], self.bytes));
         }
         let (floats, rounded) = scratch;
@@ -293,7 +304,12 @@ fn block(
     thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
     SCRATCH.with_borrow_mut(|Scratch { sums, rounded }| {
         let (width, columns) = (y.width(), w.columns);
-        let most = if w.dtype == GgmlDType::BF16 { DEEP } else { DEEP_BLOCKS };
+        let most = match w.dtype {
+            GgmlDType::BF16 => DEEP[0],
+            GgmlDType::F32 => DEEP[1],
+            _ => DEEP_BLOCKS,
+        };
+        let (shared, floats) = (shared(w.dtype), w.dtype == GgmlDType::F32);
         // Parts of the same size, in whole blocks of every type.
         let deep = columns.div_ceil(columns.div_ceil(most)).next_multiple_of(256);
         let groups = width.div_ceil(HIGH);
@@ -305,12 +321,12 @@ fn block(
             let w = w.rounded(at, deep, scratch)?;
             let other = other.as_ref().map(|other| other.rounded(at, deep, other_scratch)).transpose()?;
             if !last {
-                let all = panels.len() / (WIDE * columns / 2) * groups;
+                let all = panels.len() / (WIDE * columns / shared) * groups;
                 sums.resize(all, [[[0.0; LANES]; WIDE]; HIGH]);
                 other_sums.resize(if other.is_some() { all } else { 0 }, [[[0.0; LANES]; WIDE]; HIGH]);
             }
-            for (i, panel) in panels.chunks_exact(WIDE * columns / 2).enumerate() {
-                let panel = panel[at / 2 * WIDE..][..deep / 2 * WIDE].as_chunks::<WIDE>().0;
+            for (i, panel) in panels.chunks_exact(WIDE * columns / shared).enumerate() {
+                let panel = panel[at / shared * WIDE..][..deep / shared * WIDE].as_chunks::<WIDE>().0;
                 let inputs = i * PANEL..count.min((i + 1) * PANEL);
                 for group in 0..groups {
                     let rows = group * HIGH..width.min((group + 1) * HIGH);
@@ -319,7 +335,11 @@ fn block(
                         if !first {
                             take_up(&mut totals, &sums[i * groups + group]);
                         }
-                        tiles(&mut totals, &w[rows.start * stride..], stride, rows.len(), panel, inputs.len());
+                        let (w, count) = (&w[rows.start * stride..], inputs.len());
+                        match floats {
+                            true => tiles::<false>(&mut totals, w, stride, rows.len(), panel, count),
+                            false => tiles::<true>(&mut totals, w, stride, rows.len(), panel, count),
+                        }
                         if !last {
                             put_down(&mut sums[i * groups + group], &totals);
                         }
@@ -373,22 +393,30 @@ fn gate(totals: &mut Sums, up: &Sums) {
 
 /// Adds the products of up to [`HIGH`] `rows` of weights, `stride` bytes apart, with the `inputs` in a panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn tiles(totals: &mut Sums, w: &[u8], stride: usize, rows: usize, panel: &[[Pairs; WIDE]], inputs: usize) {
+fn tiles<const HALF: bool>(
+    totals: &mut Sums,
+    w: &[u8],
+    stride: usize,
+    rows: usize,
+    panel: &[[Pairs; WIDE]],
+    inputs: usize,
+) {
     match (rows, inputs.div_ceil(LANES)) {
-        (HIGH, 1) => tile::<HIGH, 1>(totals, w, stride, panel),
-        (HIGH, 2) => tile::<HIGH, 2>(totals, w, stride, panel),
-        (HIGH, _) => tile::<HIGH, WIDE>(totals, w, stride, panel),
+        (HIGH, 1) => tile::<HIGH, 1, HALF>(totals, w, stride, panel),
+        (HIGH, 2) => tile::<HIGH, 2, HALF>(totals, w, stride, panel),
+        (HIGH, _) => tile::<HIGH, WIDE, HALF>(totals, w, stride, panel),
         _ => {
             for (r, totals) in totals[..rows].iter_mut().enumerate() {
-                tile::<1, WIDE>(std::array::from_mut(totals), &w[r * stride..], stride, panel);
+                tile::<1, WIDE, HALF>(std::array::from_mut(totals), &w[r * stride..], stride, panel);
             }
         }
     }
 }
 
-/// Adds the products of `R` rows of weights, `stride` bytes apart, with `W` registers of inputs in a panel.
+/// Adds the products of `R` rows of weights, `stride` bytes apart, with `W` registers of inputs in a panel, of pairs of bf16
+/// or of f32.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn tile<const R: usize, const W: usize>(
+fn tile<const R: usize, const W: usize, const HALF: bool>(
     totals: &mut [[__m512; WIDE]; R],
     w: &[u8],
     stride: usize,
@@ -408,13 +436,16 @@ fn tile<const R: usize, const W: usize>(
             x[i] = as_floats(load_pairs(&inputs[i]));
         }
         for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: the r-th row has a pair for everyone of the panel, which was asserted above. Slices of rows would
+            // SAFETY: the r-th row has a number or a pair for everyone of the panel, which was asserted above. Slices of rows would
             // be asked for their lengths at every step.
             #[allow(unsafe_code)]
             let pair = unsafe { pairs.byte_add(r * stride).read_unaligned() };
-            let pair = as_pairs(_mm512_castsi512_ps(_mm512_set1_epi32(pair)));
+            let pair = _mm512_castsi512_ps(_mm512_set1_epi32(pair));
             for i in 0..W {
-                sums[i] = _mm512_dpbf16_ps(sums[i], as_pairs(x[i]), pair);
+                sums[i] = match HALF {
+                    true => _mm512_dpbf16_ps(sums[i], as_pairs(x[i]), as_pairs(pair)),
+                    false => _mm512_fmadd_ps(x[i], pair, sums[i]),
+                };
             }
         }
         pairs = pairs.wrapping_add(1);
