@@ -9,11 +9,9 @@ not, it exits with 1. Then it times them in turn: a whole process that draws one
 that draws many (for nextflow `gen --count N+1` less `gen --count 1`, by N; for PyTorch N images behind two that are
 not counted). All read the words, draw and write PNGs. PyTorch runs twice: as it is, and with oneDNN in MKL's place.
 
-`7b` has the shape of `nextflow bench --synthetic nextflow-7b` and random weights, bf16 on CUDA, else f32, the image
-tokenizer f32 (PyTorch lets cuDNN round convolutions to TF32). It prints a JSON object per variant (eager; --graphs: a
-CUDA graph per scale; --compile: torch.compile of the block; both), then a table: the median of warm images, pixels
-included, and PyTorch's first image, for `bench` draws but one, its process's first. A first image of compiled blocks
-includes their compilation.
+`7b` has the shape of `nextflow bench --synthetic nextflow-7b` and random weights, bf16 on CUDA, else f32. It prints a
+JSON object per variant (eager; --graphs: a CUDA graph per scale; --compile: torch.compile of the block; both), then a
+table: the median of warm images of both programs, pixels included, and PyTorch's first image, in which blocks compile.
 
 Needs torch, and for nano safetensors, tokenizers and pillow.
 """
@@ -286,7 +284,8 @@ class Drawing:
     def decode(self):
         semantic, size = self.tokenizer.embedding_vqkd.shape[1], self.entries[-1].shape[2:]
         f = sum(F.interpolate(e[:, semantic:], size=size, mode="bicubic") for e in self.entries)
-        image = self.tokenizer.decoder(self.tokenizer.post_quant_conv(f))[0]
+        f = f.to(self.tokenizer.post_quant_conv.weight.dtype)
+        image = self.tokenizer.decoder(self.tokenizer.post_quant_conv(f))[0].float()
         self.image = (127.5 * image + 128).clamp(0, 255).byte().permute(1, 2, 0).contiguous()
 
     def run(self):
@@ -425,7 +424,7 @@ def large(args):
     if args.nextflow and whole:
         size = f"{args.size}x{args.size}"
         bench = [args.nextflow, "bench", "--synthetic", "nextflow-7b", "--json"]
-        bench += ["--size", size, "--device", args.device]
+        bench += ["--size", size, "--device", args.device, "--images", str(args.runs + 1)]
         done = subprocess.run(bench, stdout=subprocess.PIPE)  # It tells itself what is wrong.
         if done.returncode == 0:
             theirs = json.loads(done.stdout)
@@ -437,8 +436,9 @@ def large(args):
         torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
         transformer = Transformer(config["backbone"])
         torch.set_default_dtype(torch.float32)
-    if not cuda:
-        tokenizer.to(memory_format=torch.channels_last)
+    pixels = [tokenizer.post_quant_conv, tokenizer.decoder]
+    for part in pixels:
+        part.to(dtype=torch.bfloat16 if cuda else torch.float32, memory_format=torch.channels_last)
     drawing = Drawing(transformer, tokenizer, config, list(range(16)), SIDES[: LEVELS[args.size]], config["sampling"])
 
     def draw(parts):

@@ -83,10 +83,13 @@ pub fn show(image: &RgbImage) {
     if !io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some() {
         return;
     }
-    // Kitty's way is asked for only where it is known to be understood: the question waits for an answer.
-    let term = std::env::var("TERM").unwrap_or_default();
-    let use_kitty = std::env::var_os("KITTY_WINDOW_ID").is_some() || term.contains("kitty") || term.contains("ghostty");
-    let config = viuer::Config { absolute_offset: false, width: Some(32), use_kitty, ..Default::default() };
+    // A terminal is asked what it knows only where it is one that answers: the question waits for that.
+    let (term, is_set) = (std::env::var("TERM").unwrap_or_default(), |name| std::env::var_os(name).is_some());
+    let named = |names: &[&str]| names.iter().any(|name| term.contains(name));
+    let use_kitty = is_set("KITTY_WINDOW_ID") || named(&["kitty", "ghostty"]);
+    let use_sixel = ["XTERM_VERSION", "KONSOLE_VERSION", "WT_SESSION"].into_iter().any(is_set)
+        || named(&["foot", "mlterm", "contour", "sixel"]);
+    let config = viuer::Config { absolute_offset: false, width: Some(32), use_kitty, use_sixel, ..Default::default() };
     // The file tells as much.
     let _ = viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config);
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(60);
 const PROMPT: &str = "> ";
 
-/// A conversation with the tiny model, and all that its terminal showed.
+/// A conversation, and all that its terminal showed.
 struct Terminal {
     keys: File,
     screen: Receiver<Vec<u8>>,
@@ -24,7 +24,14 @@ struct Terminal {
 }
 
 impl Terminal {
+    /// With the tiny model.
     fn open(args: &[&str]) -> Self {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/qwen/tiny");
+        let args = [&["--temperature", "0", "--repetition-penalty", "1"], args].concat();
+        Self::with(&args, &[("NEXTFLOW_MODEL", model.to_str().unwrap()), ("NO_COLOR", "1")])
+    }
+
+    fn with(args: &[&str], variables: &[(&str, &str)]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let (mut master, mut slave) = (0, 0);
         let size = libc::winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
@@ -37,10 +44,10 @@ impl Terminal {
         #[allow(unsafe_code)]
         let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
         let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-        command.arg("chat").args(["--temperature", "0", "--repetition-penalty", "1"]).args(args);
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/qwen/tiny");
-        command.env("NEXTFLOW_MODEL", model).env("TERM", "xterm").env("XDG_STATE_HOME", state.path());
-        command.env_remove("NEXTFLOW_DEVICE").env("NO_COLOR", "1");
+        command.arg("chat").args(args).current_dir(state.path());
+        // Nothing of the terminal in which the tests run.
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("TERM", "xterm").env("XDG_STATE_HOME", state.path()).envs(variables.iter().copied());
         let end = || slave.try_clone().unwrap();
         command.stdin(end()).stdout(end()).stderr(end());
         let terminal = slave.as_raw_fd();
@@ -160,6 +167,27 @@ fn a_paste_of_a_megabyte_is_refused_in_a_sentence() {
     terminal.see("hint: ");
     terminal.see(PROMPT);
     terminal.type_and_see("Hello\r", "(cut at --max-tokens)");
+    terminal.see(PROMPT);
+    terminal.leave();
+}
+
+/// Nobody answers this terminal's questions: it is asked none.
+#[cfg(feature = "nano")]
+#[test]
+fn an_image_shows_in_half_blocks_on_any_terminal() {
+    let mut terminal = Terminal::with(&["--seed", "1"], &[]);
+    terminal.type_and_see("/gen a red circle\r", "\u{2584}");
+    terminal.see(PROMPT);
+    terminal.leave();
+}
+
+/// A terminal that may know sixels is asked, and says so.
+#[cfg(feature = "nano")]
+#[test]
+fn an_image_shows_in_sixels_where_they_are_known() {
+    let mut terminal = Terminal::with(&["--seed", "1"], &[("XTERM_VERSION", "XTerm(390)")]);
+    terminal.type_and_see("/gen a red circle\r", "\u{1b}[c");
+    terminal.type_and_see("\u{1b}[?63;1;4c", "\u{1b}P");
     terminal.see(PROMPT);
     terminal.leave();
 }

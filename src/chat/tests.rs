@@ -229,6 +229,31 @@ fn an_edit_is_what_the_masked_pass_says() {
     assert!(session.read[0].starts_with(&script.tokens));
 }
 
+/// Where guidance ends early its row has not read the whole image: the next edit reads the rest, and draws what a session draws
+/// that reads all of it anew.
+#[cfg(feature = "nano")]
+#[test]
+fn guidance_that_ended_early_goes_on_with_the_next_edit() {
+    let source = Source::parse(None).unwrap();
+    let model = ChatModel::load(&source, ChatConfig::read(&source).unwrap(), &Device::Cpu, None).unwrap();
+    let sampling = Sampling { cfg: 2.0, temperature: 0.0, cfg_until: Some(5), ..Sampling::default() };
+    let mut manner =
+        Manner { words: WordSampling::GREEDY, longest: 8, image: Some(sampling), seed: 0, guide_from_sources: true };
+    let watch = &mut |_: Heard| ControlFlow::Continue(());
+    let mut session = Session::new(&model).unwrap();
+    session.draw(vec![], "a red circle", &manner, None, watch).unwrap();
+    if let Some(sampling) = &mut manner.image {
+        sampling.cfg_until = None;
+    }
+    let mut anew = Session::new(&model).unwrap();
+    session.turns().iter().for_each(|turn| anew.push(turn.role, turn.parts.clone()));
+    let mut edit = |session: &mut Session| {
+        session.draw(vec![], "make it blue", &manner, None, watch).unwrap();
+        session.pictures().last().unwrap().codes().unwrap().codes.clone()
+    };
+    assert_eq!(edit(&mut session), edit(&mut anew));
+}
+
 impl Session<'_> {
     /// What was said last, which then was never said.
     fn take_reply(&mut self) -> Vec<Part<Picture>> {
