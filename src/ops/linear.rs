@@ -7,10 +7,10 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::columns::filled;
-#[cfg(target_arch = "x86_64")]
-use super::panels;
 use super::product::{Rows, product};
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
+#[cfg(target_arch = "x86_64")]
+use super::{layout, panels};
 
 /// Rows one thread sums at a time.
 const ROWS: usize = 64;
@@ -88,7 +88,7 @@ impl CustomOp3 for Linear {
         let bias = if b.is_empty() { None } else { Some(b) };
         let y = match self.rounded {
             #[cfg(target_arch = "x86_64")]
-            true => product(x, Rows::Blocks(&panels::rounded(w), GgmlDType::BF16), bias, (out, inner))?,
+            true => product(x, Rows::Blocks(&layout::rounded(w), GgmlDType::BF16), bias, (out, inner))?,
             _ => product(x, Rows::Plain(w), bias, (out, inner))?,
         };
         let mut dims = l1.dims().to_vec();
@@ -114,11 +114,11 @@ impl CustomOp3 for Linear {
             #[cfg(target_arch = "x86_64")]
             true => (
                 of(x, &|| {
-                    let w = panels::rounded_columns(ws, (out, inner));
+                    let w = layout::rounded_columns(ws, (out, inner));
                     product(dys, Rows::Blocks(&w, GgmlDType::BF16), None, (inner, out))
                 })?,
                 of(w, &|| {
-                    let x = panels::rounded_columns(xs, (rows, inner));
+                    let x = layout::rounded_columns(xs, (rows, inner));
                     filled(out * inner, |dw| panels::products_of_columns(dw, &x, dys, (rows, out)))
                 })?,
             ),

@@ -20,6 +20,8 @@ mod cuda;
 mod exp;
 mod few;
 mod group_norm;
+#[cfg(target_arch = "x86_64")]
+mod layout;
 mod linear;
 mod loss;
 mod matrix;

@@ -4,6 +4,7 @@ mod change;
 #[cfg(test)]
 mod tests;
 mod wording;
+mod words;
 
 use super::wording::Voice;
 use super::{Kind, Object, Scene, Split, held_out};
