@@ -9,7 +9,7 @@ use super::{ChatModel, Picture, Speech};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
-use crate::generate::{Job, Rows, draw_codes, schedule};
+use crate::generate::{Job, Rows, Sampling, draw_codes, schedule};
 
 /// Tokens that are read in one pass.
 pub(super) const CHUNK: usize = 512;
@@ -257,7 +257,9 @@ impl<'a> Session<'a> {
         let before = self.turns.iter().filter(by_model).flat_map(|turn| &turn.parts).chain(&self.reply);
         let before = before.filter_map(Part::image).count();
         let seed = manner.seed.wrapping_add(before as u64);
-        let job = Job { prompt: String::new(), scales: scales.into(), sampling: sampling.clone(), seed };
+        // What follows reads the whole image.
+        let sampling = Sampling { draft: 0, ..sampling.clone() };
+        let job = Job { prompt: String::new(), scales: scales.into(), sampling, seed };
         let drawing = Rows::resume(&model.backbone, &mut self.cache, layouts, scales);
         let codes =
             draw_codes(drawing, hidden, tokenizer.quantizer(), &job, &mut |event| listener(Heard::Drawing(event)));

@@ -236,7 +236,7 @@ fn an_edit_is_what_the_masked_pass_says() {
 fn guidance_that_ended_early_goes_on_with_the_next_edit() {
     let source = Source::parse(None).unwrap();
     let model = ChatModel::load(&source, ChatConfig::read(&source).unwrap(), &Device::Cpu, None).unwrap();
-    let sampling = Sampling { cfg: 2.0, temperature: 0.0, cfg_until: Some(5), ..Sampling::default() };
+    let sampling = Sampling { cfg: 2.0, temperature: 0.0, cfg_until: Some(5), draft: 1, ..Sampling::default() };
     let mut manner =
         Manner { words: WordSampling::GREEDY, longest: 8, image: Some(sampling), seed: 0, guide_from_sources: true };
     let watch = &mut |_: Heard| ControlFlow::Continue(());
