@@ -35,11 +35,11 @@ import json, sys
 from pathlib import Path
 
 logs = Path(sys.argv[1])
-print(f"{'':24}{'seconds':>9}{'floor':>9}{'share':>8}{'GB':>7}")
+print(f"{'':24}{'seconds':>9}{'floor':>9}{'share':>8}{'GB kept':>9}")
 for name in ["256", "512", "1024", "1024-cfg-until-16", "1024-draft-1"]:
     r = json.loads((logs / f"{name}.json").read_text())
     share = r["floor_seconds"] / r["image_seconds"]
-    print(f"{name:24}{r['image_seconds']:9.3f}{r['floor_seconds']:9.3f}{share:8.0%}{(r['peak_bytes'] or 0) / 1e9:7.1f}")
+    print(f"{name:24}{r['image_seconds']:9.3f}{r['floor_seconds']:9.3f}{share:8.0%}{(r['peak_bytes'] or 0) / 1e9:9.1f}")
 growth = json.loads((logs / "growth.json").read_text())["growth_bytes"]
 print(f"growth over 50 images: {growth / 1e6:+.1f} MB")
 TABLE

@@ -123,7 +123,8 @@ fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
         top_p: args.top_p.unwrap_or(defaults.top_p),
         refine: defaults.refine,
         cfg_until: args.cfg_until.or(defaults.cfg_until),
-        draft: defaults.draft,
+        // Only `gen` leaves scales out.
+        draft: 0,
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::think;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::generate::cost::{self, Memory};
 use crate::generate::{Model, TRANSFORMER, schedule};
 use crate::memory;
@@ -26,9 +26,9 @@ pub struct GenArgs {
     /// Let the model think in words first, and draw what it comes to
     #[arg(long)]
     pub think: bool,
-    /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail
-    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "think", allow_negative_numbers = true)]
-    pub draft: usize,
+    /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail [default: the model's]
+    #[arg(long, value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
+    pub draft: Option<usize>,
     /// How to draw.
     #[command(flatten)]
     pub draw: DrawArgs,
@@ -38,11 +38,10 @@ pub struct GenArgs {
 pub(super) fn run(args: &GenArgs) -> Result<()> {
     let mut request = Request::new(&args.words, &args.draw)?;
     let scales = request.size.grids(&request.config)?;
-    if args.draft >= scales.len() {
-        let message = format!("--draft {} leaves none of the {} scales", args.draft, scales.len());
-        return Err(Error::usage(message).hint("--draft 1"));
+    if !args.think {
+        request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
-    request.sampling.draft = args.draft;
+    request.sampling.check(scales.len())?;
     let json = args.draw.json;
     if args.draw.dry_run {
         return plan(&request, &scales, json);

@@ -59,6 +59,14 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// Errors: usage, for a draft without any of so many scales.
+    pub fn check(&self, scales: usize) -> Result<()> {
+        if self.draft < scales {
+            return Ok(());
+        }
+        Err(Error::usage(format!("--draft {} leaves none of the {scales} scales", self.draft)).hint("--draft 1"))
+    }
+
     /// How many of the first scales are guided.
     pub fn guided(&self, scales: usize) -> usize {
         if self.cfg > 0.0 { self.cfg_until.unwrap_or(scales).min(scales) } else { 0 }

@@ -266,6 +266,8 @@ fn a_draft_is_the_beginning_of_the_image() {
         self::draw(&backbone, &q, &[7, 8], &job, &mut |_| ControlFlow::Continue(())).unwrap()
     };
     assert_eq!(draw(2), draw(0)[..3]);
+    let leaves = |draft| Sampling { draft, ..Sampling::default() }.check(5);
+    assert!(leaves(4).is_ok() && leaves(5).is_err_and(|e| e.exit_code() == 2));
 }
 
 #[test]

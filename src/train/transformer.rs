@@ -79,8 +79,8 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step, but for those of words alone. With dialogues every other step has long ones, half as many, and the others some short
-    /// ones, so that sequences of a batch are about as long as each other.
+    /// The sequences of a step, but for those of words alone. With dialogues every other step has long ones, half as many,
+    /// and the others some short ones, so that sequences of a batch are about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let shelf = self.pool.shelf(step / 2);
         let Some((sampler, text)) = self.dialogues else {

@@ -37,7 +37,7 @@ struct Report {
     /// Of the time of prompt and scales.
     share_of_floor: f64,
     forecast_bytes: u64,
-    /// Of the process, or of a GPU's memory.
+    /// Of the process; of a GPU's memory the most that was taken behind an image, which buffers that were freed before are not in.
     peak_bytes: Option<u64>,
     /// How much more memory is taken behind the last image than behind the second one.
     growth_bytes: Option<i64>,
@@ -76,6 +76,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     config.sampling.cfg_until = args.cfg_until;
     config.sampling.draft = args.draft;
     let scales = args.size.parse::<Size>()?.grids(&config)?;
+    config.sampling.check(scales.len())?;
     let (dtype, blocks) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let needed = cost::synthetic_memory(&config, dtype, blocks, &scales, &config.sampling)?;
     memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
