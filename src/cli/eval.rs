@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::ModelArgs;
 use crate::chat::{ChatConfig, ChatModel};
@@ -13,12 +13,25 @@ use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
 use crate::generate::{Job, Model};
 use crate::library::Library;
-use crate::scenes::Split;
+use crate::scenes::{KINDS, Split};
 use crate::size::Size;
 use crate::terminal::{self, Console, Level};
 
 /// The picture library that `nextflow train data` writes.
 const LIBRARY: &str = "data/library.safetensors";
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Suite {
+    /// Compositions of shapes, drawn
+    Compositions,
+    /// Edits, questions, several turns, reasoning
+    Dialogues,
+    /// Everyday things, drawn; needs the picture library
+    Recognition,
+    /// Pictures through the image tokenizer; needs the picture library
+    Reconstruction,
+}
 
 /// Flags of `nextflow eval`.
 #[derive(Args, Debug)]
@@ -35,6 +48,9 @@ pub struct EvalArgs {
     /// The picture library, for recognition and reconstruction [default: data/library.safetensors if it exists]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+    /// Measure this alone; may be given several times [default: all that the model and the picture library allow]
+    #[arg(long, value_name = "SUITE", value_enum)]
+    pub suite: Vec<Suite>,
     /// Compositions that were held out, or of those that nano was trained on
     #[arg(long, value_enum, default_value_t = Split::HeldOut)]
     pub split: Split,
@@ -52,13 +68,14 @@ pub struct EvalArgs {
     pub json: bool,
 }
 
-/// Runs `nextflow eval`: compositions always, recognition and reconstruction where there is a picture library.
+/// Runs `nextflow eval`.
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     for (flag, value) in [("per-category", Some(args.per_category)), ("limit", args.limit)] {
         if value == Some(0) {
             return Err(Error::usage(format!("--{flag} 0 measures nothing")).hint(format!("--{flag} 10")));
         }
     }
+    let asked = |suite: Suite| args.suite.is_empty() || args.suite.contains(&suite);
     let device = device::parse(&args.device)?;
     let source = args.model.source()?;
     let library = match &args.data {
@@ -66,8 +83,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),
         None => None,
     };
-    let concepts = library.as_ref().map_or(0, |l| eval::recognisable(l, args.limit));
-    let mut console = Console::new(Level::Normal, (6 * args.per_category + concepts) as u64);
+    let drawn = library.as_ref().filter(|_| asked(Suite::Recognition));
+    let concepts = drawn.map_or(0, |l| eval::recognisable(l, args.limit));
+    let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
+    let mut console = Console::new(Level::Normal, (composed + concepts) as u64);
     let stop = terminal::interrupts()?;
     console.loading();
     let model = Model::load(&source, &device, args.quant)?;
@@ -89,13 +108,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         seed: args.seed,
         split: args.split,
         per_category: args.per_category,
-        compositions: eval::compositions(
-            &mut |p, s| draw(&mut console, p, s),
-            &|image| subject.reconstruct(image),
-            args.split,
-            args.per_category,
-            args.seed,
-        )?,
+        compositions: Vec::new(),
         dialogues: None,
         thing_edits: Vec::new(),
         recognition: None,
@@ -104,8 +117,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let done = |console: &mut Console, what: &str| {
         console.finish(&format!("{what} · {:.1} s", started.elapsed().as_secs_f64()));
     };
-    done(&mut console, "compositions");
-    if model.config().conversation.draws {
+    if asked(Suite::Compositions) {
+        let (draw, redraw) = (&mut |p: &str, s: u64| draw(&mut console, p, s), &|image: &_| subject.reconstruct(image));
+        report.compositions = eval::compositions(draw, redraw, args.split, args.per_category, args.seed)?;
+        done(&mut console, "compositions");
+    }
+    if asked(Suite::Dialogues) && model.config().conversation.draws {
         let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
         let watch = &mut || {
@@ -119,12 +136,16 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         done(&mut console, "dialogues");
     }
     if let Some(library) = &library {
-        let draw = &mut |p: &str, s: u64| draw(&mut console, p, s);
-        report.recognition = Some(eval::recognition(&subject, library, draw, args.limit, args.seed)?);
-        done(&mut console, "recognition");
-        report.reconstruction = Some(eval::reconstruction(&subject, library)?);
-        done(&mut console, "reconstruction");
-    } else {
+        if asked(Suite::Recognition) {
+            let draw = &mut |p: &str, s: u64| draw(&mut console, p, s);
+            report.recognition = Some(eval::recognition(&subject, library, draw, args.limit, args.seed)?);
+            done(&mut console, "recognition");
+        }
+        if asked(Suite::Reconstruction) {
+            report.reconstruction = Some(eval::reconstruction(&subject, library)?);
+            done(&mut console, "reconstruction");
+        }
+    } else if asked(Suite::Recognition) || asked(Suite::Reconstruction) {
         console.finish(
             "recognition and reconstruction need the picture library: sh src/train/fetch-data.sh, \
              then nextflow train data, or --data FILE",

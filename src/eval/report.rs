@@ -19,7 +19,7 @@ pub struct Report {
     pub split: Split,
     /// Prompts per category of compositions.
     pub per_category: usize,
-    /// By category, in GenEval's order.
+    /// By category, in GenEval's order; none if nothing was composed.
     pub compositions: Vec<Category>,
     /// Of a model that converses.
     pub dialogues: Option<Dialogues>,
@@ -48,15 +48,9 @@ impl Report {
             let _ = writeln!(table, "{gap}{}", row.trim_end());
         };
         let percent = |share: f64| format!("{:.1}%", 100.0 * share);
-        let split = if self.split == Split::Train { "trained, " } else { "" };
-        line(&format!("compositions ({split}{} each)", self.per_category), "model", "reconstructed", "ground truth");
-        for c in &self.compositions {
-            line(&format!("  {}", name(c.kind)), &percent(c.score), &percent(c.ceiling), &percent(c.ground_truth));
+        if !self.compositions.is_empty() {
+            self.drawings(&mut line);
         }
-        let mean = |f: fn(&Category) -> f64| {
-            percent(self.compositions.iter().map(f).sum::<f64>() / self.compositions.len().max(1) as f64)
-        };
-        line("  mean", &mean(|c| c.score), &mean(|c| c.ceiling), &mean(|c| c.ground_truth));
         if let Some(d) = &self.dialogues {
             Self::dialogues(d, &mut line);
         }
@@ -77,6 +71,19 @@ impl Report {
             }
         }
         table
+    }
+
+    fn drawings(&self, line: &mut dyn FnMut(&str, &str, &str, &str)) {
+        let percent = |share: f64| format!("{:.1}%", 100.0 * share);
+        let split = if self.split == Split::Train { "trained, " } else { "" };
+        line(&format!("compositions ({split}{} each)", self.per_category), "model", "reconstructed", "ground truth");
+        for c in &self.compositions {
+            line(&format!("  {}", name(c.kind)), &percent(c.score), &percent(c.ceiling), &percent(c.ground_truth));
+        }
+        let mean = |f: fn(&Category) -> f64| {
+            percent(self.compositions.iter().map(f).sum::<f64>() / self.compositions.len().max(1) as f64)
+        };
+        line("  mean", &mean(|c| c.score), &mean(|c| c.ceiling), &mean(|c| c.ground_truth));
     }
 
     fn dialogues(d: &Dialogues, line: &mut dyn FnMut(&str, &str, &str, &str)) {
