@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
 
 use crate::checkpoint::Weights;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::library::{Library, SIDE, Style};
 use crate::text::Text;
@@ -59,6 +59,9 @@ enum Step {
         /// Learn the first N scales only
         #[arg(long, default_value_t = 8)]
         scales: usize,
+        /// Everyday things in the pool: the first N [default: all]
+        #[arg(long, value_name = "N")]
+        things: Option<usize>,
         /// Compositions of shapes in the pool
         #[arg(long, default_value_t = 6000)]
         scenes: usize,
@@ -140,10 +143,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Step::Tokenizer { stage, plan } => {
             train::tokenizer::train(&run, &sampler, *stage, plan.batch, &plan.schedule())
         }
-        Step::Transformer { part, scales, scenes, several, oblong, dialogues, plan } => {
+        Step::Transformer { part, scales, things, scenes, several, oblong, dialogues, plan } => {
             let (tokenizer, text) = (tokenizer(&run)?, text()?);
-            let sizes = PoolSizes { backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
+            let things = things.unwrap_or(usize::MAX);
+            let sizes = PoolSizes { things, backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
             let pool = Pool::build(&sampler, &tokenizer, &text, sizes, run.recipe.scales)?;
+            if pool.is_empty() {
+                return Err(Error::usage("there is nothing to learn from").hint("--scenes 3000"));
+            }
             let lesson = Lesson {
                 run: &run,
                 tokenizer: &tokenizer,

@@ -30,6 +30,8 @@ impl Item {
 /// Sizes of the pool.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolSizes {
+    /// Everyday things: the first so many.
+    pub things: usize,
     /// Named backgrounds for every concept, beside white.
     pub backgrounds: usize,
     /// Compositions of shapes.
@@ -38,6 +40,13 @@ pub struct PoolSizes {
     pub several: usize,
     /// Images of each aspect ratio other than 1:1, half of them compositions of shapes.
     pub oblong: usize,
+}
+
+impl PoolSizes {
+    fn things<'a>(&self, sampler: &'a Sampler) -> &'a [usize] {
+        let all = sampler.everyday();
+        &all[..self.things.min(all.len())]
+    }
 }
 
 /// All items of one aspect ratio, by kind.
@@ -78,8 +87,8 @@ impl Pool {
             let grids = schedule::nearest(ratio).prefix(scales);
             let stride = tokenizer.config().encoder.stride();
             let (h, w) = grids.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
-            let everyday = sampler.everyday();
-            let singles = (0..sizes.oblong / 2).map(|n| {
+            let everyday = sizes.things(sampler);
+            let singles = (0..if everyday.is_empty() { 0 } else { sizes.oblong / 2 }).map(|n| {
                 let background = BACKGROUNDS.get(n % (2 * BACKGROUNDS.len()));
                 sampler.single(everyday[(n * RATIOS.len() + i) % everyday.len()], background, w, h)
             });
@@ -127,9 +136,10 @@ impl Shelf {
         scales: usize,
     ) -> Result<Self> {
         let side = crate::library::SIDE;
-        let plain = sampler.everyday().iter().map(|&p| sampler.single(p, None, side, side));
+        let everyday = sizes.things(sampler);
+        let plain = everyday.iter().map(|&p| sampler.single(p, None, side, side));
         let coloured = (0..sizes.backgrounds).flat_map(|i| {
-            sampler.everyday().iter().enumerate().map(move |(n, &p)| {
+            everyday.iter().enumerate().map(move |(n, &p)| {
                 let background = &BACKGROUNDS[(n * 7 + i * 3) % BACKGROUNDS.len()];
                 sampler.single(p, Some(background), side, side)
             })
@@ -139,11 +149,7 @@ impl Shelf {
             plain: encode(plain, tokenizer, text)?,
             coloured: encode(coloured, tokenizer, text)?,
             scenes: encode((0..sizes.scenes as u64).map(|i| sampler.scene(i, side, side)), tokenizer, text)?,
-            several: encode(
-                (0..sizes.several as u64).map(|i| sampler.several(sampler.everyday(), i)),
-                tokenizer,
-                text,
-            )?,
+            several: encode((0..sizes.several as u64).map(|i| sampler.several(everyday, i)), tokenizer, text)?,
         })
     }
 
@@ -151,16 +157,17 @@ impl Shelf {
         [&self.plain, &self.coloured, &self.scenes, &self.several].iter().map(|p| p.len()).sum()
     }
 
-    /// One item: single concepts 46%, most of them on white, shapes 48%, several things 6%.
+    /// One item: single concepts 46%, most of them on white, shapes 48%, several things 6%; of the kinds that there are.
     pub fn draw(&self, rng: &Rng) -> &Item {
-        let kind = match rng.uniform(110) {
-            u if u < 0.40 => &self.plain,
-            u if u < 0.46 => &self.coloured,
-            u if u < 0.94 => &self.scenes,
-            _ => &self.several,
-        };
-        let kind = if kind.is_empty() { &self.plain } else { kind };
-        &kind[rng.below(111, kind.len())]
+        let kinds = [(&self.plain, 0.40), (&self.coloured, 0.06), (&self.scenes, 0.48), (&self.several, 0.06)];
+        let there = || kinds.iter().filter(|(items, _)| !items.is_empty());
+        let mut rest = rng.uniform(110) * there().map(|(_, share)| share).sum::<f64>();
+        let drawn = there().find(|(_, share)| {
+            rest -= share;
+            rest < 0.0
+        });
+        let items = drawn.or(there().next_back()).map_or(&self.plain, |(items, _)| items);
+        &items[rng.below(111, items.len())]
     }
 }
 

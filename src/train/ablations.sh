@@ -1,0 +1,71 @@
+#!/bin/sh
+# The paper's ablations at a quarter of nano's transformer: each changes one thing of the recipe, and learns the same compositions
+# in the same number of steps, with seeds 1 to 3. What is done already is not done again.
+#
+#   sh src/train/ablations.sh runs/ablations
+#
+# It needs the picture library, and runs/nano/semantic.safetensors for the comparison of codebooks, which trains image
+# tokenizers of its own.
+set -eu
+runs=$1
+nextflow=${NEXTFLOW:-target/release/nextflow}
+here=$(dirname "$0")
+
+# recipe NAME SEED CHANGE: a run's folder with its recipe, a sed script that changes nano's.
+recipe() {
+    run=$runs/$1-$2
+    mkdir -p "$run"
+    sed -e 's/"hidden_size": 256/"hidden_size": 128/' -e 's/"intermediate_size": 768/"intermediate_size": 384/' \
+        -e 's/"num_hidden_layers": 6/"num_hidden_layers": 4/' -e 's/"num_attention_heads": 8/"num_attention_heads": 4/' \
+        -e "s/\"seed\": 1/\"seed\": $2/" -e "$3" "$here/nano.json" > "$run/recipe.json"
+    cp assets/nano/tokenizer.json "$run/"
+}
+
+train() {
+    "$nextflow" train --run "$run" "$@" 2>> "$run/log"
+}
+
+# Learns to draw, and is measured on held-out compositions and held-out pictures.
+draw() {
+    train transformer --things 0 --scenes 6000 --several 0 --oblong 0 --steps 500 --batch 32 --lr 0.004 --warmup 30
+    train export "$run/export"
+    "$nextflow" eval --model "$run/export" --suite compositions --suite reconstruction --json 2>> "$run/log" > "$run/new.json"
+    mv "$run/new.json" "$run/eval.json"
+}
+
+# transformer NAME SEED CHANGE: with nano's image tokenizer.
+transformer() {
+    [ -e "$runs/$1-$2/eval.json" ] && return
+    recipe "$@"
+    cp assets/nano/image_tokenizer.safetensors "$run/"
+    touch "$run/tokenizer-decoder.state" # its decoder is the third stage's
+    draw
+}
+
+# codebook NAME SEED CHANGE PIXEL JOINT: with an image tokenizer of its own, of so many steps a stage.
+codebook() {
+    [ -e "$runs/$1-$2/eval.json" ] && return
+    recipe "$@"
+    cp runs/nano/semantic.safetensors "$run/"
+    train tokenizer --stage pixel --steps "$4" --batch 8 --lr 0.002 --weight-decay 0.01
+    [ "$5" = 0 ] || train tokenizer --stage joint --steps "$5" --batch 8 --lr 0.001 --weight-decay 0.01
+    draw
+}
+
+for seed in 1 2 3; do
+    transformer residual "$seed" ''
+    transformer residual-uncorrected "$seed" 's/"fraction": 0.6/"fraction": 0.0/'
+    transformer cumulative "$seed" 's/"residual"/"cumulative"/'
+    transformer cumulative-uncorrected "$seed" 's/"residual"/"cumulative"/; s/"fraction": 0.6/"fraction": 0.0/'
+    transformer unweighted "$seed" 's/"scale_reweight": 0.9/"scale_reweight": 0.0/'
+    codebook dual "$seed" '' 450 200
+    codebook single "$seed" 's/"w_sem": 0.25/"w_sem": 0.0/' 650 0
+done
+
+# Mean of the six categories in percent, and PSNR in dB.
+for result in "$runs"/*/eval.json; do
+    name=$(basename "$(dirname "$result")")
+    score=$(grep -o '"score":[0-9.]*' "$result" | awk -F: '{ sum += $2 } END { print 100 * sum / NR }')
+    psnr=$(grep -o '"psnr":[0-9.]*' "$result" | head -n 1 | cut -d: -f2)
+    printf '%s %s %s\n' "$name" "$score" "$psnr"
+done
