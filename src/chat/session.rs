@@ -42,6 +42,28 @@ pub(super) enum Row {
     Images,
 }
 
+/// A reply that is being made.
+struct Talk {
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    /// Words so far, and the most that there may be.
+    tokens: usize,
+    longest: usize,
+    /// Of the last token, (1, 1, hidden).
+    hidden: Tensor,
+    layout: Layout,
+    /// Which words of the vocabulary stand before the next.
+    before: Vec<bool>,
+}
+
+/// Why the model stops speaking.
+enum Pause {
+    /// It opens an image.
+    Image,
+    /// The reply is over.
+    End(Ending),
+}
+
 /// A conversation with a model. What has been read once is not read again while the conversation goes on from there.
 #[derive(Debug)]
 pub struct Session<'a> {
@@ -116,7 +138,7 @@ impl<'a> Session<'a> {
     }
 
     /// Says something that the model answers with an image, whatever it would say: of the grids `scales` or, without
-    /// them, of those of the last image, for it is likely to be an edit.
+    /// them, of those of the last image, for it is likely to be an edit. Before it the model may say what it will draw.
     ///
     /// Errors: as [`Session::say`], and usage if the model does not draw.
     pub fn draw(
@@ -128,13 +150,13 @@ impl<'a> Session<'a> {
         listener: Listener,
     ) -> Result<Reply> {
         self.take_turn(pictures, text, |session| {
-            let (prompt_tokens, cached_tokens) = {
-                let (script, cached, _) = session.begin(manner, listener)?;
-                (script.tokens.len(), cached)
-            };
+            let mut talk = session.begin(manner, listener)?;
+            if let Pause::End(Ending::Interrupted) = session.speak(&mut talk, manner, listener)? {
+                return Err(Error::new(Kind::Interrupted, "interrupted"));
+            }
             let scales = scales.map_or_else(|| session.next_scales(), |scales| Ok(scales.into()))?;
             session.draw_next(manner, &scales, listener)?;
-            Ok(Reply { text: String::new(), prompt_tokens, cached_tokens, tokens: 0, ending: Ending::Stop })
+            Ok(session.reply(&talk, Ending::Stop))
         })
     }
 
@@ -155,65 +177,83 @@ impl<'a> Session<'a> {
         answer
     }
 
-    /// Reads the conversation: where the reply begins, how many tokens had been read before, and the hidden state of the
-    /// last one, (1, 1, hidden).
-    fn begin(&mut self, manner: &Manner, listener: Listener) -> Result<(Script, usize, Tensor)> {
+    /// Reads the conversation up to where the reply begins.
+    fn begin(&mut self, manner: &Manner, listener: Listener) -> Result<Talk> {
         let script = self.render(Row::Said, true)?;
         let (context, prompt_tokens) = (self.model.config.context, script.tokens.len());
         if prompt_tokens >= context {
             let message = format!("the conversation has {prompt_tokens} tokens, the model's limit is {context}");
             return Err(Error::usage(message).hint("/undo, /clear, or smaller images: --max-pixels 500000"));
         }
-        self.cache.reserve(prompt_tokens + manner.longest.min(context - prompt_tokens).min(CHUNK))?;
-        let (cached, hidden) = self.catch_up(Row::Said, &script, listener)?;
-        Ok((script, cached, hidden))
+        let longest = manner.longest.min(context - prompt_tokens);
+        self.cache.reserve(prompt_tokens + longest.min(CHUNK))?;
+        let (cached_tokens, hidden) = self.catch_up(Row::Said, &script, listener)?;
+        let before = self.words_before(&script.tokens);
+        Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, longest, hidden, layout: script.layout, before })
     }
 
     pub(super) fn answer(&mut self, manner: &Manner, listener: Listener) -> Result<Reply> {
-        let (script, cached_tokens, mut hidden) = self.begin(manner, listener)?;
-        let (model, prompt_tokens) = (self.model, script.tokens.len());
-        let longest = manner.longest.min(model.config.context - prompt_tokens);
-        let mut before = self.words_before(&script.tokens);
-        let (mut speech, mut layout, mut tokens) = (Speech::default(), script.layout, 0);
-        let ending = loop {
-            let position = layout.len();
-            let drawn = manner.words.draw(model.logits(&hidden)?, &before, manner.seed, position);
+        let mut talk = self.begin(manner, listener)?;
+        loop {
+            if let Pause::End(ending) = self.speak(&mut talk, manner, listener)? {
+                return Ok(self.reply(&talk, ending));
+            }
+            match self.draw_next(manner, &self.next_scales()?, listener) {
+                Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => {
+                    return Ok(self.reply(&talk, Ending::Interrupted));
+                }
+                drawn => drawn?,
+            }
+            let script = self.render(Row::Said, true)?;
+            self.cache.reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
+            (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
+            talk.layout = script.layout;
+        }
+    }
+
+    /// Speaks until the model opens an image or the reply ends.
+    fn speak(&mut self, talk: &mut Talk, manner: &Manner, listener: Listener) -> Result<Pause> {
+        let model = self.model;
+        let mut speech = Speech::default();
+        let pause = loop {
+            if talk.tokens >= talk.longest {
+                break Pause::End(Ending::Length);
+            }
+            let position = talk.layout.len();
+            let drawn = manner.words.draw(model.logits(&talk.hidden)?, &talk.before, manner.seed, position);
             let word = drawn.ok_or_else(|| {
                 Error::new(Kind::NonFinite, format!("the model gave no finite numbers at token {position}"))
                     .hint("check the weights: nextflow info MODEL")
             })?;
             if word == model.template.end || model.config.stops.contains(&word) {
-                break Ending::Stop;
+                break Pause::End(Ending::Stop);
             }
             if model.draws() && word == model.config.backbone.boi() {
-                self.finish(&mut speech, listener)?;
-                match self.draw_next(manner, &self.next_scales()?, listener) {
-                    Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => break Ending::Interrupted,
-                    drawn => drawn?,
-                }
-                let script = self.render(Row::Said, true)?;
-                self.cache.reserve(script.tokens.len() + longest.min(CHUNK))?;
-                (_, hidden) = self.catch_up(Row::Said, &script, listener)?;
-                layout = script.layout;
-                continue;
+                break Pause::Image;
             }
-            tokens += 1;
+            talk.tokens += 1;
             let first = speech.is_empty();
             let new = speech.push(word, &model.text)?;
             if listener(Heard::Words(model.opening(&new, first))).is_break() {
-                break Ending::Interrupted;
+                break Pause::End(Ending::Interrupted);
             }
-            if tokens >= longest {
-                break Ending::Length;
+            if talk.tokens >= talk.longest {
+                continue;
             }
-            before[word as usize] = true;
-            layout.push_text(1);
-            self.cache.reserve(layout.len())?;
-            hidden = self.pass(Row::Said, &[Token::Word(word)], &layout, Step::Text)?;
+            talk.before[word as usize] = true;
+            talk.layout.push_text(1);
+            self.cache.reserve(talk.layout.len())?;
+            talk.hidden = self.pass(Row::Said, &[Token::Word(word)], &talk.layout, Step::Text)?;
         };
         self.finish(&mut speech, listener)?;
+        Ok(pause)
+    }
+
+    /// What the reply has come to.
+    fn reply(&self, talk: &Talk, ending: Ending) -> Reply {
+        let Talk { prompt_tokens, cached_tokens, tokens, .. } = *talk;
         let text = self.reply.iter().filter_map(Part::text).collect();
-        Ok(Reply { text, prompt_tokens, cached_tokens, tokens, ending })
+        Reply { text, prompt_tokens, cached_tokens, tokens, ending }
     }
 
     /// Puts what has been spoken into the reply.

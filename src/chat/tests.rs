@@ -193,7 +193,9 @@ fn an_edit_is_what_the_masked_pass_says() {
     let inputs = crate::generate::schedule::codes(&codes.scales) - 1;
     let logits = [Row::Said, Row::Images].map(|row| {
         let mut question = Session::new(&model).unwrap();
-        question.push(Role::User, session.turns()[0].parts.clone());
+        let [asked, answered] = session.turns() else { panic!("one question and its answer") };
+        question.push(Role::User, asked.parts.clone());
+        question.reply = answered.parts.iter().filter(|part| part.image().is_none()).cloned().collect();
         let mut script = question.render(row, true).unwrap();
         let first = script.tokens.len();
         let mut image = Script::default();

@@ -50,6 +50,8 @@ struct Plan<'a> {
 
 /// Tokens of an instruction and of what stands around it, for the forecast.
 const WORDS: usize = 64;
+/// The most words that the model says before it draws.
+const THOUGHT: usize = 64;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
@@ -59,7 +61,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
-    let tokens = read.sum::<Result<usize>>()? + WORDS + schedule::codes(&frame.scales);
+    let tokens = read.sum::<Result<usize>>()? + WORDS + THOUGHT + schedule::codes(&frame.scales);
     let memory = config.memory(Some(&request.source), request.weights, tokens, None, &request.device)?;
     let (width, height) = frame.size();
     if args.draw.dry_run {
@@ -86,12 +88,12 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         delivery.console.start();
         let manner = Manner {
             words: model.config().sampling,
-            longest: 0,
+            longest: THOUGHT,
             image: Some(job.sampling.clone()),
             seed: job.seed,
             guide_from_sources: !args.free,
         };
-        session.draw(pictures.clone(), &job.prompt, &manner, Some(&frame.scales), &mut |heard| {
+        let reply = session.draw(pictures.clone(), &job.prompt, &manner, Some(&frame.scales), &mut |heard| {
             if let Heard::Drawing(event) = heard {
                 delivery.console.event(&event);
             }
@@ -101,7 +103,8 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         let image = frame.cut(&model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?);
         // The sources stay in the cache for the next one.
         session.undo();
-        if delivery.deliver(&job, &image, None, started)?.is_break() {
+        let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());
+        if delivery.deliver(&job, &image, thought, started)?.is_break() {
             break;
         }
     }

@@ -22,6 +22,15 @@ pub enum Length {
     Long,
     /// None: a reply ends where its image would begin.
     Words,
+    /// One that is looked at, and much to say about it: a reply ends where its image would begin.
+    Look,
+}
+
+impl Length {
+    /// Whether a reply ends where its image would begin, which costs a fraction of an image.
+    pub fn ends_at_images(self) -> bool {
+        matches!(self, Self::Words | Self::Look)
+    }
 }
 
 fn user(images: Vec<Canvas>, text: &str) -> (Role, Vec<Part<Canvas>>) {
@@ -42,15 +51,18 @@ pub fn dialogue(sampler: &Sampler, index: u64, length: Length) -> Turns {
     let rng = sampler.rng(index, 40 + length as u64);
     let of = |purpose: u64| sampler.rng(index, 50 + 10 * purpose + length as u64);
     match (length, rng.below(0, 100)) {
-        (Length::Short, 0..18) => drawing(sampler, &of(0)),
-        (Length::Short, 18..60) => questions(&of(1)),
-        (Length::Short, 60..76) => thing_question(sampler, &of(2)),
-        (Length::Short, 76..96) => thinking(sampler, &of(3)),
+        (Length::Short, 0..26) => drawing(sampler, &of(0)),
+        (Length::Short, 26..46) => questions(&of(1), FEW),
+        (Length::Short, 46..68) => thing_question(sampler, &of(2)),
+        (Length::Short, 68..94) => thinking(sampler, &of(3)),
         (Length::Short, _) => talk(&of(4)),
         (Length::Words, 0..90) => thinking(sampler, &of(10)),
         (Length::Words, _) => talk(&of(4)),
-        (Length::Long, 0..12) => copy(sampler, &of(9)),
-        (Length::Long, 12..72) => edit(&of(5)),
+        (Length::Look, 0..50) => questions(&of(1), MANY),
+        (Length::Look, 50..90) => edit(&of(5), rng.below(1, 3)),
+        (Length::Look, _) => thing_question(sampler, &of(2)),
+        (Length::Long, 0..8) => copy(sampler, &of(9)),
+        (Length::Long, 8..72) => edit(&of(5), 0),
         (Length::Long, 72..86) => thing_edit(sampler, &of(6)),
         (Length::Long, 86..97) => several_turns(&of(7), index),
         (Length::Long, _) => story(&of(8)),
@@ -77,21 +89,27 @@ fn drawing(sampler: &Sampler, rng: &Rng) -> Turns {
     vec![user(vec![], &request), model("", Some(canvas))]
 }
 
-/// Questions about a composition are so many at most.
-const QUESTIONS: usize = 6;
+/// Questions about a composition are so many at most, beside images that are drawn and where they are all there is.
+const FEW: usize = 4;
+const MANY: usize = 12;
 
-/// Questions about a composition, each answered before the next.
-fn questions(rng: &Rng) -> Turns {
+/// Questions about a composition, `count` at most, each answered before the next.
+fn questions(rng: &Rng, count: usize) -> Turns {
     let Question { scene, text, answer, .. } = Question::sample(&rng.fork(1), Split::Train);
     let mut turns = vec![user(vec![picture(&scene)], &text), model(&answer, None)];
-    for step in 1..QUESTIONS as u64 {
-        let rng = rng.fork(1 + step);
-        let kind = QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())];
-        if let Some(next) = Question::on(&rng, &scene, kind, Split::Train) {
-            turns.extend([user(vec![], &next.text), model(&next.answer, None)]);
-        }
-    }
+    turns.extend(more_questions(rng, &scene, count - 1));
     turns
+}
+
+/// Questions about a composition that has been shown, `count` at most.
+fn more_questions(rng: &Rng, scene: &Scene, count: usize) -> Turns {
+    let ask = |step: usize| {
+        let rng = rng.fork(2 + step as u64);
+        let kind = QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())];
+        Question::on(&rng, scene, kind, Split::Train)
+    };
+    let turns = |q: Question| [user(vec![], &q.text), model(&q.answer, None)];
+    (0..count).filter_map(ask).flat_map(turns).collect()
 }
 
 /// Wordings of "what is this?".
@@ -143,11 +161,14 @@ fn talk(rng: &Rng) -> Turns {
     vec![user(vec![], questions[rng.below(1, questions.len())]), model(answer, None)]
 }
 
-/// A composition and what an instruction makes of it.
-fn edit(rng: &Rng) -> Turns {
+/// A composition and what an instruction makes of it, behind `questions` questions about it at most.
+fn edit(rng: &Rng, questions: usize) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
     let text = edit.instruction(&rng.fork(2), Split::Train);
-    vec![user(vec![picture(&edit.source)], &text), model("", Some(picture(&edit.target)))]
+    let mut turns = more_questions(&rng.fork(3), &edit.source, questions);
+    turns.extend([user(vec![], &text), model(&edit.thought(), Some(picture(&edit.target)))]);
+    turns[0].1.insert(0, Part::Image(picture(&edit.source)));
+    turns
 }
 
 /// Wordings that ask for the same image again.
@@ -179,37 +200,48 @@ fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
     let (second, other, _) = sampler.thing(rng, 2);
     let white = |p| sampler.single(p, None, SIDE, SIDE).canvas;
     let small = |places: &[(usize, i32)]| sampler.row(places);
+    // What is kept goes without a name, so that it need not be known.
+    let same = |change: &str| format!("{}the same{change}", prompt::FINAL);
+    let becomes = |name: &str| format!("{}{}", prompt::FINAL, with_article(name));
     let say = |counter, forms: &[&str]| forms[rng.below(counter, forms.len())].to_string();
-    let (before, text, after) = match rng.below(4, 12) {
+    let (before, text, thought, after) = match rng.below(4, 12) {
         0..3 => {
             let background = &BACKGROUNDS[rng.below(5, BACKGROUNDS.len())];
             let coloured = sampler.single(first, Some(background), SIDE, SIDE).canvas;
+            let on = |name: &str| same(&format!(" on a {name} background"));
             let forms = ["make the background {}", "change the background to {}", "put it on a {} background"];
             match rng.below(6, 4) {
-                0 => (coloured, say(7, &forms).replace("{}", "white"), white(first)),
-                1 => (white(first), format!("把背景换成{}", background.name_zh), coloured),
-                _ => (white(first), say(7, &forms).replace("{}", background.name), coloured),
+                0 => (coloured, say(7, &forms).replace("{}", "white"), on("white"), white(first)),
+                1 => (white(first), format!("把背景换成{}", background.name_zh), on(background.name), coloured),
+                _ => (white(first), say(7, &forms).replace("{}", background.name), on(background.name), coloured),
             }
         }
         3 | 4 => {
             let before = white(first);
             let after = before.clone().mirrored();
-            (before, say(5, &["flip the picture", "mirror it", "flip it from left to right", "左右翻转"]), after)
+            let text = say(5, &["flip the picture", "mirror it", "flip it from left to right", "左右翻转"]);
+            (before, text, same(" from the other side"), after)
         }
         5..8 => {
             let concept = sampler.concept(first);
-            let (to, forms) = &STYLES[rng.below(5, STYLES.len())];
+            let style = rng.below(5, STYLES.len());
+            let (to, forms) = &STYLES[style];
             let (from, _) = &STYLES[rng.below(6, STYLES.len())];
             match (sampler.in_style(concept, *from), sampler.in_style(concept, *to)) {
-                (Some(from), Some(to)) if from != to => (white(from), say(7, forms), white(to)),
-                _ => (white(first), format!("turn it into {}", with_article(other)), white(second)),
+                (Some(from), Some(to)) if from != to => (
+                    white(from),
+                    say(7, forms),
+                    same([" in 3d style", " in flat style", " in noto style"][style]),
+                    white(to),
+                ),
+                _ => (white(first), format!("turn it into {}", with_article(other)), becomes(other), white(second)),
             }
         }
-        8 => (white(first), format!("turn it into {}", with_article(other)), white(second)),
+        8 => (white(first), format!("turn it into {}", with_article(other)), becomes(other), white(second)),
         9 => {
             let forms = ["replace {a} with {b}", "swap {a} for {b}", "turn {a} into {b}"];
             let text = say(5, &forms).replace("{a}", &format!("the {name}")).replace("{b}", &with_article(other));
-            (white(first), text, white(second))
+            (white(first), text, becomes(other), white(second))
         }
         10 => {
             let left = rng.below(5, 2) == 0;
@@ -217,14 +249,16 @@ fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
             let side = if left { "left" } else { "right" };
             let text = say(6, &["add {b} on the {s}", "put {b} on the {s}", "add {b} to the {s}"]);
             let text = text.replace("{b}", &with_article(other)).replace("{s}", side);
-            (small(&[(first, a)]), text, small(&[(first, a), (second, b)]))
+            let thought = same(&format!(" and {} on the {side}", with_article(other)));
+            (small(&[(first, a)]), text, thought, small(&[(first, a), (second, b)]))
         }
         _ => {
             let text = say(6, &["remove {}", "take {} away", "delete {}"]).replace("{}", &format!("the {other}"));
-            (small(&[(first, 0), (second, 64)]), text, small(&[(first, 0)]))
+            let thought = same(&format!(" without {}", with_article(other)));
+            (small(&[(first, 0), (second, 64)]), text, thought, small(&[(first, 0)]))
         }
     };
-    vec![user(vec![before], &text), model("", Some(after))]
+    vec![user(vec![before], &text), model(&thought, Some(after))]
 }
 
 /// Draw and edit, draw and ask, or look, edit and ask.
@@ -247,7 +281,7 @@ fn several_turns(rng: &Rng, index: u64) -> Turns {
             None => vec![user(vec![picture(&edit.source)], &text)],
         },
     };
-    turns.push(model("", Some(picture(&edit.target))));
+    turns.push(model(&edit.thought(), Some(picture(&edit.target))));
     if let Some(q) = asked(&edit.target).filter(|_| rng.below(5, 2) == 0) {
         turns.extend([user(vec![], &q.text), model(&q.answer, None)]);
     }
@@ -281,4 +315,30 @@ fn story(rng: &Rng) -> Turns {
         user(vec![], &format!("tell a story in {count} pictures about {}", first.source.prompt())),
         (Role::Assistant, parts),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    #[test]
+    fn a_composition_is_shown_once_and_talked_about_in_turn() {
+        for i in 0..100 {
+            let rng = Rng::new(5, i, Stream::Train, 0);
+            for (turns, images) in [(questions(&rng, MANY), 1), (edit(&rng, 0), 2), (edit(&rng, FEW), 2)] {
+                let roles: Vec<Role> = turns.iter().map(|(role, _)| *role).collect();
+                assert!(roles.chunks(2).all(|pair| pair == [Role::User, Role::Assistant]), "{roles:?}");
+                assert!(turns.len() <= 2 * MANY);
+                let parts: Vec<&Part<Canvas>> = turns.iter().flat_map(|(_, parts)| parts).collect();
+                assert!(parts[0].image().is_some());
+                assert_eq!(parts.iter().filter(|part| part.image().is_some()).count(), images);
+                // A model that is to draw says first what.
+                if images == 2 {
+                    let [.., thought, last] = parts[..] else { panic!("{turns:?}") };
+                    assert!(thought.text().is_some_and(|t| t.contains(prompt::FINAL)) && last.image().is_some());
+                }
+            }
+        }
+    }
 }

@@ -58,15 +58,19 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
     let names: Vec<String> = square.iter().map(|(h, w)| format!("{h}x{w}")).collect();
     while optimizer.step < plan.steps {
         let sequences = lesson.sequences(batch, optimizer.step)?;
-        let (mut loss, mut means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
+        let (mut loss, means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
+        let mut said = Vec::new();
         if let Some((sampler, text)) = lesson.dialogues {
-            let words = lesson.dialogues(sampler, text, batch / 2, optimizer.step, Length::Words)?;
-            let (part, measured) = Batch(&words).loss(&backbone, run.recipe.scales)?;
-            loss = (loss + part)?;
-            means.words = measured.words;
+            for (name, length, share) in [("words", Length::Words, 4), ("look", Length::Look, 4)] {
+                let sequences = lesson.dialogues(sampler, text, batch / share, optimizer.step, length)?;
+                let (part, measured) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
+                loss = (loss + part)?;
+                said.push((name, measured.words));
+            }
         }
         let norm = optimizer.descend(&loss, plan)?;
-        let mut measured = vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm), ("words", means.words)];
+        let mut measured = vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)];
+        measured.extend(said);
         measured.extend(names.iter().map(String::as_str).zip(means.scales));
         progress.step(&measured);
         if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
@@ -127,8 +131,8 @@ impl Lesson<'_> {
         let dialogues: Vec<Turns> =
             (0..size as u64).into_par_iter().map(|i| dialogue(sampler, first + i, length)).collect();
         let template = Template::of(text, false)?;
-        let wordy = length == Length::Words;
-        let mut features = if wordy { Vec::new() } else { self.features(&dialogues)? }.into_iter();
+        let short = length.ends_at_images();
+        let mut features = self.features(&dialogues, short)?.into_iter();
         let dialogues: Vec<_> = dialogues
             .into_iter()
             .enumerate()
@@ -136,9 +140,11 @@ impl Lesson<'_> {
                 let turns: Vec<(Role, Vec<Part<Vec<f32>>>)> = turns
                     .into_iter()
                     .map(|(role, parts)| {
+                        let left_out = short && role == Role::Assistant;
                         let part = |part| match part {
                             Part::Text(text) => Part::Text(text),
                             Part::Drawn(text, ids) => Part::Drawn(text, ids),
+                            Part::Image(_) if left_out => Part::Image(Vec::new()),
                             Part::Image(_) => Part::Image(features.next().unwrap_or_default()),
                         };
                         (role, parts.into_iter().map(part).collect())
@@ -147,12 +153,13 @@ impl Lesson<'_> {
                 (first + i as u64, turns)
             })
             .collect();
-        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, template, *index, turns, wordy)).collect()
+        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, template, *index, turns, short)).collect()
     }
 
-    /// What is quantised, of all images in the order of the dialogues: (h * w, D) each.
-    fn features(&self, dialogues: &[Turns]) -> Result<Vec<Vec<f32>>> {
-        let parts = dialogues.iter().flatten().flat_map(|(_, parts)| parts);
+    /// What is quantised, of all images in the order of the dialogues, or of those that the user shows: (h * w, D) each.
+    fn features(&self, dialogues: &[Turns], shown: bool) -> Result<Vec<Vec<f32>>> {
+        let turns = dialogues.iter().flatten().filter(|(role, _)| !shown || *role == Role::User);
+        let parts = turns.flat_map(|(_, parts)| parts);
         let canvases: Vec<&Canvas> = parts.filter_map(Part::image).collect();
         let Some(first) = canvases.first() else { return Ok(Vec::new()) };
         let rows: Vec<&[u8]> = canvases.iter().map(|c| c.rgb.as_slice()).collect();
@@ -167,13 +174,13 @@ impl Lesson<'_> {
         template: Template,
         index: u64,
         turns: &[(Role, Vec<Part<Vec<f32>>>)],
-        wordy: bool,
+        short: bool,
     ) -> Result<Sequence> {
         let rng = Rng::new(self.run.recipe.seed, index, Stream::Train, 3 << 32);
         let config = &self.run.recipe.backbone;
         let drawn = turns.last().is_some_and(|(_, parts)| parts.iter().any(|p| p.image().is_some()));
         // Without words, for guidance.
-        let silent = drawn && !wordy && rng.uniform(0) < CAPTION_DROP;
+        let silent = drawn && !short && rng.uniform(0) < CAPTION_DROP;
         let turns: Vec<(Role, Vec<Part<Vec<f32>>>)> = turns
             .iter()
             .map(|(role, parts)| {
@@ -202,7 +209,7 @@ impl Lesson<'_> {
                     if said {
                         sequence.expect_word(config.boi());
                     }
-                    if wordy {
+                    if said && short {
                         break;
                     }
                     let manner = match (said, exact) {

@@ -8,6 +8,7 @@ mod words;
 
 use super::wording::Voice;
 use super::{Kind, Object, Scene, Split, held_out};
+use crate::generate::prompt::FINAL;
 use crate::rng::Rng;
 use change::Change;
 
@@ -134,6 +135,13 @@ impl Edit {
     /// The canonical English wording, which is always a trained one.
     pub fn canonical(&self) -> String {
         wording::say(&self.changes, &self.source, Voice::canonical())
+    }
+
+    /// What a model says before it draws: what it sees, and what that becomes, each as a viewer tells it: "a red circle to the
+    /// left of a blue star. the final prompt is: a blue star".
+    pub fn thought(&self) -> String {
+        let seen = |scene: &Scene| scene.seen().as_ref().unwrap_or(scene).prompt();
+        format!("{}. {FINAL}{}", seen(&self.source), seen(&self.target))
     }
 
     /// Boxes (left, top, right, bottom), in 1/128 of the drawing square, outside of which nothing changes; the whole

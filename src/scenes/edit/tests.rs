@@ -119,3 +119,20 @@ fn a_dialogue_goes_on_from_where_an_edit_ended() {
     let one = Edit::of_kind(&rng(0), EditKind::Remove, Split::Train).target;
     assert!(Edit::on(&rng(0), &one, EditKind::Remove, Split::Train).is_none());
 }
+
+#[test]
+fn a_thought_tells_what_is_seen_and_what_it_becomes() {
+    for kind in EDIT_KINDS {
+        for edit in edits(kind, Split::Train, 100) {
+            let thought = edit.thought();
+            let (before, after) = thought.split_once(". the final prompt is: ").unwrap();
+            assert_ne!(before, after, "{edit:?}");
+            // As if one knew the pictures alone: what an object was meant to be called does not show in them.
+            let told = |scene: &Scene| Scene::of_objects(scene.objects.clone(), scene.background).unwrap();
+            for (words, scene) in [(before, &edit.source), (after, &edit.target)] {
+                let objects = &told(scene).objects;
+                assert!(objects.iter().all(|o| words.contains(COLOURS[o.colour].name)), "{words}: {edit:?}");
+            }
+        }
+    }
+}
