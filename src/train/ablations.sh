@@ -25,11 +25,11 @@ train() {
     "$nextflow" train --run "$run" "$@" 2>> "$run/log"
 }
 
-# Learns to draw, and is measured on held-out compositions and held-out pictures.
+# draw SUITES: learns to draw, and is measured.
 draw() {
     train transformer --things 0 --scenes 6000 --several 0 --oblong 0 --steps 500 --batch 32 --lr 0.004 --warmup 30
     train export "$run/export"
-    "$nextflow" eval --model "$run/export" --suite compositions --suite reconstruction --json 2>> "$run/log" > "$run/new.json"
+    "$nextflow" eval --model "$run/export" --suite "$@" --json 2>> "$run/log" > "$run/new.json"
     mv "$run/new.json" "$run/eval.json"
 }
 
@@ -39,7 +39,7 @@ transformer() {
     recipe "$@"
     cp assets/nano/image_tokenizer.safetensors "$run/"
     touch "$run/tokenizer-decoder.state" # its decoder is the third stage's
-    draw
+    draw compositions
 }
 
 # codebook NAME SEED CHANGE PIXEL JOINT: with an image tokenizer of its own, of so many steps a stage.
@@ -49,7 +49,7 @@ codebook() {
     cp runs/nano/semantic.safetensors "$run/"
     train tokenizer --stage pixel --steps "$4" --batch 8 --lr 0.002 --weight-decay 0.01
     [ "$5" = 0 ] || train tokenizer --stage joint --steps "$5" --batch 8 --lr 0.001 --weight-decay 0.01
-    draw
+    draw compositions --suite reconstruction
 }
 
 for seed in 1 2 3; do
@@ -66,6 +66,6 @@ done
 for result in "$runs"/*/eval.json; do
     name=$(basename "$(dirname "$result")")
     score=$(grep -o '"score":[0-9.]*' "$result" | awk -F: '{ sum += $2 } END { print 100 * sum / NR }')
-    psnr=$(grep -o '"psnr":[0-9.]*' "$result" | head -n 1 | cut -d: -f2)
+    psnr=$(grep -o '"psnr":[0-9.]*' "$result" | head -n 1 | cut -d: -f2 || true)
     printf '%s %s %s\n' "$name" "$score" "$psnr"
 done

@@ -1,0 +1,71 @@
+use super::*;
+use crate::ops::check::{agree, random, same};
+use candle_core::{Device, Var};
+
+fn inputs(b: usize, t: usize, s: usize, (h, kv, d): (usize, usize, usize)) -> [Var; 3] {
+    [random((b, t, h, d), 1), random((b, s, kv, d), 2), random((b, s, kv, d), 3)]
+}
+
+/// Causal, with one row that sees nothing and, per batch row, some padding.
+fn mask(b: Option<usize>, t: usize, s: usize) -> Result<Tensor> {
+    let keep = |b: usize, i: usize, j: usize| i != 1 && j + t <= i + s && (b == 0 || j % 3 != b % 3);
+    let bytes = |b| (0..t * s).map(move |n| u8::from(keep(b, n / s, n % s)));
+    match b {
+        Some(b) => Tensor::from_iter((0..b).flat_map(bytes), &Device::Cpu)?.reshape((b, t, s)),
+        None => Tensor::from_iter(bytes(0), &Device::Cpu)?.reshape((t, s)),
+    }
+}
+
+#[test]
+fn matches_the_composition() -> Result<()> {
+    for (b, t, s, heads) in
+        [(2, 5, 7, (4, 2, 6)), (1, 70, 70, (2, 1, 9)), (1, 600, 610, (1, 1, 2)), (3, 1, 11, (6, 2, 8))]
+    {
+        let [q, k, v] = &inputs(b, t, s, heads);
+        same(&[q, k, v], || attention(q, k, v, Mask::None, 0.4), || plain(q, k, v, None, 0.4));
+        let behind = causal(t, s, &Device::Cpu)?;
+        same(&[q, k, v], || attention(q, k, v, Mask::Causal, 0.4), || plain(q, k, v, Some(&behind), 0.4));
+        for mask in [mask(None, t, s)?, mask(Some(b), t, s)?] {
+            same(&[q, k, v], || attention(q, k, v, Mask::Kept(&mask), 0.4), || plain(q, k, v, Some(&mask), 0.4));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_that_see_nothing_are_zero() -> Result<()> {
+    let [q, k, v] = &inputs(2, 4, 5, (2, 1, 3));
+    let y = attention(q, k, v, Mask::Kept(&mask(Some(2), 4, 5)?), 1.0)?.narrow(1, 1, 1)?;
+    assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().all(|&y| y == 0.0));
+    Ok(())
+}
+
+#[test]
+fn reads_views_of_a_cache() {
+    let [q, k, v] = &inputs(2, 3, 12, (4, 2, 5));
+    let view = |x: &Var| x.narrow(1, 2, 6);
+    let kernel = || attention(q, &view(k)?, &view(v)?, Mask::None, 0.5);
+    same(&[q, k, v], kernel, || plain(q, &view(k)?, &view(v)?, None, 0.5));
+    // Strides of the heads themselves are copied.
+    let turned = |x: &Var| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+    same(&[q, k, v], || attention(q, &turned(k)?, &turned(v)?, Mask::None, 0.5), || plain(q, k, v, None, 0.5));
+}
+
+#[test]
+fn other_dtypes_compose() -> Result<()> {
+    let [q, k, v] = &inputs(1, 3, 4, (2, 1, 4));
+    let half = |x: &Var| x.to_dtype(DType::F64);
+    let y = attention(&half(q)?, &half(k)?, &half(v)?, Mask::Causal, 0.5)?;
+    assert_eq!(y.dtype(), DType::F64);
+    agree("f64", &y.to_dtype(DType::F32)?, &attention(q, k, v, Mask::Causal, 0.5)?)
+}
+
+#[test]
+fn rejects_shapes_that_do_not_fit() -> Result<()> {
+    let [q, k, v] = &inputs(1, 3, 4, (3, 2, 4));
+    assert!(attention(q, k, v, Mask::None, 1.0).is_err());
+    let [q, k, v] = &inputs(1, 3, 4, (4, 2, 4));
+    assert!(attention(q, k, v, Mask::Kept(&mask(None, 4, 3)?), 1.0).is_err());
+    assert!(attention(q, k, &v.narrow(1, 0, 2)?, Mask::None, 1.0).is_err());
+    Ok(())
+}
