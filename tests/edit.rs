@@ -125,6 +125,7 @@ fn a_conversation_draws_edits_and_looks() {
         "/gen a red circle",
         "/edit make it blue",
         "/edit $1 make it green",
+        "/gen a yellow star",
         "/image a.png",
         "what colour is the circle?",
         "/regen",
@@ -140,9 +141,12 @@ fn a_conversation_draws_edits_and_looks() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     let stdout = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(lines.len(), 5, "{stdout}\n{stderr}");
+    assert_eq!(lines.len(), 6, "{stdout}\n{stderr}");
     let image = |i: usize| open(&here.join(lines[i]["images"][0].as_str().unwrap()));
     assert!(image(0) != image(1) && image(1) != image(2));
+    // A new image has nothing to do with those before.
+    let [r, g, b] = image(3).get_pixel(64, 64).0;
+    assert!(r > 150 && g > 120 && b < 120, "{r} {g} {b} is not yellow");
     // An edit of an edit goes on from what is in the cache: the image, bar the sum of its codes and what ends it.
     let number = |i: usize, key: &str| lines[i][key].as_u64().unwrap();
     assert!(number(1, "cached_tokens") >= number(0, "prompt_tokens") + 203, "{stdout}");

@@ -2,9 +2,11 @@
 
 use std::ops::ControlFlow;
 
+use candle_core::Tensor;
 use serde::Serialize;
 
 use super::{Picture, WordSampling};
+use crate::backbone::sequence::Layout;
 use crate::generate::{Event, Sampling};
 
 /// How replies are made.
@@ -63,4 +65,26 @@ pub struct Reply {
     pub tokens: usize,
     /// Why it ended.
     pub ending: Ending,
+}
+
+/// A reply that is being made.
+pub(super) struct Talk {
+    pub prompt_tokens: usize,
+    pub cached_tokens: usize,
+    /// Words so far, and the most that there may be.
+    pub tokens: usize,
+    pub longest: usize,
+    /// Of the last token, (1, 1, hidden).
+    pub hidden: Tensor,
+    pub layout: Layout,
+    /// Which words of the vocabulary stand before the next.
+    pub before: Vec<bool>,
+}
+
+/// Why the model stops speaking.
+pub(super) enum Pause {
+    /// It opens an image.
+    Image,
+    /// The reply is over.
+    End(Ending),
 }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::picture::{self, Script, Token, passes};
-use super::reply::{Ending, Heard, Listener, Manner, Reply};
+use super::reply::{Ending, Heard, Listener, Manner, Pause, Reply, Talk};
 use super::template::{Part, Role};
 use super::{ChatModel, Picture, Speech};
 use crate::backbone::sequence::Layout;
@@ -40,28 +40,6 @@ impl Turn {
 pub(super) enum Row {
     Said,
     Images,
-}
-
-/// A reply that is being made.
-struct Talk {
-    prompt_tokens: usize,
-    cached_tokens: usize,
-    /// Words so far, and the most that there may be.
-    tokens: usize,
-    longest: usize,
-    /// Of the last token, (1, 1, hidden).
-    hidden: Tensor,
-    layout: Layout,
-    /// Which words of the vocabulary stand before the next.
-    before: Vec<bool>,
-}
-
-/// Why the model stops speaking.
-enum Pause {
-    /// It opens an image.
-    Image,
-    /// The reply is over.
-    End(Ending),
 }
 
 /// A conversation with a model. What has been read once is not read again while the conversation goes on from there.
@@ -158,6 +136,26 @@ impl<'a> Session<'a> {
             session.draw_next(manner, &scales, listener)?;
             Ok(session.reply(&talk, Ending::Stop))
         })
+    }
+
+    /// As [`Session::draw`], but looks at nothing that was said or shown before.
+    ///
+    /// Errors: as [`Session::draw`].
+    pub fn draw_anew(
+        &mut self,
+        pictures: Vec<Picture>,
+        text: &str,
+        manner: &Manner,
+        scales: &[(usize, usize)],
+        listener: Listener,
+    ) -> Result<Reply> {
+        if self.turns.is_empty() {
+            return self.draw(pictures, text, manner, Some(scales), listener);
+        }
+        let mut alone = Self::new(self.model)?;
+        let reply = alone.draw(pictures, text, manner, Some(scales), listener)?;
+        self.turns.append(&mut alone.turns);
+        Ok(reply)
     }
 
     fn take_turn(

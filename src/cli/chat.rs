@@ -118,8 +118,10 @@ struct Line<'a> {
 pub(super) enum Ask<'a> {
     /// An answer as it comes.
     Answer,
-    /// An image of these grids, or of the ones that fit the conversation.
-    Image(Option<&'a [(usize, usize)]>),
+    /// An image of these grids that has nothing to do with those before, and no words.
+    Image(&'a [(usize, usize)]),
+    /// An image of these grids, or of the ones that fit the conversation, and before it what it will be.
+    Edit(Option<&'a [(usize, usize)]>),
 }
 
 /// What `--dry-run` tells.
@@ -324,8 +326,8 @@ impl Host {
                         Some(path) => {
                             picture.name = path.display().to_string();
                             paths.push(picture.name.clone());
-                            let gap =
-                                if std::mem::take(&mut words_before) { terminal::speak("\n")? } else { stop.check() };
+                            let words = std::mem::take(&mut words_before) && !json;
+                            let gap = if words { terminal::speak("\n")? } else { stop.check() };
                             if !json {
                                 terminal::show(&image);
                             }
@@ -344,7 +346,11 @@ impl Host {
         };
         let reply = match ask {
             Ask::Answer => session.say(pictures, text, manner, &mut listen),
-            Ask::Image(scales) => session.draw(pictures, text, manner, scales, &mut listen),
+            Ask::Image(scales) => {
+                let silent = Manner { longest: 0, ..manner.clone() };
+                session.draw_anew(pictures, text, &silent, scales, &mut listen)
+            }
+            Ask::Edit(scales) => session.draw(pictures, text, manner, scales, &mut listen),
         };
         if let Some(error) = lost {
             return Err(error);

@@ -181,12 +181,12 @@ impl<'a> Repl<'a> {
             }
             ("gen", text) => {
                 let usual = self.model.usual_scales()?;
-                self.say(text, Ask::Image(Some(&usual)))?;
+                self.say(text, Ask::Image(&usual))?;
             }
             ("edit", _) if self.pictures.is_empty() && self.session.pictures().next().is_none() => {
                 return Err(Error::usage("there is no image to edit yet").hint("/image photo.jpg, or /gen a red apple"));
             }
-            ("edit", text) => self.say(text, Ask::Image(None))?,
+            ("edit", text) => self.say(text, Ask::Edit(None))?,
             ("regen", _) => self.regenerate()?,
             ("seed", seed) => {
                 let bad = |_| Error::usage(format!("{seed:?} is not a seed")).hint("/seed 7");
@@ -226,11 +226,16 @@ impl<'a> Repl<'a> {
         let Some(question) = self.session.undo() else {
             return Err(Error::usage("nothing was said yet").hint("/gen a red apple"));
         };
-        let image = turns.last().is_some_and(|answer| answer.parts.iter().all(|part| part.image().is_some()));
+        // What was drawn for an edit has words before it, or images.
+        let drawn = turns.last().is_some_and(|answer| answer.text().is_empty()) && question.pictures().next().is_none();
         let scales =
             turns.last().and_then(|answer| answer.pictures().find_map(Picture::codes).map(|c| c.scales.clone()));
         self.host.manner.seed = self.host.manner.seed.wrapping_add(1);
-        let ask = if image { Ask::Image(scales.as_deref()) } else { Ask::Answer };
+        let ask = match &scales {
+            Some(scales) if drawn => Ask::Image(scales),
+            Some(_) => Ask::Edit(scales.as_deref()),
+            None => Ask::Answer,
+        };
         let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);
         if self.session.turns().len() < turns.len() {
             // Nothing new was said: what was there stays.
