@@ -93,7 +93,7 @@ pub fn encode(image: &RgbImage, settings: &Settings) -> Result<Vec<u8>> {
         let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
-        // The usual level takes fifty times as long, up to 0.2 s for 1024 pixels, and does not make smaller files of what we draw.
+        // The usual level takes 94 ms in place of 3 for 768x512 pixels, and makes no smaller files of what we draw.
         encoder.set_compression(png::Compression::Fast);
         for (key, text) in [("parameters", settings.parameters()), ("nextflow", json.clone())] {
             match is_latin1(&text) {

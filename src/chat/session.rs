@@ -153,6 +153,7 @@ impl<'a> Session<'a> {
             return self.draw(pictures, text, manner, Some(scales), listener);
         }
         let mut alone = Self::new(self.model)?;
+        alone.system.clone_from(&self.system);
         let reply = alone.draw(pictures, text, manner, Some(scales), listener)?;
         self.turns.append(&mut alone.turns);
         Ok(reply)

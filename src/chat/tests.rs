@@ -12,8 +12,11 @@ use super::session::Row;
 use super::*;
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Context, Rope};
+#[cfg(feature = "nano")]
 use crate::generate::Sampling;
+#[cfg(feature = "nano")]
 use crate::rng::{Rng, Stream};
+#[cfg(feature = "nano")]
 use crate::scenes::{Kind, Scene, Split};
 
 fn data(name: &str) -> PathBuf {

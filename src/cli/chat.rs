@@ -115,13 +115,14 @@ struct Line<'a> {
 }
 
 /// What is asked of the model.
-pub(super) enum Ask<'a> {
+#[derive(Clone, Copy)]
+pub(super) enum Ask {
     /// An answer as it comes.
     Answer,
-    /// An image of these grids that has nothing to do with those before, and no words.
-    Image(&'a [(usize, usize)]),
-    /// An image of these grids, or of the ones that fit the conversation, and before it what it will be.
-    Edit(Option<&'a [(usize, usize)]>),
+    /// An image that has nothing to do with those before, and no words.
+    Image,
+    /// An image that fits the conversation, and before it what it will be.
+    Edit,
 }
 
 /// What `--dry-run` tells.
@@ -346,11 +347,11 @@ impl Host {
         };
         let reply = match ask {
             Ask::Answer => session.say(pictures, text, manner, &mut listen),
-            Ask::Image(scales) => {
+            Ask::Image => {
                 let silent = Manner { longest: 0, ..manner.clone() };
-                session.draw_anew(pictures, text, &silent, scales, &mut listen)
+                session.draw_anew(pictures, text, &silent, &model.usual_scales()?, &mut listen)
             }
-            Ask::Edit(scales) => session.draw(pictures, text, manner, scales, &mut listen),
+            Ask::Edit => session.draw(pictures, text, manner, None, &mut listen),
         };
         if let Some(error) = lost {
             return Err(error);

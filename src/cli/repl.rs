@@ -59,6 +59,8 @@ pub(super) struct Repl<'a> {
     host: Host,
     /// Images for the next message.
     pictures: Vec<Picture>,
+    /// What the last message asked for; nothing if it is not known, as when it was loaded.
+    asked: Option<Ask>,
     lines: Lines,
     quiet: bool,
     /// An error was told: the exit code of a pipe.
@@ -74,7 +76,7 @@ impl<'a> Repl<'a> {
         quiet: bool,
     ) -> Result<Self> {
         let lines = Lines::open()?;
-        Ok(Self { model, session, host, pictures, lines, quiet, failed: false })
+        Ok(Self { model, session, host, pictures, asked: None, lines, quiet, failed: false })
     }
 
     /// Until the user leaves.
@@ -145,6 +147,7 @@ impl<'a> Repl<'a> {
         match self.host.say(&mut self.session, pictures, text, ask) {
             Ok(reply) => {
                 self.pictures.clear();
+                self.asked = Some(ask);
                 if reply.ending == Ending::Interrupted && !self.quiet {
                     terminal::note("(stopped)");
                 }
@@ -179,23 +182,23 @@ impl<'a> Repl<'a> {
             ("gen" | "edit", "") => {
                 return Err(Error::usage(format!("/{name} needs words")).hint("/gen a red apple, /edit make it green"));
             }
-            ("gen", text) => {
-                let usual = self.model.usual_scales()?;
-                self.say(text, Ask::Image(&usual))?;
-            }
+            ("gen", text) => self.say(text, Ask::Image)?,
             ("edit", _) if self.pictures.is_empty() && self.session.pictures().next().is_none() => {
                 return Err(Error::usage("there is no image to edit yet").hint("/image photo.jpg, or /gen a red apple"));
             }
-            ("edit", text) => self.say(text, Ask::Edit(None))?,
+            ("edit", text) => self.say(text, Ask::Edit)?,
             ("regen", _) => self.regenerate()?,
             ("seed", seed) => {
                 let bad = |_| Error::usage(format!("{seed:?} is not a seed")).hint("/seed 7");
                 self.host.manner.seed = seed.parse().map_err(bad)?;
             }
-            ("undo", _) => match self.session.undo() {
-                Some(_) => tell("the last question and its answer are gone"),
-                None => tell("nothing was said yet"),
-            },
+            ("undo", _) => {
+                self.asked = None;
+                match self.session.undo() {
+                    Some(_) => tell("the last question and its answer are gone"),
+                    None => tell("nothing was said yet"),
+                }
+            }
             ("clear", _) => {
                 self.session.clear();
                 self.pictures.clear();
@@ -226,16 +229,9 @@ impl<'a> Repl<'a> {
         let Some(question) = self.session.undo() else {
             return Err(Error::usage("nothing was said yet").hint("/gen a red apple"));
         };
-        // What was drawn for an edit has words before it, or images.
-        let drawn = turns.last().is_some_and(|answer| answer.text().is_empty()) && question.pictures().next().is_none();
-        let scales =
-            turns.last().and_then(|answer| answer.pictures().find_map(Picture::codes).map(|c| c.scales.clone()));
+        let images = turns.last().map_or(0, |answer| answer.pictures().count());
+        let ask = self.asked.unwrap_or(if images == 1 { Ask::Edit } else { Ask::Answer });
         self.host.manner.seed = self.host.manner.seed.wrapping_add(1);
-        let ask = match &scales {
-            Some(scales) if drawn => Ask::Image(scales),
-            Some(_) => Ask::Edit(scales.as_deref()),
-            None => Ask::Answer,
-        };
         let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);
         if self.session.turns().len() < turns.len() {
             // Nothing new was said: what was there stays.
@@ -299,6 +295,7 @@ impl<'a> Repl<'a> {
         let turns = saved.turns.iter().map(|turn| Ok((turn.role, turn.parts.iter().map(part).collect::<Result<_>>()?)));
         let turns = turns.collect::<Result<Vec<(Role, Vec<Part<Picture>>)>>>()?;
         self.session.clear();
+        self.asked = None;
         self.session.set_system(&saved.system);
         turns.into_iter().for_each(|(role, parts)| self.session.push(role, parts));
         Ok(())

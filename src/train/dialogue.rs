@@ -224,16 +224,12 @@ fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
         }
         5..8 => {
             let concept = sampler.concept(first);
-            let style = rng.below(5, STYLES.len());
-            let (to, forms) = &STYLES[style];
+            let (to, forms) = &STYLES[rng.below(5, STYLES.len())];
             let (from, _) = &STYLES[rng.below(6, STYLES.len())];
             match (sampler.in_style(concept, *from), sampler.in_style(concept, *to)) {
-                (Some(from), Some(to)) if from != to => (
-                    white(from),
-                    say(7, forms),
-                    same([" in 3d style", " in flat style", " in noto style"][style]),
-                    white(to),
-                ),
+                (Some(from), Some(to)) if from != to => {
+                    (white(from), say(7, forms), same(&format!(" {}", forms[1])), white(to))
+                }
                 _ => (white(first), format!("turn it into {}", with_article(other)), becomes(other), white(second)),
             }
         }

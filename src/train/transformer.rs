@@ -61,8 +61,8 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
         let (mut loss, means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
         let mut said = Vec::new();
         if let Some((sampler, text)) = lesson.dialogues {
-            for (name, length, share) in [("words", Length::Words, 4), ("look", Length::Look, 4)] {
-                let sequences = lesson.dialogues(sampler, text, batch / share, optimizer.step, length)?;
+            for (name, length) in [("words", Length::Words), ("look", Length::Look)] {
+                let sequences = lesson.dialogues(sampler, text, batch / 4, optimizer.step, length)?;
                 let (part, measured) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
                 loss = (loss + part)?;
                 said.push((name, measured.words));
@@ -83,7 +83,7 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step, but for those of words alone. With dialogues every other step has long ones, half as many,
+    /// The sequences of a step, but for those that end where images would begin. With dialogues every other step has long ones, half as many,
     /// and the others some short ones, so that sequences of a batch are about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let shelf = self.pool.shelf(step / 2);
