@@ -121,6 +121,18 @@ impl GridResampling {
         x.reshape((b * c * self.rows.to, w))?.matmul(&columns)?.reshape((b, c, self.rows.to, self.columns.to))
     }
 
+    /// Resizes the grids of `x` (B, h * w, C).
+    pub fn tokens(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, _, c) = x.dims3()?;
+        let dims = (b, self.rows.to * self.columns.to, c);
+        if x.device().is_cpu() {
+            // Products of matrices that small are mostly overhead.
+            let grids = x.flatten_from(1)?.to_vec2::<f32>()?;
+            return Tensor::from_vec(grids.iter().flat_map(|x| self.apply(x, c)).collect(), dims, x.device());
+        }
+        self.channels_last(&x.reshape((b, self.rows.from, self.columns.from, c))?)?.reshape(dims)
+    }
+
     /// Adds to `out` (to.0 * to.1 * channels), channels last, `gain` times the resized `x`.
     pub fn add_to(&self, x: &[f32], channels: usize, gain: f32, out: &mut [f32]) {
         let (w_in, w_out) = (self.columns.from, self.columns.to);

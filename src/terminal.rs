@@ -199,7 +199,8 @@ pub struct Console {
     level: Level,
     redraw: bool,
     images: u64,
-    image: u64,
+    /// Of the images that are being drawn, the first one's number and the last one's.
+    drawn: [u64; 2],
     started: Instant,
 }
 
@@ -209,7 +210,7 @@ const PASS: usize = 16;
 impl Console {
     /// For a run over so many `images`.
     pub fn new(level: Level, images: u64) -> Self {
-        Self { level, redraw: level == Level::Normal && can_redraw(), images, image: 0, started: Instant::now() }
+        Self { level, redraw: level == Level::Normal && can_redraw(), images, drawn: [0; 2], started: Instant::now() }
     }
 
     /// The weights are being read.
@@ -217,9 +218,10 @@ impl Console {
         self.progress("loading the model");
     }
 
-    /// One more image begins.
-    pub fn start(&mut self) {
-        self.image += 1;
+    /// So many more images begin, which are drawn together.
+    pub fn start(&mut self, images: u64) {
+        let [_, last] = self.drawn;
+        self.drawn = [last + 1, last + images];
         self.started = Instant::now();
     }
 
@@ -230,7 +232,11 @@ impl Console {
             Event::Scale { codes, scales } => self.scale(codes.len(), scales),
             Event::Decode => "decoding pixels".into(),
         };
-        let text = if self.images > 1 { format!("image {}/{} · {text}", self.image, self.images) } else { text };
+        let text = match self.drawn {
+            _ if self.images <= 1 => text,
+            [first, last] if first == last => format!("image {first}/{} · {text}", self.images),
+            [first, last] => format!("images {first} to {last} of {} · {text}", self.images),
+        };
         self.progress(&text);
         self.detail(&format!("{text} · {:.2} s", self.started.elapsed().as_secs_f64()));
     }

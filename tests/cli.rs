@@ -67,6 +67,8 @@ fn usage_errors() {
     refused(&["gen", "-p", "x", "--sed", "1"], b"", 2, "--sed", "--seed");
     refused(&["gen", "-p", "x", "--seed", "-1"], b"", 2, "--seed", "");
     refused(&["gen", "-p", "x", "--count", "0"], b"", 2, "--count 0", "--count 1");
+    refused(&["gen", "-p", "x", "--batch", "0"], b"", 2, "--batch 0", "--batch 4");
+    refused(&["gen", "-p", "x", "--batch", "18446744073709551615"], b"", 2, "more than 1024", "--batch 4");
     refused(&["gen", "-p", "x", "--seed", "18446744073709551615", "--count", "2"], b"", 2, "--count 2", "--seed");
     refused(&["gen", "-p", "\x1b[31mx", "--size", "\x1b[2J"], b"", 2, "\\u{1b}[2J", "--size");
 }
@@ -74,6 +76,7 @@ fn usage_errors() {
 #[test]
 fn flags_that_would_be_ignored() {
     refused(&["gen", "-p", "x", "-q", "-v"], b"", 2, "cannot be used with", "");
+    refused(&["gen", "-p", "x", "--think", "--batch", "2"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "--force"], b"", 2, "--output", "");
     refused(&["gen", "-p", "x", "-o", "a.png", "--count", "2"], b"", 2, "several images", "--out-dir");

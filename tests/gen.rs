@@ -58,6 +58,29 @@ fn same_seed_same_bytes_twice_in_a_batch_and_on_any_threads() {
 }
 
 #[test]
+fn images_drawn_in_one_pass_are_those_drawn_one_by_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    fs::write(here.join("prompts.txt"), "a blue cat\na red apple\na green circle above a yellow star\n").unwrap();
+    let draw = |batch: &str, out: &str| {
+        let more = ["--batch", batch, "--out-dir", out, "--json"];
+        gen_ok(here, &[&["--prompt-file", "prompts.txt", "--seed", "6", "--count", "2"][..], &more].concat())
+    };
+    let (alone, together) = (draw("1", "alone"), draw("4", "together"));
+    let seeds = |output: &std::process::Output| -> Vec<u64> {
+        let lines = std::str::from_utf8(&output.stdout).unwrap().lines();
+        lines.map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["seed"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(seeds(&together), [6, 7, 6, 7, 6, 7]);
+    assert_eq!(seeds(&together), seeds(&alone));
+    assert_eq!(names(&here.join("together")), names(&here.join("alone")));
+    for name in names(&here.join("alone")) {
+        let read = |folder: &str| fs::read(here.join(folder).join(&name)).unwrap();
+        assert!(read("alone") == read("together"), "{name}");
+    }
+}
+
+#[test]
 fn default_names_never_replace() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();

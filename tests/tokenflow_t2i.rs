@@ -11,7 +11,7 @@ use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope};
 use nextflow::checkpoint::{Source, Weights};
 use nextflow::generate::inputs::NextInput;
 use nextflow::generate::sampler::{self, Filter};
-use nextflow::generate::{Job, Prefix, PromptConfig, Rows, Sampling, draw_behind};
+use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, draw_behind};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -109,11 +109,14 @@ fn the_loop_draws_the_references_codes() {
         let golden = golden(run);
         let refine = vec![Filter { top_k: Some(1), top_p: 1.0 }; passes - 1];
         let sampling = Sampling { cfg, top_k: Some(1), refine, ..Sampling::default() };
-        let job = Job { prompt: String::new(), scales: SCALES.to_vec(), sampling, seed: 0 };
-        for row in 0..2 {
-            let [conditional, unconditional] = prefixes(&golden, row);
-            let rows = [&conditional, &unconditional];
-            let codes = draw_behind(&backbone, &q, rows, &job, &mut |_| ControlFlow::Continue(())).unwrap();
+        let batch = Batch { scales: &SCALES, sampling: &sampling, seeds: &[0, 0] };
+        let mut prompts: Vec<[Prefix; 2]> = (0..2).map(|row| prefixes(&golden, row)).collect();
+        let unconditional = prompts[0][1].clone();
+        assert_eq!(prompts[1][1], unconditional);
+        let prompts: Vec<Prefix> = prompts.drain(..).map(|[conditional, _]| conditional).collect();
+        let mut go = |_: Event| ControlFlow::Continue(());
+        let images = draw_behind(&backbone, &q, &prompts, &unconditional, batch, &mut go).unwrap();
+        for (row, codes) in images.into_iter().enumerate() {
             assert_eq!(codes.iter().map(Vec::len).collect::<Vec<_>>(), [1, 4, 9, 25]);
             assert_eq!(codes.concat(), ids(&golden["codes"], row), "{run}, prompt {row}");
         }
@@ -139,20 +142,19 @@ fn every_step_equals_the_reference() {
             let mut cache = Rows::cache(&backbone, &both, &SCALES).unwrap();
             let (mut rows, mut hidden) = Rows::start(&backbone, &mut cache, &both, &SCALES).unwrap();
             let mut input = NextInput::new(TINY.input_mode);
-            let (mut step, mut codes) = (0, Vec::new());
+            let (mut step, mut codes) = (0, Tensor::zeros((1, 0), DType::U32, &Device::Cpu).unwrap());
             for (si, &(h, w)) in SCALES.iter().enumerate() {
                 for pass in 0..if si == 0 { 1 } else { passes } {
                     let what = format!("{run}, prompt {row}, step {step}");
                     let at = |name: &str| &golden[&format!("step{step}_{name}")];
                     if si > 0 {
                         let features = match pass {
-                            0 => input.next(&q, &codes, SCALES[si - 1], (h, w)),
-                            _ => input.with(&q, &codes),
+                            0 => input.next(&q, &codes, SCALES[si - 1], (h, w)).unwrap(),
+                            _ => input.with(&q, &codes).unwrap(),
                         };
-                        let x = Tensor::from_slice(&features, (1, h * w, 40), &Device::Cpu).unwrap();
-                        let x = backbone.embed_codes(&x, si, &SCALES).unwrap().repeat((2, 1, 1)).unwrap();
+                        let x = backbone.embed_codes(&features, si, &SCALES).unwrap().repeat((2, 1, 1)).unwrap();
                         close(&what, &x, &pair(at("inputs_embeds_tail")), FEATURES);
-                        hidden = rows.read(si, features, pass > 0).unwrap();
+                        hidden = rows.read(si, &features, pass > 0).unwrap();
                     }
                     let code_logits = backbone.code_logits(&hidden).unwrap();
                     let logits = [backbone.text_logits(&hidden).unwrap(), code_logits.clone()];
@@ -164,8 +166,9 @@ fn every_step_equals_the_reference() {
                     let guided = Tensor::new(guided, &Device::Cpu).unwrap();
                     // Guidance magnifies differences by up to 1 + 2 * 7.5.
                     close(&what, &guided, &at("cfg_logits").get(row).unwrap(), 16.0 * FEATURES);
-                    codes = ids(at("token_ids"), row).iter().map(|id| id - 33).collect();
-                    assert_eq!(guided.argmax(1).unwrap().to_vec1::<u32>().unwrap(), codes, "{what}");
+                    let want: Vec<u32> = ids(at("token_ids"), row).iter().map(|id| id - 33).collect();
+                    codes = guided.argmax(1).unwrap().unsqueeze(0).unwrap();
+                    assert_eq!(codes.to_vec2::<u32>().unwrap(), [want], "{what}");
                     step += 1;
                 }
             }

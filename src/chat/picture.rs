@@ -55,15 +55,12 @@ impl Picture {
         quantizer: &Quantizer,
         codes: Vec<Vec<u32>>,
         scales: &[(usize, usize)],
-    ) -> Self {
-        let mut input = NextInput::new(config.input_mode);
-        let pairs = scales.windows(2).zip(&codes);
-        let mut inputs: Vec<Vec<f32>> =
-            pairs.map(|(pair, codes)| input.next(quantizer, codes, pair[0], pair[1])).collect();
+    ) -> Result<Self> {
+        let mut inputs = NextInput::all(config.input_mode, quantizer, &codes, scales)?;
         if let (true, Some(&grid)) = (config.context_last_scale, scales.last()) {
             inputs.push(quantizer.accumulate(&codes, scales, grid));
         }
-        Self::new(name, Seen::Codes(Arc::new(Codes { codes, scales: scales.into(), inputs })))
+        Ok(Self::new(name, Seen::Codes(Arc::new(Codes { codes, scales: scales.into(), inputs }))))
     }
 
     fn new(name: &str, seen: Seen) -> Self {

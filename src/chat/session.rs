@@ -9,7 +9,7 @@ use super::{ChatModel, Picture, Speech};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
-use crate::generate::{Job, Rows, Sampling, draw_codes, schedule};
+use crate::generate::{Batch, Rows, Sampling, draw_codes, schedule};
 
 /// Tokens that are read in one pass.
 pub(super) const CHUNK: usize = 512;
@@ -298,19 +298,19 @@ impl<'a> Session<'a> {
         let seed = manner.seed.wrapping_add(before as u64);
         // What follows reads the whole image.
         let sampling = Sampling { draft: 0, ..sampling.clone() };
-        let job = Job { prompt: String::new(), scales: scales.into(), sampling, seed };
-        let drawing = Rows::resume(&model.backbone, &mut self.cache, layouts, scales);
+        let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
+        let drawing = Rows::resume(&model.backbone, &mut self.cache, layouts, scales)?;
         let codes =
-            draw_codes(drawing, hidden, tokenizer.quantizer(), &job, &mut |event| listener(Heard::Drawing(event)));
+            draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
         let codes = match codes {
-            Ok(codes) => codes,
+            Ok(mut images) => images.pop().unwrap_or_default(),
             Err(error) => {
                 rows.iter().for_each(|&row| self.cache.truncate(row as usize, self.read[row as usize].len()));
                 return Err(error);
             }
         };
         let name = format!("${}", self.pictures().count() + 1);
-        let mut picture = Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales);
+        let mut picture = Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales)?;
         // The loop has left the inputs of all scales in the cache, or of the guided ones.
         let mut script = Script::default();
         script.picture(&picture, config);

@@ -297,7 +297,7 @@ impl Host {
         let (started, mut first, mut lost, mut paths) = (Instant::now(), None, None, Vec::new());
         let model = session.model();
         let Self { manner, console, stop, .. } = self;
-        console.start();
+        console.start(1);
         let (json, name, images) = (self.json, &self.model, &self.images);
         let mut words_before = false;
         let mut hear = |heard: Heard| -> Result<ControlFlow<()>> {

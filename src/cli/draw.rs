@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::Duration;
 
 use clap::Args;
 use image::RgbImage;
@@ -124,20 +124,20 @@ pub(super) struct Delivery<'a> {
 }
 
 impl Delivery<'_> {
-    /// Keeps an image that was drawn since `started` and tells of it; `Break` when nobody wants more.
+    /// Keeps an image that it `took` so long to draw and tells of it; `Break` when nobody wants more.
     pub fn deliver(
         &mut self,
         job: &Job,
         image: &RgbImage,
         thought: Option<&str>,
-        started: Instant,
+        took: Duration,
     ) -> Result<ControlFlow<()>> {
         let settings = Settings::new(job, &self.request.model, image.dimensions());
         let png = output::encode(image, &settings)?;
         if self.stop.check().is_break() {
             return Err(terminal::interrupted());
         }
-        let seconds = started.elapsed().as_secs_f64();
+        let seconds = took.as_secs_f64();
         let path = self.request.destination.save(&png, &job.prompt, job.seed)?;
         let said = thought.map(|thought| format!("{thought} · ")).unwrap_or_default();
         self.console.finish(&format!("{said}seed {} · {} · {seconds:.2} s", job.seed, settings.size));

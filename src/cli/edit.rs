@@ -85,7 +85,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json };
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
-        delivery.console.start();
+        delivery.console.start(1);
         let manner = Manner {
             words: model.config().sampling,
             longest: THOUGHT,
@@ -104,7 +104,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         // The sources stay in the cache for the next one.
         session.undo();
         let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());
-        if delivery.deliver(&job, &image, thought, started)?.is_break() {
+        if delivery.deliver(&job, &image, thought, started.elapsed())?.is_break() {
             break;
         }
     }

@@ -95,7 +95,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());
         let job = Job { prompt, scales: scales.to_vec(), sampling, seed };
-        console.start();
+        console.start(1);
         model.draw(&job, &mut |event| {
             console.event(&event);
             stop.check()
@@ -126,7 +126,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
         let watch = &mut || {
-            console.start();
+            console.start(1);
             stop.check()
         };
         report.dialogues = Some(examiner.run(watch)?);

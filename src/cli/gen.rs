@@ -7,12 +7,15 @@ use serde::Serialize;
 
 use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::think;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory};
-use crate::generate::{Model, TRANSFORMER, schedule};
+use crate::generate::{Batch, Job, Model, TRANSFORMER, schedule};
 use crate::memory;
 use crate::request::Request;
 use crate::terminal::{self, Console, Level};
+
+/// Images in one pass: more are no faster anywhere.
+const MAX_BATCH: u64 = 1024;
 
 /// Flags of `nextflow gen`, as typed; [`Request`] holds them checked.
 #[derive(Args, Debug, Default)]
@@ -29,6 +32,9 @@ pub struct GenArgs {
     /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail [default: the model's]
     #[arg(long, value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
     pub draft: Option<usize>,
+    /// Draw N images in one pass over every scale: faster where there are many, and takes more memory
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "think", allow_negative_numbers = true)]
+    pub batch: u64,
     /// How to draw.
     #[command(flatten)]
     pub draw: DrawArgs,
@@ -42,14 +48,19 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
     request.sampling.check(scales.len())?;
-    let json = args.draw.json;
+    if args.batch == 0 || args.batch > MAX_BATCH {
+        let what = if args.batch == 0 { "draws nothing".into() } else { format!("is more than {MAX_BATCH}") };
+        return Err(Error::usage(format!("--batch {} {what}", args.batch)).hint("--batch 4"));
+    }
+    let (json, batch) = (args.draw.json, args.batch.min(request.images()) as usize);
     if args.draw.dry_run {
-        return plan(&request, &scales, json);
+        return plan(&request, &scales, batch, json);
     }
     // A file that is missing matters more than the memory that it would take.
     request.source.find(TRANSFORMER)?;
-    let needed = forecast(&request, &scales)?.peak();
-    memory::check(needed, &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
+    let needed = forecast(&request, &scales, batch)?.peak();
+    let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
+    memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
     let level = args.draw.level();
     let mut console = Console::new(level, request.images());
     let stop = terminal::interrupts()?;
@@ -70,18 +81,27 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         }
     }
     let mut delivery = Delivery { request: &request, console, stop, json };
-    for job in request.jobs(&scales) {
+    let mut jobs = request.jobs(&scales);
+    loop {
+        let jobs: Vec<Job> = jobs.by_ref().take(batch).collect();
+        if jobs.is_empty() {
+            return Ok(());
+        }
         let started = Instant::now();
-        delivery.console.start();
-        let image = model.draw(&job, &mut |event| {
+        delivery.console.start(jobs.len() as u64);
+        let (prompts, seeds): (Vec<&str>, Vec<u64>) = jobs.iter().map(|job| (&*job.prompt, job.seed)).unzip();
+        let together = Batch { scales: &scales, sampling: &request.sampling, seeds: &seeds };
+        let images = model.draw_batch(&prompts, together, &mut |event| {
             delivery.console.event(&event);
             delivery.stop.check()
         })?;
-        if delivery.deliver(&job, &image, None, started)?.is_break() {
-            break; // The reader of our output has gone: nobody wants the rest.
+        let took = started.elapsed() / jobs.len() as u32;
+        for (job, image) in jobs.iter().zip(&images) {
+            if delivery.deliver(job, image, None, took)?.is_break() {
+                return Ok(()); // The reader of our output has gone: nobody wants the rest.
+            }
         }
     }
-    Ok(())
 }
 
 /// What `--dry-run` tells.
@@ -98,13 +118,13 @@ struct Plan<'a> {
     peak_memory: u64,
 }
 
-fn forecast(request: &Request, scales: &[(usize, usize)]) -> Result<Memory> {
+fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
     let Request { config, source, weights, sampling, device, .. } = request;
-    cost::memory(config, source, *weights, scales, sampling, device)
+    cost::memory(config, source, *weights, (scales, batch), sampling, device)
 }
 
-fn plan(request: &Request, scales: &[(usize, usize)], json: bool) -> Result<()> {
-    let (config, memory) = (&request.config, forecast(request, scales)?);
+fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) -> Result<()> {
+    let (config, memory) = (&request.config, forecast(request, scales, batch)?);
     let stride = config.tokenizer.encoder.stride();
     let (h, w) = scales.last().copied().unwrap_or((0, 0));
     let plan = Plan {

@@ -18,7 +18,7 @@ pub(super) fn run(mut delivery: Delivery, scales: &[(usize, usize)]) -> Result<(
     let words = model.config().sampling;
     for job in request.jobs(scales) {
         let started = Instant::now();
-        delivery.console.start();
+        delivery.console.start(1);
         let image = Some(job.sampling.clone());
         let manner = Manner { words, longest: LONGEST, image, seed: job.seed, guide_from_sources: true };
         let mut session = Session::new(&model)?;
@@ -36,7 +36,7 @@ pub(super) fn run(mut delivery: Delivery, scales: &[(usize, usize)]) -> Result<(
             return Err(Error::new(Kind::Failure, message).hint("leave out --think, or say it in other words"));
         };
         let image = model.decode(picture)?;
-        if delivery.deliver(&job, &image, Some(reply.text.trim()), started)?.is_break() {
+        if delivery.deliver(&job, &image, Some(reply.text.trim()), started.elapsed())?.is_break() {
             break;
         }
     }

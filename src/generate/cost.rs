@@ -11,7 +11,7 @@ use crate::checkpoint::{Inventory, Source, WeightType, Weights};
 use crate::error::Result;
 use crate::tokenizer::ImageTokenizer;
 
-/// Bytes that a process needs for one image.
+/// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Memory {
     /// Weights of the transformer.
@@ -39,20 +39,20 @@ impl Memory {
 /// The program with its libraries, buffers and threads, as measured.
 pub const PROGRAM: u64 = 20 << 20;
 
-/// What an image of the grids `scales` needs, with the weights as `source` has them or, where it is not GGUF, as
-/// `weights`.
+/// What so many images of the grids `scales` need that are drawn at once, with the weights as `source` has them or, where
+/// it is not GGUF, as `weights`.
 ///
 /// Errors: a source whose header cannot be read.
 pub fn memory(
     config: &ModelConfig,
     source: &Source,
     weights: Option<WeightType>,
-    scales: &[(usize, usize)],
+    images: (&[(usize, usize)], usize),
     sampling: &Sampling,
     device: &Device,
 ) -> Result<Memory> {
     let (dtype, blocks) = weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-    let mut memory = synthetic_memory(config, dtype, blocks, scales, sampling)?;
+    let mut memory = synthetic_memory(config, dtype, blocks, images, sampling)?;
     memory.program += source.embedded_bytes();
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
@@ -65,14 +65,15 @@ pub fn synthetic_memory(
     config: &ModelConfig,
     dtype: DType,
     blocks: Option<GgmlDType>,
-    scales: &[(usize, usize)],
+    (scales, images): (&[(usize, usize)], usize),
     sampling: &Sampling,
 ) -> Result<Memory> {
     let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
     Backbone::load(&transformer, &config.backbone)?;
     ImageTokenizer::load(&tokenizer, &config.tokenizer)?;
     let (c, width) = (&config.backbone, dtype.size_in_bytes());
-    let rows = if sampling.guided(scales.len()) > 0 { 2 } else { 1 };
+    let guided = sampling.guided(scales.len()) > 0;
+    let rows = if guided { 2 * images } else { images };
     let codes: usize = scales.iter().map(|(h, w)| h * w).sum();
     let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
     let prefix = config.prompt.padded_to.unwrap_or(0) + PREFIX;
@@ -80,7 +81,8 @@ pub fn synthetic_memory(
     // Gate and up, each as it is computed and as it is laid out, beside the residual stream and its norm.
     let block = rows * largest * (4 * c.intermediate_size + 4 * c.hidden_size) * width;
     // Logits of both rows, the guided ones, and the copy that is filtered.
-    let logits = (2 * rows + 2) * largest.min(POSITIONS) * c.codebook_size * 4;
+    let (copies, at_once) = (if guided { 6 } else { 4 }, largest.min(POSITIONS.div_ceil(images.max(1))));
+    let logits = copies * images * at_once * c.codebook_size * 4;
     let cnn = &config.tokenizer.decoder;
     let side = cnn.stride() / cnn.patch;
     let pixels = largest * side * side;

@@ -97,82 +97,109 @@ pub struct Job {
     pub seed: u64,
 }
 
-/// What happens while an image is drawn. An observer that answers `Break` stops the drawing.
+/// Images that are drawn at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Grids (height, width) coarse to fine.
+    pub scales: &'a [(usize, usize)],
+    /// How codes are drawn.
+    pub sampling: &'a Sampling,
+    /// One for every image, which decides all its randomness.
+    pub seeds: &'a [u64],
+}
+
+/// What happens while images are drawn. An observer that answers `Break` stops the drawing.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// The prompt was read.
+    /// The prompts were read.
     Prompt {
-        /// Text tokens in the prompt.
+        /// Text tokens in them.
         tokens: usize,
     },
-    /// The codes of one more scale are known.
+    /// One more scale was drawn or, on a GPU, has been asked for.
     Scale {
-        /// Codes of every scale so far, coarse to fine, each row-major.
-        codes: &'a [Vec<u32>],
+        /// Codes (images, h * w) u32 of every scale so far, coarse to fine; who reads them waits for them.
+        codes: &'a [Tensor],
         /// All grids of the image.
         scales: &'a [(usize, usize)],
     },
-    /// All codes are known; pixels come next.
+    /// All codes were drawn; pixels come next.
     Decode,
 }
 
 /// Called with every [`Event`].
 pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
 
-/// Draws the codes of one image behind a prompt's prefix and, with guidance, the unconditional one.
+/// Draws the codes of images, each behind a prompt's prefix and, with guidance, the unconditional one.
 pub fn draw_behind(
     backbone: &Backbone,
     quantizer: &Quantizer,
-    [conditional, unconditional]: [&Prefix; 2],
-    job: &Job,
+    prompts: &[Prefix],
+    unconditional: &Prefix,
+    batch: Batch,
     observe: Observer,
-) -> Result<Vec<Vec<u32>>> {
-    let both = [conditional, unconditional];
-    let prefixes = if job.sampling.guided(job.scales.len()) > 0 { &both[..] } else { &both[..1] };
-    let mut cache = Rows::cache(backbone, prefixes, &job.scales)?;
-    let (rows, hidden) = Rows::start(backbone, &mut cache, prefixes, &job.scales)?;
-    tell(observe, Event::Prompt { tokens: conditional.ids.len() - 1 })?;
-    draw_codes(rows, hidden, quantizer, job, observe)
+) -> Result<Vec<Vec<Vec<u32>>>> {
+    let guides = if batch.sampling.guided(batch.scales.len()) > 0 { prompts.len() } else { 0 };
+    let prefixes: Vec<&Prefix> = prompts.iter().chain(std::iter::repeat_n(unconditional, guides)).collect();
+    let mut cache = Rows::cache(backbone, &prefixes, batch.scales)?;
+    let (rows, hidden) = Rows::start(backbone, &mut cache, &prefixes, batch.scales)?;
+    tell(observe, Event::Prompt { tokens: prompts.iter().map(|prompt| prompt.ids.len() - 1).sum() })?;
+    draw_codes(rows, hidden, quantizer, batch, observe)
 }
 
-/// Draws the codes of one image, coarse to fine: the next-scale loop.
+/// Draws the codes of images, coarse to fine: the next-scale loop. Gives the codes of every scale of every image.
 ///
-/// With guidance the batch has two rows, the prompt's and the unconditional one, both read up to what opens the image;
-/// `hidden` are the states of that last token, (R, 1, hidden). Each scale is one forward pass over its grid against the
-/// cache, without a mask. The first code is predicted by the last token, the codes of every later scale by the upsampled
-/// codes before it; further passes see the scale's own codes as well and draw them anew. Once guidance ends, the loop goes
-/// on with the prompt's row.
+/// The batch has a row for the prompt of every image and, with guidance, as many unconditional ones, all read up to what
+/// opens the image; `hidden` are the states of that last token, (R, 1, hidden). Each scale is one forward pass over its grid
+/// against the cache, without a mask. The first code is predicted by the last token, the codes of every later scale by the
+/// upsampled codes before it; further passes see the scale's own codes as well and draw them anew. Once guidance ends, the
+/// loop goes on with the prompts' rows. On a GPU nothing waits for it before all scales have been asked for.
 pub fn draw_codes(
     mut rows: Rows,
     mut hidden: Tensor,
     quantizer: &Quantizer,
-    job: &Job,
+    batch: Batch,
     observe: Observer,
-) -> Result<Vec<Vec<u32>>> {
-    let (scales, sampling) = (&job.scales, &job.sampling);
+) -> Result<Vec<Vec<Vec<u32>>>> {
+    let Batch { scales, sampling, seeds } = batch;
     let mut input = NextInput::new(rows.backbone().config().input_mode);
-    let mut codes: Vec<Vec<u32>> = Vec::new();
+    let mut codes: Vec<Tensor> = Vec::new();
     for (si, &grid) in scales[..scales.len().saturating_sub(sampling.draft)].iter().enumerate() {
         if si == sampling.guided(scales.len()) {
-            rows.drop_unconditional();
+            rows.drop_unconditional(seeds.len());
         }
         if si > 0 {
-            let features = input.next(quantizer, &codes[si - 1], scales[si - 1], grid);
-            hidden = rows.read(si, features, false)?;
+            hidden = rows.read(si, &input.next(quantizer, &codes[si - 1], scales[si - 1], grid)?, false)?;
         }
-        let t = sampling.cfg * si as f64 / (scales.len() - 1).max(1) as f64;
-        let mut drawn = Vec::new();
+        let guidance = sampling.cfg * si as f64 / (scales.len() - 1).max(1) as f64;
+        let mut drawn = None;
         for pass in 0..sampling.passes(si) {
-            if pass > 0 {
-                hidden = rows.read(si, input.with(quantizer, &drawn), true)?;
+            if let Some(drawn) = &drawn {
+                hidden = rows.read(si, &input.with(quantizer, drawn)?, true)?;
             }
-            let draw = Draw { sampling, guidance: t, seed: job.seed, scale: si, pass };
-            drawn = rows.draw(&hidden, &draw).map_err(|e| non_finite(e, si, grid))?;
+            let draw = Draw { sampling, guidance, seeds, scale: si, pass };
+            drawn = Some(rows.draw(&hidden, &draw).map_err(|fault| non_finite(fault, si, grid))?);
         }
-        codes.push(drawn);
+        codes.extend(drawn);
         tell(observe, Event::Scale { codes: &codes, scales })?;
     }
-    Ok(codes)
+    home(&codes, scales)
+}
+
+/// Codes (images, h * w) of every scale, image by image.
+fn home(codes: &[Tensor], scales: &[(usize, usize)]) -> Result<Vec<Vec<Vec<u32>>>> {
+    let mut images = Vec::new();
+    for (si, codes) in codes.iter().enumerate() {
+        let codes = codes.to_vec2::<u32>()?;
+        images.resize(codes.len(), Vec::new());
+        for (image, codes) in images.iter_mut().zip(codes) {
+            if let Some(position) = codes.iter().position(|&code| code == sampler::NON_FINITE) {
+                return Err(non_finite(sampler::Fault::NonFinite { position }, si, scales[si]));
+            }
+            image.push(codes);
+        }
+    }
+    Ok(images)
 }
 
 fn tell(observe: &mut dyn FnMut(Event) -> ControlFlow<()>, event: Event) -> Result<()> {

@@ -4,10 +4,10 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
+use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pixels;
 use crate::text::Text;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
@@ -224,10 +224,21 @@ impl Model {
     /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks, [`crate::error::Kind::NonFinite`] if the
     /// model gives no finite numbers.
     pub fn draw(&self, job: &Job, observe: Observer) -> Result<RgbImage> {
-        let prompt = self.config.prompt.prefix(&self.text.encode(&job.prompt)?, &self.opening);
-        let prefixes = [&prompt, &self.unconditional];
-        let codes = draw_behind(&self.backbone, self.tokenizer.quantizer(), prefixes, job, observe)?;
+        let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[job.seed] };
+        let mut images = self.draw_batch(&[&job.prompt], batch, observe)?;
+        images.pop().ok_or_else(|| Error::new(Kind::Failure, "one seed draws one image"))
+    }
+
+    /// Draws an image from each of the prompts, with the seed in its place, in one pass over every scale: their pixels are
+    /// those that they have alone, but for what the order of additions in larger products changes.
+    ///
+    /// Errors: as [`Model::draw`].
+    pub fn draw_batch(&self, prompts: &[&str], batch: Batch, observe: Observer) -> Result<Vec<RgbImage>> {
+        let prefix = |prompt: &&str| Ok(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
+        let prompts = prompts.iter().map(prefix).collect::<Result<Vec<_>>>()?;
+        let quantizer = self.tokenizer.quantizer();
+        let images = draw_behind(&self.backbone, quantizer, &prompts, &self.unconditional, batch, observe)?;
         super::tell(observe, Event::Decode)?;
-        self.decode(&codes, &job.scales)
+        images.iter().map(|codes| self.decode(codes, batch.scales)).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! The sequences that one image is drawn in: the prompt's and, for guidance, the unconditional one.
+//! The sequences that images are drawn in: the prompt's of every image and, for guidance, an unconditional one for each.
 
 use candle_core::{Result, Tensor};
 
@@ -10,13 +10,15 @@ use crate::backbone::{Backbone, Cache, Context, Position, Rope, Step};
 /// Tokens whose logits are held at a time: 1 GB for all of a 64x64 grid would be too much.
 pub const POSITIONS: usize = 1024;
 
-/// A batch of rows that see the same codes behind beginnings of their own.
+/// A batch of rows, each with a beginning of its own: one of every image and, with guidance, another one of every image,
+/// which sees the same codes.
 #[derive(Debug)]
 pub struct Rows<'a> {
     backbone: &'a Backbone,
     scales: &'a [(usize, usize)],
-    /// Of every row, up to the end of the image.
-    layouts: Vec<Layout>,
+    rows: usize,
+    /// Of every scale, in all rows, so that nothing is sent to a GPU that has work to do.
+    ropes: Vec<Rope>,
     cache: &'a mut Cache,
 }
 
@@ -42,11 +44,11 @@ impl<'a> Rows<'a> {
             layout.push_image(scales, backbone.config().spatial_extent);
             layout
         };
-        let mut rows = Self::resume(backbone, cache, prefixes.iter().map(layout).collect(), scales);
-        let hidden: Vec<Tensor> =
-            prefixes.iter().enumerate().map(|(row, prefix)| rows.prefill(row, &prefix.ids)).collect::<Result<_>>()?;
-        let hidden = Tensor::cat(&hidden, 0)?;
-        Ok((rows, hidden))
+        let layouts: Vec<Layout> = prefixes.iter().map(layout).collect();
+        let hidden = prefixes.iter().zip(&layouts).enumerate();
+        let hidden = hidden.map(|(row, (prefix, layout))| prefill(backbone, cache, row, layout, &prefix.ids));
+        let hidden = Tensor::cat(&hidden.collect::<Result<Vec<_>>>()?, 0)?;
+        Ok((Self::resume(backbone, cache, layouts, scales)?, hidden))
     }
 
     /// Rows that have been read up to what opens the image, one for each of the layouts, which hold the image too.
@@ -55,8 +57,17 @@ impl<'a> Rows<'a> {
         cache: &'a mut Cache,
         layouts: Vec<Layout>,
         scales: &'a [(usize, usize)],
-    ) -> Self {
-        Self { backbone, scales, layouts, cache }
+    ) -> Result<Self> {
+        // The first scale is predicted by what has been read.
+        let mut behind = 0;
+        let rope = |(h, w): &(usize, usize)| {
+            let of = |(row, layout): (usize, &'_ Layout)| layout.positions[cache.len(row) + behind..][..h * w].to_vec();
+            let positions: Vec<Vec<Position>> = layouts.iter().enumerate().map(of).collect();
+            behind += h * w;
+            Rope::new(backbone.config(), &positions.iter().map(Vec::as_slice).collect::<Vec<_>>(), backbone.device())
+        };
+        let ropes = scales.iter().skip(1).map(rope).collect::<Result<_>>()?;
+        Ok(Self { backbone, scales, rows: layouts.len(), ropes, cache })
     }
 
     /// The transformer.
@@ -64,44 +75,44 @@ impl<'a> Rows<'a> {
         self.backbone
     }
 
-    /// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
-    fn prefill(&mut self, row: usize, ids: &[u32]) -> Result<Tensor> {
-        let Some(last) = ids.len().checked_sub(1) else { candle_core::bail!("nothing opens the image") };
-        let x = self.backbone.embed_prefix(&Tensor::new(ids, self.backbone.device())?.unsqueeze(0)?)?;
-        let rope = Rope::new(self.backbone.config(), &[&self.layouts[row].positions[..=last]], x.device())?;
-        let context = Context::Cached { cache: self.cache, first: row, step: Step::Text };
-        self.backbone.forward(&x, &rope, context)?.narrow(1, last, 1)?.contiguous()
-    }
-
-    /// Reads scale `si`, whose features (h * w, D) are the same in every row: hidden states (R, h * w, hidden), which
-    /// predict its codes. With `again` the scale, already read, is looked at with other features, which leave no trace.
-    pub fn read(&mut self, si: usize, features: Vec<f32>, again: bool) -> Result<Tensor> {
-        let (config, (h, w)) = (self.backbone.config(), self.scales[si]);
-        let features = Tensor::from_vec(features, (1, h * w, config.code_dim), self.backbone.device())?;
+    /// Reads scale `si`, whose features (images, h * w, D) are those of the rows of each image: hidden states (R, h * w,
+    /// hidden), which predict its codes. With `again` the scale, already read, is looked at with other features, which leave
+    /// no trace.
+    pub fn read(&mut self, si: usize, features: &Tensor, again: bool) -> Result<Tensor> {
+        let (images, tokens, _) = features.dims3()?;
         let x = self.backbone.embed_codes(&features.to_dtype(self.backbone.dtype())?, si, self.scales)?;
-        let x = x.broadcast_as((self.layouts.len(), h * w, config.hidden_size))?.contiguous()?;
-        let rows = self.layouts.iter().enumerate().map(|(row, layout)| {
-            let start = self.cache.len(row) - if again { h * w } else { 0 };
-            &layout.positions[start..][..h * w]
-        });
-        let rope = Rope::new(config, &rows.collect::<Vec<&[Position]>>(), self.backbone.device())?;
+        let hidden = self.backbone.config().hidden_size;
+        let x = x.broadcast_as((self.rows / images, images, tokens, hidden))?.contiguous()?;
+        let of = |table: &Tensor| table.narrow(0, 0, self.rows);
+        let rope = Rope { cos: of(&self.ropes[si - 1].cos)?, sin: of(&self.ropes[si - 1].sin)? };
         let step = if again { Step::Again } else { Step::Scale };
-        self.backbone.forward(&x, &rope, Context::Cached { cache: self.cache, first: 0, step })
+        let context = Context::Cached { cache: self.cache, first: 0, step };
+        self.backbone.forward(&x.reshape((self.rows, tokens, hidden))?, &rope, context)
     }
 
-    /// From here on there is no guidance: the unconditional row is neither read nor kept.
-    pub fn drop_unconditional(&mut self) {
-        self.layouts.truncate(1);
+    /// From here on there is no guidance for the `images`: their unconditional rows are neither read nor kept.
+    pub fn drop_unconditional(&mut self, images: usize) {
+        self.rows = images;
     }
 
-    /// One code for each of the tokens, (R, T, hidden). Their logits are held for [`POSITIONS`] of them at a time.
-    pub fn draw(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Vec<u32>, Fault> {
-        let tokens = hidden.dim(1)?;
-        let mut codes = Vec::with_capacity(tokens);
-        for first in (0..tokens).step_by(POSITIONS) {
-            let part = hidden.narrow(1, first, POSITIONS.min(tokens - first))?;
-            codes.extend(sampler::sample(&self.backbone.code_logits(&part)?, draw, first)?);
+    /// One code for each of the tokens, (R, T, hidden), of every image: (images, T) u32. Logits are held for
+    /// [`POSITIONS`] of one image at a time, or for fewer of each of several.
+    pub fn draw(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
+        let (tokens, most) = (hidden.dim(1)?, POSITIONS.div_ceil(draw.seeds.len().max(1)));
+        let mut codes = Vec::new();
+        for first in (0..tokens).step_by(most) {
+            let part = hidden.narrow(1, first, most.min(tokens - first))?;
+            codes.push(sampler::sample(&self.backbone.code_logits(&part)?, draw, first)?);
         }
-        Ok(codes)
+        Ok(Tensor::cat(&codes, 1)?)
     }
+}
+
+/// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
+fn prefill(backbone: &Backbone, cache: &mut Cache, row: usize, layout: &Layout, ids: &[u32]) -> Result<Tensor> {
+    let Some(last) = ids.len().checked_sub(1) else { candle_core::bail!("nothing opens the image") };
+    let x = backbone.embed_prefix(&Tensor::new(ids, backbone.device())?.unsqueeze(0)?)?;
+    let rope = Rope::new(backbone.config(), &[&layout.positions[..=last]], x.device())?;
+    let context = Context::Cached { cache, first: row, step: Step::Text };
+    backbone.forward(&x, &rope, context)?.narrow(1, last, 1)?.contiguous()
 }

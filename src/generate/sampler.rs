@@ -32,8 +32,8 @@ pub struct Draw<'a> {
     pub sampling: &'a Sampling,
     /// VAR's guidance t at this scale.
     pub guidance: f64,
-    /// Of the image.
-    pub seed: u64,
+    /// Of every image.
+    pub seeds: &'a [u64],
     /// Index of the scale.
     pub scale: usize,
     /// 0 for the first pass.
@@ -50,36 +50,39 @@ pub struct Filter {
     pub top_p: f64,
 }
 
-/// One code for each of the positions from `first` on, by their [`guided`] logits (R, T, codes).
-pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Vec<u32>, Fault> {
-    let rng = Rng::new(draw.seed, 0, Stream::Code, draw.scale as u64 | (draw.pass as u64) << 32);
-    let noise: Vec<f64> = (0..logits.dim(1)?).map(|position| rng.uniform((first + position) as u64)).collect();
+/// What a GPU draws where the logits are not finite, so that nothing waits for it to tell: no codebook is as large.
+pub const NON_FINITE: u32 = u32::MAX;
+
+/// One code for each of the positions from `first` on, by their [`guided`] logits: (R, T, codes) -> (images, T) u32 on the
+/// same device. The rows are one of every image and then, with guidance, the unconditional one of every image.
+///
+/// Errors: logits that are not finite, unless a GPU draws: there the code is [`NON_FINITE`].
+pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Fault> {
+    let ((rows, tokens, codes), images) = (logits.dims3()?, draw.seeds.len());
+    let uniforms = |&seed: &u64| {
+        let rng = Rng::new(seed, 0, Stream::Code, draw.scale as u64 | (draw.pass as u64) << 32);
+        (0..tokens).map(move |position| rng.uniform((first + position) as u64))
+    };
+    let noise: Vec<f64> = draw.seeds.iter().flat_map(uniforms).collect();
     let filter = draw.sampling.filter(draw.pass);
+    // As if the positions of all images were those of one.
+    let logits = logits.reshape((rows / images.max(1), images * tokens, codes))?;
     #[cfg(feature = "cuda")]
-    if let Some(drawn) = on_gpu(logits, draw, filter, &noise)? {
-        return drawn.map_err(|position| Fault::NonFinite { position: first + position });
+    if let Some(drawn) = on_gpu(&logits, draw, filter, &noise)? {
+        return Ok(drawn.reshape((images, tokens))?);
     }
-    guided(logits, draw.guidance)?
-        .into_par_iter()
-        .zip(noise)
-        .enumerate()
-        .map(|(position, (row, noise))| {
-            if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
-                return Err(Fault::NonFinite { position: first + position });
-            }
-            Ok(self::draw(row, draw.sampling.temperature, filter, noise))
-        })
-        .collect()
+    let drawn = guided(&logits, draw.guidance)?.into_par_iter().zip(noise).enumerate().map(|(i, (row, noise))| {
+        if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
+            return Err(Fault::NonFinite { position: first + i % tokens });
+        }
+        Ok(self::draw(row, draw.sampling.temperature, filter, noise))
+    });
+    Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
 
 /// The same by a kernel that filters and draws where the logits are, if there is one for them.
 #[cfg(feature = "cuda")]
-fn on_gpu(
-    logits: &Tensor,
-    draw: &Draw,
-    filter: Filter,
-    noise: &[f64],
-) -> candle_core::Result<Option<Result<Vec<u32>, usize>>> {
+fn on_gpu(logits: &Tensor, draw: &Draw, filter: Filter, noise: &[f64]) -> candle_core::Result<Option<Tensor>> {
     let greedy = draw.sampling.temperature == 0.0;
     let Some(top_k) = filter.top_k.or(greedy.then_some(1)) else { return Ok(None) };
     let (temperature, top_p) = (draw.sampling.temperature as f32, filter.top_p as f32);
@@ -196,7 +199,8 @@ mod tests {
 
     /// Codes of logits (T, codes) without guidance.
     fn sample(logits: &Tensor, sampling: &Sampling, seed: u64, scale: usize, pass: usize) -> Result<Vec<u32>, Fault> {
-        super::sample(&logits.unsqueeze(0)?, &Draw { sampling, guidance: 0.0, seed, scale, pass }, 0)
+        let draw = Draw { sampling, guidance: 0.0, seeds: &[seed], scale, pass };
+        Ok(super::sample(&logits.unsqueeze(0)?, &draw, 0)?.get(0)?.to_vec1()?)
     }
 
     #[track_caller]
@@ -228,9 +232,30 @@ mod tests {
     fn guidance_pushes_away_from_the_unconditional_row() {
         let logits = Tensor::new(&[[[1.0f32, 0.9, 0.0]], [[1.0, 0.0, 0.0]]], &Device::Cpu).unwrap();
         let greedy = sampling(0.0, None, 1.0);
-        let draw = |guidance| Draw { sampling: &greedy, guidance, seed: 1, scale: 0, pass: 0 };
-        assert_eq!(super::sample(&logits, &draw(0.0), 0).unwrap(), [0]);
-        assert_eq!(super::sample(&logits, &draw(1.0), 0).unwrap(), [1]);
+        let draw = |guidance| {
+            let draw = Draw { sampling: &greedy, guidance, seeds: &[1], scale: 0, pass: 0 };
+            super::sample(&logits, &draw, 0).unwrap().to_vec2::<u32>().unwrap()
+        };
+        assert_eq!(draw(0.0), [[0]]);
+        assert_eq!(draw(1.0), [[1]]);
+    }
+
+    #[test]
+    fn images_drawn_together_are_those_drawn_alone() {
+        let rng = Rng::new(3, 0, Stream::Train, 0);
+        let logits: Vec<f32> = (0..4 * 30 * 11).map(|i| rng.normal(i) as f32).collect();
+        let logits = Tensor::from_vec(logits, (4, 30, 11), &Device::Cpu).unwrap();
+        let free = sampling(1.0, Some(8), 0.9);
+        let draw = |seeds: &[u64], logits: &Tensor| {
+            let draw = Draw { sampling: &free, guidance: 1.5, seeds, scale: 2, pass: 0 };
+            super::sample(logits, &draw, 3).unwrap().to_vec2::<u32>().unwrap()
+        };
+        let alone = |image: usize, seed: u64| {
+            let pair = Tensor::stack(&[logits.get(image).unwrap(), logits.get(2 + image).unwrap()], 0).unwrap();
+            draw(&[seed], &pair).remove(0)
+        };
+        assert_eq!(draw(&[7, 8], &logits), [alone(0, 7), alone(1, 8)]);
+        assert_ne!(alone(0, 7), alone(0, 8));
     }
 
     #[test]

@@ -48,7 +48,7 @@ fn model_of(config: BackboneConfig) -> (Backbone, Quantizer) {
     let book = CodebookConfig { size: 40, semantic_dim: 2, pixel_dim: 4, w_sem: 1.0, w_pix: 1.0, l2_norm: false };
     let rng = Rng::new(2, 0, Stream::Train, 0);
     let table = (0..40 * 6).map(|i| rng.normal(i) as f32).collect();
-    (backbone, Quantizer::from_table(&book, table, Device::Cpu))
+    (backbone, Quantizer::from_table(&book, table, &Device::Cpu).unwrap())
 }
 
 /// A sequence of text and images with known codes.
@@ -111,8 +111,8 @@ fn step_input(
     scales: &[(usize, usize)],
     si: usize,
 ) -> Tensor {
-    let features = input.next(q, &codes[si - 1], scales[si - 1], scales[si]);
-    let features = Tensor::from_vec(features, (1, scales[si].0 * scales[si].1, 6), &Device::Cpu).unwrap();
+    let codes = Tensor::new(&codes[si - 1][..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let features = input.next(q, &codes, scales[si - 1], scales[si]).unwrap();
     backbone.embed_codes(&features, si, scales).unwrap()
 }
 
@@ -192,8 +192,20 @@ fn cached_inference_equals_the_masked_pass() {
 
 /// The codes drawn after a prompt of these tokens.
 fn draw(backbone: &Backbone, q: &Quantizer, prompt: &[u32], job: &Job, observe: Observer) -> Result<Vec<Vec<u32>>> {
-    let rows = [prompt, &[]].map(|text| PromptConfig::default().prefix(text, &[backbone.config().boi()]));
-    draw_behind(backbone, q, [&rows[0], &rows[1]], job, observe)
+    let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[job.seed] };
+    Ok(draw_batch(backbone, q, &[prompt], batch, observe)?.remove(0))
+}
+
+fn draw_batch(
+    backbone: &Backbone,
+    q: &Quantizer,
+    prompts: &[&[u32]],
+    batch: Batch,
+    observe: Observer,
+) -> Result<Vec<Vec<Vec<u32>>>> {
+    let prefix = |text: &[u32]| PromptConfig::default().prefix(text, &[backbone.config().boi()]);
+    let prompts: Vec<Prefix> = prompts.iter().map(|text| prefix(text)).collect();
+    draw_behind(backbone, q, &prompts, &prefix(&[]), batch, observe)
 }
 
 fn job(cfg: f64, seed: u64) -> Job {
@@ -258,6 +270,23 @@ fn a_seed_decides_everything_and_an_observer_may_stop() {
 }
 
 #[test]
+fn images_drawn_together_are_those_drawn_alone() {
+    for (mode, until) in [(InputMode::Residual, None), (InputMode::Cumulative, Some(2))] {
+        let (backbone, q) = model(mode);
+        let prompts: [&[u32]; 3] = [&[7, 8, 9, 10], &[3], &[5, 6]];
+        let mut job = job(2.0, 1);
+        job.sampling.cfg_until = until;
+        job.sampling.refine.push(Filter { top_k: Some(5), top_p: 0.9 });
+        let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[4, 5, 6] };
+        let mut go = |_: Event| ControlFlow::Continue(());
+        let together = draw_batch(&backbone, &q, &prompts, batch, &mut go).unwrap();
+        for ((prompt, &seed), codes) in prompts.iter().zip(batch.seeds).zip(together) {
+            assert_eq!(draw(&backbone, &q, prompt, &Job { seed, ..job.clone() }, &mut go).unwrap(), codes, "{mode:?}");
+        }
+    }
+}
+
+#[test]
 fn a_draft_is_the_beginning_of_the_image() {
     let (backbone, q) = model(InputMode::Residual);
     let mut job = job(3.0, 1);
@@ -275,10 +304,15 @@ fn weights_without_finite_numbers_end_the_run() {
     let (backbone, q) = model(InputMode::Residual);
     let broken = Tensor::full(f32::NAN, (1, 1, 64), &Device::Cpu).unwrap();
     let sampling = job(0.0, 1).sampling;
-    let draw = Draw { sampling: &sampling, guidance: 0.0, seed: 1, scale: 0, pass: 0 };
+    let draw = Draw { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
     let fault = sampler::sample(&backbone.code_logits(&broken).unwrap(), &draw, 0).unwrap_err();
     assert_eq!(non_finite(fault, 0, (1, 1)).kind, Kind::NonFinite);
     assert_eq!(q.config().size, 40);
+    // What a GPU marks in its place.
+    let marked = Tensor::new(&[[3u32, 5], [1, sampler::NON_FINITE]], &Device::Cpu).unwrap();
+    let error = home(&[marked], &[(1, 2)]).unwrap_err();
+    assert_eq!(error.kind, Kind::NonFinite);
+    assert!(error.message.contains("scale 1 (1x2), position 1"), "{}", error.message);
 }
 
 #[test]

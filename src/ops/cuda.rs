@@ -5,6 +5,7 @@
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage, WrapErr};
+use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use half::bf16;
 
@@ -192,8 +193,8 @@ pub struct Sample {
 }
 
 /// One code for each of T positions, by bf16 logits (R, T, codes) as [`crate::generate::sampler::sample`] draws it with the
-/// numbers `noise` of (0, 1); or the first position without finite logits. None if they are not what the kernels take.
-pub fn sample(logits: &Tensor, sample: &Sample, noise: &[f64]) -> Result<Option<std::result::Result<Vec<u32>, usize>>> {
+/// numbers `noise` of (0, 1): (T) u32, [`u32::MAX`] where logits are not finite. None if they are not what the kernels take.
+pub fn sample(logits: &Tensor, sample: &Sample, noise: &[f64]) -> Result<Option<Tensor>> {
     let (rows, tokens, columns) = logits.dims3()?;
     if !takes(&[logits]) || sample.top_k > MAX_TOP_K || noise.len() != tokens {
         return Ok(None);
@@ -208,7 +209,6 @@ pub fn sample(logits: &Tensor, sample: &Sample, noise: &[f64]) -> Result<Option<
     let (conditional, unconditional) = (row(0), row(usize::from(guided)));
     let noise = device.clone_htod(noise)?;
     let mut codes = device.alloc_zeros::<u32>(tokens)?;
-    let mut bad = device.clone_htod(&[u32::MAX])?;
     let (guidance, temperature) = (if guided { sample.guidance } else { 0.0 }, sample.temperature);
     let (columns, top_k, top_p) = (columns as i32, sample.top_k as i32, sample.top_p);
     launch!(
@@ -218,18 +218,14 @@ pub fn sample(logits: &Tensor, sample: &Sample, noise: &[f64]) -> Result<Option<
         &unconditional,
         &noise,
         &mut codes,
-        &mut bad,
         &columns,
         &guidance,
         &temperature,
         &top_k,
         &top_p,
     );
-    Ok(Some(match device.clone_dtoh(&bad)?[..] {
-        [u32::MAX] => Ok(device.clone_dtoh(&codes)?),
-        [position] => Err(position as usize),
-        _ => bail!("one number was copied"),
-    }))
+    let codes = Storage::Cuda(CudaStorage::wrap_cuda_slice(codes, device.clone()));
+    Ok(Some(Tensor::from_storage(codes, tokens, BackpropOp::none(), false)))
 }
 
 #[cfg(test)]

@@ -71,7 +71,8 @@ pub struct Quantizer {
     metric: Vec<f32>,
     /// Squared norms of the rows of `metric`.
     norms: Vec<f32>,
-    device: Device,
+    /// `table` on the tokenizer's device.
+    rows: Tensor,
 }
 
 impl Quantizer {
@@ -89,11 +90,11 @@ impl Quantizer {
         let pixel = half("embedding_vqgan", config.pixel_dim)?;
         let table = Tensor::cat(&[semantic, pixel], 1)?.to_dtype(DType::F32)?;
         let device = table.device().clone();
-        Ok(Self::from_table(config, table.flatten_all()?.to_vec1()?, device))
+        Self::from_table(config, table.flatten_all()?.to_vec1()?, &device)
     }
 
     /// A codebook from its (size, D) rows.
-    pub fn from_table(config: &CodebookConfig, mut table: Vec<f32>, device: Device) -> Self {
+    pub fn from_table(config: &CodebookConfig, mut table: Vec<f32>, device: &Device) -> Result<Self> {
         let (semantic, dim) = (config.semantic_dim, config.dim());
         if config.l2_norm {
             table.chunks_exact_mut(dim).for_each(|row| normalise_halves(row, semantic));
@@ -101,7 +102,8 @@ impl Quantizer {
         let mut metric = table.clone();
         metric.chunks_exact_mut(dim).for_each(|row| weigh(row, config));
         let norms = metric.chunks_exact(dim).map(|row| row.iter().map(|v| v * v).sum()).collect();
-        Self { config: config.clone(), table, metric, norms, device }
+        let rows = Tensor::from_slice(&table, (table.len() / dim, dim), device)?;
+        Ok(Self { config: config.clone(), table, metric, norms, rows })
     }
 
     /// Shape and metric.
@@ -111,7 +113,12 @@ impl Quantizer {
 
     /// F or other features of one image, (h * w, D), as a (1, h, w, D) tensor on the tokenizer's device.
     pub fn to_tensor(&self, f: Vec<f32>, grid: (usize, usize)) -> Result<Tensor> {
-        Tensor::from_vec(f, (1, grid.0, grid.1, self.config.dim()), &self.device)
+        Tensor::from_vec(f, (1, grid.0, grid.1, self.config.dim()), self.device())
+    }
+
+    /// The tokenizer's device.
+    pub fn device(&self) -> &Device {
+        self.rows.device()
     }
 
     /// The code table, (size, D) row-major.
@@ -128,6 +135,11 @@ impl Quantizer {
     /// Entries of `codes`, concatenated (codes, D).
     pub fn entries(&self, codes: &[u32]) -> Vec<f32> {
         codes.iter().flat_map(|&c| self.entry(c)).copied().collect()
+    }
+
+    /// Entries of codes (B, T) on the tokenizer's device: (B, T, D).
+    pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
+        self.rows.index_select(&codes.flatten_all()?, 0)?.reshape((codes.dim(0)?, codes.dim(1)?, self.config.dim()))
     }
 
     /// Squared distances, up to a constant per row, of `z` (n, D) to every code: (n, size).
@@ -309,7 +321,7 @@ mod tests {
     fn quantizer(l2_norm: bool) -> Quantizer {
         let config = CodebookConfig { size: 32, semantic_dim: 3, pixel_dim: 5, w_sem: 0.5, w_pix: 1.0, l2_norm };
         let rng = Rng::new(3, 0, Stream::Train, 0);
-        Quantizer::from_table(&config, (0..32 * 8).map(|i| rng.normal(i) as f32).collect(), Device::Cpu)
+        Quantizer::from_table(&config, (0..32 * 8).map(|i| rng.normal(i) as f32).collect(), &Device::Cpu).unwrap()
     }
 
     const SCALES: [(usize, usize); 4] = [(1, 1), (2, 2), (2, 3), (4, 5)];

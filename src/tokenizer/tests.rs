@@ -152,7 +152,7 @@ fn quantising_holds(tiny: &Tiny) {
             let residual: Vec<f32> = fused.iter().zip(&so_far).map(|(f, s)| f - s).collect();
             near("residual_after", &residual, &rows(&format!("s{si}_residual_after")));
             // Distances between unit halves: 2 - 2 cos each.
-            let unit = Quantizer::from_table(quantizer.config(), pooled[si].clone(), Device::Cpu);
+            let unit = Quantizer::from_table(quantizer.config(), pooled[si].clone(), &Device::Cpu).unwrap();
             let distance = |(z, c): (&[f32], &u32)| -> f32 {
                 z.iter().zip(quantizer.entry(*c)).map(|(a, b)| (a - b) * (a - b)).sum()
             };

@@ -27,7 +27,7 @@ train() {
 
 # draw SUITES: learns to draw, and is measured.
 draw() {
-    train transformer --things 0 --scenes 6000 --several 0 --oblong 0 --steps 500 --batch 32 --lr 0.004 --warmup 30
+    train transformer --things 0 --scenes 3000 --several 0 --oblong 0 --steps 300 --batch 32 --lr 0.004 --warmup 30
     train export "$run/export"
     "$nextflow" eval --model "$run/export" --suite "$@" --json 2>> "$run/log" > "$run/new.json"
     mv "$run/new.json" "$run/eval.json"
@@ -58,8 +58,8 @@ for seed in 1 2 3; do
     transformer cumulative "$seed" 's/"residual"/"cumulative"/'
     transformer cumulative-uncorrected "$seed" 's/"residual"/"cumulative"/; s/"fraction": 0.6/"fraction": 0.0/'
     transformer unweighted "$seed" 's/"scale_reweight": 0.9/"scale_reweight": 0.0/'
-    codebook dual "$seed" '' 450 200
-    codebook single "$seed" 's/"w_sem": 0.25/"w_sem": 0.0/' 650 0
+    codebook dual "$seed" '' 300 130
+    codebook single "$seed" 's/"w_sem": 0.25/"w_sem": 0.0/' 430 0
 done
 
 # Mean of the six categories in percent, and PSNR in dB.

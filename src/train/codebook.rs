@@ -50,8 +50,8 @@ impl Codebook {
     }
 
     /// A quantiser with the entries as they are now.
-    pub fn quantizer(&self) -> Quantizer {
-        Quantizer::from_table(&self.config, self.table.clone(), Device::Cpu)
+    pub fn quantizer(&self) -> candle_core::Result<Quantizer> {
+        Quantizer::from_table(&self.config, self.table.clone(), &Device::Cpu)
     }
 
     /// Entries that are still nearest to something.

@@ -61,17 +61,17 @@ impl Sequence {
     }
 
     /// Appends an image from `<boi>` on.
-    pub fn push_image(&mut self, config: &BackboneConfig, quantizer: &Quantizer, picture: &Picture) {
+    pub fn push_image(&mut self, config: &BackboneConfig, quantizer: &Quantizer, picture: &Picture) -> Result<()> {
         let Picture { grids, encoded, context, alpha } = *picture;
         let boi = self.layout.len();
         self.words.push((boi, config.boi()));
-        let mut input = NextInput::new(config.input_mode);
+        let inputs = NextInput::all(config.input_mode, quantizer, &encoded.codes, grids)?;
         let mut starts = vec![boi];
         let mut at = boi + 1;
-        for (scale, pair) in grids.windows(2).enumerate() {
-            self.features.extend(input.next(quantizer, &encoded.codes[scale], pair[0], pair[1]));
+        for (scale, (input, (h, w))) in inputs.iter().zip(&grids[1..]).enumerate() {
+            self.features.extend(input);
             starts.push(at);
-            let count = pair[1].0 * pair[1].1;
+            let count = h * w;
             self.codes.extend((at..at + count).map(|i| (i, scale + 1)));
             at += count;
         }
@@ -97,6 +97,7 @@ impl Sequence {
                 self.words.push((self.layout.len() - 1, config.eoi()));
             }
         }
+        Ok(())
     }
 }
 

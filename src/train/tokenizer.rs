@@ -121,7 +121,7 @@ fn settle(tokenizer: &ImageTokenizer, codebook: &mut Codebook, sampler: &Sampler
         if round == 0 {
             codebook.seed(&f);
         }
-        let quantizer = codebook.quantizer();
+        let quantizer = codebook.quantizer()?;
         let assigned: Vec<Assignments> = f
             .par_chunks_exact(h * w * dim)
             .map(|f| {
@@ -202,7 +202,7 @@ fn losses(
     let (_, h, w, dim) = f.dims4()?;
     let scales = square_scales(h);
     let raw = f.flatten_all()?.to_vec1::<f32>()?;
-    let quantizer = codebook.quantizer();
+    let quantizer = codebook.quantizer()?;
     let quantised: Vec<(Vec<f32>, bool, Assignments)> = raw
         .par_chunks_exact(h * w * dim)
         .enumerate()

@@ -113,10 +113,10 @@ impl Lesson<'_> {
                 sequence.push_words(item.caption(&rng));
             }
             let noise = Rng::new(recipe.seed, i as u64, Stream::Train, 2 << 32 | step as u64);
-            self.push_image(&mut sequence, &item.features, shelf.grids, Learn::Corrections(&noise), false);
-            sequence
+            self.push_image(&mut sequence, &item.features, shelf.grids, Learn::Corrections(&noise), false)?;
+            Ok(sequence)
         });
-        Ok(sequences.collect())
+        sequences.collect()
     }
 
     fn dialogues(
@@ -217,7 +217,7 @@ impl Lesson<'_> {
                         (true, true) => Learn::Codes,
                         (true, false) => Learn::Corrections(&noise),
                     };
-                    self.push_image(&mut sequence, features, grids, manner, true);
+                    self.push_image(&mut sequence, features, grids, manner, true)?;
                 }
             }
         }
@@ -232,7 +232,7 @@ impl Lesson<'_> {
         grids: &[(usize, usize)],
         learn: Learn,
         context: bool,
-    ) {
+    ) -> Result<()> {
         let (recipe, quantizer) = (&self.run.recipe, self.tokenizer.quantizer());
         let correction = match learn {
             Learn::Corrections(noise) => Some((&recipe.self_correction, noise)),
@@ -241,7 +241,7 @@ impl Lesson<'_> {
         let encoded = quantizer.encode(features, grids, correction, |_, _, _| {});
         let alpha = if matches!(learn, Learn::Nothing) { None } else { Some(recipe.scale_reweight) };
         let grids = &grids[..self.scales.min(grids.len())];
-        sequence.push_image(&recipe.backbone, quantizer, &Picture { grids, encoded: &encoded, context, alpha });
+        Ok(sequence.push_image(&recipe.backbone, quantizer, &Picture { grids, encoded: &encoded, context, alpha })?)
     }
 }
 

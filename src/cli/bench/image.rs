@@ -12,7 +12,7 @@ use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
-use crate::generate::{Event, Job, ModelConfig, Prefix, cost, draw_behind, tokenflow};
+use crate::generate::{Batch, Event, ModelConfig, Prefix, cost, draw_behind, tokenflow};
 use crate::size::Size;
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig, VitConfig};
 use crate::{device, memory, pixels, terminal};
@@ -26,7 +26,9 @@ struct Report {
     load_seconds: f64,
     parts: Vec<Part>,
     decode_seconds: f64,
-    /// Prompt, scales and pixels.
+    /// Images that are drawn at once, in the times above.
+    batch: u32,
+    /// Prompt, scales and pixels of one of them.
     image_seconds: f64,
     tokens_per_second: f64,
     /// f32 matrix product, as measured here.
@@ -78,8 +80,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     config.sampling.check(scales.len())?;
     let (dtype, blocks) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-    let needed = cost::synthetic_memory(&config, dtype, blocks, &scales, &config.sampling)?;
-    memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
+    let needed = cost::synthetic_memory(&config, dtype, blocks, (&scales, args.batch as usize), &config.sampling)?;
+    memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
     let stop = terminal::interrupts()?;
 
     let (started, started_free) = (Instant::now(), memory::free(&device));
@@ -88,19 +90,26 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let tokenizer = ImageTokenizer::load(&Weights::synthetic(DType::F32, &device), &config.tokenizer)?;
     let load_seconds = started.elapsed().as_secs_f64();
 
-    let job = Job { prompt: String::new(), scales: scales.clone(), sampling: config.sampling.clone(), seed: 0 };
+    let seeds: Vec<u64> = (0..u64::from(args.batch)).collect();
+    let batch = Batch { scales: &scales, sampling: &config.sampling, seeds: &seeds };
     let prefixes = prefixes(&config, args.prompt.unwrap_or(16));
-    let rows = [&prefixes[0], &prefixes[1]];
+    let prompts = vec![prefixes[0].clone(); args.batch as usize];
     let mut images = Vec::new();
     for _ in 0..args.images {
         let mut marks = vec![Instant::now()];
-        let codes = draw_behind(&backbone, tokenizer.quantizer(), rows, &job, &mut |event| {
+        let mut waited = Ok(());
+        let drawn = draw_behind(&backbone, tokenizer.quantizer(), &prompts, &prefixes[1], batch, &mut |event| {
             if !matches!(event, Event::Decode) {
+                // A GPU may have done less than it was asked for.
+                waited = device.synchronize();
                 marks.push(Instant::now());
             }
             stop.check()
         })?;
-        pixels::to_image(&tokenizer.decode(&codes, &scales)?)?;
+        waited?;
+        for codes in &drawn {
+            pixels::to_image(&tokenizer.decode(codes, &scales)?)?;
+        }
         marks.push(Instant::now());
         let taken = started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));
         images.push(Image { seconds: marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect(), taken });
@@ -117,7 +126,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let decode_seconds = seconds.pop().unwrap_or(0.0);
 
     let machine = Machine::measure(&device, dtype)?;
-    let parts = parts(&config, &scales, &prefixes, &seconds, &machine, needed.transformer);
+    let parts = parts(&config, batch, &prefixes, &seconds, &machine, needed.transformer);
     let sum = |f: fn(&Part) -> f64| parts.iter().map(f).sum::<f64>();
     let (spent, floor) = (sum(|p| p.seconds), sum(|p| p.floor_seconds));
     let report = Report {
@@ -127,7 +136,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         weight_bytes: needed.transformer,
         load_seconds,
         decode_seconds,
-        image_seconds: spent + decode_seconds,
+        batch: args.batch,
+        image_seconds: (spent + decode_seconds) / f64::from(args.batch),
         tokens_per_second: parts.iter().map(|p| p.tokens).sum::<usize>() as f64 / spent,
         peak_gflops: machine.flops / 1e9,
         read_gbytes_per_second: machine.bandwidth / 1e9,
@@ -170,20 +180,20 @@ fn prefixes(config: &ModelConfig, tokens: u32) -> [Prefix; 2] {
 
 fn parts(
     config: &ModelConfig,
-    scales: &[(usize, usize)],
+    batch: Batch,
     prefixes: &[Prefix; 2],
     seconds: &[f64],
     machine: &Machine,
     weights: u64,
 ) -> Vec<Part> {
-    let c = &config.backbone;
+    let (c, scales, images) = (&config.backbone, batch.scales, batch.seeds.len());
     let guided = config.sampling.guided(scales.len());
     let rows = if guided > 0 { 2 } else { 1 };
-    let read: Vec<usize> = prefixes[..rows].iter().map(|p| p.ids.len()).collect();
+    let read: Vec<usize> = prefixes[..rows].iter().flat_map(|p| vec![p.ids.len(); images]).collect();
     let prompt_floor = read.iter().map(|&n| machine.floor(cost::flops(c, 1, n, 0, 0), weights)).sum();
     let (mut seen, mut parts) = (read[0], Vec::new());
     for (si, &(h, w)) in scales[..scales.len().saturating_sub(config.sampling.draft)].iter().enumerate() {
-        let rows = if si < guided { 2 } else { 1 };
+        let rows = if si < guided { 2 * images } else { images };
         let passes = config.sampling.passes(si);
         // The last token of the prompt predicts the first code.
         let (tokens, name) = if si == 0 { (0, "1x1".into()) } else { (h * w, format!("{h}x{w}")) };
@@ -195,7 +205,8 @@ fn parts(
     }
     let tokens = read.iter().sum();
     let seconds = seconds.first().copied().unwrap_or(0.0);
-    parts.insert(0, Part { name: "prompt".into(), passes: rows, tokens, seconds, floor_seconds: prompt_floor });
+    let passes = read.len();
+    parts.insert(0, Part { name: "prompt".into(), passes, tokens, seconds, floor_seconds: prompt_floor });
     parts
 }
 

@@ -53,6 +53,9 @@ pub struct BenchArgs {
     /// Images in a row: of several the first warms up, and the median of the others is told
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub images: u32,
+    /// Images that are drawn in one pass over every scale
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub batch: u32,
     /// Guide the first N scales only [default: all]
     #[arg(long, value_name = "N")]
     pub cfg_until: Option<usize>,

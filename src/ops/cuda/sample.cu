@@ -97,10 +97,10 @@ __device__ inline void sort(Key *keys, int count) {
 }
 
 // Logits (positions, columns). Unless guidance is 0, they become (1 + guidance) conditional - guidance unconditional.
-// top_k is at most 1024. Where a row has a NaN or no finite logit, `bad` becomes the lowest such position.
+// top_k is at most 1024. Where a row has a NaN or no finite logit, its code is the largest number there is.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sample_bf16(const bf16 *conditional, const bf16 *unconditional, const double *uniforms, unsigned *codes,
-                unsigned *bad, int columns, float guidance, float temperature, int top_k, float top_p) {
+                int columns, float guidance, float temperature, int top_k, float top_p) {
   __shared__ Key keys[MOST];
   __shared__ int cut, drawn;
   const int position = blockIdx.x;
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   nan = __syncthreads_or(nan);
   finite = __syncthreads_or(finite);
   if (nan || !finite) {
-    if (threadIdx.x == 0) atomicMin(bad, unsigned(position)), codes[position] = 0;
+    if (threadIdx.x == 0) codes[position] = ~0u;
     return;
   }
   if (greedy) {
