@@ -88,8 +88,8 @@ fn pixels(c: &mut Criterion) {
 fn codes(c: &mut Criterion) {
     let mut group = c.benchmark_group("codes");
     let logits = random(&[2, 64, 2048]);
-    for (name, top_k, top_p) in [("all", None, 1.0), ("top-k and top-p", Some(600), 0.95)] {
-        let sampling = Sampling { top_k, top_p, ..Sampling::default() };
+    for (name, top_k, top_p) in [("all", None, 1.0), ("of 600", Some(600), 0.95), ("of 50", Some(50), 0.9)] {
+        let sampling = Sampling { temperature: 0.5, top_k, top_p, ..Sampling::default() };
         let draw = Draw { sampling: &sampling, guidance: 1.5, seeds: &[1], scale: 7, pass: 0 };
         group.throughput(Throughput::Elements(64));
         group.bench_function(format!("sample, {name}"), |b| {

@@ -155,7 +155,7 @@ impl ChatModel {
         let (width, height) = (image.width() as usize, image.height() as usize);
         let pixels = pixels::to_tensor(&[image.as_raw()], height, width, self.backbone.device())?;
         let codes = tokenizer.encode(&pixels, scales)?.remove(0).codes;
-        Ok(Picture::of_codes(name, &self.config.backbone, tokenizer.quantizer(), codes, scales)?)
+        Picture::of_codes(name, &self.config.backbone, tokenizer.quantizer(), codes, scales)
     }
 
     /// The grids of an image of which nothing is said.

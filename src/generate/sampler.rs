@@ -72,7 +72,8 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
         return Ok(drawn.reshape((images, tokens))?);
     }
     let drawn = guided(&logits, draw.guidance)?.into_par_iter().zip(noise).enumerate().map(|(i, (row, noise))| {
-        if row.iter().any(|v| v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
+        // To the end of the row: a loop that may stop early takes one number at a time.
+        if row.iter().fold(false, |nan, v| nan | v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
             return Err(Fault::NonFinite { position: first + i % tokens });
         }
         Ok(self::draw(row, draw.sampling.temperature, filter, noise))
@@ -136,9 +137,13 @@ fn softmax(row: &[f32], kept: &[u32]) -> Vec<f64> {
 /// The entries that survive top-k (ties with the k-th stay) and then top-p (the smallest set of the likeliest whose
 /// probabilities exceed p; always at least one), likeliest first.
 pub fn filter(row: &[f32], top_k: Option<usize>, top_p: f64) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..row.len() as u32).collect();
     let likelier = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-    if let Some(k) = top_k.filter(|&k| k < row.len()) {
+    let top_k = top_k.filter(|&k| k < row.len());
+    let mut order: Vec<u32> = match top_k.and_then(|k| bound(row, k)) {
+        Some(bound) => (0..row.len() as u32).filter(|&i| row[i as usize] >= bound).collect(),
+        None => (0..row.len() as u32).collect(),
+    };
+    if let Some(k) = top_k {
         let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, likelier);
         let threshold = row[kth as usize];
         order.retain(|&i| row[i as usize] >= threshold);
@@ -157,6 +162,15 @@ pub fn filter(row: &[f32], top_k: Option<usize>, top_p: f64) -> Vec<u32> {
         order.truncate(keep);
     }
     order
+}
+
+/// Of many more than k numbers, what at least k of them reach, and few others do: the k-th largest of the largest of each
+/// part of the row.
+fn bound(row: &[f32], k: usize) -> Option<f32> {
+    let part = Some(row.len() / (2 * k)).filter(|&part| part > 1)?;
+    let largest = |part: &[f32]| part.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    let mut largest: Vec<f32> = row.chunks(part).map(largest).collect();
+    Some(*largest.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1)
 }
 
 #[cfg(test)]
@@ -208,6 +222,26 @@ mod tests {
         match drawn {
             Err(Fault::NonFinite { position }) => position,
             other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn top_k_is_what_sorting_everything_gives() {
+        let rng = Rng::new(9, 0, Stream::Train, 0);
+        for (case, n) in [1usize, 2, 7, 100, 2048].into_iter().enumerate() {
+            for k in [1, 2, 5, 50, 2000].into_iter().filter(|&k| k <= n) {
+                // Coarse numbers, so that many are equal, and some that are not finite.
+                let number = |i: usize| match rng.normal((case * 10_000 + i) as u64) {
+                    x if x > 2.5 => f32::NEG_INFINITY,
+                    x => (x * 8.0).round() as f32 / 8.0,
+                };
+                let row: Vec<f32> = (0..n).map(number).collect();
+                let mut sorted = row.clone();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                let kept = sorted.iter().filter(|x| **x >= sorted[k - 1]).count();
+                let got: Vec<f32> = filter(&row, Some(k), 1.0).iter().map(|&i| row[i as usize]).collect();
+                assert_eq!(got, sorted[..kept], "{k} of {n}");
+            }
         }
     }
 

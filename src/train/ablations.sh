@@ -1,6 +1,7 @@
 #!/bin/sh
 # The paper's ablations at a quarter of nano's transformer: each changes one thing of the recipe, and learns the same compositions
-# in the same number of steps, with seeds 1 to 3. What is done already is not done again.
+# in the same number of steps, with seeds 1 to 3. What is in src/train/ablations.csv has been done and is not done again;
+# several of these may run at once.
 #
 #   sh src/train/ablations.sh runs/ablations
 #
@@ -10,6 +11,10 @@ set -eu
 runs=$1
 nextflow=${NEXTFLOW:-target/release/nextflow}
 here=$(dirname "$0")
+results=$here/ablations.csv # variant, seed, mean of the six categories in percent, PSNR in dB of a codebook of its own
+taken=
+trap '[ -z "$taken" ] || rmdir "$taken"' EXIT
+trap 'exit 130' INT TERM
 
 # recipe NAME SEED CHANGE: a run's folder with its recipe, a sed script that changes nano's.
 recipe() {
@@ -25,31 +30,45 @@ train() {
     "$nextflow" train --run "$run" "$@" 2>> "$run/log"
 }
 
-# draw SUITES: learns to draw, and is measured.
+# take NAME SEED: fails if that has been done, or another process does it.
+take() {
+    ! grep -q "^$1,$2," "$results" || return 1
+    mkdir -p "$runs"
+    mkdir "$runs/$1-$2.taken" 2>/dev/null || return 1
+    taken=$runs/$1-$2.taken
+}
+
+# draw NAME SEED SUITES: learns to draw, is measured, and is recorded.
 draw() {
-    train transformer --things 0 --scenes 3000 --several 0 --oblong 0 --steps 300 --batch 32 --lr 0.004 --warmup 30
+    name=$1,$2
+    shift 2
+    train transformer --things 0 --scenes 4000 --several 0 --oblong 0 --steps 700 --batch 16 --lr 0.004 --warmup 30
     train export "$run/export"
-    "$nextflow" eval --model "$run/export" --suite "$@" --json 2>> "$run/log" > "$run/new.json"
-    mv "$run/new.json" "$run/eval.json"
+    "$nextflow" eval --model "$run/export" --suite "$@" --json 2>> "$run/log" > "$run/eval.json"
+    score=$(grep -o '"score":[0-9.]*' "$run/eval.json" | awk -F: '{ sum += $2 } END { printf "%.1f", 100 * sum / NR }')
+    psnr=$(grep -o '"psnr":[0-9.]*' "$run/eval.json" | awk -F: 'NR == 1 { printf "%.2f", $2 }')
+    echo "$name,$score,$psnr" >> "$results"
+    rmdir "$taken"
+    taken=
 }
 
 # transformer NAME SEED CHANGE: with nano's image tokenizer.
 transformer() {
-    [ -e "$runs/$1-$2/eval.json" ] && return
+    take "$1" "$2" || return 0
     recipe "$@"
     cp assets/nano/image_tokenizer.safetensors "$run/"
     touch "$run/tokenizer-decoder.state" # its decoder is the third stage's
-    draw compositions
+    draw "$1" "$2" compositions
 }
 
 # codebook NAME SEED CHANGE PIXEL JOINT: with an image tokenizer of its own, of so many steps a stage.
 codebook() {
-    [ -e "$runs/$1-$2/eval.json" ] && return
+    take "$1" "$2" || return 0
     recipe "$@"
     cp runs/nano/semantic.safetensors "$run/"
     train tokenizer --stage pixel --steps "$4" --batch 8 --lr 0.002 --weight-decay 0.01
     [ "$5" = 0 ] || train tokenizer --stage joint --steps "$5" --batch 8 --lr 0.001 --weight-decay 0.01
-    draw compositions --suite reconstruction
+    draw "$1" "$2" compositions --suite reconstruction
 }
 
 for seed in 1 2 3; do
@@ -58,14 +77,6 @@ for seed in 1 2 3; do
     transformer cumulative "$seed" 's/"residual"/"cumulative"/'
     transformer cumulative-uncorrected "$seed" 's/"residual"/"cumulative"/; s/"fraction": 0.6/"fraction": 0.0/'
     transformer unweighted "$seed" 's/"scale_reweight": 0.9/"scale_reweight": 0.0/'
-    codebook dual "$seed" '' 300 130
-    codebook single "$seed" 's/"w_sem": 0.25/"w_sem": 0.0/' 430 0
-done
-
-# Mean of the six categories in percent, and PSNR in dB.
-for result in "$runs"/*/eval.json; do
-    name=$(basename "$(dirname "$result")")
-    score=$(grep -o '"score":[0-9.]*' "$result" | awk -F: '{ sum += $2 } END { print 100 * sum / NR }')
-    psnr=$(grep -o '"psnr":[0-9.]*' "$result" | head -n 1 | cut -d: -f2 || true)
-    printf '%s %s %s\n' "$name" "$score" "$psnr"
+    codebook dual "$seed" '' 450 200
+    codebook single "$seed" 's/"w_sem": 0.25/"w_sem": 0.0/' 650 0
 done
