@@ -20,6 +20,8 @@ done
 bench --size 1024x1024 --images 50 > "$logs/growth.json"
 bench --size 1024x1024 --images 4 --cfg-until 16 > "$logs/1024-cfg-until-16.json"
 bench --size 1024x1024 --images 4 --draft 1 > "$logs/1024-draft-1.json"
+bench --size 256x256 --images 4 --batch 8 > "$logs/256-batch-8.json"
+bench --size 1024x1024 --images 4 --batch 4 > "$logs/1024-batch-4.json"
 
 if "$python" -c 'import torch' 2> /dev/null; then
   for side in 256 512 1024; do
@@ -36,7 +38,7 @@ from pathlib import Path
 
 logs = Path(sys.argv[1])
 print(f"{'':24}{'seconds':>9}{'floor':>9}{'share':>8}{'GB kept':>9}")
-for name in ["256", "512", "1024", "1024-cfg-until-16", "1024-draft-1"]:
+for name in ["256", "512", "1024", "1024-cfg-until-16", "1024-draft-1", "256-batch-8", "1024-batch-4"]:
     r = json.loads((logs / f"{name}.json").read_text())
     share = r["floor_seconds"] / r["image_seconds"]
     print(f"{name:24}{r['image_seconds']:9.3f}{r['floor_seconds']:9.3f}{share:8.0%}{(r['peak_bytes'] or 0) / 1e9:9.1f}")

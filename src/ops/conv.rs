@@ -1,7 +1,5 @@
-//! Two-dimensional convolution: as a matrix product over unfolded patches, or, on processors
-//! with AVX-512 at stride 1, place by place.
+//! Two-dimensional convolution: as a matrix product over unfolded patches, or, at stride 1, place by place.
 
-#[cfg(target_arch = "x86_64")]
 mod places;
 
 use std::ops::Range;
@@ -199,7 +197,6 @@ impl CustomOp3 for Conv {
         let (x, w): (&[f32], &[f32]) = (slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?);
         let bias: &[f32] = slice::contiguous(s3, l3)?;
         let (n, area, batch) = (g.patch(), g.out_area(), l1.dims()[0]);
-        #[cfg(target_arch = "x86_64")]
         if places::suits(&g) {
             let y = filled(batch * g.o * area, |y| places::convolve(&g, x, w, bias, y))?;
             return Ok((CpuStorage::F32(y), Shape::from((batch, g.o, g.out_h, g.out_w))));

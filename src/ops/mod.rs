@@ -33,6 +33,7 @@ mod product;
 mod resize;
 mod rope;
 mod slice;
+mod tiles;
 
 pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention};

@@ -14,6 +14,7 @@ use super::few::{self, FEW};
 #[cfg(target_arch = "x86_64")]
 use super::panels::{self, Then};
 use super::slice::{Into, Matrix, MatrixMut, gemm};
+use super::tiles;
 
 /// Rows of weights that a thread takes at a time for few inputs, and for many, which are packed anew for every such tile.
 const TILE: [usize; 2] = [32, 256];
@@ -82,6 +83,9 @@ pub(super) fn product(
         Rows::Plain(w) if panels::suits(GgmlDType::F32, columns) => {
             filled(count * rows, |y| panels::products(y, Rows::Plain(w).bytes(), Then::Add(bias), inputs, columns))
         }
+        Rows::Plain(w) if tiles::suits(columns) => {
+            filled(count * rows, |y| tiles::products(y, w, None, bias, inputs, columns))
+        }
         Rows::Plain(w) => {
             let mut y = vec![0f32; count * rows];
             if let Some(bias) = bias {
@@ -118,16 +122,22 @@ pub(super) fn product(
 
 /// `x * sigmoid(x)` of the products with `gate`, times those with `up`: as [`product`] for each, but in one go, or nothing
 /// where that is no faster.
-#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 pub(super) fn gated(inputs: &[f32], gate: Rows, up: Rows, (rows, columns): (usize, usize)) -> Result<Option<Vec<f32>>> {
+    if inputs.len() <= FEW * columns {
+        return Ok(None);
+    }
+    let count = inputs.len() / columns * rows;
     #[cfg(target_arch = "x86_64")]
     if let ((gate, dtype), (up, same)) = (gate.bytes(), up.bytes())
         && dtype == same
         && panels::suits(dtype, columns)
-        && inputs.len() > FEW * columns
     {
-        let products = |y: &mut [_]| panels::products(y, (gate, dtype), Then::Gate(up), inputs, columns);
-        return filled(inputs.len() / columns * rows, products).map(Some);
+        return filled(count, |y| panels::products(y, (gate, dtype), Then::Gate(up), inputs, columns)).map(Some);
     }
-    Ok(None)
+    match (gate, up) {
+        (Rows::Plain(gate), Rows::Plain(up)) if tiles::suits(columns) => {
+            filled(count, |y| tiles::products(y, gate, Some(up), None, inputs, columns)).map(Some)
+        }
+        _ => Ok(None),
+    }
 }

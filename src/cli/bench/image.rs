@@ -35,6 +35,7 @@ struct Report {
     peak_gflops: f64,
     /// Reading of memory, as measured here.
     read_gbytes_per_second: f64,
+    /// Of one image without its pixels.
     floor_seconds: f64,
     /// Of the time of prompt and scales.
     share_of_floor: f64,
@@ -141,7 +142,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         tokens_per_second: parts.iter().map(|p| p.tokens).sum::<usize>() as f64 / spent,
         peak_gflops: machine.flops / 1e9,
         read_gbytes_per_second: machine.bandwidth / 1e9,
-        floor_seconds: floor,
+        floor_seconds: floor / f64::from(args.batch),
         share_of_floor: floor / spent,
         forecast_bytes: needed.peak(),
         peak_bytes,
