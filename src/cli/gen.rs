@@ -14,7 +14,7 @@ use crate::memory;
 use crate::request::Request;
 use crate::terminal::{self, Console, Level};
 
-/// Images in one pass: more are no faster anywhere.
+/// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
 
 /// Flags of `nextflow gen`, as typed; [`Request`] holds them checked.
@@ -32,7 +32,7 @@ pub struct GenArgs {
     /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail [default: the model's]
     #[arg(long, value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
     pub draft: Option<usize>,
-    /// Draw N images in one pass over every scale: faster where there are many, and takes more memory
+    /// Draw N images in one pass over every scale, which takes more memory; meant for GPUs
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "think", allow_negative_numbers = true)]
     pub batch: u64,
     /// How to draw.
