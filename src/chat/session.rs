@@ -300,17 +300,20 @@ impl<'a> Session<'a> {
         let sampling = Sampling { draft: 0, ..sampling.clone() };
         let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
         let drawing = Rows::resume(&model.backbone, &mut self.cache, layouts, scales)?;
-        let codes =
+        let images =
             draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
-        let codes = match codes {
-            Ok(mut images) => images.pop().unwrap_or_default(),
+        let name = format!("${}", self.pictures().count() + 1);
+        let picture = images.and_then(|mut images| {
+            let codes = images.pop().unwrap_or_default();
+            Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales)
+        });
+        let mut picture = match picture {
+            Ok(picture) => picture,
             Err(error) => {
                 rows.iter().for_each(|&row| self.cache.truncate(row as usize, self.read[row as usize].len()));
                 return Err(error);
             }
         };
-        let name = format!("${}", self.pictures().count() + 1);
-        let mut picture = Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales)?;
         // The loop has left the inputs of all scales in the cache, or of the guided ones.
         let mut script = Script::default();
         script.picture(&picture, config);

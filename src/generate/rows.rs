@@ -61,10 +61,11 @@ impl<'a> Rows<'a> {
         // The first scale is predicted by what has been read.
         let mut behind = 0;
         let rope = |(h, w): &(usize, usize)| {
-            let of = |(row, layout): (usize, &'_ Layout)| layout.positions[cache.len(row) + behind..][..h * w].to_vec();
-            let positions: Vec<Vec<Position>> = layouts.iter().enumerate().map(of).collect();
+            let rows = layouts.iter().enumerate();
+            let positions: Vec<&[Position]> =
+                rows.map(|(row, layout)| &layout.positions[cache.len(row) + behind..][..h * w]).collect();
             behind += h * w;
-            Rope::new(backbone.config(), &positions.iter().map(Vec::as_slice).collect::<Vec<_>>(), backbone.device())
+            Rope::new(backbone.config(), &positions, backbone.device())
         };
         let ropes = scales.iter().skip(1).map(rope).collect::<Result<_>>()?;
         Ok(Self { backbone, scales, rows: layouts.len(), ropes, cache })
