@@ -139,8 +139,8 @@ fn every_step_equals_the_reference() {
                 close(run, &backbone.embed_prefix(&ids).unwrap().squeeze(0).unwrap(), &want, FEATURES);
             }
             let both = [&prefixes[0], &prefixes[1]];
-            let mut cache = Rows::cache(&backbone, &both, &SCALES).unwrap();
-            let (mut rows, mut hidden) = Rows::start(&backbone, &mut cache, &both, &SCALES).unwrap();
+            let mut caches = Rows::caches(&backbone, &both, &SCALES).unwrap();
+            let (mut rows, mut hidden) = Rows::start(&backbone, &mut caches, &both, &SCALES).unwrap();
             let mut input = NextInput::new(TINY.input_mode);
             let (mut step, mut codes) = (0, Tensor::zeros((1, 0), DType::U32, &Device::Cpu).unwrap());
             for (si, &(h, w)) in SCALES.iter().enumerate() {

@@ -23,44 +23,40 @@ pub enum Step {
 pub enum Context<'a> {
     /// A whole sequence at once; mask u8 (T, T) or (R, T, T), 1 where a query may attend to a key.
     Masked(&'a Tensor),
-    /// Everything in the rows from `first` on, and among the new tokens what `step` says.
+    /// Everything in the cache of the same row, and among the new tokens what `step` says.
     Cached {
-        /// Grows by the new tokens, but for another pass.
-        cache: &'a mut Cache,
-        /// Row of the cache that belongs to row 0 of the input.
-        first: usize,
+        /// Of every row; they grow by the new tokens, but for another pass.
+        caches: &'a mut [Cache],
         /// What the new tokens are.
         step: Step,
     },
 }
 
 impl Context<'_> {
-    /// Moves the lengths of `rows` rows on by `tokens`, once every layer has written them.
-    pub(super) fn finish(&mut self, rows: usize, tokens: usize) {
+    /// Moves the lengths on by `tokens`, once every layer has written them.
+    pub(super) fn finish(self, tokens: usize) {
         match self {
             Context::Masked(_) | Context::Cached { step: Step::Again, .. } => {}
-            Context::Cached { cache, first, .. } => cache.advance(*first..*first + rows, tokens),
+            Context::Cached { caches, .. } => caches.iter_mut().for_each(|cache| cache.advance(tokens)),
         }
     }
 
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+    fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
         match self {
             Context::Masked(mask) => ops::attention(q, k, v, Mask::Kept(mask), scale),
-            Context::Cached { cache, first, step } => {
-                let (cache, first, step) = (&**cache, *first, *step);
-                let attend = |r: usize| {
+            Context::Cached { caches, step } => {
+                let attend = |(r, cache): (usize, &Cache)| {
                     let (q, k, v) = (q.narrow(0, r, 1)?, k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
                     let (keys, values) = match step {
-                        Step::Text | Step::Scale => cache.append(layer, first + r, &k, &v)?,
-                        Step::Again => cache.with_last(layer, first + r, &k, &v)?,
+                        Step::Text | Step::Scale => cache.append(layer, &k, &v)?,
+                        Step::Again => cache.with_last(layer, &k, &v)?,
                     };
-                    let mask = if step == Step::Text { Mask::Causal } else { Mask::None };
+                    let mask = if *step == Step::Text { Mask::Causal } else { Mask::None };
                     ops::attention(&q, &keys, &values, mask, scale)
                 };
-                let rows = 0..q.dim(0)?;
                 let outputs: Vec<Tensor> = match q.device().is_cpu() {
-                    true => rows.into_par_iter().map(attend).collect::<Result<_>>()?,
-                    false => rows.map(attend).collect::<Result<_>>()?,
+                    true => caches.par_iter().enumerate().map(attend).collect::<Result<_>>()?,
+                    false => caches.iter().enumerate().map(attend).collect::<Result<_>>()?,
                 };
                 Tensor::cat(&outputs, 0)
             }
@@ -148,7 +144,7 @@ impl Block {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, rope: &Rope, layer: usize, context: &mut Context) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
         let (first, second) = (&self.input_layernorm, &self.post_attention_layernorm);
         match self.norm_placement {
             NormPlacement::Input => {
@@ -162,7 +158,7 @@ impl Block {
         }
     }
 
-    fn attention(&self, x: &Tensor, rope: &Rope, layer: usize, context: &mut Context) -> Result<Tensor> {
+    fn attention(&self, x: &Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
         let (rows, tokens, _) = x.dims3()?;
         let heads = |l: &Linear| l.forward(x)?.reshape((rows, tokens, (), self.head_dim));
         let [mut q, mut k, v] = match x.device().is_cpu() {

@@ -1,40 +1,39 @@
-//! Keys and values of what a batch of sequences has seen.
+//! Keys and values of what a sequence has seen.
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::BackboneConfig;
 
-/// Preallocated from the schedule: nothing grows while an image is drawn, and a conversation grows it in large steps. Every row has a length of its own, so rows
-/// with prompts of different lengths need neither padding nor a mask.
+/// Preallocated from the schedule: nothing grows while an image is drawn, and a conversation grows it in large steps. Every
+/// row of a batch has one of its own, so rows with prompts of different lengths need neither padding nor a mask.
 #[derive(Debug)]
 pub struct Cache {
-    /// Per layer and row: keys and values, each (1, capacity, kv_heads, head_dim).
-    layers: Vec<Vec<(Tensor, Tensor)>>,
-    /// Positions filled in each row.
-    lengths: Vec<usize>,
+    /// Keys and values of every layer, each (1, capacity, kv_heads, head_dim).
+    layers: Vec<(Tensor, Tensor)>,
+    /// Positions filled.
+    length: usize,
     capacity: usize,
 }
 
 impl Cache {
-    /// Room for `capacity` positions in each of `rows` sequences.
-    pub fn new(c: &BackboneConfig, rows: usize, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
+    /// Room for `capacity` positions.
+    pub fn new(c: &BackboneConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
         let zeros = || Tensor::zeros((1, capacity, c.num_key_value_heads, c.head_dim()), dtype, device);
-        let layer = || (0..rows).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<Vec<_>>>();
-        let layers = (0..c.num_hidden_layers).map(|_| layer()).collect::<Result<_>>()?;
-        Ok(Self { layers, lengths: vec![0; rows], capacity })
+        let layers = (0..c.num_hidden_layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
+        Ok(Self { layers, length: 0, capacity })
     }
 
-    /// Makes room for `capacity` positions in a row; what is there stays. Grows by half at least, so that a conversation
-    /// is not copied at every word.
+    /// Makes room for `capacity` positions; what is there stays. Grows by half at least, so that a conversation is not copied
+    /// at every word.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
         if capacity <= self.capacity {
             return Ok(());
         }
         let capacity = capacity.max(self.capacity + self.capacity / 2);
-        for (keys, values) in self.layers.iter_mut().flatten() {
+        for (keys, values) in &mut self.layers {
             for old in [keys, values] {
-                let (rows, _, heads, d) = old.dims4()?;
-                let new = Tensor::zeros((rows, capacity, heads, d), old.dtype(), old.device())?;
+                let (_, _, heads, d) = old.dims4()?;
+                let new = Tensor::zeros((1, capacity, heads, d), old.dtype(), old.device())?;
                 new.slice_set(old, 1, 0)?;
                 *old = new;
             }
@@ -43,45 +42,55 @@ impl Cache {
         Ok(())
     }
 
-    /// Forgets all but the first `length` positions of a row.
-    pub fn truncate(&mut self, row: usize, length: usize) {
-        self.lengths[row] = self.lengths[row].min(length);
+    /// Forgets all but the first `length` positions.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
     }
 
-    /// Positions filled in a row.
-    pub fn len(&self, row: usize) -> usize {
-        self.lengths[row]
+    /// Positions filled.
+    pub fn len(&self) -> usize {
+        self.length
     }
 
-    /// Whether no row holds anything.
+    /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
-        self.lengths.iter().all(|&l| l == 0)
+        self.length == 0
     }
 
-    /// Writes keys and values (1, T, kv_heads, head_dim) of `row` behind what it holds and returns all of them.
-    /// The row's length moves on only with [`Cache::advance`], after the last layer.
-    pub(super) fn append(&self, layer: usize, row: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (start, tokens) = (self.lengths[row], k.dim(1)?);
+    /// Holds what `other`, of the same model, holds, in place of what it held. Errors if there is no room.
+    pub fn copy(&mut self, other: &Self) -> Result<()> {
+        self.length = 0;
+        for (layer, (keys, values)) in other.layers.iter().enumerate() {
+            self.append(layer, &keys.narrow(1, 0, other.length)?, &values.narrow(1, 0, other.length)?)?;
+        }
+        self.advance(other.length);
+        Ok(())
+    }
+
+    /// Writes keys and values (1, T, kv_heads, head_dim) behind what it holds and returns all of them.
+    /// The length moves on only with [`Cache::advance`], after the last layer.
+    pub(super) fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (start, tokens) = (self.length, k.dim(1)?);
         if start + tokens > self.capacity {
             candle_core::bail!("a sequence of {} does not fit a cache of {}", start + tokens, self.capacity);
         }
-        let (keys, values) = &self.layers[layer][row];
+        let (keys, values) = &self.layers[layer];
         keys.slice_set(&k.contiguous()?, 1, start)?;
         values.slice_set(&v.contiguous()?, 1, start)?;
         Ok((keys.narrow(1, 0, start + tokens)?, values.narrow(1, 0, start + tokens)?))
     }
 
-    /// All keys and values of `row`, with these (1, T, kv_heads, head_dim) in the place of the last T; nothing is written.
-    pub(super) fn with_last(&self, layer: usize, row: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let Some(start) = self.lengths[row].checked_sub(k.dim(1)?) else {
-            candle_core::bail!("a sequence of {} has no {} last tokens", self.lengths[row], k.dim(1)?);
+    /// All keys and values, with these (1, T, kv_heads, head_dim) in the place of the last T; nothing is written.
+    pub(super) fn with_last(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let Some(start) = self.length.checked_sub(k.dim(1)?) else {
+            candle_core::bail!("a sequence of {} has no {} last tokens", self.length, k.dim(1)?);
         };
-        let (keys, values) = &self.layers[layer][row];
+        let (keys, values) = &self.layers[layer];
         let join = |kept: &Tensor, new: &Tensor| Tensor::cat(&[&kept.narrow(1, 0, start)?, new], 1);
         Ok((join(keys, k)?, join(values, v)?))
     }
 
-    pub(super) fn advance(&mut self, rows: std::ops::Range<usize>, tokens: usize) {
-        self.lengths[rows].iter_mut().for_each(|l| *l += tokens);
+    pub(super) fn advance(&mut self, tokens: usize) {
+        self.length += tokens;
     }
 }

@@ -10,6 +10,7 @@ pub mod rope;
 pub mod sequence;
 
 use candle_core::{DType, Device, Result, Tensor};
+use rayon::prelude::*;
 
 pub use block::{Context, Step};
 pub use cache::Cache;
@@ -20,6 +21,9 @@ use crate::checkpoint::{Init, Weights};
 use crate::ops::WeightMatrix;
 use block::{Block, RmsNorm};
 use image::ImageEnds;
+
+/// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once for all rows.
+const APART: usize = 24;
 
 /// A loaded transformer. It holds no state: what a sequence has seen is in its [`Cache`].
 #[derive(Debug)]
@@ -109,13 +113,32 @@ impl Backbone {
     }
 
     /// Runs `x` (R, T, hidden) through the blocks and the last norm.
-    pub fn forward(&self, x: &Tensor, rope: &Rope, mut context: Context) -> Result<Tensor> {
-        let mut x = x.clone();
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, rope, i, &mut context)?;
+    pub fn forward(&self, x: &Tensor, rope: &Rope, context: Context) -> Result<Tensor> {
+        match context {
+            Context::Cached { caches, step } if caches.len() > 1 && x.dim(1)? >= APART && self.stays_in_cache() => {
+                let row = |(r, cache)| {
+                    let context = Context::Cached { caches: std::slice::from_mut(cache), step };
+                    self.forward(&x.narrow(0, r, 1)?, &rope.narrow(r, 1)?, context)
+                };
+                let rows: Vec<Tensor> = caches.par_iter_mut().enumerate().map(row).collect::<Result<_>>()?;
+                Tensor::cat(&rows, 0)
+            }
+            context => {
+                let mut y = x.clone();
+                for (i, layer) in self.layers.iter().enumerate() {
+                    y = layer.forward(&y, rope, i, &context)?;
+                }
+                context.finish(x.dim(1)?);
+                self.norm.forward(&y)
+            }
         }
-        context.finish(x.dim(0)?, x.dim(1)?);
-        self.norm.forward(&x)
+    }
+
+    /// Whether this is a CPU whose caches hold the weights, or nearly. Then threads are better given a row each than a part
+    /// of every product: they wait less for each other, and that they read the weights more than once costs little.
+    pub fn stays_in_cache(&self) -> bool {
+        const CACHED: usize = 64 << 20;
+        self.device.is_cpu() && self.config.parameters() * self.dtype().size_in_bytes() <= CACHED
     }
 
     /// Code logits, (..., hidden) -> (..., codes): only the head's code rows are computed.

@@ -52,6 +52,11 @@ impl Rope {
         let angles = Tensor::from_vec(angles, (rows.len(), tokens, half), device)?;
         Ok(Self { cos: angles.cos()?, sin: angles.sin()? })
     }
+
+    /// Those of `rows` rows from `first` on.
+    pub fn narrow(&self, first: usize, rows: usize) -> Result<Self> {
+        Ok(Self { cos: self.cos.narrow(0, first, rows)?, sin: self.sin.narrow(0, first, rows)? })
+    }
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Turn {
     }
 }
 
-/// A row of the cache: everything that was said, or the images alone, which is what guidance is away from.
+/// A sequence: everything that was said, or the images alone, which is what guidance is away from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Row {
     Said,
@@ -48,10 +48,11 @@ pub struct Session<'a> {
     pub(super) model: &'a ChatModel,
     system: String,
     turns: Vec<Turn>,
-    pub(super) cache: Cache,
+    /// Of every row.
+    pub(super) caches: Vec<Cache>,
     /// What the model has said of the reply that it is making.
     pub(super) reply: Vec<Part<Picture>>,
-    /// What each row of the cache holds.
+    /// What each of the caches holds.
     pub(super) read: Vec<Vec<Token>>,
 }
 
@@ -60,9 +61,10 @@ impl<'a> Session<'a> {
     pub fn new(model: &'a ChatModel) -> Result<Self> {
         let (backbone, config) = (&model.backbone, &model.config);
         let rows = if config.drawing.is_some() { 2 } else { 1 };
-        let cache = Cache::new(&config.backbone, rows, CHUNK, backbone.dtype(), backbone.device())?;
+        let cache = |_| Cache::new(&config.backbone, CHUNK, backbone.dtype(), backbone.device());
+        let caches = (0..rows).map(cache).collect::<candle_core::Result<_>>()?;
         let (turns, reply, read) = (Vec::new(), Vec::new(), vec![Vec::new(); rows]);
-        Ok(Self { model, system: config.system.clone(), turns, cache, reply, read })
+        Ok(Self { model, system: config.system.clone(), turns, caches, reply, read })
     }
 
     /// Who answers.
@@ -185,7 +187,7 @@ impl<'a> Session<'a> {
             return Err(Error::usage(message).hint("/undo, /clear, or smaller images: --max-pixels 500000"));
         }
         let longest = manner.longest.min(context - prompt_tokens);
-        self.cache.reserve(prompt_tokens + longest.min(CHUNK))?;
+        self.caches[Row::Said as usize].reserve(prompt_tokens + longest.min(CHUNK))?;
         let (cached_tokens, hidden) = self.catch_up(Row::Said, &script, listener)?;
         let before = self.words_before(&script.tokens);
         Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, longest, hidden, layout: script.layout, before })
@@ -204,7 +206,7 @@ impl<'a> Session<'a> {
                 drawn => drawn?,
             }
             let script = self.render(Row::Said, true)?;
-            self.cache.reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
+            self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
             (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
             talk.layout = script.layout;
         }
@@ -241,7 +243,7 @@ impl<'a> Session<'a> {
             }
             talk.before[word as usize] = true;
             talk.layout.push_text(1);
-            self.cache.reserve(talk.layout.len())?;
+            self.caches[Row::Said as usize].reserve(talk.layout.len())?;
             talk.hidden = self.pass(Row::Said, &[Token::Word(word)], &talk.layout, Step::Text)?;
         };
         self.finish(&mut speech, listener)?;
@@ -287,7 +289,7 @@ impl<'a> Session<'a> {
             let mut script = self.render(row, manner.guide_from_sources)?;
             script.tokens.push(Token::Word(config.boi()));
             script.layout.push_image(scales, config.spatial_extent);
-            self.cache.reserve(script.layout.len())?;
+            self.caches[row as usize].reserve(script.layout.len())?;
             hidden.push(self.catch_up(row, &script, listener)?.1);
             layouts.push(script.layout);
         }
@@ -299,7 +301,7 @@ impl<'a> Session<'a> {
         // What follows reads the whole image.
         let sampling = Sampling { draft: 0, ..sampling.clone() };
         let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
-        let drawing = Rows::resume(&model.backbone, &mut self.cache, layouts, scales)?;
+        let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
         let images =
             draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
         let name = format!("${}", self.pictures().count() + 1);
@@ -310,7 +312,7 @@ impl<'a> Session<'a> {
         let mut picture = match picture {
             Ok(picture) => picture,
             Err(error) => {
-                rows.iter().for_each(|&row| self.cache.truncate(row as usize, self.read[row as usize].len()));
+                rows.iter().for_each(|&row| self.caches[row as usize].truncate(self.read[row as usize].len()));
                 return Err(error);
             }
         };
@@ -348,7 +350,7 @@ impl<'a> Session<'a> {
         // The last token is read in any case: its hidden state is asked for.
         let same = tokens.iter().zip(&*read).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);
         read.truncate(same);
-        self.cache.truncate(row as usize, same);
+        self.caches[row as usize].truncate(same);
         let mut hidden = None;
         for (part, step) in passes(&tokens[same..], CHUNK) {
             hidden = Some(self.pass(row, part, &script.layout, step)?);
@@ -362,13 +364,13 @@ impl<'a> Session<'a> {
 
     /// Reads tokens behind what a row has read: the hidden state of the last one, (1, 1, hidden).
     fn pass(&mut self, row: Row, tokens: &[Token], layout: &Layout, step: Step) -> Result<Tensor> {
-        let (backbone, first) = (&self.model.backbone, row as usize);
-        let start = self.read[first].len();
+        let (backbone, row) = (&self.model.backbone, row as usize);
+        let start = self.read[row].len();
         let x = self.embed(tokens)?;
         let rope = Rope::new(backbone.config(), &[&layout.positions[start..][..tokens.len()]], backbone.device())?;
-        let context = Context::Cached { cache: &mut self.cache, first, step };
+        let context = Context::Cached { caches: &mut self.caches[row..=row], step };
         let hidden = backbone.forward(&x, &rope, context)?;
-        self.read[first].extend(tokens);
+        self.read[row].extend(tokens);
         Ok(hidden.narrow(1, tokens.len() - 1, 1)?.contiguous()?)
     }
 

@@ -268,14 +268,14 @@ impl Session<'_> {
     /// Logits of every position, read from the start in passes of `chunk` tokens: (T, vocab).
     fn logits(&mut self, tokens: &[Token], layout: &Layout, chunk: usize) -> Tensor {
         self.read[0].clear();
-        self.cache.truncate(0, 0);
-        self.cache.reserve(tokens.len()).unwrap();
+        self.caches[0].truncate(0);
+        self.caches[0].reserve(tokens.len()).unwrap();
         let backbone = &self.model.backbone;
         let rows = passes(tokens, chunk).map(|(part, step)| {
-            let positions = &layout.positions[self.cache.len(0)..][..part.len()];
+            let positions = &layout.positions[self.caches[0].len()..][..part.len()];
             let rope = Rope::new(backbone.config(), &[positions], backbone.device()).unwrap();
             let x = self.embed(part).unwrap();
-            let context = Context::Cached { cache: &mut self.cache, first: 0, step };
+            let context = Context::Cached { caches: &mut self.caches[..1], step };
             backbone.text_logits(&backbone.forward(&x, &rope, context).unwrap()).unwrap().get(0).unwrap()
         });
         let rows = rows.collect::<Vec<_>>();

@@ -141,8 +141,8 @@ pub fn draw_behind(
 ) -> Result<Vec<Vec<Vec<u32>>>> {
     let guides = if batch.sampling.guided(batch.scales.len()) > 0 { prompts.len() } else { 0 };
     let prefixes: Vec<&Prefix> = prompts.iter().chain(std::iter::repeat_n(unconditional, guides)).collect();
-    let mut cache = Rows::cache(backbone, &prefixes, batch.scales)?;
-    let (rows, hidden) = Rows::start(backbone, &mut cache, &prefixes, batch.scales)?;
+    let mut caches = Rows::caches(backbone, &prefixes, batch.scales)?;
+    let (rows, hidden) = Rows::start(backbone, &mut caches, &prefixes, batch.scales)?;
     tell(observe, Event::Prompt { tokens: prompts.iter().map(|prompt| prompt.ids.len() - 1).sum() })?;
     draw_codes(rows, hidden, quantizer, batch, observe)
 }

@@ -1,6 +1,7 @@
 //! The sequences that images are drawn in: the prompt's of every image and, for guidance, an unconditional one for each.
 
 use candle_core::{Result, Tensor};
+use rayon::prelude::*;
 
 use super::sampler::{self, Draw, Fault};
 use super::{Prefix, schedule};
@@ -16,25 +17,27 @@ pub const POSITIONS: usize = 1024;
 pub struct Rows<'a> {
     backbone: &'a Backbone,
     scales: &'a [(usize, usize)],
-    rows: usize,
     /// Of every scale, in all rows, so that nothing is sent to a GPU that has work to do.
     ropes: Vec<Rope>,
-    cache: &'a mut Cache,
+    /// Of every row that is still read.
+    caches: &'a mut [Cache],
 }
 
 impl<'a> Rows<'a> {
-    /// A cache for the prefixes and an image of the grids `scales` behind them.
-    pub fn cache(backbone: &Backbone, prefixes: &[&Prefix], scales: &[(usize, usize)]) -> Result<Cache> {
-        let longest = prefixes.iter().map(|p| p.ids.len()).max().unwrap_or(0);
-        let capacity = longest + schedule::codes(scales);
-        Cache::new(backbone.config(), prefixes.len(), capacity, backbone.dtype(), backbone.device())
+    /// Caches for the prefixes and an image of the grids `scales` behind each.
+    pub fn caches(backbone: &Backbone, prefixes: &[&Prefix], scales: &[(usize, usize)]) -> Result<Vec<Cache>> {
+        let codes = schedule::codes(scales);
+        let cache = |prefix: &&Prefix| {
+            Cache::new(backbone.config(), prefix.ids.len() + codes, backbone.dtype(), backbone.device())
+        };
+        prefixes.iter().map(cache).collect()
     }
 
-    /// Reads the prefixes of an image of the grids `scales` into an empty cache. Gives the hidden states that predict the
-    /// first code as well, (R, 1, hidden). Errors when a prefix is empty.
+    /// Reads the prefixes of an image of the grids `scales` into empty caches, equal ones once. Gives the hidden states that
+    /// predict the first code as well, (R, 1, hidden). Errors when a prefix is empty.
     pub fn start(
         backbone: &'a Backbone,
-        cache: &'a mut Cache,
+        caches: &'a mut [Cache],
         prefixes: &[&Prefix],
         scales: &'a [(usize, usize)],
     ) -> Result<(Self, Tensor)> {
@@ -45,30 +48,44 @@ impl<'a> Rows<'a> {
             layout
         };
         let layouts: Vec<Layout> = prefixes.iter().map(layout).collect();
-        let hidden = prefixes.iter().zip(&layouts).enumerate();
-        let hidden = hidden.map(|(row, (prefix, layout))| prefill(backbone, cache, row, layout, &prefix.ids));
-        let hidden = Tensor::cat(&hidden.collect::<Result<Vec<_>>>()?, 0)?;
-        Ok((Self::resume(backbone, cache, layouts, scales)?, hidden))
+        let same = |row: usize| prefixes[..row].iter().position(|prefix| *prefix == prefixes[row]);
+        let read = |(row, cache)| match same(row) {
+            Some(_) => Ok(None),
+            None => prefill(backbone, cache, &layouts[row], &prefixes[row].ids).map(Some),
+        };
+        let mut hidden: Vec<Option<Tensor>> = match backbone.stays_in_cache() {
+            true => caches.par_iter_mut().enumerate().map(read).collect::<Result<_>>()?,
+            false => caches.iter_mut().enumerate().map(read).collect::<Result<_>>()?,
+        };
+        for row in 0..prefixes.len() {
+            if let Some(same) = same(row) {
+                let (read, unread) = caches.split_at_mut(row);
+                unread[0].copy(&read[same])?;
+                hidden[row] = hidden[same].clone();
+            }
+        }
+        let hidden: Vec<Tensor> = hidden.into_iter().flatten().collect();
+        Ok((Self::resume(backbone, caches, layouts, scales)?, Tensor::cat(&hidden, 0)?))
     }
 
     /// Rows that have been read up to what opens the image, one for each of the layouts, which hold the image too.
     pub fn resume(
         backbone: &'a Backbone,
-        cache: &'a mut Cache,
+        caches: &'a mut [Cache],
         layouts: Vec<Layout>,
         scales: &'a [(usize, usize)],
     ) -> Result<Self> {
         // The first scale is predicted by what has been read.
         let mut behind = 0;
         let rope = |(h, w): &(usize, usize)| {
-            let rows = layouts.iter().enumerate();
+            let rows = layouts.iter().zip(&*caches);
             let positions: Vec<&[Position]> =
-                rows.map(|(row, layout)| &layout.positions[cache.len(row) + behind..][..h * w]).collect();
+                rows.map(|(layout, cache)| &layout.positions[cache.len() + behind..][..h * w]).collect();
             behind += h * w;
             Rope::new(backbone.config(), &positions, backbone.device())
         };
         let ropes = scales.iter().skip(1).map(rope).collect::<Result<_>>()?;
-        Ok(Self { backbone, scales, rows: layouts.len(), ropes, cache })
+        Ok(Self { backbone, scales, ropes, caches: &mut caches[..layouts.len()] })
     }
 
     /// The transformer.
@@ -82,18 +99,17 @@ impl<'a> Rows<'a> {
     pub fn read(&mut self, si: usize, features: &Tensor, again: bool) -> Result<Tensor> {
         let (images, tokens, _) = features.dims3()?;
         let x = self.backbone.embed_codes(&features.to_dtype(self.backbone.dtype())?, si, self.scales)?;
-        let hidden = self.backbone.config().hidden_size;
-        let x = x.broadcast_as((self.rows / images, images, tokens, hidden))?.contiguous()?;
-        let of = |table: &Tensor| table.narrow(0, 0, self.rows);
-        let rope = Rope { cos: of(&self.ropes[si - 1].cos)?, sin: of(&self.ropes[si - 1].sin)? };
+        let (rows, hidden) = (self.caches.len(), self.backbone.config().hidden_size);
+        let x = x.broadcast_as((rows / images, images, tokens, hidden))?.contiguous()?;
         let step = if again { Step::Again } else { Step::Scale };
-        let context = Context::Cached { cache: self.cache, first: 0, step };
-        self.backbone.forward(&x.reshape((self.rows, tokens, hidden))?, &rope, context)
+        let context = Context::Cached { caches: self.caches, step };
+        self.backbone.forward(&x.reshape((rows, tokens, hidden))?, &self.ropes[si - 1].narrow(0, rows)?, context)
     }
 
     /// From here on there is no guidance for the `images`: their unconditional rows are neither read nor kept.
     pub fn drop_unconditional(&mut self, images: usize) {
-        self.rows = images;
+        let caches = std::mem::take(&mut self.caches);
+        self.caches = &mut caches[..images];
     }
 
     /// One code for each of the tokens, (R, T, hidden), of every image: (images, T) u32. Logits are held for
@@ -110,10 +126,10 @@ impl<'a> Rows<'a> {
 }
 
 /// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
-fn prefill(backbone: &Backbone, cache: &mut Cache, row: usize, layout: &Layout, ids: &[u32]) -> Result<Tensor> {
+fn prefill(backbone: &Backbone, cache: &mut Cache, layout: &Layout, ids: &[u32]) -> Result<Tensor> {
     let Some(last) = ids.len().checked_sub(1) else { candle_core::bail!("nothing opens the image") };
     let x = backbone.embed_prefix(&Tensor::new(ids, backbone.device())?.unsqueeze(0)?)?;
     let rope = Rope::new(backbone.config(), &[&layout.positions[..=last]], x.device())?;
-    let context = Context::Cached { cache, first: row, step: Step::Text };
+    let context = Context::Cached { caches: std::slice::from_mut(cache), step: Step::Text };
     backbone.forward(&x, &rope, context)?.narrow(1, last, 1)?.contiguous()
 }

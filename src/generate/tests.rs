@@ -127,13 +127,13 @@ fn whole(backbone: &Backbone, q: &Quantizer, codes: &[Vec<u32>], scales: &[(usiz
 /// The same, step by step against the cache.
 fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
     let config = backbone.config();
-    let mut cache = Cache::new(config, 1, 400, DType::F32, &Device::Cpu).unwrap();
+    let mut cache = Cache::new(config, 400, DType::F32, &Device::Cpu).unwrap();
     let mut layout = Layout::new();
     let mut out = Vec::new();
     let mut step = |x: Tensor, layout: &Layout, step: Step| {
-        let (start, tokens) = (cache.len(0), x.dim(1).unwrap());
+        let (start, tokens) = (cache.len(), x.dim(1).unwrap());
         let rope = Rope::new(config, &[&layout.positions[start..start + tokens]], &Device::Cpu).unwrap();
-        let context = Context::Cached { cache: &mut cache, first: 0, step };
+        let context = Context::Cached { caches: std::slice::from_mut(&mut cache), step };
         out.push(backbone.forward(&x, &rope, context).unwrap());
     };
     let embed =

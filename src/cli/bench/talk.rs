@@ -87,7 +87,7 @@ pub(super) fn run(
     }
     layout.push_text(prompt + words);
     let mut reader =
-        Reader { cache: Cache::new(&config.backbone, 1, total, dtype, &device)?, backbone: &backbone, layout };
+        Reader { cache: Cache::new(&config.backbone, total, dtype, &device)?, backbone: &backbone, layout };
     let ids: Vec<u32> = (0..prompt as u32).collect();
     let text = backbone.embed_text(&Tensor::new(ids, &device)?.unsqueeze(0)?)?;
     let x = match features {
@@ -147,9 +147,9 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// Reads tokens (1, T, hidden); the likeliest next word.
     fn read(&mut self, x: &Tensor) -> Result<u32> {
-        let (start, tokens) = (self.cache.len(0), x.dim(1)?);
+        let (start, tokens) = (self.cache.len(), x.dim(1)?);
         let rope = Rope::new(self.backbone.config(), &[&self.layout.positions[start..start + tokens]], x.device())?;
-        let context = Context::Cached { cache: &mut self.cache, first: 0, step: Step::Text };
+        let context = Context::Cached { caches: std::slice::from_mut(&mut self.cache), step: Step::Text };
         let hidden = self.backbone.forward(x, &rope, context)?.narrow(1, tokens - 1, 1)?.contiguous()?;
         Ok(self.backbone.text_logits(&hidden)?.flatten_all()?.argmax(0)?.to_scalar()?)
     }

@@ -151,12 +151,13 @@ fn on_a_gpu_layers_of_the_7b_shape() -> Result<()> {
         let scale: Vec<Position> = positions::grid_positions(prompt, grid, 64.0).collect();
         let hidden = |device: &Device, dtype: DType| -> Result<Vec<Tensor>> {
             let backbone = Backbone::load(&Weights::synthetic(dtype, device), &config)?;
-            let mut cache = Cache::new(&config, 2, prompt + scale.len(), dtype, device)?;
+            let cache = || Cache::new(&config, prompt + scale.len(), dtype, device);
+            let mut caches = [cache()?, cache()?];
             let mut pass = |count: usize, positions: &[Position], step| {
                 let x = random((2, count, config.hidden_size), count as u64).to_dtype(DType::BF16)?;
                 let x = x.to_device(device)?.to_dtype(dtype)?;
                 let rope = Rope::new(&config, &[positions; 2], device)?;
-                backbone.forward(&x, &rope, Context::Cached { cache: &mut cache, first: 0, step })
+                backbone.forward(&x, &rope, Context::Cached { caches: &mut caches, step })
             };
             Ok(vec![pass(prompt, &text, Step::Text)?, pass(scale.len(), &scale, Step::Scale)?])
         };
