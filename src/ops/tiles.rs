@@ -23,6 +23,8 @@ const DEEP: usize = 4096;
 const ROWS: [usize; 2] = [126, 66];
 /// Inputs that are laid out at a time, in whole panels, to bound the memory for it.
 const INPUTS: usize = 20 * MOST;
+/// Numbers in a line of the cache.
+const LINE: usize = 16;
 /// Columns and inputs that are turned at a time.
 const TURNED: usize = 8;
 
@@ -174,10 +176,10 @@ fn gated<S: Simd, const R: usize, const WIDE: usize>(
     row: usize,
 ) {
     let mut out = [[0f32; MOST]; R];
-    sums(simd, w, bias, panel, inputs.len(), &mut out);
+    sums(simd, (w, bias), panel, &inputs, &mut out);
     if let Some(up) = up {
         let mut times = [[0f32; MOST]; R];
-        sums(simd, up, &[], panel, inputs.len(), &mut times);
+        sums(simd, (up, &[]), panel, &inputs, &mut times);
         for (out, times) in out.iter_mut().zip(&times) {
             for (x, times) in out[..WIDE * S::F32_LANES].iter_mut().zip(times) {
                 *x = *x * sigmoid(*x) * times;
@@ -196,63 +198,83 @@ fn gated<S: Simd, const R: usize, const WIDE: usize>(
 #[inline(always)]
 fn sums<S: Simd, const R: usize, const WIDE: usize>(
     simd: S,
-    w: &[f32],
-    bias: &[f32],
+    weights: (&[f32], &[f32]),
     panel: &[[S::f32s; WIDE]],
-    inputs: usize,
+    inputs: &Range<usize>,
     out: &mut [[f32; MOST]; R],
 ) {
-    match inputs.div_ceil(S::F32_LANES) {
-        1 => tile::<S, R, 1, WIDE>(simd, w, bias, panel, out),
-        2 if WIDE > 2 => tile::<S, R, 2, WIDE>(simd, w, bias, panel, out),
-        _ => tile::<S, R, WIDE, WIDE>(simd, w, bias, panel, out),
+    // What the first panel has read is near for the others.
+    let ahead = inputs.start == 0;
+    match inputs.len().div_ceil(S::F32_LANES) {
+        1 => tile::<S, R, 1, WIDE>(simd, weights, panel, ahead, out),
+        2 if WIDE > 2 => tile::<S, R, 2, WIDE>(simd, weights, panel, ahead, out),
+        _ => tile::<S, R, WIDE, WIDE>(simd, weights, panel, ahead, out),
     }
 }
 
 #[inline(always)]
 fn tile<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     simd: S,
-    w: &[f32],
-    bias: &[f32],
+    weights: (&[f32], &[f32]),
     panel: &[[S::f32s; WIDE]],
+    ahead: bool,
     out: &mut [[f32; MOST]; R],
 ) {
-    let mut sums = [[simd.splat_f32s(0.0); W]; R];
-    for (sums, bias) in sums.iter_mut().zip(bias) {
-        *sums = [simd.splat_f32s(*bias); W];
-    }
-    multiply(simd, &mut sums, &w[..R * panel.len()], panel);
+    let sums: [[S::f32s; W]; R] = multiply(simd, weights, panel, ahead);
     for (out, sums) in out.iter_mut().zip(&sums) {
         let out = S::as_mut_simd_f32s(&mut out[..W * S::F32_LANES]).0;
         out[..W].copy_from_slice(sums);
     }
 }
 
-/// Adds to sums of `R` rows the products of the rows `w`, each as long as `panel`, with what is in `W` registers of it.
+/// The products of `R` rows `w`, each as long as `panel`, with what is in `W` registers of it, plus a bias for each of the rows
+/// that have one. With `ahead` the rows that follow are asked for, so that they are there when their turn comes.
 #[inline(always)]
 pub(super) fn multiply<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     simd: S,
-    sums: &mut [[S::f32s; W]; R],
-    w: &[f32],
+    (w, bias): (&[f32], &[f32]),
     panel: &[[S::f32s; WIDE]],
-) {
+    ahead: bool,
+) -> [[S::f32s; W]; R] {
     let n = panel.len();
-    assert!(w.len() == R * n, "rows of another length");
-    let mut totals = *sums;
-    for (k, inputs) in panel.iter().enumerate() {
-        let mut x = [simd.splat_f32s(0.0); W];
-        x.copy_from_slice(&inputs[..W]);
-        for (r, totals) in totals.iter_mut().enumerate() {
-            // SAFETY: `w` has n numbers for each of R rows, which was asserted above. Slices of rows would be asked for their
-            // lengths at every step.
-            #[allow(unsafe_code)]
-            let w = simd.splat_f32s(unsafe { *w.get_unchecked(r * n + k) });
-            for i in 0..W {
-                totals[i] = simd.mul_add_e_f32s(x[i], w, totals[i]);
+    assert!(w.len() >= R * n, "rows of another length");
+    let mut sums = [[simd.splat_f32s(0.0); W]; R];
+    for (sums, bias) in sums.iter_mut().zip(bias) {
+        *sums = [simd.splat_f32s(*bias); W];
+    }
+    for (first, inputs) in (0..n).step_by(LINE).zip(panel.chunks(LINE)) {
+        if ahead {
+            (R..2 * R).for_each(|r| prefetch(w.as_ptr().wrapping_add(r * n + first)));
+        }
+        for (k, inputs) in (first..).zip(inputs) {
+            let mut x = [simd.splat_f32s(0.0); W];
+            x.copy_from_slice(&inputs[..W]);
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: `w` has n numbers for each of R rows, which was asserted above. Slices of rows would be asked for their
+                // lengths at every step.
+                #[allow(unsafe_code)]
+                let w = simd.splat_f32s(unsafe { *w.get_unchecked(r * n + k) });
+                for i in 0..W {
+                    sums[i] = simd.mul_add_e_f32s(x[i], w, sums[i]);
+                }
             }
         }
     }
-    *sums = totals;
+    sums
+}
+
+/// Asks for the line of the cache in which a number is, which need not be.
+#[inline(always)]
+fn prefetch(number: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    // SAFETY: a hint, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(number.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = number;
 }
 
 #[cfg(test)]

@@ -140,11 +140,7 @@ fn tile<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     first: usize,
     y: &mut Columns,
 ) -> usize {
-    let mut sums = [[simd.splat_f32s(0.0); W]; R];
-    for (sums, bias) in sums.iter_mut().zip(bias) {
-        *sums = [simd.splat_f32s(*bias); W];
-    }
-    multiply(simd, &mut sums, &w[..R * panel.len()], panel);
+    let sums: [[S::f32s; W]; R] = multiply(simd, (w, bias), panel, true);
     for (channel, sums) in (first..).zip(&sums) {
         for (at, sum) in (0..y.width()).step_by(S::F32_LANES).zip(sums) {
             let sum = pulp::bytemuck::cast_slice::<S::f32s, f32>(std::slice::from_ref(sum));
