@@ -275,11 +275,17 @@ impl<'a> Machine<'a> {
         let Value::Storage { key, dtype } = &self.values[*storage] else {
             return Err("a tensor without a storage".into());
         };
+        if key.len() > MAX_KEY {
+            return Err(format!("a storage whose name has {} bytes", key.len()));
+        }
         let number = |id: &usize| match self.values[*id] {
             Value::Int(value) => u64::try_from(value).map_err(|_| format!("a negative size {value}")),
             _ => Err("a size that is no integer".to_string()),
         };
-        let numbers = |id: &usize| self.tuple(*id).iter().map(number).collect::<Result<Vec<u64>, String>>();
+        let numbers = |id: &usize| match self.tuple(*id) {
+            sizes if sizes.len() > MAX_RANK => Err(format!("a tensor of {} dimensions", sizes.len())),
+            sizes => sizes.iter().map(number).collect::<Result<Vec<u64>, String>>(),
+        };
         let (shape, stride) = (numbers(shape)?, numbers(stride)?);
         if shape.len() != stride.len() {
             return Err(format!("shape {shape:?} with strides {stride:?}"));
@@ -289,6 +295,11 @@ impl<'a> Machine<'a> {
         Ok(Tensor { storage: key.to_string(), dtype: *dtype, offset: number(offset)?, shape, stride })
     }
 }
+
+/// The most dimensions of a tensor, and bytes of the name of its storage: every tensor has a copy of both, and a few bytes of a
+/// pickle make a tensor.
+const MAX_RANK: usize = 8;
+const MAX_KEY: usize = 256;
 
 fn integer(bytes: &[u8]) -> i64 {
     let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);

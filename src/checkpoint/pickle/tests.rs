@@ -63,20 +63,22 @@ fn hostile_pickles_build_nothing() {
         }
         read("x.pt", zip.finish().unwrap()).unwrap_err().message
     };
-    // A tensor of two floats at an offset and of a size, under the key "a".
-    let tensor = |offset: &[u8], size: &[u8]| {
+    // A tensor in a storage of two floats, at an offset and of a shape with its strides, under the key "a".
+    let shaped = |offset: &[u8], shape: &[u8]| {
         let parts: [&[u8]; 7] = [
             b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n",
             b"X\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ",
             offset,
-            size,
-            b"\x85K\x01\x85\x89}tR",
+            shape,
+            b"\x89}tR",
             b"s",
             b".",
         ];
         parts.concat()
     };
-    let cases: [(&str, Vec<u8>, &str); 9] = [
+    let tensor = |offset: &[u8], size: &[u8]| shaped(offset, &[size, b"\x85K\x01\x85"].concat());
+    let many = [b"(", &b"K\x01".repeat(9)[..], b"t"].concat();
+    let cases: [(&str, Vec<u8>, &str); 10] = [
         ("empty", vec![], "ends in the middle"),
         ("calls a shell", b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R.".to_vec(), "holds no tensors"),
         ("deep", [&b"\x80\x02)"[..], &[0x85; 1_000_000], b"."].concat(), "holds no tensors"),
@@ -85,6 +87,7 @@ fn hostile_pickles_build_nothing() {
         ("unknown instruction", b"\x80\x02\xfe.".to_vec(), "0xfe has no place"),
         ("outside the storage", tensor(b"K\x01", b"K\x02"), "outside a storage of 8 bytes"),
         ("huge", tensor(b"K\x00", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f"), "overflows"),
+        ("many dimensions", shaped(b"K\x00", &many.repeat(2)), "9 dimensions"),
         ("negative", tensor(b"J\xff\xff\xff\xff", b"K\x02"), "negative size"),
     ];
     for (case, pickle, part) in cases {
