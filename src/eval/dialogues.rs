@@ -12,7 +12,7 @@ use super::judge::judge;
 use super::{colour, metrics};
 use crate::chat::{ChatModel, Manner, Part, Picture, Session};
 use crate::error::{Error, Kind as Failure, Result};
-use crate::generate::prompt::THINK;
+use crate::generate::prompt::{FINAL, THINK};
 use crate::rng::{Rng, Stream};
 use crate::scenes::{
     BACKGROUNDS, EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, QuestionKind, Riddle, Scene, Split,
@@ -62,11 +62,11 @@ pub struct Turns {
 pub struct Reasoning {
     /// Riddles.
     pub count: usize,
-    /// Share whose final prompt is exactly right, 0 to 1.
+    /// Share whose final prompt, behind whatever reasoning, is exactly right, 0 to 1.
     pub prompt: f64,
     /// Share whose image is right.
     pub image: f64,
-    /// The same for the commonest image in training.
+    /// The same for an answer that always draws the commonest of the images asked for.
     pub common: f64,
 }
 
@@ -219,9 +219,11 @@ impl Examiner<'_> {
             let mut session = Session::new(self.model)?;
             let text = format!("{THINK}{}", riddle.clue);
             let reply = session.say(vec![], &text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
-            prompts += usize::from(reply.text.trim() == riddle.answer());
-            if let (Ok(image), Some(scene)) = (self.last_image(&session), &riddle.scene) {
-                images += usize::from(judge(scene, &detect(&image)));
+            let thought = reply.text.rsplit_once(FINAL).map(|(_, prompt)| prompt.trim());
+            prompts += usize::from(thought == Some(&riddle.prompt));
+            let drawn = session.turns().last().and_then(|turn| turn.parts.iter().rev().find_map(Part::image));
+            if let Some((picture, scene)) = drawn.zip(riddle.scene.as_ref()) {
+                images += usize::from(judge(scene, &detect(&self.model.decode(picture)?)));
             }
             *all.entry(&riddle.prompt).or_default() += 1;
             stop(watch)?;

@@ -2,6 +2,7 @@
 
 use super::caption::english;
 use super::{COLOURS, Kind, MIDDLE, Object, Place, SHAPES, Scene, Size, Split, held_out, radius};
+use crate::generate::prompt::FINAL;
 use crate::library::with_article;
 use crate::rng::{Rng, fnv1a};
 
@@ -123,7 +124,7 @@ impl Riddle {
 
     /// What a model says before it draws: "the sky is blue and a wheel is a circle. the final prompt is: a blue circle".
     pub fn answer(&self) -> String {
-        format!("{}. the final prompt is: {}", self.reasoning, self.prompt)
+        format!("{}. {FINAL}{}", self.reasoning, self.prompt)
     }
 }
 
