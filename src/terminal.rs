@@ -267,7 +267,8 @@ impl Console {
     /// Replaces the line of progress.
     fn progress(&mut self, text: &str) {
         if self.redraw {
-            let _ = write!(io::stderr(), "\r\x1b[K{}", clean(text));
+            // Without a line break at the edge of a narrow terminal: only one line is taken away again.
+            let _ = write!(io::stderr(), "\r\x1b[K\x1b[?7l{}\x1b[?7h", clean(text));
         }
     }
 
