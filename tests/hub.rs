@@ -94,6 +94,7 @@ fn listing(commit: &str, name: &str, hash: &str, size: usize) -> String {
     let blob = "a".repeat(40);
     serde_json::json!({ "sha": commit, "siblings": [
         { "rfilename": ".gitattributes", "size": 3, "blobId": blob },
+        { "rfilename": "onnx/.gitkeep", "size": 3, "blobId": blob },
         { "rfilename": "README.md", "size": 3, "blobId": blob },
         { "rfilename": "config.json", "size": 2, "blobId": blob },
         { "rfilename": name, "size": size, "blobId": blob, "lfs": { "sha256": hash, "size": size } },

@@ -10,7 +10,9 @@ use crate::checkpoint::Source;
 use crate::codec::Codec;
 use crate::error::Result;
 #[cfg(feature = "hub")]
-use crate::{generate::tokenflow, hub};
+use crate::generate::{TRANSFORMER, tokenflow};
+#[cfg(feature = "hub")]
+use crate::hub;
 
 /// Which model to use.
 #[derive(Args, Clone, Debug, Default)]
@@ -54,7 +56,9 @@ impl ModelArgs {
     #[cfg(feature = "hub")]
     fn fetch(&self, id: &hub::Id) -> Result<Source> {
         let mut progress = super::models::progress(false)?;
-        let folder = hub::fetch(id, None, self.offline, &mut progress)?;
+        // Others may have fetched a part of it, or a download was cut.
+        let whole = |folder: &Path| Source::Folder(folder.into()).find(TRANSFORMER).is_ok();
+        let folder = hub::fetch(id, None, whole, self.offline, &mut progress)?;
         let source = Source::Folder(folder.clone());
         if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&source) {
             hub::borrow(&folder, &other.parse()?, file, self.offline, &mut progress)?;

@@ -52,6 +52,14 @@ pub(super) fn below(name: &str) -> Option<PathBuf> {
     safe.then(|| path.to_path_buf())
 }
 
+/// Whether a path is below a folder, but hidden there.
+pub(super) fn hidden(name: &str) -> bool {
+    let mut parts = name.split('/');
+    !name.contains(['\\', '\0'])
+        && parts.clone().all(|part| !matches!(part, "" | "." | ".."))
+        && parts.any(|part| part.starts_with('.'))
+}
+
 impl Cache {
     /// `HF_HUB_CACHE`, `HF_HOME/hub`, or `~/.cache/huggingface/hub`.
     pub fn from_env() -> Result<Self> {

@@ -10,7 +10,7 @@ use ureq::http::StatusCode;
 use ureq::{Agent, Body};
 
 use super::Id;
-use super::cache::{Cache, below, cannot, is_hex, sha256};
+use super::cache::{Cache, below, cannot, hidden, is_hex, sha256};
 use crate::error::{Error, Kind, Result};
 
 /// The longest list of files that is read, in bytes.
@@ -118,7 +118,7 @@ impl Client {
 
     fn unreachable(&self, e: &ureq::Error) -> Error {
         Error::new(Kind::Failure, format!("{} cannot be reached: {e}", self.endpoint))
-            .hint("HF_ENDPOINT=URL names another hub; --offline uses what is in the cache")
+            .hint("HF_ENDPOINT=URL names another hub; commands that use a model do without one if --offline is given")
     }
 
     /// What a status other than success means.
@@ -159,7 +159,7 @@ impl Client {
             let path = match path {
                 Some(path) => path,
                 // Hidden files (.gitattributes) are nobody's weights; anything else that is not plain is an attack.
-                None if sibling.rfilename.starts_with('.') && !sibling.rfilename.contains("..") => continue,
+                None if hidden(&sibling.rfilename) => continue,
                 None => return Err(wrong(format!("the file name {:?} is not plain", sibling.rfilename))),
             };
             if !path.extension().and_then(|e| e.to_str()).is_some_and(|e| WANTED.contains(&e)) {

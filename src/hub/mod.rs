@@ -61,11 +61,18 @@ impl Id {
     }
 }
 
-/// The snapshot's folder of a model, or one with at least the file `only` of it: from the cache, or downloaded into it
-/// unless `offline`.
-pub fn fetch(id: &Id, only: Option<&str>, offline: bool, progress: Progress) -> Result<PathBuf> {
+/// The snapshot's folder of a model, or one with at least the file `only` of it: from the cache, if what is there is `whole`,
+/// or downloaded into it unless `offline`.
+pub fn fetch(
+    id: &Id,
+    only: Option<&str>,
+    whole: impl Fn(&Path) -> bool,
+    offline: bool,
+    progress: Progress,
+) -> Result<PathBuf> {
     let cache = Cache::from_env()?;
-    if let Some(folder) = cache.snapshot(id).filter(|folder| only.is_none_or(|name| folder.join(name).exists())) {
+    let there = cache.snapshot(id);
+    if let Some(folder) = there.filter(|folder| whole(folder) || offline && only.is_none()) {
         return Ok(folder);
     }
     if offline {
@@ -77,7 +84,7 @@ pub fn fetch(id: &Id, only: Option<&str>, offline: bool, progress: Progress) -> 
 
 /// Puts `file` of another model into a snapshot's folder.
 pub fn borrow(folder: &Path, id: &Id, file: &str, offline: bool, progress: Progress) -> Result<()> {
-    let target = fetch(id, Some(file), offline, progress)?.join(file);
+    let target = fetch(id, Some(file), |folder| folder.join(file).exists(), offline, progress)?.join(file);
     client::put(&folder.join(file), &target.canonicalize()?)
 }
 
