@@ -1,13 +1,12 @@
 //! Image tokenizers and the grids that they are used with: a model's own, or a public one in a file of its own.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use image::RgbImage;
 
-use crate::checkpoint::{Fit, Inventory, Source, Weights, load_file};
-use crate::error::{Error, Kind, Result};
+use crate::checkpoint::{Fit, Inventory, Source, Weights, copy_weights, load_file};
+use crate::error::{Error, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, schedule};
 use crate::pixels;
 use crate::size::Size;
@@ -89,27 +88,12 @@ impl Codec {
     /// Errors: [`crate::error::Kind::Failure`] if that is not possible.
     pub fn copy(&self, folder: &Path) -> Result<()> {
         match &self.place {
-            Place::Model(source, config) => {
-                let file = config.tokenizer_file(source);
-                source.copy(file, folder)?;
-                if file != IMAGE_TOKENIZER {
-                    std::fs::rename(folder.join(file), folder.join(IMAGE_TOKENIZER))?;
-                }
-                Ok(())
-            }
-            Place::File(path, _) => {
-                let kind = path.extension().unwrap_or(OsStr::new("safetensors"));
-                let to = folder.join(IMAGE_TOKENIZER).with_extension(kind);
-                let failed = |e| {
-                    Error::new(Kind::Failure, format!("cannot copy {} to {}: {e}", path.display(), to.display()))
-                        .hint("check the folder's permissions and free space: df -h")
-                };
-                std::fs::copy(path, &to).map(drop).map_err(failed)
-            }
+            Place::Model(source, config) => source.copy(config.tokenizer_file(source), IMAGE_TOKENIZER, folder),
+            Place::File(path, _) => copy_weights(path, IMAGE_TOKENIZER, folder),
         }
     }
 
-    /// Loads the weights, in f32.
+    /// Loads the weights, as [`ModelConfig::load_tokenizer`] does.
     pub fn load(&self, device: &Device) -> Result<ImageTokenizer> {
         match &self.place {
             Place::Model(source, config) => config.load_tokenizer(source, device),

@@ -49,6 +49,12 @@ impl Error {
         Self::new(Kind::Model, message)
     }
 
+    /// `what` a model gave is not finite (exit code 5).
+    pub fn non_finite(what: &str) -> Self {
+        Self::new(Kind::NonFinite, format!("the model gave {what} that are no finite numbers"))
+            .hint("check the weights: nextflow info MODEL")
+    }
+
     /// The same error with a hint.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

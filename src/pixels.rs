@@ -172,12 +172,17 @@ pub fn to_tensor(batch: &[&[u8]], height: usize, width: usize, device: &Device) 
 }
 
 /// One image of (3, H, W) in [-1, 1]: clamp(127.5 x + 128, 0, 255), truncated, as TokenFlow does.
-pub fn to_image(x: &Tensor) -> Result<RgbImage> {
+///
+/// Errors: [`crate::error::Kind::NonFinite`], for pixels that are not finite.
+pub fn to_image(x: &Tensor) -> crate::error::Result<RgbImage> {
     let (_, height, width) = x.dims3()?;
     let x = x.to_dtype(DType::F32)?.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
+    if !x.iter().all(|v| v.is_finite()) {
+        return Err(crate::error::Error::non_finite("pixels"));
+    }
     let bytes = x.iter().map(|v| (127.5 * v + 128.0).clamp(0.0, 255.0) as u8).collect();
     RgbImage::from_raw(width as u32, height as u32, bytes)
-        .ok_or_else(|| candle_core::Error::Msg("an image buffer of the wrong size".into()))
+        .ok_or_else(|| candle_core::Error::Msg("an image buffer of the wrong size".into()).into())
 }
 
 #[cfg(test)]
@@ -230,5 +235,11 @@ mod tests {
         let x = to_tensor(&[&bytes], 16, 16, &Device::Cpu).unwrap();
         let back = to_image(&x.get(0).unwrap()).unwrap();
         assert!(back.as_raw().iter().zip(&bytes).all(|(a, b)| a.abs_diff(*b) <= 1));
+    }
+
+    #[test]
+    fn what_is_not_finite_is_no_image() {
+        let x = Tensor::new(&[[[0f32]], [[f32::NAN]], [[0.5]]], &Device::Cpu).unwrap();
+        assert_eq!(to_image(&x).unwrap_err().exit_code(), 5);
     }
 }

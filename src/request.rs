@@ -61,10 +61,7 @@ impl Request {
         destination.check()?;
         let source = args.model.source()?;
         let config = ModelConfig::read(&source)?;
-        if args.quant.is_some() && source.is_gguf(TRANSFORMER) {
-            let message = format!("the weights of {source} have their type already");
-            return Err(Error::usage(message).hint("leave out --quant"));
-        }
+        source.check_type(TRANSFORMER, args.quant)?;
         let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
         let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
         let count = args.count;
@@ -97,21 +94,14 @@ pub fn any_seed() -> u64 {
 
 /// Refuses sampler values that mean nothing, whatever the model.
 fn check_sampler(args: &DrawArgs) -> Result<()> {
-    let refuse = |flag: &str, value: f64, rule: &str, example: &str| {
-        Err(Error::usage(format!("--{flag} {value} is not {rule}")).hint(format!("--{flag} {example}")))
+    let Some((flag, value, rule)) = sampling(args, Sampling::default()).fault() else { return Ok(()) };
+    let example = match flag {
+        "cfg" => "3",
+        "temperature" => "1",
+        "top-k" => "100",
+        _ => "0.95",
     };
-    for (flag, value, example) in [("cfg", args.cfg, "3"), ("temperature", args.temperature, "1")] {
-        if let Some(x) = value.filter(|x| !(x.is_finite() && *x >= 0.0)) {
-            return refuse(flag, x, "a finite number of 0 or more", example);
-        }
-    }
-    if args.top_k == Some(0) {
-        return refuse("top-k", 0.0, "1 or more", "100");
-    }
-    match args.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-        Some(p) => refuse("top-p", p, "above 0 and at most 1", "0.95"),
-        None => Ok(()),
-    }
+    Err(Error::usage(format!("--{flag} {value} is not {rule}")).hint(format!("--{flag} {example}")))
 }
 
 /// The model's own sampling with the given settings in its place.

@@ -48,6 +48,27 @@ fn fails(code: i32, change: impl FnOnce(&Path)) -> String {
 }
 
 #[test]
+fn a_config_that_makes_no_sense_is_refused() {
+    for (place, value, part) in [
+        ("/sampling/top_k", serde_json::json!(0), "top-k 0 is not 1 or more"),
+        ("/sampling/top_p", serde_json::json!(2), "top-p 2 is not"),
+        ("/sampling/temperature", serde_json::json!(-1), "temperature -1 is not"),
+        ("/scales", serde_json::json!(18), "18 scales need max_scales"),
+        ("/scales", serde_json::json!(0), "max_scales"),
+        ("/tokenizer/encoder/ch_mult", serde_json::json!([]), "needs 1 to 16 levels"),
+        ("/backbone/num_attention_heads", serde_json::json!(0), "heads"),
+    ] {
+        let error = fails(3, |model| {
+            let path = model.join("config.json");
+            let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            *config.pointer_mut(place).unwrap() = value;
+            std::fs::write(&path, config.to_string()).unwrap();
+        });
+        assert!(error.contains(part), "{place}: {error}");
+    }
+}
+
+#[test]
 fn a_whole_folder_draws_what_the_embedded_model_draws() {
     let dir = tempfile::tempdir().unwrap();
     let output = draw(&folder(dir.path()), dir.path());

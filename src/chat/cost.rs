@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::session::CHUNK;
 use super::{ChatConfig, ChatModel};
 use crate::checkpoint::{Inventory, Source, WeightType, Weights};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::frame::Frame;
 use crate::generate::{TRANSFORMER, cost, schedule};
 use crate::size::Size;
@@ -64,7 +64,8 @@ impl ChatConfig {
         image: Option<(usize, usize)>,
         device: &Device,
     ) -> Result<ChatMemory> {
-        let (dtype, blocks) = weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+        let placed = || weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+        let (dtype, blocks) = source.map_or_else(placed, |source| source.placed(TRANSFORMER, weights, device));
         let asked = Weights::inventory();
         self.build(&asked)?;
         let weights = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
@@ -81,6 +82,16 @@ impl ChatConfig {
             patches * (4 * v.intermediate_size).max(9 * v.hidden_size) * width
         });
         let words = c.vocab_size * 4 * width;
+        // Its answer may be an image, as large as the largest or as those that it usually draws.
+        let drawn = match &self.drawing {
+            None => 0,
+            Some(config) => {
+                let usual = || Ok::<_, Error>(Size::Auto.grids(config)?.last().copied().unwrap_or_default());
+                let (h, w) = image.map_or_else(usual, Ok)?;
+                let reading = cost::decoding(&config.tokenizer, h * w);
+                cost::drawing(c, h * w, (1, true), width).max(reading)
+            }
+        };
         let tokenizer = self.drawing.as_ref().map(|config| {
             let asked = Weights::inventory();
             ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, None))
@@ -89,7 +100,7 @@ impl ChatConfig {
         Ok(ChatMemory {
             weights: weights + tokenizer,
             cache: cache as u64,
-            activations: (pass + words).max(seen) as u64,
+            activations: ((pass + words).max(seen) as u64).max(drawn),
             program: cost::PROGRAM + WORD * c.vocab_size as u64,
         })
     }

@@ -115,10 +115,9 @@ impl ChatModel {
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not talk.
     pub fn load(source: &Source, config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
-        let text = source.text()?;
+        let text = source.text_of(config.backbone.vocab_size)?;
         let template = Template::of(&text, config.vision.is_some())?;
-        let usual = WeightType::usual(device.is_cpu() || source.is_gguf(TRANSFORMER));
-        let (dtype, blocks) = weights.unwrap_or(usual).placed(device.is_cpu());
+        let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| config.build(&w.with_matrices(blocks));
         let (backbone, vision) = source.load(TRANSFORMER, dtype, device, build)?;
         let tokenizer = config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device)).transpose()?;
@@ -170,7 +169,7 @@ impl ChatModel {
         let Some((tokenizer, codes)) = self.tokenizer.as_ref().zip(picture.codes()) else {
             return Err(Error::usage(format!("{} is not in codes", picture.name)));
         };
-        Ok(pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)?)
+        pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)
     }
 
     /// The error of an image for a model without an image encoder.

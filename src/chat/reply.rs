@@ -57,11 +57,11 @@ pub enum Ending {
 pub struct Reply {
     /// Its words.
     pub text: String,
-    /// Tokens of the conversation up to it, of which so many had been read before, and its own words.
+    /// Tokens of the conversation up to it.
     pub prompt_tokens: usize,
-    /// See above.
+    /// How many of them had been read before.
     pub cached_tokens: usize,
-    /// See above.
+    /// Its own words, and one for each of its images.
     pub tokens: usize,
     /// Why it ended.
     pub ending: Ending,
@@ -71,7 +71,7 @@ pub struct Reply {
 pub(super) struct Talk {
     pub prompt_tokens: usize,
     pub cached_tokens: usize,
-    /// Words so far, and the most that there may be.
+    /// Words and images so far, and the most that there may be.
     pub tokens: usize,
     pub longest: usize,
     /// Of the last token, (1, 1, hidden).

@@ -82,6 +82,12 @@ impl<'a> Session<'a> {
         self.turns.iter().flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image)
     }
 
+    /// How many images the model has drawn.
+    fn drawn(&self) -> usize {
+        let by_model = self.turns.iter().filter(|turn| turn.role == Role::Assistant);
+        by_model.flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image).count()
+    }
+
     /// What the model is told about itself.
     pub fn system(&self) -> &str {
         &self.system
@@ -129,6 +135,9 @@ impl<'a> Session<'a> {
         scales: Option<&[(usize, usize)]>,
         listener: Listener,
     ) -> Result<Reply> {
+        if self.model.tokenizer.is_none() || manner.image.is_none() {
+            return Err(ChatModel::draws_nothing());
+        }
         self.take_turn(pictures, text, |session| {
             let mut talk = session.begin(manner, listener)?;
             if let Pause::End(Ending::Interrupted) = session.speak(&mut talk, manner, listener)? {
@@ -156,7 +165,9 @@ impl<'a> Session<'a> {
         }
         let mut alone = Self::new(self.model)?;
         alone.system.clone_from(&self.system);
-        let reply = alone.draw(pictures, text, manner, Some(scales), listener)?;
+        // Not the image that it would be in an empty conversation, if that was drawn before.
+        let manner = Manner { seed: manner.seed.wrapping_add(self.drawn() as u64), ..manner.clone() };
+        let reply = alone.draw(pictures, text, &manner, Some(scales), listener)?;
         self.turns.append(&mut alone.turns);
         Ok(reply)
     }
@@ -181,16 +192,24 @@ impl<'a> Session<'a> {
     /// Reads the conversation up to where the reply begins.
     fn begin(&mut self, manner: &Manner, listener: Listener) -> Result<Talk> {
         let script = self.render(Row::Said, true)?;
-        let (context, prompt_tokens) = (self.model.config.context, script.tokens.len());
-        if prompt_tokens >= context {
-            let message = format!("the conversation has {prompt_tokens} tokens, the model's limit is {context}");
-            return Err(Error::usage(message).hint("/undo, /clear, or smaller images: --max-pixels 500000"));
-        }
-        let longest = manner.longest.min(context - prompt_tokens);
+        let prompt_tokens = script.tokens.len();
+        let longest = manner.longest.min(self.room(prompt_tokens)?);
         self.caches[Row::Said as usize].reserve(prompt_tokens + longest.min(CHUNK))?;
         let (cached_tokens, hidden) = self.catch_up(Row::Said, &script, listener)?;
         let before = self.words_before(&script.tokens);
         Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, longest, hidden, layout: script.layout, before })
+    }
+
+    /// How many more tokens the model's context has room for behind so many.
+    ///
+    /// Errors: usage, if it has no room for these.
+    fn room(&self, tokens: usize) -> Result<usize> {
+        let context = self.model.config.context;
+        context.checked_sub(tokens).ok_or_else(|| {
+            let message = format!("the conversation has {tokens} tokens, the model's limit is {context}");
+            let smaller = if self.model.vision.is_some() { ", or smaller images: --max-pixels 500000" } else { "" };
+            Error::usage(message).hint(format!("/undo or /clear{smaller}"))
+        })
     }
 
     pub(super) fn answer(&mut self, manner: &Manner, listener: Listener) -> Result<Reply> {
@@ -199,17 +218,25 @@ impl<'a> Session<'a> {
             if let Pause::End(ending) = self.speak(&mut talk, manner, listener)? {
                 return Ok(self.reply(&talk, ending));
             }
-            match self.draw_next(manner, &self.next_scales()?, listener) {
+            match self.draw_within(&mut talk, manner, listener) {
                 Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => {
                     return Ok(self.reply(&talk, Ending::Interrupted));
                 }
                 drawn => drawn?,
             }
-            let script = self.render(Row::Said, true)?;
-            self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
-            (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
-            talk.layout = script.layout;
         }
+    }
+
+    /// Draws the image that the model has opened in its reply, and reads it.
+    fn draw_within(&mut self, talk: &mut Talk, manner: &Manner, listener: Listener) -> Result<()> {
+        self.draw_next(manner, &self.next_scales()?, listener)?;
+        talk.tokens += 1;
+        let script = self.render(Row::Said, true)?;
+        talk.longest = talk.longest.min(talk.tokens + self.room(script.tokens.len())?);
+        self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
+        (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
+        talk.layout = script.layout;
+        Ok(())
     }
 
     /// Speaks until the model opens an image or the reply ends.
@@ -289,15 +316,13 @@ impl<'a> Session<'a> {
             let mut script = self.render(row, manner.guide_from_sources)?;
             script.tokens.push(Token::Word(config.boi()));
             script.layout.push_image(scales, config.spatial_extent);
+            self.room(script.layout.len())?;
             self.caches[row as usize].reserve(script.layout.len())?;
             hidden.push(self.catch_up(row, &script, listener)?.1);
             layouts.push(script.layout);
         }
         let hidden = Tensor::cat(&hidden, 0)?;
-        let by_model = |turn: &&Turn| turn.role == Role::Assistant;
-        let before = self.turns.iter().filter(by_model).flat_map(|turn| &turn.parts).chain(&self.reply);
-        let before = before.filter_map(Part::image).count();
-        let seed = manner.seed.wrapping_add(before as u64);
+        let seed = manner.seed.wrapping_add(self.drawn() as u64);
         // What follows reads the whole image.
         let sampling = Sampling { draft: 0, ..sampling.clone() };
         let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };

@@ -259,6 +259,23 @@ fn guidance_that_ended_early_goes_on_with_the_next_edit() {
     assert_eq!(edit(&mut session), edit(&mut anew));
 }
 
+/// An image that the context has no room for is not begun, and the conversation stays as it was.
+#[cfg(feature = "nano")]
+#[test]
+fn images_end_with_the_context() {
+    let source = Source::parse(None).unwrap();
+    let config = ChatConfig { context: 300, ..ChatConfig::read(&source).unwrap() };
+    let model = ChatModel::load(&source, config, &Device::Cpu, None).unwrap();
+    let image = Some(Sampling { temperature: 0.0, ..Sampling::default() });
+    let manner = Manner { words: WordSampling::GREEDY, longest: 0, image, seed: 0, guide_from_sources: true };
+    let watch = &mut |_: Heard| ControlFlow::Continue(());
+    let mut session = Session::new(&model).unwrap();
+    session.draw(vec![], "a red circle", &manner, None, watch).unwrap();
+    let error = session.draw(vec![], "a blue star", &manner, None, watch).unwrap_err();
+    assert!(error.exit_code() == 2 && error.message.contains("the model's limit is 300"), "{error}");
+    assert_eq!(session.turns().len(), 2);
+}
+
 impl Session<'_> {
     /// What was said last, which then was never said.
     fn take_reply(&mut self) -> Vec<Part<Picture>> {

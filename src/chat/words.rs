@@ -37,9 +37,10 @@ impl WordSampling {
         if self.top_p > 1.0 { Err(format!("top_p cannot be {}", self.top_p)) } else { Ok(()) }
     }
 
-    /// A word from `logits` as the one at `position`, where `before` has been; none if a logit is NaN or none is finite.
+    /// A word from `logits` as the one at `position`, where `before` has been; none if a logit is NaN or the largest is not finite.
     pub fn draw(&self, mut logits: Vec<f32>, before: &[bool], seed: u64, position: usize) -> Option<u32> {
-        if logits.iter().any(|v| v.is_nan()) || !logits.iter().any(|v| v.is_finite()) {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if logits.iter().any(|v| v.is_nan()) || !largest.is_finite() {
             return None;
         }
         let penalty = self.repetition_penalty as f32;

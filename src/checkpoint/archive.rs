@@ -63,16 +63,29 @@ pub(super) fn read_json(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The extension that files of this content have, by their first bytes.
+pub(super) fn kind(path: &Path) -> Result<&'static str> {
+    kind_of(&mut open(path)?)
+}
+
+fn kind_of(file: &mut File) -> Result<&'static str> {
+    let mut magic = Vec::new();
+    file.take(pickle::MAGIC.len() as u64).read_to_end(&mut magic)?;
+    file.rewind()?;
+    Ok(match &magic[..] {
+        pickle::MAGIC => "pt",
+        gguf::MAGIC => "gguf",
+        _ => "safetensors",
+    })
+}
+
 impl Archive {
     /// Opens a file and checks its header.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let (name, mut file) = (path.display().to_string(), open(path)?);
-        let mut magic = Vec::new();
-        (&file).take(pickle::MAGIC.len() as u64).read_to_end(&mut magic)?;
-        file.rewind()?;
-        let header = match &magic[..] {
-            pickle::MAGIC => pickle::read(&name, &file)?,
-            gguf::MAGIC => gguf::read(&name, &file, file.metadata()?.len())?,
+        let header = match kind_of(&mut file)? {
+            "pt" => pickle::read(&name, &file)?,
+            "gguf" => gguf::read(&name, &file, file.metadata()?.len())?,
             _ => header::read(&name, &file, file.metadata()?.len())?,
         };
         Ok(Self { name, header, data: Data::File(Mutex::new(file)) })

@@ -8,9 +8,8 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device};
 
-use super::archive::Archive;
 use super::weights::{Weights, fitting};
-use super::{Source, WeightType, shards};
+use super::{Inventory, Source, WeightType};
 use crate::error::{Error, Kind, Result};
 use crate::ops;
 
@@ -31,10 +30,10 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
         file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))?;
         for name in SMALL {
             if source.has_file(name) {
-                source.copy(name, part)?;
+                source.copy(name, name, part)?;
             }
         }
-        others.iter().try_for_each(|file| source.copy(file, part))
+        others.iter().try_for_each(|file| source.copy(file, file, part))
     })
 }
 
@@ -55,34 +54,37 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         return Err(Error::usage(format!("{} exists already", folder.display())).hint("-o ANOTHER_FOLDER"));
     }
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !parent.is_dir() {
+        let message = format!("cannot write {}: there is no folder {}", folder.display(), parent.display());
+        return Err(Error::usage(message).hint(format!("mkdir -p {}", parent.display())));
+    }
     let part = tempfile::Builder::new().prefix(".nextflow-").tempdir_in(parent).map_err(|e| unwritten(folder, &e))?;
     fill(part.path())?;
     // A temporary folder is private; this one is to become an ordinary one.
     #[cfg(unix)]
     fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
         .map_err(|e| unwritten(folder, &e))?;
-    fs::rename(part.keep(), folder).map_err(|e| unwritten(folder, &e))
+    fs::rename(part.path(), folder).map_err(|e| unwritten(folder, &e))?;
+    let _ = part.keep();
+    Ok(())
 }
 
 /// Every tensor that is asked for, in blocks.
 fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
     const MODEL: &str = "model.safetensors";
-    let archives = match source {
-        Source::Embedded => vec![source.archive(MODEL)?],
-        Source::Folder(folder) => {
-            shards::find(folder, MODEL)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?
-        }
-    };
+    let misfit = |what: String| Error::model(what).hint("nextflow info FOLDER lists what does not fit");
+    let fit = Inventory::of(source, MODEL)?.compare(asked);
+    if let Some(key) = fit.missing.first() {
+        return Err(misfit(format!("{key} is missing from {MODEL} of {source}")));
+    }
+    if let Some(what) = fit.misshapen.first() {
+        return Err(misfit(format!("{MODEL} of {source} does not fit its config.json: {what}")));
+    }
+    let archives = source.archives(MODEL)?;
     let mut tensors = Vec::new();
     for (key, asked) in asked.wishes() {
-        let Some(archive) = archives.iter().rev().find(|a| a.entry(&key).is_some()) else {
-            if asked.required {
-                return Err(Error::model(format!("{key} is missing from {MODEL} of {source}"))
-                    .hint("nextflow info FOLDER lists what is missing"));
-            }
-            continue;
-        };
-        let tensor = archive.read(&key, DType::F32, &Device::Cpu)?;
+        let Some(archive) = archives.iter().rev().find(|a| a.entry(&key).is_some()) else { continue };
+        let tensor = archive.read(&key, DType::F32, &Device::Cpu).map_err(|e| misfit(e.to_string()))?;
         let blocks = match tensor.dims() {
             &[_, columns] if asked.matrix => weights.blocks().and_then(|blocks| fitting(blocks, columns)),
             _ => None,

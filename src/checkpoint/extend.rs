@@ -7,10 +7,10 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, View, serialize_to_file};
 
+use super::Source;
 use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::weights::{Asked, Init, Weights, initial};
-use super::{Source, shards};
 use crate::error::{Error, Kind, Result};
 
 /// Spread of new rows in a table that has others: the initializer_range of Qwen2.5.
@@ -83,12 +83,7 @@ pub fn extend(
     seed: u64,
     path: &Path,
 ) -> Result<()> {
-    let archives = match source {
-        Source::Embedded => vec![source.archive(file)?],
-        Source::Folder(folder) => {
-            shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect::<Result<Vec<_>>>()?
-        }
-    };
+    let archives = source.archives(file)?;
     let misfit =
         |what: String| Error::model(format!("{source}: {what}")).hint("nextflow info FOLDER lists what it has");
     let failure = RefCell::new(None);

@@ -6,10 +6,10 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde::Serialize;
 
+use super::Source;
 use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::weights::{Asked, Weights};
-use super::{Source, shards};
 use crate::error::Result;
 
 /// The tensors of some files.
@@ -62,7 +62,7 @@ impl Inventory {
         let mut files = BTreeSet::new();
         for entry in std::fs::read_dir(path)? {
             let file = entry?.path();
-            let weights = file.extension().is_some_and(|e| e == "safetensors" || e == "pt");
+            let weights = file.extension().is_some_and(|e| e == "safetensors" || e == "pt" || e == "gguf");
             if weights && file.is_file() {
                 files.insert(file);
             }
@@ -72,13 +72,7 @@ impl Inventory {
 
     /// The files that `file` stands for in a model (see [`Source::load`]).
     pub fn of(source: &Source, file: &str) -> Result<Self> {
-        let archives = match source {
-            Source::Embedded => vec![source.archive(file)?],
-            Source::Folder(folder) => {
-                shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?
-            }
-        };
-        Ok(Self { archives })
+        Ok(Self { archives: source.archives(file)? })
     }
 
     /// Whether any file has a tensor of this key.

@@ -36,7 +36,7 @@ pub use archive::{load, quantise, save, write};
 pub use convert::{quantise as quantise_model, whole_folder};
 pub use extend::extend;
 pub use inventory::{FileSummary, Fit, Inventory};
-pub use source::{Source, load_file};
+pub use source::{NANO, Source, copy_weights, load_file};
 pub use weight_type::WeightType;
 pub use weights::{Init, Weights};
 

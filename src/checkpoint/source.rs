@@ -1,15 +1,18 @@
 //! A place that holds a whole model.
 
 use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 
 use super::archive::{self, Archive};
 use super::embedded;
 use super::shards;
+use super::weight_type::WeightType;
 use super::weights::{Fault, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::text::Text;
@@ -35,21 +38,24 @@ impl fmt::Display for Source {
     }
 }
 
+/// The name of the built-in model.
+pub const NANO: &str = "nano";
+
 impl Source {
-    /// The value of `--model`: a folder that exists, or the built-in model if none is given.
+    /// The name of a model: a folder that exists, or the built-in model if none is given or it is called by [`NANO`].
     pub fn parse(model: Option<&str>) -> Result<Self> {
         let Some(model) = model else { return Ok(Self::Embedded) };
         let path = PathBuf::from(model);
         if path.is_dir() {
             return Ok(Self::Folder(path));
         }
+        if model == NANO {
+            return Ok(Self::Embedded);
+        }
         let what = if path.exists() { "is not a folder" } else { "does not exist" };
-        let hint = match path.parent().filter(|_| path.is_file()) {
-            Some(parent) if parent.as_os_str().is_empty() => "--model .".into(),
-            Some(parent) => format!("--model {}", parent.display()),
-            None => "leave out --model to draw with the built-in model, or: nextflow gen --model FOLDER".into(),
-        };
-        Err(Error::model(format!("--model {model} {what}")).hint(hint))
+        Err(Error::model(format!("the model {model} {what}")).hint(
+            "name a folder with config.json and weights, or OWNER/NAME of the hub; nextflow models list shows what is here",
+        ))
     }
 
     /// The content of `config.json`.
@@ -86,6 +92,39 @@ impl Source {
         text.map_err(|e| Error { message: format!("{} (of {self})", e.message), ..e })
     }
 
+    /// The same for a model of so many words.
+    ///
+    /// Errors: [`Kind::Model`] for a tokenizer that has more.
+    pub fn text_of(&self, words: usize) -> Result<Text> {
+        let text = self.text()?;
+        match text.vocab_size() {
+            more if more > words => {
+                Err(Error::model(format!("the text tokenizer of {self} has {more} words, its model {words}"))
+                    .hint("copy tokenizer.json and config.json from the same origin again"))
+            }
+            _ => Ok(text),
+        }
+    }
+
+    /// How a device keeps the weights of `file`, by default f32 on a CPU and bf16 elsewhere, or as a GGUF file has them: the
+    /// type of tensors and activations, and the blocks of matrices.
+    pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Option<GgmlDType>) {
+        // Blocks are multiplied in f32 everywhere.
+        let usual = WeightType::usual(device.is_cpu() || self.is_gguf(file));
+        weights.unwrap_or(usual).placed(device.is_cpu())
+    }
+
+    /// Whether the weights of `file` can be kept as `weights`.
+    ///
+    /// Errors: usage, for those of GGUF, which stay as they are.
+    pub fn check_type(&self, file: &str, weights: Option<WeightType>) -> Result<()> {
+        if weights.is_some() && self.is_gguf(file) {
+            let message = format!("the weights of {self} have their type already");
+            return Err(Error::usage(message).hint("leave out --quant"));
+        }
+        Ok(())
+    }
+
     /// Builds a part of the model from a file of weights or its shards, as `dtype` on `device`. Tensors that nothing asks for are
     /// ignored.
     ///
@@ -99,13 +138,7 @@ impl Source {
         device: &Device,
         build: impl Fn(&Weights) -> candle_core::Result<T>,
     ) -> Result<T> {
-        let archives = match self {
-            Self::Embedded => vec![self.archive(file)?],
-            Self::Folder(folder) => {
-                shards::find(folder, file)?.iter().map(|path| Archive::open(path)).collect::<Result<_>>()?
-            }
-        };
-        from_archives(&self.name(file), "config.json", archives, dtype, device, build)
+        from_archives(&self.name(file), "config.json", self.archives(file)?, dtype, device, build)
     }
 
     /// Whether there is something that [`Source::load`] would read for `file`.
@@ -141,23 +174,28 @@ impl Source {
         }
     }
 
-    /// Copies a file, or its shards and their index, into a folder.
-    pub fn copy(&self, file: &str, folder: &Path) -> Result<()> {
-        let Self::Folder(from) = self else { return archive::write(&folder.join(file), self.embedded(file)?) };
-        let index = from.join(format!("{file}.index.json"));
-        for path in shards::find(from, file)?.into_iter().chain(Some(index).filter(|i| i.exists())) {
-            let to = path.file_name().map(|name| folder.join(name)).unwrap_or_else(|| folder.to_path_buf());
-            std::fs::copy(&path, &to).map_err(|e| {
-                let message = format!("cannot copy {} to {}: {e}", path.display(), folder.display());
-                Error::new(Kind::Failure, message).hint("check free space: df -h")
-            })?;
+    /// Copies a file, or its shards and their index, into a folder, where it is called `name`.
+    pub fn copy(&self, file: &str, name: &str, folder: &Path) -> Result<()> {
+        let Self::Folder(from) = self else { return archive::write(&folder.join(name), self.embedded(file)?) };
+        let index = format!("{file}.index.json");
+        for path in shards::find(from, file)?.into_iter().chain(Some(from.join(&index)).filter(|i| i.exists())) {
+            let own = path.file_name().unwrap_or_default();
+            let to = match path.extension() {
+                _ if own == OsStr::new(&index) => folder.join(format!("{name}.index.json")),
+                Some(kind) if path.file_stem() == Path::new(file).file_stem() => folder.join(name).with_extension(kind),
+                _ => folder.join(own),
+            };
+            copy_file(&path, &to)?;
         }
         Ok(())
     }
 
-    /// An embedded file.
-    pub(super) fn archive(&self, file: &str) -> Result<Archive> {
-        Archive::from_bytes(self.name(file), self.embedded(file)?)
+    /// What stands for `file`, opened: itself or its shards.
+    pub(super) fn archives(&self, file: &str) -> Result<Vec<Archive>> {
+        match self {
+            Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
+            Self::Folder(folder) => shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect(),
+        }
     }
 
     /// How messages call a file.
@@ -239,4 +277,21 @@ fn failure(name: &str, error: candle_core::Error) -> Error {
         return Error::new(Kind::Memory, format!("not enough memory for {name}: {text}")).hint("--device cpu");
     }
     Error::model(format!("cannot load {name}: {text}")).hint("nextflow gen --model FOLDER with another checkpoint")
+}
+
+/// Copies one file.
+///
+/// Errors: [`Kind::Failure`] if that is not possible.
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    std::fs::copy(from, to).map(drop).map_err(|e| {
+        Error::new(Kind::Failure, format!("cannot copy {} to {}: {e}", from.display(), to.display()))
+            .hint("check the folder's permissions and free space: df -h")
+    })
+}
+
+/// Copies a file of weights into a folder as `name`, with the extension of what is in it.
+///
+/// Errors: [`Kind::Model`] if it cannot be read, [`Kind::Failure`] if it cannot be written.
+pub fn copy_weights(file: &Path, name: &str, folder: &Path) -> Result<()> {
+    copy_file(file, &folder.join(name).with_extension(archive::kind(file)?))
 }

@@ -67,7 +67,7 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
         checkpoint::write(&part.join("config.json"), (json + "\n").as_bytes())?;
         for file in ["tokenizer.json", "generation_config.json"] {
             if source.has_file(file) {
-                source.copy(file, part)?;
+                source.copy(file, file, part)?;
             }
         }
         codec.copy(part)?;

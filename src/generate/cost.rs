@@ -9,7 +9,7 @@ use super::{ModelConfig, Sampling, TRANSFORMER};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{Inventory, Source, WeightType, Weights};
 use crate::error::Result;
-use crate::tokenizer::ImageTokenizer;
+use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
 
 /// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -51,7 +51,7 @@ pub fn memory(
     sampling: &Sampling,
     device: &Device,
 ) -> Result<Memory> {
-    let (dtype, blocks) = weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+    let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
     let mut memory = synthetic_memory(config, dtype, blocks, images, sampling)?;
     memory.program += source.embedded_bytes();
     if source.is_gguf(TRANSFORMER) {
@@ -78,23 +78,33 @@ pub fn synthetic_memory(
     let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
     let prefix = config.prompt.padded_to.unwrap_or(0) + PREFIX;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
-    // Gate and up, each as it is computed and as it is laid out, beside the residual stream and its norm.
-    let block = rows * largest * (4 * c.intermediate_size + 4 * c.hidden_size) * width;
-    // Logits of both rows, the guided ones, and the copy that is filtered.
-    let (copies, at_once) = (if guided { 6 } else { 4 }, largest.min(POSITIONS.div_ceil(images.max(1))));
-    let logits = copies * images * at_once * c.codebook_size * 4;
-    let cnn = &config.tokenizer.decoder;
-    let side = cnn.stride() / cnn.patch;
-    let pixels = largest * side * side;
-    let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
     Ok(Memory {
         transformer: transformer.bytes(dtype, blocks),
         cache: cache as u64,
-        activations: block.max(logits) as u64,
+        activations: drawing(c, largest, (images, guided), width),
         tokenizer: tokenizer.bytes(DType::F32, None),
-        decode: (DECODE * pixels * first * 4) as u64,
+        decode: decoding(&config.tokenizer, largest),
         program: PROGRAM,
     })
+}
+
+/// Bytes that a pass over a grid of so many `codes` holds at once, in every one of so many images, guided or not, with numbers
+/// of `width` bytes.
+pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool), width: usize) -> u64 {
+    let rows = if guided { 2 * images } else { images };
+    // Gate and up, each as it is computed and as it is laid out, beside the residual stream and its norm.
+    let block = rows * codes * (4 * c.intermediate_size + 4 * c.hidden_size) * width;
+    // Logits of both rows, the guided ones, and the copy that is filtered.
+    let (copies, at_once) = (if guided { 6 } else { 4 }, codes.min(POSITIONS.div_ceil(images.max(1))));
+    block.max(copies * images * at_once * c.codebook_size * 4) as u64
+}
+
+/// Bytes that decoding the pixels of a grid of so many `codes` holds at once.
+pub fn decoding(tokenizer: &TokenizerConfig, codes: usize) -> u64 {
+    let cnn = &tokenizer.decoder;
+    let side = cnn.stride() / cnn.patch;
+    let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
+    (DECODE * codes * side * side * first * 4) as u64
 }
 
 /// Tokens of a prompt, with what opens an image, where their number is not known.

@@ -17,6 +17,8 @@ pub struct Frame {
     outer: (u32, u32),
     /// Left, top, width and height of the given image in it.
     inner: [u32; 4],
+    /// The same of what is cut out of it: the given image, or all if a size was asked for.
+    kept: [u32; 4],
 }
 
 impl Frame {
@@ -24,6 +26,7 @@ impl Frame {
     ///
     /// Errors: usage, for a size that the model does not draw.
     pub fn of(config: &ModelConfig, (width, height): (u32, u32), size: Size) -> Result<Self> {
+        let asked = size != Size::Auto;
         let ratio = (f64::from(height) / f64::from(width)).clamp(0.25, 4.0);
         let size = if size == Size::Auto && config.grids.is_empty() { Size::Ratio(ratio) } else { size };
         let scales = size.grids(config)?;
@@ -32,7 +35,8 @@ impl Frame {
         let fit = (f64::from(outer.0) / f64::from(width)).min(f64::from(outer.1) / f64::from(height));
         let side = |from: u32, most: u32| ((f64::from(from) * fit).round() as u32).clamp(1, most);
         let (w, h) = (side(width, outer.0), side(height, outer.1));
-        Ok(Self { scales, outer, inner: [(outer.0 - w) / 2, (outer.1 - h) / 2, w, h] })
+        let inner = [(outer.0 - w) / 2, (outer.1 - h) / 2, w, h];
+        Ok(Self { scales, outer, inner, kept: if asked { [0, 0, outer.0, outer.1] } else { inner } })
     }
 
     /// The model's image of a given one.
@@ -47,12 +51,12 @@ impl Frame {
 
     /// Of what is cut out of the model's image: (width, height) in pixels.
     pub fn size(&self) -> (u32, u32) {
-        (self.inner[2], self.inner[3])
+        (self.kept[2], self.kept[3])
     }
 
-    /// The part of the model's image that stands for the given one.
+    /// The part of the model's image that stands for the given one, or all of it if a size was asked for.
     pub fn cut(&self, image: &RgbImage) -> RgbImage {
-        let [left, top, width, height] = self.inner;
+        let [left, top, width, height] = self.kept;
         imageops::crop_imm(image, left, top, width, height).to_image()
     }
 }
@@ -79,6 +83,9 @@ mod tests {
             let off = (f64::from(cut_w) / f64::from(cut_h)) / (f64::from(w) / f64::from(h));
             assert!((0.9..1.12).contains(&off) || cut_w.min(cut_h) < 8, "{w}x{h} -> {cut_w}x{cut_h}");
         }
+        let asked = Frame::of(&nano(), (160, 90), Size::Ratio(1.0)).unwrap();
+        let image = RgbImage::from_pixel(160, 90, image::Rgb([7; 3]));
+        assert_eq!((asked.size(), asked.cut(&asked.fit(&image)).dimensions()), ((128, 128), (128, 128)));
         let square = Frame::of(&nano(), (128, 128), Size::Auto).unwrap();
         let image = RgbImage::from_fn(128, 128, |x, y| image::Rgb([x as u8, y as u8, 9]));
         assert!(square.fit(&image) == image && square.cut(&image) == image);

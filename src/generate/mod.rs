@@ -24,6 +24,10 @@ use crate::tokenizer::Quantizer;
 use inputs::NextInput;
 use sampler::{Draw, Filter};
 
+/// Beyond these, logits may not stay finite in f32.
+const MAX_CFG: f64 = 1e3;
+const MAX_TEMPERATURE: f64 = 1e6;
+
 /// How codes are drawn from the logits.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -59,6 +63,24 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// What makes no sense whatever is drawn, as a setting, its value and what it has to be.
+    pub fn fault(&self) -> Option<(&'static str, f64, &'static str)> {
+        let filters = std::iter::once((self.top_k, self.top_p)).chain(self.refine.iter().map(|f| (f.top_k, f.top_p)));
+        let inside = |x: f64, most: f64| (0.0..=most).contains(&x);
+        let mut faults = vec![
+            (inside(self.cfg, MAX_CFG), ("cfg", self.cfg, "a number from 0 to 1000")),
+            (
+                inside(self.temperature, MAX_TEMPERATURE),
+                ("temperature", self.temperature, "a number from 0 to 1000000"),
+            ),
+        ];
+        for (top_k, top_p) in filters {
+            faults.push((top_k != Some(0), ("top-k", 0.0, "1 or more")));
+            faults.push((inside(top_p, 1.0) && top_p > 0.0, ("top-p", top_p, "above 0 and at most 1")));
+        }
+        faults.into_iter().find_map(|(good, fault)| (!good).then_some(fault))
+    }
+
     /// Errors: usage, for a draft without any of so many scales.
     pub fn check(&self, scales: usize) -> Result<()> {
         if self.draft < scales {
@@ -113,7 +135,7 @@ pub struct Batch<'a> {
 pub enum Event<'a> {
     /// The prompts were read.
     Prompt {
-        /// Text tokens in them.
+        /// Tokens in all of them, but for the last one of each, which opens the image.
         tokens: usize,
     },
     /// One more scale was drawn or, on a GPU, has been asked for.

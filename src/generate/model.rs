@@ -79,15 +79,18 @@ impl ModelConfig {
             return Err(Error::model(format!("{source} is {other}, which does not draw"))
                 .hint("nextflow chat --model FOLDER talks with Qwen2.5-VL; nextflow assemble makes NextFlow of it"));
         }
-        let config: Self =
-            serde_json::from_value(config).map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
-        config.backbone.check().map_err(|e| Error::model(format!("config.json of {source}: {e}")))?;
+        let bad = |what: String| {
+            Error::model(format!("config.json of {source}: {what}"))
+                .hint("correct it, or copy it from its origin again")
+        };
+        let config: Self = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
+        config.backbone.check().map_err(bad)?;
+        config.tokenizer.check().map_err(|e| bad(e.to_string()))?;
         let (codes, book) = (&config.backbone, &config.tokenizer.codebook);
         if codes.codebook_size != book.size || codes.code_dim != book.dim() {
-            let message = format!("config.json of {source}: transformer and tokenizer disagree about the codebook");
-            return Err(Error::model(message));
+            return Err(bad("transformer and tokenizer disagree about the codebook".into()));
         }
-        config.check_image().map_err(|what| Error::model(format!("config.json of {source}: {what}")))?;
+        config.check_image().map_err(bad)?;
         Ok(config)
     }
 
@@ -103,6 +106,8 @@ impl ModelConfig {
             vocabulary: Vocabulary::Markers,
             ..transformer
         };
+        // Images of all sizes come out as they are.
+        let tokenizer = TokenizerConfig { image_size: None, ..tokenizer };
         let sampling = Sampling { cfg: 3.0, top_k: Some(600), top_p: 0.95, ..Sampling::default() };
         let (scales, grids) = (backbone.max_scales, Vec::new());
         Self {
@@ -117,7 +122,7 @@ impl ModelConfig {
         }
     }
 
-    /// The image tokenizer, always in f32, without the transformer.
+    /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU.
     pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
         source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
     }
@@ -162,9 +167,14 @@ impl ModelConfig {
         if self.grids.iter().any(|&(h, w)| h == 0 || w == 0 || h > MAX_GRID || w > MAX_GRID) {
             return Err(format!("grids must have sides from 1 to {MAX_GRID}"));
         }
-        if backbone.context_last_scale && backbone.max_scales <= self.scales {
-            return Err(format!("context_last_scale needs max_scales above {}", self.scales));
+        let needed = self.scales + usize::from(backbone.context_last_scale);
+        if self.scales == 0 || backbone.spatial_extent.is_some() && backbone.max_scales < needed {
+            return Err(format!("{} scales need max_scales of {needed} or more", self.scales));
         }
+        if let Some((setting, value, rule)) = self.sampling.fault() {
+            return Err(format!("sampling: {setting} {value} is not {rule}"));
+        }
+        self.sampling.check(self.scales).map_err(|e| format!("sampling: {e}"))?;
         match backbone.code_positions {
             Some(rows) if rows != schedule::codes(&self.grids) => {
                 Err(format!("the grids hold {} codes, code_positions {rows}", schedule::codes(&self.grids)))
@@ -188,17 +198,14 @@ pub struct Model {
 
 impl Model {
     /// Loads everything onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or as a
-    /// GGUF file has it; the image tokenizer always in f32.
+    /// GGUF file has it; the image tokenizer as [`ModelConfig::load_tokenizer`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
-        let gguf = source.is_gguf(TRANSFORMER);
-        // Blocks are multiplied in f32 everywhere.
-        let usual = WeightType::usual(device.is_cpu() || gguf);
-        let (dtype, blocks) = weights.unwrap_or(usual).placed(device.is_cpu());
+        let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| Backbone::load(&w.with_matrices(blocks), &config.backbone);
         let backbone = source.load(TRANSFORMER, dtype, device, build)?;
         let tokenizer = config.load_tokenizer(source, device)?;
-        let text = source.text()?;
+        let text = source.text_of(config.backbone.vocab_size)?;
         let opening = config.prompt.opening(&text, config.backbone.boi())?;
         let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);
         Ok(Self { text, opening, unconditional, backbone, tokenizer, config })
@@ -216,7 +223,7 @@ impl Model {
 
     /// Pixels from the codes of all scales, or of a prefix of them.
     pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
-        Ok(pixels::to_image(&self.tokenizer.decode(codes, scales)?)?)
+        pixels::to_image(&self.tokenizer.decode(codes, scales)?)
     }
 
     /// Draws one image.

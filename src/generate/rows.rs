@@ -106,7 +106,7 @@ impl<'a> Rows<'a> {
         self.backbone.forward(&x.reshape((rows, tokens, hidden))?, &self.ropes[si - 1].narrow(0, rows)?, context)
     }
 
-    /// From here on there is no guidance for the `images`: their unconditional rows are neither read nor kept.
+    /// From here on there is no guidance for the `images`: their unconditional rows are not read any more.
     pub fn drop_unconditional(&mut self, images: usize) {
         let caches = std::mem::take(&mut self.caches);
         self.caches = &mut caches[..images];

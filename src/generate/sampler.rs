@@ -73,7 +73,8 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
     }
     let drawn = guided(&logits, draw.guidance)?.into_par_iter().zip(noise).enumerate().map(|(i, (row, noise))| {
         // To the end of the row: a loop that may stop early takes one number at a time.
-        if row.iter().fold(false, |nan, v| nan | v.is_nan()) || !row.iter().any(|v| v.is_finite()) {
+        let nan = row.iter().fold(false, |nan, v| nan | v.is_nan());
+        if nan || !row.iter().copied().fold(f32::NEG_INFINITY, f32::max).is_finite() {
             return Err(Fault::NonFinite { position: first + i % tokens });
         }
         Ok(self::draw(row, draw.sampling.temperature, filter, noise))
@@ -84,9 +85,9 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
 /// The same by a kernel that filters and draws where the logits are, if there is one for them.
 #[cfg(feature = "cuda")]
 fn on_gpu(logits: &Tensor, draw: &Draw, filter: Filter, noise: &[f64]) -> candle_core::Result<Option<Tensor>> {
-    let greedy = draw.sampling.temperature == 0.0;
+    let greedy = draw.sampling.temperature < COLD;
     let Some(top_k) = filter.top_k.or(greedy.then_some(1)) else { return Ok(None) };
-    let (temperature, top_p) = (draw.sampling.temperature as f32, filter.top_p as f32);
+    let (temperature, top_p) = (if greedy { 0.0 } else { draw.sampling.temperature as f32 }, filter.top_p as f32);
     let sample = crate::ops::Sample { guidance: draw.guidance as f32, temperature, top_k, top_p };
     crate::ops::sample(logits, &sample, noise)
 }
@@ -104,9 +105,12 @@ pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
     Ok(both.map(|(c, u)| c.iter().zip(u).map(|(c, u)| c * more - u * less).collect()).collect())
 }
 
-/// One of the entries that `kept` leaves of a row of finite logits, by `u` of (0, 1); at temperature 0 the largest.
+/// A temperature at which only the likeliest is ever drawn; dividing by less may give what is not finite.
+const COLD: f64 = 1e-6;
+
+/// One of the entries that `kept` leaves of a row with a finite maximum, by `u` of (0, 1); at temperature 0 the largest.
 pub fn draw(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
-    if temperature == 0.0 || kept.top_k == Some(1) {
+    if temperature < COLD || kept.top_k == Some(1) {
         return argmax(&row);
     }
     row.iter_mut().for_each(|v| *v /= temperature as f32);
@@ -249,6 +253,7 @@ mod tests {
     fn temperature_zero_is_argmax() {
         let logits = Tensor::new(&[[0f32, 3.0, 1.0], [2.0, 0.0, 1.0]], &Device::Cpu).unwrap();
         assert_eq!(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0).unwrap(), [1, 0]);
+        assert_eq!(sample(&logits, &sampling(1e-40, None, 0.9), 5, 0, 0).unwrap(), [1, 0]);
     }
 
     #[test]
@@ -306,7 +311,9 @@ mod tests {
     fn logits_that_are_not_finite_stop_the_run() {
         let logits = Tensor::new(&[[0f32, 1.0], [f32::NAN, 1.0]], &Device::Cpu).unwrap();
         assert_eq!(fault(sample(&logits, &sampling(1.0, None, 1.0), 5, 0, 0)), 1);
-        let logits = Tensor::new(&[[f32::NEG_INFINITY, f32::NEG_INFINITY]], &Device::Cpu).unwrap();
-        assert_eq!(fault(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0)), 0);
+        for row in [[f32::NEG_INFINITY; 2], [f32::INFINITY, 1.0]] {
+            let logits = Tensor::new(&[row], &Device::Cpu).unwrap();
+            assert_eq!(fault(sample(&logits, &sampling(0.0, None, 1.0), 5, 0, 0)), 0);
+        }
     }
 }

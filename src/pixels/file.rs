@@ -3,8 +3,8 @@
 use std::io::{self, BufReader};
 use std::path::Path;
 
-use image::imageops;
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage, RgbaImage};
+use image::error::LimitErrorKind;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, RgbaImage};
 
 use super::pillow::{self, Filter};
 use crate::error::{Error, Result};
@@ -32,15 +32,20 @@ pub fn open(path: &Path) -> Result<RgbImage> {
     limits.max_alloc = Some(MAX_BYTES);
     reader.limits(limits);
     let decoded = reader.into_decoder().and_then(|mut decoder| {
+        if decoder.total_bytes() > MAX_BYTES {
+            return Err(ImageError::Limits(LimitErrorKind::InsufficientMemory.into()));
+        }
         let orientation = decoder.orientation()?;
         let mut image = DynamicImage::from_decoder(decoder)?;
         image.apply_orientation(orientation);
         Ok(image)
     });
     let image = decoded.map_err(|e| {
-        let limit = matches!(e, image::ImageError::Limits(_));
+        let limit = matches!(e, ImageError::Limits(_));
         let hint = match limit {
-            true => format!("scale it down: images of up to {MAX_SIDE}x{MAX_SIDE} pixels are read"),
+            true => {
+                format!("scale it down: up to {MAX_SIDE}x{MAX_SIDE} pixels and {} MB of them are read", MAX_BYTES >> 20)
+            }
             false => "name a PNG, JPEG or WebP file".into(),
         };
         Error::usage(format!("cannot read {shown} as an image: {e}")).hint(hint)
@@ -69,8 +74,8 @@ pub fn cover(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     let (w, h) = (f64::from(image.width()), f64::from(image.height()));
     let scale = (f64::from(width) / w).max(f64::from(height) / h);
     let [w, h] = [(w, width), (h, height)].map(|(from, to)| ((from * scale).round() as u32).max(to));
-    let scaled = pillow::resize(image, (w, h), Filter::Bicubic);
-    imageops::crop_imm(&scaled, (w - width) / 2, (h - height) / 2, width, height).to_image()
+    // Of a strip the whole would be gigabytes.
+    pillow::resize_part(image, (w, h), Filter::Bicubic, ((w - width) / 2, (h - height) / 2), (width, height))
 }
 
 #[cfg(test)]
@@ -121,7 +126,13 @@ mod tests {
         let mut encoder = png::Encoder::new(&mut png, 100_000, 100_000);
         encoder.set_color(png::ColorType::Grayscale);
         drop(encoder.write_header().unwrap());
-        let cases: [(&str, &[u8], &str); 4] = [
+        let mut wide = Vec::new();
+        let mut encoder = png::Encoder::new(&mut wide, 8192, 8192);
+        encoder.set_color(png::ColorType::Rgba);
+        encoder.set_depth(png::BitDepth::Sixteen);
+        encoder.write_header().unwrap().write_chunk(png::chunk::IDAT, &[0; 8]).unwrap();
+        let cases: [(&str, &[u8], &str); 5] = [
+            ("wide", &wide, "memory"),
             ("empty", b"", "as an image"),
             ("text", b"hello", "as an image"),
             ("bomb", &png, "limit"),
@@ -147,5 +158,7 @@ mod tests {
         assert!(square.pixels().skip(2).take(16).all(|p| p.0[0] > 190), "{square:?}");
         assert_eq!(cover(&image, 1, 64).dimensions(), (1, 64));
         assert_eq!(cover(&image, 40, 10), image);
+        // The whole would have 2 GB.
+        assert_eq!(cover(&RgbImage::new(1, 8192), 512, 128).dimensions(), (512, 128));
     }
 }

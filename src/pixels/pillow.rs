@@ -77,7 +77,13 @@ pub fn resize(image: &RgbImage, (width, height): (u32, u32), filter: Filter) -> 
 
 /// The part of a resized image, of `size`, that begins at `corner` (left, top) and has `part` (width, height) pixels. It
 /// is rounded to bytes between the two passes, so their order shows.
-fn resize_part(image: &RgbImage, size: (u32, u32), filter: Filter, corner: (u32, u32), part: (u32, u32)) -> RgbImage {
+pub(super) fn resize_part(
+    image: &RgbImage,
+    size: (u32, u32),
+    filter: Filter,
+    corner: (u32, u32),
+    part: (u32, u32),
+) -> RgbImage {
     let (w_in, h_in) = (image.width() as usize, image.height() as usize);
     if w_in == 0 || h_in == 0 || part.0 == 0 || part.1 == 0 {
         return RgbImage::new(part.0, part.1);

@@ -20,6 +20,7 @@ pub use semantic_decoder::SemanticDecoderConfig;
 pub use vit::{PositionResampling, SemanticEncoder, VitConfig, VitFeatures, VitLayout};
 
 use crate::checkpoint::{Init, Weights};
+use crate::error::Error;
 use crate::pixels::GridResampling;
 use layers::Linear;
 use semantic_decoder::SemanticDecoder;
@@ -57,11 +58,21 @@ impl TokenizerConfig {
         Ok(())
     }
 
-    /// The grid of an image of (height, width): that of the semantic encoder's patches.
+    /// Pixels of an image for a code, along each side: a patch of the semantic encoder's where what comes out is resized, else
+    /// what the pixel decoder makes of a code. The branch that sees other cells sees the image resized.
+    fn cell(&self) -> usize {
+        if self.image_size.is_some() { self.semantic.patch_size } else { self.decoder.stride() }
+    }
+
+    /// The grid of an image of (height, width).
     ///
-    /// Errors: an image smaller than a patch.
-    pub fn grid(&self, size: (usize, usize)) -> Result<(usize, usize)> {
-        self.semantic.grid(size)
+    /// Errors: an image that is smaller than a code.
+    pub fn grid(&self, (height, width): (usize, usize)) -> Result<(usize, usize)> {
+        let cell = self.cell();
+        match (height / cell, width / cell) {
+            (0, _) | (_, 0) => bail!("an image of {height}x{width} has no code of {cell} pixels"),
+            grid => Ok(grid),
+        }
     }
 }
 
@@ -153,35 +164,43 @@ impl ImageTokenizer {
 
     /// Pixel half before quantisation: (B, 3, H, W) -> (B, h, w, pixel_dim).
     pub fn pixel_half(&self, image: &Tensor) -> Result<Tensor> {
-        let image = self.pixel_input(image)?;
+        let image = self.seen_by(self.config.encoder.stride(), image)?;
         self.quant_conv.forward(&self.encoder.forward(&image)?)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
-    /// The image as the pixel branch sees it: resized where a code is not as wide as a patch, so that grids agree.
-    fn pixel_input(&self, image: &Tensor) -> Result<Tensor> {
-        let (stride, size) = (self.config.encoder.stride(), (image.dim(2)?, image.dim(3)?));
-        if stride == self.config.semantic.patch_size {
+    /// The image as a branch sees it that has `cell` pixels for a code: resized if others have more or fewer, so that grids
+    /// agree.
+    fn seen_by(&self, cell: usize, image: &Tensor) -> Result<Tensor> {
+        if cell == self.config.cell() {
             return Ok(image.clone());
         }
+        let size = (image.dim(2)?, image.dim(3)?);
         let (h, w) = self.config.grid(size)?;
-        GridResampling::bicubic(size, (h * stride, w * stride)).channels_first(image)
+        GridResampling::bicubic(size, (h * cell, w * cell)).channels_first(image)
     }
 
     /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, D), semantic channels first.
     pub fn features(&self, image: &Tensor) -> Result<Tensor> {
         let pixel = self.pixel_half(image)?;
         let (_, h, w, _) = pixel.dims4()?;
-        Tensor::cat(&[self.semantic_half(&self.semantic.forward(image)?, (h, w))?, pixel], 3)
+        let tokens = self.semantic.forward(&self.seen_by(self.config.semantic.patch_size, image)?)?;
+        Tensor::cat(&[self.semantic_half(&tokens, (h, w))?, pixel], 3)
     }
 
     /// Codes of every image of a batch (B, 3, H, W), whose grid must be that of the last of `scales`.
-    pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> Result<Vec<Encoded>> {
+    ///
+    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not finite.
+    pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> crate::error::Result<Vec<Encoded>> {
         let f = self.features(image)?;
         let (_, h, w, d) = f.dims4()?;
         if scales.last() != Some(&(h, w)) {
-            bail!("an image with a {h}x{w} grid does not fit the scales {scales:?}");
+            let message = format!("an image with a {h}x{w} grid does not fit the scales {scales:?}");
+            return Err(candle_core::Error::Msg(message).into());
         }
         let f = f.flatten_all()?.to_vec1::<f32>()?;
+        if !f.iter().all(|v| v.is_finite()) {
+            return Err(Error::non_finite("features"));
+        }
         Ok(f.chunks_exact(h * w * d).map(|f| self.quantizer.encode(f, scales, None, |_, _, _| {})).collect())
     }
 

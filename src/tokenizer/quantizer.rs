@@ -13,6 +13,9 @@ const EPS: f32 = 1e-12;
 /// Numbers in a codebook; a config that asks for more is nonsense.
 const MAX_ELEMENTS: usize = 1 << 27;
 
+/// Features whose distances to all codes are held at a time: those of a 64x64 grid to 32,768 codes are half a gigabyte.
+const AT_ONCE: usize = 256;
+
 /// Shape and metric of the codebook.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -202,25 +205,27 @@ impl Quantizer {
         let mut draws = 0;
         for (si, &scale) in scales.iter().enumerate() {
             let z = GridResampling::area(grid, scale).apply(&residual, dim);
-            let distances = self.distances(&z);
             let mut targets = Vec::with_capacity(z.len() / dim);
             let mut codes = Vec::with_capacity(z.len() / dim);
-            for (z, row) in z.chunks_exact(dim).zip(distances.chunks_exact(self.config.size)) {
-                let nearest = argmin(row);
-                visit(si, z, nearest);
-                targets.push(nearest);
-                codes.push(match correction {
-                    Some((how, rng)) => {
-                        draws += 2;
-                        if rng.uniform(draws) < how.fraction {
-                            let energy = self.query_energy(z);
-                            draw_near(row, energy, how.top_k, rng.uniform(draws + 1))
-                        } else {
-                            nearest
+            for z in z.chunks(dim * AT_ONCE) {
+                let distances = self.distances(z);
+                for (z, row) in z.chunks_exact(dim).zip(distances.chunks_exact(self.config.size)) {
+                    let nearest = argmin(row);
+                    visit(si, z, nearest);
+                    targets.push(nearest);
+                    codes.push(match correction {
+                        Some((how, rng)) => {
+                            draws += 2;
+                            if rng.uniform(draws) < how.fraction {
+                                let energy = self.query_energy(z);
+                                draw_near(row, energy, how.top_k, rng.uniform(draws + 1))
+                            } else {
+                                nearest
+                            }
                         }
-                    }
-                    None => nearest,
-                });
+                        None => nearest,
+                    });
+                }
             }
             let up = GridResampling::bicubic(scale, grid);
             let step = up.apply(&self.entries(&codes), dim);

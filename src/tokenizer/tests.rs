@@ -102,12 +102,24 @@ fn close(name: &str, got: &Tensor, want: &Tensor, tolerance: f32) {
 const FEATURES: f32 = 2e-4;
 const PIXELS: f32 = 1e-3;
 
+/// Without a size of its own SigLIP's tokenizer takes images of any grid, at the pixel decoder's resolution.
+#[test]
+fn any_grid_comes_back_in_its_own_size() {
+    let tiny = siglip(None);
+    let (scales, size) = ([(1, 1), (2, 3)], (2 * 16, 3 * 16));
+    let image = Tensor::zeros((1, 3, size.0, size.1), DType::F32, &Device::Cpu).unwrap();
+    let codes = tiny.tokenizer.encode(&image, &scales).unwrap().remove(0).codes;
+    assert_eq!(tiny.tokenizer.decode(&codes, &scales).unwrap().dims(), [3, size.0, size.1]);
+    let broken = (image / 0.0).unwrap();
+    assert_eq!(tiny.tokenizer.encode(&broken, &scales).unwrap_err().exit_code(), 5);
+}
+
 fn encoding_holds(tiny: &Tiny) {
     let (tokenizer, image) = (&tiny.tokenizer, tiny.golden("image"));
     let hidden = tokenizer.semantic.forward(image).unwrap();
     tiny.holds("sem_hidden", &hidden, FEATURES);
     tiny.holds("sem_feat", &tokenizer.semantic_half(tiny.golden("sem_hidden"), tiny.grid()).unwrap(), FEATURES);
-    let pixels = tokenizer.pixel_input(image).unwrap();
+    let pixels = tokenizer.seen_by(tokenizer.config.encoder.stride(), image).unwrap();
     tiny.holds("pix_in", &pixels, FEATURES);
     tiny.holds("pix_enc", &tokenizer.encoder.forward(tiny.golden("pix_in")).unwrap(), FEATURES);
     tiny.holds("pix_feat", &tokenizer.pixel_half(image).unwrap(), FEATURES);
