@@ -36,6 +36,15 @@ pub struct Settings {
     /// How many scales were left out at the end, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft: Option<usize>,
+    /// What the model said first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thought: Option<String>,
+    /// The files of the images that it changes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<String>,
+    /// Guidance led away from any image, not from one with the same sources.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub free: bool,
     /// The model's name.
     pub model: String,
     /// Of this program.
@@ -56,6 +65,9 @@ impl Settings {
             top_p: job.sampling.top_p,
             cfg_until: job.sampling.cfg_until,
             draft: Some(job.sampling.draft).filter(|&n| n > 0),
+            thought: None,
+            sources: Vec::new(),
+            free: false,
             model: model.into(),
             version: env!("CARGO_PKG_VERSION").into(),
         }
@@ -63,7 +75,9 @@ impl Settings {
 
     /// The same in the form that other tools read: the prompt, then one line of `Key: value` pairs (A1111).
     fn parameters(&self) -> String {
-        let top_k = self.top_k.map(|k| format!(", Top-k: {k}")).unwrap_or_default();
+        let some = |key: &str, n: Option<usize>| n.map(|n| format!(", {key}: {n}")).unwrap_or_default();
+        let top_k = some("Top-k", self.top_k);
+        let passes = some("CFG until scale", self.cfg_until) + &some("Scales left out", self.draft);
         // A name with a separator in it is quoted, as A1111 does.
         let model = match self.model.contains([',', ':', '\n', '"']) {
             true => serde_json::Value::from(self.model.as_str()).to_string(),
@@ -71,7 +85,7 @@ impl Settings {
         };
         format!(
             "{}\nSteps: {}, Sampler: NextFlow, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, Temperature: {}{top_k}, \
-             Top-p: {}, Version: nextflow {}",
+             Top-p: {}{passes}, Version: nextflow {}",
             self.prompt,
             self.scales.len(),
             self.cfg,
@@ -214,11 +228,11 @@ fn check_file(path: &Path, force: bool) -> Result<()> {
         }
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(unusable(path, &e)),
+        Err(e) => return Err(unusable(path, &e, "-o FILE")),
     }
     let folder = parent(path);
     match folder.is_dir() {
-        true => write_temp(folder, b"").map(drop).map_err(|e| unusable(path, &e)),
+        true => write_temp(folder, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE")),
         false => Err(Error::usage(format!("cannot write {shown}: there is no folder {}", folder.display()))
             .hint(format!("mkdir -p {}", folder.display()))),
     }
@@ -233,7 +247,7 @@ fn check_folder(folder: &Path) -> Result<()> {
         let message = format!("{} is not a folder", there.display());
         return Err(Error::usage(message).hint("choose another --out-dir"));
     }
-    write_temp(there, b"").map(drop).map_err(|e| unusable(folder, &e))
+    write_temp(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
 }
 
 /// The folder of `path`.
@@ -246,13 +260,12 @@ fn here(folder: &Path) -> &Path {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::usage(format!("{} already exists", path.display()))
-        .hint("--force replaces it; without -o a free name is chosen")
+    Error::usage(format!("{} already exists", path.display())).hint("--force replaces it, or -o ANOTHER_FILE")
 }
 
-fn unusable(path: &Path, e: &io::Error) -> Error {
+fn unusable(path: &Path, e: &io::Error, flag: &str) -> Error {
     Error::usage(format!("cannot write {}: {}", here(path).display(), reason(e)))
-        .hint("choose another place with -o FILE or --out-dir FOLDER")
+        .hint(format!("choose another place with {flag}"))
 }
 
 fn cannot_write(path: &Path, e: &io::Error) -> Error {

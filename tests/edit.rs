@@ -77,7 +77,12 @@ fn the_result_has_the_ratio_of_the_image() {
         assert_eq!(line["size"], format!("{w}x{h}"));
         assert_eq!((&line["seed"], &line["prompt"]), (&1.into(), &"make it green".into()));
     }
+    // A size that is asked for is the result's, whatever the image's is.
+    disc(&here.join("a.png"), (160, 90));
+    works(here, &["edit", "-i", "a.png", "-p", "make it green", "--size", "1:1", "-o", "c.png"], "");
+    assert_eq!(open(&here.join("c.png")).dimensions(), (128, 128));
     // Several images, and a plan without weights.
+    disc(&here.join("a.png"), (1000, 1000));
     let args = ["edit", "-i", "a.png", "-i", "a.png", "-p", "x", "--dry-run", "--json"];
     let plan: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
     assert_eq!((&plan["size"], &plan["codes"]), (&"128x128".into(), &204.into()));
@@ -104,6 +109,8 @@ fn bad_input_is_refused_and_loses_nothing() {
         (&["-i", "a.png", "-i", "broken.png", "-p", "x"], "broken.png"),
         (&["-i", "a.png", "-p", "x", "-o", "there.png"], "there.png"),
         (&["-i", "a.png", "-p", "x", "--cfg", "NaN"], "cfg"),
+        (&["-i", "a.png", "-p", "x", "--cfg-until", "9"], "8 scales"),
+        (&["-i", "a.png", "-p", "x", "--cfg", "0", "--cfg-until", "3"], "guides nothing"),
         (&["-i", "a.png", "-p", "x", "--size", "1x1"], "1x1"),
     ] {
         let output = nextflow(here, &[&["edit"], args].concat(), b"");
@@ -144,6 +151,8 @@ fn a_conversation_draws_edits_and_looks() {
     assert_eq!(lines.len(), 6, "{stdout}\n{stderr}");
     let image = |i: usize| open(&here.join(lines[i]["images"][0].as_str().unwrap()));
     assert!(image(0) != image(1) && image(1) != image(2));
+    let seeds: Vec<u64> = lines[..4].iter().map(|line| line["seed"].as_u64().unwrap()).collect();
+    assert_eq!(seeds, [1, 2, 3, 4]);
     // A new image has nothing to do with those before.
     let [r, g, b] = image(3).get_pixel(64, 64).0;
     assert!(r > 150 && g > 120 && b < 120, "{r} {g} {b} is not yellow");
@@ -164,8 +173,33 @@ fn a_conversation_draws_edits_and_looks() {
 fn thinking_comes_to_an_image() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
-    let args = ["gen", "--think", "-p", "a red circle", "--seed", "1", "--json"];
-    let line: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
-    assert!(line["thought"].as_str().unwrap().contains("the final prompt is: "), "{line}");
-    assert_eq!(open(&here.join(line["path"].as_str().unwrap())).dimensions(), (128, 128));
+    for (size, dimensions) in [("auto", (128, 128)), ("1:2", (96, 176))] {
+        let args = ["gen", "--think", "-p", "a red circle", "--seed", "1", "--size", size, "--json"];
+        let line: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
+        assert!(line["thought"].as_str().unwrap().contains("the final prompt is: "), "{line}");
+        let path = here.join(line["path"].as_str().unwrap());
+        assert_eq!(open(&path).dimensions(), dimensions);
+        // The image tells what was thought.
+        let bytes = fs::read(path).unwrap();
+        assert!(bytes.windows(20).any(|part| part == b"the final prompt is:"), "{line}");
+    }
+}
+
+#[test]
+fn one_command_is_a_conversation_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    disc(&here.join("a.png"), (128, 128));
+    works(here, &["chat", "-i", "a.png", "/edit make it blue", "--seed", "1"], "");
+    assert_eq!(open(&here.join("make-it-blue-1.png")).dimensions(), (128, 128));
+    for (args, code, part) in [
+        (&["chat", "/paint"][..], 2, "there is no command /paint"),
+        (&["chat", "a red circle", "--out-dir", "a.png"], 2, "a.png is not a folder"),
+        (&["chat", "a \u{1b}[31mred circle"], 2, "control character"),
+        (&["chat", "x", "--max-pixels", "1000"], 2, "leave out"),
+    ] {
+        let output = nextflow(here, args, b"");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(code) && stderr.contains(part), "{args:?}: {stderr}");
+    }
 }

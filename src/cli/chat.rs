@@ -144,11 +144,19 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let text = args.text.as_deref().map(message).transpose()?;
     let images = args.images.iter().map(|path| pixels::open(path)).collect::<Result<Vec<_>>>()?;
     let device = device::parse(&args.device)?;
+    let folder = Destination::Folder(args.out_dir.clone().unwrap_or_default());
+    if args.out_dir.is_some() {
+        folder.check()?;
+    }
     let source = args.model.source()?;
     let mut config = ChatConfig::read(&source)?;
-    if args.quant.is_some() && source.is_gguf(TRANSFORMER) {
-        let message = format!("the weights of {source} have their type already");
-        return Err(Error::usage(message).hint("leave out --quant"));
+    source.check_type(TRANSFORMER, args.quant)?;
+    if config.vision.is_none() && (args.min_pixels.is_some() || args.max_pixels.is_some()) {
+        return Err(Error::usage("this model has no limits of pixels: it scales images to the size that it draws")
+            .hint("leave out --min-pixels and --max-pixels"));
+    }
+    if config.drawing.is_none() && args.out_dir.is_some() {
+        return Err(Error::usage("this model draws nothing that could go to --out-dir").hint("leave out --out-dir"));
     }
     if let Some((_, processor)) = &mut config.vision {
         processor.min_pixels = args.min_pixels.map_or(processor.min_pixels, |n| n as usize);
@@ -163,7 +171,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     if args.dry_run {
         return plan.emit(args.json);
     }
-    memory::check(plan.peak_memory, &device, "--quant q8_0, --quant q4_K, or a smaller --max-pixels")?;
+    memory::check(plan.peak_memory, &device, "--quant q8_0, --quant q4_K, smaller images, or a smaller --max-tokens")?;
 
     let level = match (args.quiet, args.verbose) {
         (true, _) => Level::Quiet,
@@ -188,6 +196,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         Ok(picture)
     });
     let pictures = pictures.collect::<Result<Vec<_>>>()?;
+    console.clear();
     let image = model.config().drawing.as_ref().map(|config| config.sampling.clone());
     let (seed, longest) = (args.seed.unwrap_or_else(request::any_seed), args.max_tokens as usize);
     let mut session = Session::new(&model)?;
@@ -197,7 +206,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let host = Host {
         manner: Manner { words: sampling, longest, image, seed, guide_from_sources: true },
         model: model.config().drawing.as_ref().map_or("Qwen2.5-VL".into(), |config| config.name.clone()),
-        images: Destination::Folder(args.out_dir.clone().unwrap_or_default()),
+        images: folder,
         json: args.json,
         verbose: args.verbose,
         console,
@@ -205,10 +214,16 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     };
     match text {
         None => Repl::new(&model, session, host, pictures, args.quiet)?.run(),
-        Some(text) => match { host }.say(&mut session, pictures, &text, Ask::Answer)?.ending {
-            Ending::Interrupted => Err(terminal::interrupted()),
-            Ending::Stop | Ending::Length => Ok(()),
-        },
+        Some(text) if text.starts_with('/') => Repl::new(&model, session, host, pictures, args.quiet)?.once(&text),
+        Some(text) => {
+            let mut host = host;
+            let reply = host.say(&mut session, pictures, &text, Ask::Answer)?;
+            // A reader that goes away ends the reply as well, and is no error.
+            match reply.ending == Ending::Interrupted && host.stop.check().is_break() {
+                true => Err(terminal::interrupted()),
+                false => Ok(()),
+            }
+        }
     }
 }
 
@@ -235,9 +250,14 @@ pub(super) fn check(bytes: &[u8]) -> Result<String> {
         Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))
             .hint("nextflow chat \"what is this?\"")
     })?;
+    let control = |c: &char| c.is_control() && !matches!(c, '\n' | '\t' | '\r');
     match text.trim() {
         "" => Err(Error::usage("the message is empty").hint("nextflow chat \"what is this?\"")),
-        text => Ok(text.into()),
+        text => match text.chars().find(control) {
+            Some(c) => Err(Error::usage(format!("the message holds the control character {}", c.escape_default()))
+                .hint("leave it out")),
+            None => Ok(text.into()),
+        },
     }
 }
 
@@ -295,6 +315,7 @@ impl Host {
     /// Says something, shows the answer as it comes and keeps its images.
     pub fn say(&mut self, session: &mut Session, pictures: Vec<Picture>, text: &str, ask: Ask) -> Result<Reply> {
         let (started, mut first, mut lost, mut paths) = (Instant::now(), None, None, Vec::new());
+        let mut seed = self.manner.seed;
         let model = session.model();
         let Self { manner, console, stop, .. } = self;
         console.start(1);
@@ -314,7 +335,8 @@ impl Host {
                     console.event(&event);
                     ControlFlow::Continue(())
                 }
-                Heard::Drawn(picture, seed) => {
+                Heard::Drawn(picture, drawn_with) => {
+                    seed = drawn_with;
                     let image = model.decode(picture)?;
                     let Some((codes, sampling)) = picture.codes().zip(manner.image.clone()) else {
                         return Ok(ControlFlow::Continue(()));
@@ -358,7 +380,6 @@ impl Host {
         }
         let reply = reply?;
         let seconds = started.elapsed().as_secs_f64();
-        let seed = self.manner.seed;
         if self.json {
             let seconds = (1e3 * seconds).round() / 1e3;
             let _ = terminal::emit_json(&Line { reply: &reply, images: paths, seed, seconds })?;

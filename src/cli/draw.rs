@@ -10,8 +10,9 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::ModelArgs;
+use super::edit::EditArgs;
 use crate::checkpoint::WeightType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::Job;
 use crate::output::{self, Settings};
 use crate::request::Request;
@@ -36,12 +37,12 @@ pub struct PromptArgs {
 #[derive(Args, Debug, Default)]
 pub struct DrawArgs {
     /// Decides all randomness [default: chosen, printed and stored]
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, allow_negative_numbers = true, value_parser = seed)]
     pub seed: Option<u64>,
     /// Images per prompt, with seeds SEED, SEED+1, ...
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub count: u64,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (square)
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or as the image that is changed
     #[arg(long, default_value = "auto")]
     pub size: String,
     /// Guidance: how closely to follow the prompt; 0 turns it off [default: the model's]
@@ -91,7 +92,28 @@ pub struct DrawArgs {
     pub json: bool,
 }
 
+/// A seed, as typed.
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("a seed is a whole number from 0 to {}", u64::MAX))
+}
+
 impl DrawArgs {
+    /// Whether so many scales can be drawn as these flags say.
+    ///
+    /// Errors: usage, for scales that there are not, and guidance that is off.
+    pub fn check_scales(&self, scales: usize) -> Result<()> {
+        match self.cfg_until {
+            Some(n) if n > scales => {
+                let message = format!("--cfg-until {n}, but the image has {scales} scales");
+                Err(Error::usage(message).hint(format!("--cfg-until {scales}")))
+            }
+            Some(n) if self.cfg == Some(0.0) => {
+                Err(Error::usage(format!("--cfg-until {n} with --cfg 0 guides nothing")).hint("leave one of them out"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// How much to say.
     pub fn level(&self) -> Level {
         match (self.quiet, self.verbose) {
@@ -121,6 +143,8 @@ pub(super) struct Delivery<'a> {
     pub console: Console,
     pub stop: Stop,
     pub json: bool,
+    /// What is changed, and how.
+    pub edit: Option<&'a EditArgs>,
 }
 
 impl Delivery<'_> {
@@ -132,7 +156,12 @@ impl Delivery<'_> {
         thought: Option<&str>,
         took: Duration,
     ) -> Result<ControlFlow<()>> {
-        let settings = Settings::new(job, &self.request.model, image.dimensions());
+        let settings = Settings {
+            thought: thought.map(String::from),
+            sources: self.edit.iter().flat_map(|edit| &edit.images).map(|path| path.to_string_lossy().into()).collect(),
+            free: self.edit.is_some_and(|edit| edit.free),
+            ..Settings::new(job, &self.request.model, image.dimensions())
+        };
         let png = output::encode(image, &settings)?;
         if self.stop.check().is_break() {
             return Err(terminal::interrupted());

@@ -20,7 +20,7 @@ use crate::{memory, pixels};
 #[command(after_help = "Examples:\n  nextflow edit -i apple.png -p \"make it green\" -o green.png\n  \
                   nextflow edit -i scene.png \"remove the red circle\" --count 4\n  \
                   echo \"把背景变成浅蓝色\" | nextflow edit -i cat.png -\n\nThe image is scaled to the model's size, \
-                  standing in the middle where the ratios differ; the result is cut to the ratio of the first image.")]
+                  standing in the middle where the ratios differ; the result is cut to the ratio of the first image, unless --size asks for another.")]
 pub struct EditArgs {
     /// The image to change; may be given several times
     #[arg(short, long = "image", value_name = "FILE", required = true)]
@@ -59,10 +59,12 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
     let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
+    args.draw.check_scales(frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
     let tokens = read.sum::<Result<usize>>()? + WORDS + THOUGHT + schedule::codes(&frame.scales);
-    let memory = config.memory(Some(&request.source), request.weights, tokens, None, &request.device)?;
+    let memory =
+        config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
     let (width, height) = frame.size();
     if args.draw.dry_run {
         let (model, images, seed) = (&*request.model, request.images(), request.seed);
@@ -82,7 +84,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
     let mut session = Session::new(&model)?;
-    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json };
+    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json, edit: Some(args) };
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
         delivery.console.start(1);

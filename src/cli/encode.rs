@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use image::ImageFormat;
 
 use super::ModelArgs;
 use crate::codes::Codes;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::output::Destination;
 use crate::size::Size;
 use crate::{device, pixels, terminal};
@@ -41,6 +42,10 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
         Some(path) if path.as_os_str() != "-" => Destination::File { path: path.clone(), force: args.force },
         _ => Destination::Stdout,
     };
+    if let Some(path) = args.output.as_ref().filter(|path| ImageFormat::from_path(path).is_ok()) {
+        let message = format!("{} is the name of an image, and codes are none", path.display());
+        return Err(Error::usage(message).hint(format!("-o {}", path.with_extension("json").display())));
+    }
     destination.check()?;
     let device = device::parse(&args.device)?;
     let image = pixels::open(&args.image)?;

@@ -11,7 +11,7 @@ use crate::checkpoint::WeightType;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
-use crate::generate::{Job, Model};
+use crate::generate::{Job, Model, TRANSFORMER};
 use crate::library::Library;
 use crate::scenes::{KINDS, Split};
 use crate::size::Size;
@@ -78,6 +78,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let asked = |suite: Suite| args.suite.is_empty() || args.suite.contains(&suite);
     let device = device::parse(&args.device)?;
     let source = args.model.source()?;
+    source.check_type(TRANSFORMER, args.quant)?;
     let library = match &args.data {
         Some(path) => Some(Library::load(path)?),
         None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),
@@ -125,10 +126,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     if asked(Suite::Dialogues) && model.config().conversation.draws {
         let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
-        let watch = &mut || {
-            console.start(1);
-            stop.check()
-        };
+        let watch = &mut || stop.check();
         report.dialogues = Some(examiner.run(watch)?);
         if let Some(library) = &library {
             report.thing_edits = eval::thing_edits(&examiner, library, watch)?;

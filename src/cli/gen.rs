@@ -48,6 +48,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
     request.sampling.check(scales.len())?;
+    args.draw.check_scales(scales.len())?;
     if args.batch == 0 || args.batch > MAX_BATCH {
         let what = if args.batch == 0 { "draws nothing".into() } else { format!("is more than {MAX_BATCH}") };
         return Err(Error::usage(format!("--batch {} {what}", args.batch)).hint("--batch 4"));
@@ -66,7 +67,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     console.loading();
     if args.think {
-        return think::run(Delivery { request: &request, console, stop, json }, &scales);
+        return think::run(Delivery { request: &request, console, stop, json, edit: None }, &scales);
     }
     let started = Instant::now();
     let model = Model::load(&request.source, &request.device, request.weights)?;
@@ -80,7 +81,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
             ));
         }
     }
-    let mut delivery = Delivery { request: &request, console, stop, json };
+    let mut delivery = Delivery { request: &request, console, stop, json, edit: None };
     let mut jobs = request.jobs(&scales);
     loop {
         let jobs: Vec<Job> = jobs.by_ref().take(batch).collect();

@@ -26,14 +26,14 @@ pub use r#gen::GenArgs;
 pub use model::ModelArgs;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
 use crate::terminal;
 
 /// Draw images from a terminal with NextFlow.
 #[derive(Debug, Parser)]
-#[command(name = "nextflow", version, about, disable_help_subcommand = true, arg_required_else_help = false)]
+#[command(name = "nextflow", version, about, arg_required_else_help = false)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -78,7 +78,7 @@ pub fn parse() -> Result<Option<Command>> {
             let _ = terminal::emit(e.render().to_string().as_bytes())?;
             Ok(None)
         }
-        Err(e) => Err(one_sentence(&e)),
+        Err(e) => Err(one_sentence(&e, std::env::args().nth(1).as_deref())),
     }
 }
 
@@ -102,22 +102,27 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// clap's paragraphs as one sentence and one hint.
-fn one_sentence(error: &clap::Error) -> Error {
+/// clap's paragraphs as one sentence and one hint, about the command that was named `first`, if it is one.
+fn one_sentence(error: &clap::Error, first: Option<&str>) -> Error {
     let text = error.render().to_string();
-    let sentence = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error:");
-    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
-    let hint = tip.map_or_else(|| "nextflow --help, or nextflow gen --help".into(), String::from);
+    // The other tips tell how to say what was not meant.
+    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: ")).filter(|tip| tip.contains("similar"));
+    let named = first.filter(|name| Cli::command().find_subcommand(name).is_some());
+    let command = named.map_or("nextflow".into(), |name| format!("nextflow {name}"));
+    let sentence = match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => format!("{command} needs to be told what to do"),
+        _ => text.split("\n\n").next().unwrap_or_default().trim_start_matches("error:").into(),
+    };
+    let hint = tip.map_or_else(|| format!("{command} --help"), String::from);
     Error::usage(sentence.split_whitespace().collect::<Vec<_>>().join(" ")).hint(hint)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn fails(args: &[&str]) -> Error {
-        one_sentence(&Cli::try_parse_from([&["nextflow"], args].concat()).unwrap_err())
+        one_sentence(&Cli::try_parse_from([&["nextflow"], args].concat()).unwrap_err(), args.first().copied())
     }
 
     #[test]
@@ -143,5 +148,9 @@ mod tests {
             assert!(error.hint.is_some());
         }
         assert!(fails(&["gen", "--sed", "1"]).hint.unwrap().contains("--seed"));
+        assert_eq!(fails(&["gen", "-p", "x", "--seed", "y"]).hint.unwrap(), "nextflow gen --help");
+        assert_eq!(fails(&[]).hint.unwrap(), "nextflow --help");
+        #[cfg(feature = "hub")]
+        assert_eq!(fails(&["models"]).message, "nextflow models needs to be told what to do");
     }
 }

@@ -2,10 +2,12 @@
 
 use std::io::Write;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 
+use crate::checkpoint::{NANO, Source};
 use crate::error::{Error, Result};
-use crate::hub::{Cache, Client, Id};
+use crate::hub::{Cache, Cached, Client, Id};
 use crate::terminal;
 
 /// Flags of `nextflow models`.
@@ -27,6 +29,8 @@ enum Action {
     Pull {
         /// OWNER/NAME, or OWNER/NAME@REVISION
         id: Id,
+        #[arg(long, hide = true, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
+        offline: bool,
         /// Say nothing but results and errors
         #[arg(short, long)]
         quiet: bool,
@@ -48,7 +52,11 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
     let cache = Cache::from_env()?;
     match &args.action {
         Action::List { json } => list(&cache, *json),
-        Action::Pull { id, quiet } => {
+        Action::Pull { id, offline: true, .. } => {
+            Err(Error::usage(format!("{id} is to be downloaded, but HF_HUB_OFFLINE or --offline forbids it"))
+                .hint(format!("HF_HUB_OFFLINE=0 nextflow models pull {id}")))
+        }
+        Action::Pull { id, quiet, .. } => {
             let folder = Client::from_env().pull(id, None, &cache, &mut progress(*quiet)?)?;
             terminal::emit_path(&folder).map(drop)
         }
@@ -62,11 +70,13 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
 
 fn list(cache: &Cache, json: bool) -> Result<()> {
     let models = cache.list()?;
+    let built_in = Source::Embedded.embedded_bytes();
     if json {
-        return terminal::emit_json(&models).map(drop);
+        let nano = Cached { id: NANO.into(), commits: Vec::new(), bytes: built_in };
+        let all: Vec<Cached> = Some(nano).filter(|_| built_in > 0).into_iter().chain(models).collect();
+        return terminal::emit_json(&all).map(drop);
     }
-    let built_in = if cfg!(feature = "nano") { "nano (built in)\n" } else { "" };
-    let mut text = built_in.to_string();
+    let mut text = if built_in > 0 { format!("{NANO} · {} · built in\n", size(built_in)) } else { String::new() };
     for model in models {
         let commits: Vec<&str> = model.commits.iter().map(|c| c.get(..7).unwrap_or(c)).collect();
         text += &format!(

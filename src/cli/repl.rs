@@ -79,6 +79,11 @@ impl<'a> Repl<'a> {
         Ok(Self { model, session, host, pictures, asked: None, lines, quiet, failed: false })
     }
 
+    /// One command, as it is typed.
+    pub fn once(mut self, text: &str) -> Result<()> {
+        self.command(text.trim_start_matches('/'))
+    }
+
     /// Until the user leaves.
     pub fn run(mut self) -> Result<()> {
         let terminal = self.lines.is_terminal();
@@ -95,6 +100,11 @@ impl<'a> Repl<'a> {
                     Some(command) => self.command(command),
                     None => self.say(&text, Ask::Answer),
                 },
+                // Nothing more can be read.
+                Err(error) if error.kind == Kind::Failure => {
+                    self.lines.close();
+                    return Err(error);
+                }
                 Err(error) => Err(error),
             };
             if let Err(error) = outcome {
@@ -114,7 +124,9 @@ impl<'a> Repl<'a> {
         let (text, named) = self.named(text)?;
         let text = chat::check(text.as_bytes())?;
         let pictures = self.pictures.iter().cloned().chain(named).collect();
-        self.ask(pictures, &text, ask)
+        self.ask(pictures, &text, ask)?;
+        self.pictures.clear();
+        Ok(())
     }
 
     /// Takes `$N` out of a text: the images so far that it names. Where there are none, it names none.
@@ -122,8 +134,8 @@ impl<'a> Repl<'a> {
         let mut pictures = Vec::new();
         let mut words = Vec::new();
         let count = self.session.pictures().count();
-        for word in text.split(' ') {
-            let number = word.trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
+        for word in text.split_inclusive(char::is_whitespace) {
+            let number = word.trim_end().trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
             match number.and_then(|digits| digits.parse::<usize>().ok()) {
                 None => words.push(word),
                 Some(_) if count == 0 => words.push(word),
@@ -139,14 +151,13 @@ impl<'a> Repl<'a> {
                 }
             }
         }
-        Ok((words.join(" ").trim().to_string(), pictures))
+        Ok((words.concat().trim().to_string(), pictures))
     }
 
     fn ask(&mut self, pictures: Vec<Picture>, text: &str, ask: Ask) -> Result<()> {
         self.host.stop.speaking();
         match self.host.say(&mut self.session, pictures, text, ask) {
             Ok(reply) => {
-                self.pictures.clear();
                 self.asked = Some(ask);
                 if reply.ending == Ending::Interrupted && !self.quiet {
                     terminal::note("(stopped)");
@@ -229,14 +240,14 @@ impl<'a> Repl<'a> {
         let Some(question) = self.session.undo() else {
             return Err(Error::usage("nothing was said yet").hint("/gen a red apple"));
         };
+        let kept = self.session.turns().len();
         let images = turns.last().map_or(0, |answer| answer.pictures().count());
         let ask = self.asked.unwrap_or(if images == 1 { Ask::Edit } else { Ask::Answer });
         self.host.manner.seed = self.host.manner.seed.wrapping_add(1);
         let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);
-        if self.session.turns().len() < turns.len() {
+        if self.session.turns().len() == kept {
             // Nothing new was said: what was there stays.
-            let lost = turns.len() - 2..;
-            turns[lost].iter().for_each(|turn| self.session.push(turn.role, turn.parts.clone()));
+            turns[kept..].iter().for_each(|turn| self.session.push(turn.role, turn.parts.clone()));
         }
         outcome
     }

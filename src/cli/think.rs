@@ -4,9 +4,8 @@ use std::time::Instant;
 
 use super::draw::Delivery;
 use crate::chat::{ChatConfig, ChatModel, Heard, Manner, Part, Session};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::generate::prompt::THINK;
-use crate::terminal;
 
 /// The most words that it thinks.
 const LONGEST: usize = 256;
@@ -22,20 +21,15 @@ pub(super) fn run(mut delivery: Delivery, scales: &[(usize, usize)]) -> Result<(
         let image = Some(job.sampling.clone());
         let manner = Manner { words, longest: LONGEST, image, seed: job.seed, guide_from_sources: true };
         let mut session = Session::new(&model)?;
-        let reply = session.say(Vec::new(), &format!("{THINK}{}", job.prompt), &manner, &mut |heard| {
+        let text = format!("{THINK}{}", job.prompt);
+        let reply = session.draw(Vec::new(), &text, &manner, Some(scales), &mut |heard| {
             if let Heard::Drawing(event) = heard {
                 delivery.console.event(&event);
             }
             delivery.stop.check()
         })?;
-        if delivery.stop.check().is_break() {
-            return Err(terminal::interrupted());
-        }
-        let Some(picture) = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image)) else {
-            let message = format!("the model thought {:?} and drew nothing", reply.text.trim());
-            return Err(Error::new(Kind::Failure, message).hint("leave out --think, or say it in other words"));
-        };
-        let image = model.decode(picture)?;
+        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
+        let image = model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?;
         if delivery.deliver(&job, &image, Some(reply.text.trim()), started.elapsed())?.is_break() {
             break;
         }
