@@ -142,6 +142,15 @@ impl Stop {
     }
 }
 
+/// What is done before the process ends on Ctrl-C.
+static CLEAN: OnceLock<fn()> = OnceLock::new();
+
+/// As [`interrupts`], and `clean` is called where a process is ended in the middle of its work.
+pub fn interrupts_after(clean: fn()) -> Result<Stop> {
+    let _ = CLEAN.set(clean);
+    interrupts()
+}
+
 /// Takes over Ctrl-C and SIGTERM: work stops at its next step or, where that takes too long, the process ends.
 pub fn interrupts() -> Result<Stop> {
     static STOP: OnceLock<Stop> = OnceLock::new();
@@ -159,6 +168,9 @@ pub fn interrupts() -> Result<Stop> {
             std::thread::sleep(Duration::from_millis(700));
         }
         // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
+        if let Some(clean) = CLEAN.get() {
+            clean();
+        }
         clear_line();
         report(&interrupted());
         std::process::exit(Kind::Interrupted as i32);

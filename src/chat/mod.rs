@@ -2,6 +2,7 @@
 
 mod config;
 mod cost;
+mod drawing;
 mod picture;
 mod reply;
 mod session;

@@ -9,7 +9,6 @@ use super::{ChatModel, Picture, Speech};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
-use crate::generate::{Batch, Rows, Sampling, draw_codes, schedule};
 
 /// Tokens that are read in one pass.
 pub(super) const CHUNK: usize = 512;
@@ -47,7 +46,7 @@ pub(super) enum Row {
 pub struct Session<'a> {
     pub(super) model: &'a ChatModel,
     system: String,
-    turns: Vec<Turn>,
+    pub(super) turns: Vec<Turn>,
     /// Of every row.
     pub(super) caches: Vec<Cache>,
     /// What the model has said of the reply that it is making.
@@ -80,12 +79,6 @@ impl<'a> Session<'a> {
     /// All images so far, in their order.
     pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
         self.turns.iter().flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image)
-    }
-
-    /// How many images the model has drawn.
-    fn drawn(&self) -> usize {
-        let by_model = self.turns.iter().filter(|turn| turn.role == Role::Assistant);
-        by_model.flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image).count()
     }
 
     /// What the model is told about itself.
@@ -203,7 +196,7 @@ impl<'a> Session<'a> {
     /// How many more tokens the model's context has room for behind so many.
     ///
     /// Errors: usage, if it has no room for these.
-    fn room(&self, tokens: usize) -> Result<usize> {
+    pub(super) fn room(&self, tokens: usize) -> Result<usize> {
         let context = self.model.config.context;
         context.checked_sub(tokens).ok_or_else(|| {
             let message = format!("the conversation has {tokens} tokens, the model's limit is {context}");
@@ -225,18 +218,6 @@ impl<'a> Session<'a> {
                 drawn => drawn?,
             }
         }
-    }
-
-    /// Draws the image that the model has opened in its reply, and reads it.
-    fn draw_within(&mut self, talk: &mut Talk, manner: &Manner, listener: Listener) -> Result<()> {
-        self.draw_next(manner, &self.next_scales()?, listener)?;
-        talk.tokens += 1;
-        let script = self.render(Row::Said, true)?;
-        talk.longest = talk.longest.min(talk.tokens + self.room(script.tokens.len())?);
-        self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
-        (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
-        talk.layout = script.layout;
-        Ok(())
     }
 
     /// Speaks until the model opens an image or the reply ends.
@@ -297,62 +278,6 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// The grids of an image that follows: those of the last one, for it is likely to be an edit.
-    fn next_scales(&self) -> Result<Vec<(usize, usize)>> {
-        let last = self.pictures().filter_map(Picture::codes).last();
-        last.map_or_else(|| self.model.usual_scales(), |codes| Ok(codes.scales.clone()))
-    }
-
-    /// Draws an image behind what has been read of the conversation and of the reply, and puts it there.
-    fn draw_next(&mut self, manner: &Manner, scales: &[(usize, usize)], listener: Listener) -> Result<()> {
-        let (model, config) = (self.model, &self.model.config.backbone);
-        let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(manner.image.as_ref()) else {
-            return Err(ChatModel::draws_nothing());
-        };
-        let guided = sampling.guided(scales.len());
-        let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
-        let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
-        for &row in rows {
-            let mut script = self.render(row, manner.guide_from_sources)?;
-            script.tokens.push(Token::Word(config.boi()));
-            script.layout.push_image(scales, config.spatial_extent);
-            self.room(script.layout.len())?;
-            self.caches[row as usize].reserve(script.layout.len())?;
-            hidden.push(self.catch_up(row, &script, listener)?.1);
-            layouts.push(script.layout);
-        }
-        let hidden = Tensor::cat(&hidden, 0)?;
-        let seed = manner.seed.wrapping_add(self.drawn() as u64);
-        // What follows reads the whole image.
-        let sampling = Sampling { draft: 0, ..sampling.clone() };
-        let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
-        let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
-        let images =
-            draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
-        let name = format!("${}", self.pictures().count() + 1);
-        let picture = images.and_then(|mut images| {
-            let codes = images.pop().unwrap_or_default();
-            Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales)
-        });
-        let mut picture = match picture {
-            Ok(picture) => picture,
-            Err(error) => {
-                rows.iter().for_each(|&row| self.caches[row as usize].truncate(self.read[row as usize].len()));
-                return Err(error);
-            }
-        };
-        // The loop has left the inputs of all scales in the cache, or of the guided ones.
-        let mut script = Script::default();
-        script.picture(&picture, config);
-        for (&row, read) in rows.iter().zip([scales.len(), guided]) {
-            let inputs = schedule::codes(&scales[..read]) - 1;
-            self.read[row as usize].extend(&script.tokens[1..][..inputs]);
-        }
-        let _ = listener(Heard::Drawn(&mut picture, seed));
-        self.reply.push(Part::Image(picture));
-        Ok(())
-    }
-
     /// Which words of the vocabulary are in a sequence; tokens of images count as the word that stands for them.
     fn words_before(&self, tokens: &[Token]) -> Vec<bool> {
         let mut before = vec![false; self.model.config.backbone.vocab_size];
@@ -370,7 +295,7 @@ impl<'a> Session<'a> {
     }
 
     /// Reads of a script what a row has not read yet: how many tokens it had, and the hidden state of the last one.
-    fn catch_up(&mut self, row: Row, script: &Script, listener: Listener) -> Result<(usize, Tensor)> {
+    pub(super) fn catch_up(&mut self, row: Row, script: &Script, listener: Listener) -> Result<(usize, Tensor)> {
         let (read, tokens) = (&mut self.read[row as usize], &script.tokens);
         // The last token is read in any case: its hidden state is asked for.
         let same = tokens.iter().zip(&*read).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);

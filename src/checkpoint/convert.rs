@@ -2,7 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::BufWriter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -46,6 +47,16 @@ fn unwritten(folder: &Path, e: &dyn std::fmt::Display) -> Error {
         .hint("check the folder's permissions and free space: df -h")
 }
 
+/// Where a folder is being made.
+static PART: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Removes what [`whole_folder`] has not finished, when the process is to end.
+pub fn abandon() {
+    if let Some(part) = PART.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let _ = fs::remove_dir_all(part);
+    }
+}
+
 /// Makes `folder`, which must not exist, of what `fill` writes into another: it appears whole or not at all.
 ///
 /// Errors: [`Kind::Usage`] if it exists, [`Kind::Failure`] if it cannot be written, and those of `fill`.
@@ -59,6 +70,7 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         return Err(Error::usage(message).hint(format!("mkdir -p {}", parent.display())));
     }
     let part = tempfile::Builder::new().prefix(".nextflow-").tempdir_in(parent).map_err(|e| unwritten(folder, &e))?;
+    *PART.lock().unwrap_or_else(PoisonError::into_inner) = Some(part.path().into());
     fill(part.path())?;
     // A temporary folder is private; this one is to become an ordinary one.
     #[cfg(unix)]

@@ -62,6 +62,7 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     let fresh = |key: &str| {
         key.starts_with("model.mm_projector.") || key == "model.scale_embed" || tied && key == "lm_head.weight"
     };
+    terminal::interrupts_after(checkpoint::abandon)?;
     checkpoint::whole_folder(&args.out, |part| {
         let json = serde_json::to_string_pretty(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
         checkpoint::write(&part.join("config.json"), (json + "\n").as_bytes())?;

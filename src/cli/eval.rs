@@ -11,7 +11,7 @@ use crate::checkpoint::WeightType;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
-use crate::generate::{Job, Model, TRANSFORMER};
+use crate::generate::{Job, Model, ModelConfig, TRANSFORMER};
 use crate::library::Library;
 use crate::scenes::{KINDS, Split};
 use crate::size::Size;
@@ -51,10 +51,10 @@ pub struct EvalArgs {
     /// Measure this alone; may be given several times [default: all that the model and the picture library allow]
     #[arg(long, value_name = "SUITE", value_enum)]
     pub suite: Vec<Suite>,
-    /// Compositions that were held out, or of those that nano was trained on
+    /// Compositions and dialogues that were held out, or of those that nano was trained on
     #[arg(long, value_enum, default_value_t = Split::HeldOut)]
     pub split: Split,
-    /// Prompts per category of compositions
+    /// Cases per category of compositions, and per kind of dialogues
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub per_category: usize,
     /// Draw only N concepts, evenly spread, for recognition [default: all]
@@ -67,6 +67,10 @@ pub struct EvalArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// How to get the picture library.
+const LIBRARY_HINT: &str =
+    "sh src/train/fetch-data.sh data && cargo run --release --features train -- train data, or --data FILE";
 
 /// Runs `nextflow eval`.
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
@@ -84,6 +88,13 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),
         None => None,
     };
+    let of_pictures = [Suite::Recognition, Suite::Reconstruction];
+    if library.is_none() && args.suite.iter().any(|suite| of_pictures.contains(suite)) {
+        return Err(Error::usage("recognition and reconstruction need the picture library").hint(LIBRARY_HINT));
+    }
+    if args.suite.contains(&Suite::Dialogues) && !ModelConfig::read(&source)?.conversation.draws {
+        return Err(Error::usage(format!("{source} does not answer with images")).hint("--suite compositions"));
+    }
     let drawn = library.as_ref().filter(|_| asked(Suite::Recognition));
     let concepts = drawn.map_or(0, |l| eval::recognisable(l, args.limit));
     let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
@@ -144,10 +155,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             done(&mut console, "reconstruction");
         }
     } else if asked(Suite::Recognition) || asked(Suite::Reconstruction) {
-        console.finish(
-            "recognition and reconstruction need the picture library: sh src/train/fetch-data.sh, \
-             then nextflow train data, or --data FILE",
-        );
+        console.finish(&format!("recognition and reconstruction need the picture library: {LIBRARY_HINT}"));
     }
     let _ = match args.json {
         true => terminal::emit_json(&report)?,

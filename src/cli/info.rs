@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::chat::{self, ChatConfig};
-use crate::checkpoint::{FileSummary, Fit, Inventory, Source};
+use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
 use crate::codec;
 use crate::error::Result;
 use crate::generate::{ModelConfig, tokenflow};
@@ -20,7 +20,7 @@ const SHOWN: usize = 5;
 #[derive(Args, Debug)]
 pub struct InfoArgs {
     /// A model folder, or a file of weights (.safetensors or .pt) [default: the model inside the program]
-    #[arg(value_name = "FOLDER|FILE")]
+    #[arg(value_name = "FOLDER|FILE", env = "NEXTFLOW_MODEL")]
     pub path: Option<PathBuf>,
     /// Print JSON in place of text
     #[arg(long)]
@@ -44,8 +44,9 @@ struct Info {
 /// Runs `nextflow info`.
 pub(super) fn run(args: &InfoArgs) -> Result<()> {
     let info = match &args.path {
+        Some(path) if path == Path::new(NANO) && !path.exists() => of_model(&Source::Embedded)?,
         Some(path) if !path.is_dir() => of_weights(&Inventory::open(path)?)?,
-        Some(path) => match config(path) {
+        Some(path) => match config(path)? {
             Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
             Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
             _ => of_weights(&Inventory::open(path)?)?,
@@ -59,8 +60,10 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
     Ok(())
 }
 
-fn config(folder: &Path) -> Option<serde_json::Value> {
-    Source::Folder(folder.into()).read_config().ok()
+/// A folder's config, if there is one.
+fn config(folder: &Path) -> Result<Option<serde_json::Value>> {
+    let source = Source::Folder(folder.into());
+    if source.has_file("config.json") { source.read_config().map(Some) } else { Ok(None) }
 }
 
 /// Whether a config is ours, or stands for one.

@@ -31,6 +31,7 @@ pub struct QuantizeArgs {
 /// Runs `nextflow quantize`.
 pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = args.model.source()?;
+    terminal::interrupts_after(checkpoint::abandon)?;
     let asked = Weights::inventory();
     if chat::is_qwen(&source.read_config()?) {
         ChatConfig::read(&source)?.build(&asked)?;

@@ -108,7 +108,8 @@ impl ModelConfig {
         };
         // Images of all sizes come out as they are.
         let tokenizer = TokenizerConfig { image_size: None, ..tokenizer };
-        let sampling = Sampling { cfg: 3.0, top_k: Some(600), top_p: 0.95, ..Sampling::default() };
+        // The authors' own, in "VAR RL Done Right" (arXiv 2601.02256).
+        let sampling = Sampling { cfg: 5.0, top_k: Some(2), top_p: 0.9, ..Sampling::default() };
         let (scales, grids) = (backbone.max_scales, Vec::new());
         Self {
             name: name.into(),

@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Key best = 0;
   for (int i = threadIdx.x; i < columns; i += THREADS) {
     const float logit = guided(i);
-    nan |= isnan(logit);
+    nan |= isnan(logit) || logit == INFINITY;
     finite |= isfinite(logit);
     // The sum makes zeros equal, whatever their sign.
     best = max(best, key(logit + 0.0f, i));

@@ -1,0 +1,87 @@
+//! Images that a conversation draws, behind what has been read of it.
+
+use candle_core::Tensor;
+
+use super::picture::{Script, Token};
+use super::reply::{Heard, Listener, Manner, Talk};
+use super::session::{CHUNK, Row};
+use super::template::{Part, Role};
+use super::{ChatModel, Picture, Session};
+use crate::error::Result;
+use crate::generate::{Batch, Rows, Sampling, draw_codes, schedule};
+
+impl Session<'_> {
+    /// How many images the model has drawn.
+    pub(super) fn drawn(&self) -> usize {
+        let by_model = self.turns.iter().filter(|turn| turn.role == Role::Assistant);
+        by_model.flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image).count()
+    }
+
+    /// Draws the image that the model has opened in its reply, and reads it.
+    pub(super) fn draw_within(&mut self, talk: &mut Talk, manner: &Manner, listener: Listener) -> Result<()> {
+        self.draw_next(manner, &self.next_scales()?, listener)?;
+        talk.tokens += 1;
+        let script = self.render(Row::Said, true)?;
+        talk.longest = talk.longest.min(talk.tokens + self.room(script.tokens.len())?);
+        self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
+        (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
+        talk.layout = script.layout;
+        Ok(())
+    }
+
+    /// The grids of an image that follows: those of the last one, for it is likely to be an edit.
+    pub(super) fn next_scales(&self) -> Result<Vec<(usize, usize)>> {
+        let last = self.pictures().filter_map(Picture::codes).last();
+        last.map_or_else(|| self.model.usual_scales(), |codes| Ok(codes.scales.clone()))
+    }
+
+    /// Draws an image behind what has been read of the conversation and of the reply, and puts it there.
+    pub(super) fn draw_next(&mut self, manner: &Manner, scales: &[(usize, usize)], listener: Listener) -> Result<()> {
+        let (model, config) = (self.model, &self.model.config.backbone);
+        let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(manner.image.as_ref()) else {
+            return Err(ChatModel::draws_nothing());
+        };
+        let guided = sampling.guided(scales.len());
+        let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
+        let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
+        for &row in rows {
+            let mut script = self.render(row, manner.guide_from_sources)?;
+            script.tokens.push(Token::Word(config.boi()));
+            script.layout.push_image(scales, config.spatial_extent);
+            self.room(script.layout.len())?;
+            self.caches[row as usize].reserve(script.layout.len())?;
+            hidden.push(self.catch_up(row, &script, listener)?.1);
+            layouts.push(script.layout);
+        }
+        let hidden = Tensor::cat(&hidden, 0)?;
+        let seed = manner.seed.wrapping_add(self.drawn() as u64);
+        // What follows reads the whole image.
+        let sampling = Sampling { draft: 0, ..sampling.clone() };
+        let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
+        let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
+        let images =
+            draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
+        let name = format!("${}", self.pictures().count() + 1);
+        let picture = images.and_then(|mut images| {
+            let codes = images.pop().unwrap_or_default();
+            Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales)
+        });
+        let mut picture = match picture {
+            Ok(picture) => picture,
+            Err(error) => {
+                rows.iter().for_each(|&row| self.caches[row as usize].truncate(self.read[row as usize].len()));
+                return Err(error);
+            }
+        };
+        // The loop has left the inputs of all scales in the cache, or of the guided ones.
+        let mut script = Script::default();
+        script.picture(&picture, config);
+        for (&row, read) in rows.iter().zip([scales.len(), guided]) {
+            let inputs = schedule::codes(&scales[..read]) - 1;
+            self.read[row as usize].extend(&script.tokens[1..][..inputs]);
+        }
+        let _ = listener(Heard::Drawn(&mut picture, seed));
+        self.reply.push(Part::Image(picture));
+        Ok(())
+    }
+}
