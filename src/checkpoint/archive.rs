@@ -1,5 +1,6 @@
 //! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also written, all at once.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -119,20 +120,32 @@ impl Archive {
     pub(super) fn read(&self, key: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         let fail = |e: &dyn std::fmt::Display| candle_core::Error::Msg(format!("{}: {key}: {e}", self.name));
         let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
-        let tensor = match &self.data {
-            Data::File(file) => {
+        let tensor = match (entry.stored, &self.data) {
+            (BYTES, _) => {
+                let scales = self.read(&scale_key(key), DType::F32, &Device::Cpu)?.to_vec1()?;
+                let values = dequantise(&self.bytes(entry).map_err(|e| fail(&e))?, &scales);
+                Tensor::from_vec(values, &entry.shape[..], &Device::Cpu)?.to_dtype(dtype)
+            }
+            (_, Data::File(file)) => {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
                 file.seek(SeekFrom::Start(entry.start)).map_err(|e| fail(&e))?;
                 decode(&mut *file, entry, dtype)
             }
-            Data::Bytes(bytes) => decode(&mut &bytes[entry.start as usize..], entry, dtype),
+            (_, Data::Bytes(bytes)) => decode(&mut &bytes[entry.start as usize..], entry, dtype),
         };
-        let tensor = tensor.map_err(|e| fail(&e))?;
-        let tensor = match entry.stored {
-            BYTES => dequantise(&tensor, &self.read(&scale_key(key), DType::F32, &Device::Cpu)?)?.to_dtype(dtype)?,
-            _ => tensor,
-        };
-        tensor.to_device(device)
+        tensor.map_err(|e| fail(&e))?.to_device(device)
+    }
+
+    /// A tensor as it is stored.
+    fn bytes(&self, entry: &Entry) -> io::Result<Cow<'static, [u8]>> {
+        match &self.data {
+            Data::File(file) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.seek(SeekFrom::Start(entry.start))?;
+                numbers(&mut *file, entry.length, |[b]: [u8; 1]| b).map(Cow::Owned)
+            }
+            Data::Bytes(bytes) => Ok(Cow::Borrowed(&bytes[entry.start as usize..][..entry.length as usize])),
+        }
     }
 
     /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks of `dtype`.
@@ -146,11 +159,9 @@ impl Archive {
         let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
         let &[rows, columns] = &entry.shape[..] else { return Err(fail(&"not a matrix")) };
         match (entry.stored, &self.data) {
-            (Stored::Blocks(stored), Data::File(file)) => {
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-                file.seek(SeekFrom::Start(entry.start)).map_err(|e| fail(&e))?;
-                let bytes = numbers(&mut *file, entry.length, |[b]: [u8; 1]| b).map_err(|e| fail(&e))?;
-                Ok(QTensor::new(QStorage::from_data(bytes.into(), device, stored)?, (rows, columns))?.into())
+            (Stored::Blocks(stored), _) => {
+                let bytes = self.bytes(entry).map_err(|e| fail(&e))?;
+                Ok(QTensor::new(QStorage::from_data(bytes, device, stored)?, (rows, columns))?.into())
             }
             (Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16), Data::File(file)) => {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -194,22 +205,27 @@ fn scale_key(key: &str) -> String {
 const BYTES: Stored = Stored::Plain(Dtype::U8);
 
 /// The byte that stands for zero.
-const ZERO: f64 = 128.0;
+const ZERO: f32 = 128.0;
 
 /// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte - 128) * scale.
 pub fn quantise(tensors: &mut BTreeMap<String, Tensor>, key: String, tensor: &Tensor) -> candle_core::Result<()> {
     let rows = tensor.to_dtype(DType::F32)?.flatten_from(1)?;
     let scale = (rows.abs()?.max_keepdim(1)? / 127.0)?.clamp(f32::MIN_POSITIVE, f32::MAX)?;
-    let bytes = (rows.broadcast_div(&scale)?.round()? + ZERO)?.to_dtype(DType::U8)?.reshape(tensor.shape())?;
+    let bytes =
+        (rows.broadcast_div(&scale)?.round()? + f64::from(ZERO))?.to_dtype(DType::U8)?.reshape(tensor.shape())?;
     tensors.insert(scale_key(&key), scale.squeeze(1)?);
     tensors.insert(key, bytes);
     Ok(())
 }
 
-/// Undoes [`quantise`]: bytes, here as f32, and scales (rows).
-fn dequantise(bytes: &Tensor, scale: &Tensor) -> candle_core::Result<Tensor> {
-    let rows = (bytes.flatten_from(1)?.to_dtype(DType::F32)? - ZERO)?;
-    rows.broadcast_mul(&scale.unsqueeze(1)?)?.reshape(bytes.shape())
+/// Undoes [`quantise`]: bytes (rows, ...) and scales (rows).
+fn dequantise(bytes: &[u8], scales: &[f32]) -> Vec<f32> {
+    let mut values = Vec::with_capacity(bytes.len());
+    let rows = bytes.chunks_exact((bytes.len() / scales.len().max(1)).max(1));
+    for (row, scale) in rows.zip(scales) {
+        values.extend(row.iter().map(|&byte| (f32::from(byte) - ZERO) * scale));
+    }
+    values
 }
 
 fn decode(file: &mut impl Read, entry: &Entry, dtype: DType) -> candle_core::Result<Tensor> {
@@ -218,7 +234,6 @@ fn decode(file: &mut impl Read, entry: &Entry, dtype: DType) -> candle_core::Res
         Stored::Plain(Dtype::F32) => tensor(file, entry, dtype, f32::from_le_bytes),
         Stored::Plain(Dtype::F16) => tensor(file, entry, dtype, |b| f16::from_le_bytes(b).to_f32()),
         Stored::Plain(Dtype::BF16) => tensor(file, entry, dtype, |b| bf16::from_le_bytes(b).to_f32()),
-        BYTES => tensor(file, entry, DType::F32, |[b]: [u8; 1]| f32::from(b)),
         other => Err(candle_core::Error::Msg(format!("stored as {other}, expected F32, F16, BF16 or scaled U8"))),
     }
 }
