@@ -131,7 +131,7 @@ fn prompts(args: &PromptArgs) -> Result<Vec<String>> {
             Ok(vec![text::check_prompt(trim_newline(&bytes))?])
         }
         Some(prompt) => Ok(vec![text::check_prompt(prompt.as_encoded_bytes())?]),
-        None => Err(Error::usage("there is no prompt").hint("nextflow gen -p \"a red apple\"")),
+        None => Err(Error::usage("there is no prompt").hint("-p \"a red apple\", or --prompt-file FILE")),
     }
 }
 

@@ -130,3 +130,16 @@ fn qwens_public_checkpoints_are_complete_and_nothing_in_them_is_unknown() {
         }
     }
 }
+
+#[test]
+fn a_folder_without_weights_or_with_a_broken_config_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    for (config, part) in [(None, "holds no weights"), (Some("{"), "is not JSON")] {
+        if let Some(config) = config {
+            std::fs::write(dir.path().join("config.json"), config).unwrap();
+        }
+        let output = nextflow(dir.path(), &["info", "."]);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(3) && stderr.contains(part) && stderr.contains("hint: "), "{stderr}");
+    }
+}

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::chat::{self, ChatConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
 use crate::codec;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::{ModelConfig, tokenflow};
 use crate::terminal;
 
@@ -49,7 +49,13 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         Some(path) => match config(path)? {
             Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
             Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
-            _ => of_weights(&Inventory::open(path)?)?,
+            _ => match Inventory::open(path)? {
+                none if none.files().is_empty() => {
+                    return Err(Error::model(format!("{} holds no weights", path.display()))
+                        .hint("name a folder or file with .safetensors, .pt or .gguf"));
+                }
+                weights => of_weights(&weights)?,
+            },
         },
         None => of_model(&Source::Embedded)?,
     };
@@ -106,7 +112,6 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         _ if inventory.has("visual.patch_embed.proj.weight") => "Qwen2.5-VL",
         _ if inventory.has("model.layers.0.self_attn.q_proj.bias") => "a language model of Qwen2's layout",
         _ if inventory.has("model.layers.0.self_attn.q_proj.weight") => "a language model of Llama's layout",
-        _ if files.is_empty() => "a folder without weights",
         _ => "weights of no family that is known here",
     };
     Ok(Info { family: family.into(), config: None, files, fit: None })
