@@ -124,9 +124,7 @@ impl<'a> Repl<'a> {
         let (text, named) = self.named(text)?;
         let text = chat::check(text.as_bytes())?;
         let pictures = self.pictures.iter().cloned().chain(named).collect();
-        self.ask(pictures, &text, ask)?;
-        self.pictures.clear();
-        Ok(())
+        self.ask(pictures, &text, ask)
     }
 
     /// Takes `$N` out of a text: the images so far that it names. Where there are none, it names none.
@@ -158,6 +156,7 @@ impl<'a> Repl<'a> {
         self.host.stop.speaking();
         match self.host.say(&mut self.session, pictures, text, ask) {
             Ok(reply) => {
+                self.pictures.clear();
                 self.asked = Some(ask);
                 if reply.ending == Ending::Interrupted && !self.quiet {
                     terminal::note("(stopped)");
@@ -244,7 +243,10 @@ impl<'a> Repl<'a> {
         let images = turns.last().map_or(0, |answer| answer.pictures().count());
         let ask = self.asked.unwrap_or(if images == 1 { Ask::Edit } else { Ask::Answer });
         self.host.manner.seed = self.host.manner.seed.wrapping_add(1);
+        // Images that wait are for the next message.
+        let waiting = std::mem::take(&mut self.pictures);
         let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);
+        self.pictures = waiting;
         if self.session.turns().len() == kept {
             // Nothing new was said: what was there stays.
             turns[kept..].iter().for_each(|turn| self.session.push(turn.role, turn.parts.clone()));
