@@ -10,8 +10,8 @@ that draws many (for nextflow `gen --count N+1` less `gen --count 1`, by N; for 
 not counted). All read the words, draw and write PNGs. PyTorch runs twice: as it is, and with oneDNN in MKL's place.
 
 `7b` has the shape of `nextflow bench --synthetic nextflow-7b` and random weights, bf16 on CUDA, else f32. It prints a
-JSON object per variant (eager; --graphs: a CUDA graph per scale; --compile: torch.compile of the block; both), then a
-table: the median of warm images of both programs, pixels included, and PyTorch's first image, in which blocks compile.
+JSON object per variant (eager; --graphs: a CUDA graph per scale; --compile: torch.compile of the block; both), then of
+every size a table: the median of warm images of both programs, pixels included, and PyTorch's first image, in which blocks compile.
 
 Needs torch, and for nano safetensors, tokenizers and pillow.
 """
@@ -412,23 +412,26 @@ def capture(parts):
     return [graph.replay for graph in graphs]
 
 
+def bench(program, device, size, images):
+    """What nextflow tells of the same shape; None if it fails, and then it tells itself why."""
+    command = [program, "bench", "--synthetic", "nextflow-7b", "--json", "--size", f"{size}x{size}", "--device", device]
+    done = subprocess.run([*command, "--images", str(images)], stdout=subprocess.PIPE)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
 def large(args):
     device, config = torch.device(args.device), NEXTFLOW_7B
     cuda = device.type == "cuda"
-    sync = torch.cuda.synchronize if cuda else lambda: None
     shape = {"num_hidden_layers": args.layers, "vocab_size": args.vocab, "codebook_size": args.codes}
     whole = all(config["backbone"][key] == value for key, value in shape.items())
     config["backbone"].update(shape)
     config["tokenizer"]["codebook"]["size"] = args.codes
-    theirs = None
+    theirs = {}
     if args.nextflow and whole:
-        size = f"{args.size}x{args.size}"
-        bench = [args.nextflow, "bench", "--synthetic", "nextflow-7b", "--json"]
-        bench += ["--size", size, "--device", args.device, "--images", str(args.runs + 1)]
-        done = subprocess.run(bench, stdout=subprocess.PIPE)  # It tells itself what is wrong.
-        if done.returncode == 0:
-            theirs = json.loads(done.stdout)
-            print(json.dumps({"variant": "nextflow", **theirs}), flush=True)
+        # Before anything of PyTorch's takes memory.
+        theirs = {size: bench(args.nextflow, args.device, size, args.runs + 1) for size in args.size}
+        for size, found in theirs.items():
+            print(json.dumps({"variant": "nextflow", "size": size, **(found or {})}), flush=True)
     elif args.nextflow:
         print("nextflow has the whole shape only, so it does not run", file=sys.stderr)
     with device:
@@ -436,10 +439,19 @@ def large(args):
         torch.set_default_dtype(torch.bfloat16 if cuda else torch.float32)
         transformer = Transformer(config["backbone"])
         torch.set_default_dtype(torch.float32)
-    pixels = [tokenizer.post_quant_conv, tokenizer.decoder]
-    for part in pixels:
+    for part in tokenizer.post_quant_conv, tokenizer.decoder:
         part.to(dtype=torch.bfloat16 if cuda else torch.float32, memory_format=torch.channels_last)
-    drawing = Drawing(transformer, tokenizer, config, list(range(16)), SIDES[: LEVELS[args.size]], config["sampling"])
+    for size in args.size:
+        sides = SIDES[: LEVELS[size]]
+        drawing = Drawing(transformer, tokenizer, config, list(range(16)), sides, config["sampling"])
+        print("", *compare(args, drawing, size, theirs.get(size)), "", sep="\n", flush=True)
+        del drawing
+
+
+def compare(args, drawing, size, theirs):
+    """The lines of a table of all variants."""
+    transformer, cuda = drawing.transformer, drawing.cos.is_cuda
+    sync = torch.cuda.synchronize if cuda else lambda: None
 
     def draw(parts):
         sync()
@@ -461,12 +473,12 @@ def large(args):
         draw(parts)
         image, decode = (statistics.median(column) for column in zip(*(draw(parts) for _ in range(args.runs))))
         peak = torch.cuda.max_memory_allocated() if cuda else None
-        return {"variant": name, "size": args.size, "device": torch.cuda.get_device_name() if cuda else "cpu",
+        return {"variant": name, "size": size, "device": torch.cuda.get_device_name() if cuda else "cpu",
                 "torch": torch.__version__, "image_seconds": image, "decode_seconds": decode,
                 "first_image_seconds": first, "peak_bytes": peak}
 
     variants = {"eager": (0, 0), "graphs": (0, 1), "compile": (1, 0), "compile and graphs": (1, 1)}
-    table = [f"{'':<20}{'seconds':>10}{'decoding':>10}{'first':>10}{'peak GB':>10}{'ratio':>8}"]
+    table = [f"{f'{size} px':<20}{'seconds':>10}{'decoding':>10}{'first':>10}{'peak GB':>10}{'ratio':>8}"]
     if theirs:
         table.append(f"{'nextflow':<20}{theirs['image_seconds']:>10.3f}{theirs['decode_seconds']:>10.3f}")
     for name, (compiled, graphs) in variants.items():
@@ -482,7 +494,7 @@ def large(args):
         ratio = f"{found['image_seconds'] / theirs['image_seconds']:.2f}x" if theirs else ""
         table.append(f"{name:<20}{found['image_seconds']:>10.3f}{found['decode_seconds']:>10.3f}"
                      f"{found['first_image_seconds']:>10.3f}{peak:>10}{ratio:>8}")
-    print("", *table, sep="\n")
+    return table
 
 
 def main():
@@ -500,7 +512,7 @@ def main():
     sub.add_argument("--packed", action="store_true", help="--one with oneDNN's products")
     sub = commands.add_parser("7b", help="the 7B shape with random weights")
     sub.set_defaults(run=large)
-    sub.add_argument("--size", type=int, choices=[256, 512, 1024], default=256)
+    sub.add_argument("--size", type=int, nargs="+", choices=[256, 512, 1024], default=[256])
     sub.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     sub.add_argument("--nextflow", metavar="PROGRAM")
     sub.add_argument("--graphs", action="store_true", help="also as CUDA graphs")
