@@ -25,8 +25,10 @@ fn draw(count: usize, init: Init) -> Vec<f32> {
 pub(super) fn tensor(shape: &Shape, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
     let count = shape.elem_count();
     let period = shape.dims().last().map_or(1, |columns| columns * DRAWN).clamp(1, count.max(1));
-    let values: Vec<f32> = draw(period, init).into_iter().cycle().take(count).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+    let few = Tensor::from_vec(draw(period, init), period, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
+    // Repeated where it is to be, for what a GPU gets takes long to send.
+    let whole = few.broadcast_as((count / period, period))?.flatten_all()?;
+    Tensor::cat(&[whole, few.narrow(0, 0, count % period)?], 0)?.reshape(shape)
 }
 
 /// As [`tensor`], in blocks: never more than a few rows of it are f32.
