@@ -26,15 +26,15 @@ pub struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Caches for the prefixes and an image of the grids `scales` behind each.
     pub fn caches(backbone: &Backbone, prefixes: &[&Prefix], scales: &[(usize, usize)]) -> Result<Vec<Cache>> {
-        let codes = schedule::codes(scales);
-        let cache = |prefix: &&Prefix| {
-            Cache::new(backbone.config(), prefix.ids.len() + codes, backbone.dtype(), backbone.device())
-        };
-        prefixes.iter().map(cache).collect()
+        // Rows that are read together are as long as the longest at first.
+        let longest = prefixes.iter().map(|prefix| prefix.ids.len()).max().unwrap_or(0);
+        let capacity = longest + schedule::codes(scales);
+        let cache = || Cache::new(backbone.config(), capacity, backbone.dtype(), backbone.device());
+        prefixes.iter().map(|_| cache()).collect()
     }
 
-    /// Reads the prefixes of an image of the grids `scales` into empty caches, equal ones once. Gives the hidden states that
-    /// predict the first code as well, (R, 1, hidden). Errors when a prefix is empty.
+    /// Reads the prefixes of an image of the grids `scales` into empty caches. Gives the hidden states that predict the first
+    /// code as well, (R, 1, hidden). Errors when a prefix is empty.
     pub fn start(
         backbone: &'a Backbone,
         caches: &'a mut [Cache],
@@ -48,24 +48,11 @@ impl<'a> Rows<'a> {
             layout
         };
         let layouts: Vec<Layout> = prefixes.iter().map(layout).collect();
-        let same = |row: usize| prefixes[..row].iter().position(|prefix| *prefix == prefixes[row]);
-        let read = |(row, cache)| match same(row) {
-            Some(_) => Ok(None),
-            None => prefill(backbone, cache, &layouts[row], &prefixes[row].ids).map(Some),
+        let hidden = match backbone.stays_in_cache() {
+            true => prefill_apart(backbone, caches, &layouts, prefixes)?,
+            false => prefill_together(backbone, caches, &layouts, prefixes)?,
         };
-        let mut hidden: Vec<Option<Tensor>> = match backbone.stays_in_cache() {
-            true => caches.par_iter_mut().enumerate().map(read).collect::<Result<_>>()?,
-            false => caches.iter_mut().enumerate().map(read).collect::<Result<_>>()?,
-        };
-        for row in 0..prefixes.len() {
-            if let Some(same) = same(row) {
-                let (read, unread) = caches.split_at_mut(row);
-                unread[0].copy(&read[same])?;
-                hidden[row] = hidden[same].clone();
-            }
-        }
-        let hidden: Vec<Tensor> = hidden.into_iter().flatten().collect();
-        Ok((Self::resume(backbone, caches, layouts, scales)?, Tensor::cat(&hidden, 0)?))
+        Ok((Self::resume(backbone, caches, layouts, scales)?, hidden))
     }
 
     /// Rows that have been read up to what opens the image, one for each of the layouts, which hold the image too.
@@ -125,11 +112,115 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Prefixes differ in length, so each is read by itself: the hidden state of its last token, (1, 1, hidden).
-fn prefill(backbone: &Backbone, cache: &mut Cache, layout: &Layout, ids: &[u32]) -> Result<Tensor> {
-    let Some(last) = ids.len().checked_sub(1) else { candle_core::bail!("nothing opens the image") };
-    let x = backbone.embed_prefix(&Tensor::new(ids, backbone.device())?.unsqueeze(0)?)?;
-    let rope = Rope::new(backbone.config(), &[&layout.positions[..=last]], x.device())?;
-    let context = Context::Cached { caches: std::slice::from_mut(cache), step: Step::Text };
-    backbone.forward(&x, &rope, context)?.narrow(1, last, 1)?.contiguous()
+/// Reads every prefix by itself, on all threads, and equal ones once: the hidden states of their last tokens, (R, 1, hidden).
+fn prefill_apart(
+    backbone: &Backbone,
+    caches: &mut [Cache],
+    layouts: &[Layout],
+    prefixes: &[&Prefix],
+) -> Result<Tensor> {
+    let same = |row: usize| prefixes[..row].iter().position(|prefix| *prefix == prefixes[row]);
+    let read = |(row, cache): (usize, &mut Cache)| match same(row) {
+        Some(_) => Ok(None),
+        None => {
+            let of = |slice| std::slice::from_ref::<Layout>(slice);
+            prefill_together(backbone, std::slice::from_mut(cache), of(&layouts[row]), &prefixes[row..=row]).map(Some)
+        }
+    };
+    let mut hidden: Vec<Option<Tensor>> = caches.par_iter_mut().enumerate().map(read).collect::<Result<_>>()?;
+    for row in 0..prefixes.len() {
+        if let Some(same) = same(row) {
+            let (read, unread) = caches.split_at_mut(row);
+            unread[0].copy(&read[same])?;
+            hidden[row] = hidden[same].clone();
+        }
+    }
+    Tensor::cat(&hidden.into_iter().flatten().collect::<Vec<_>>(), 0)
+}
+
+/// The same in one pass, for which the weights are read once: what is short is followed by zeros, which nothing before them
+/// sees and which are forgotten.
+fn prefill_together(
+    backbone: &Backbone,
+    caches: &mut [Cache],
+    layouts: &[Layout],
+    prefixes: &[&Prefix],
+) -> Result<Tensor> {
+    let longest = prefixes.iter().map(|prefix| prefix.ids.len()).max().unwrap_or(0);
+    let embed = |prefix: &&Prefix| {
+        if prefix.ids.is_empty() {
+            candle_core::bail!("nothing opens the image");
+        }
+        let x = backbone.embed_prefix(&Tensor::new(&*prefix.ids, backbone.device())?.unsqueeze(0)?)?;
+        x.pad_with_zeros(1, 0, longest - prefix.ids.len())
+    };
+    let x: Vec<Tensor> = prefixes.iter().map(embed).collect::<Result<_>>()?;
+    let positions = |(layout, prefix): (&Layout, &&Prefix)| {
+        let mut positions = layout.positions[..prefix.ids.len()].to_vec();
+        positions.resize(longest, Position::default());
+        positions
+    };
+    let positions: Vec<Vec<Position>> = layouts.iter().zip(prefixes).map(positions).collect();
+    let positions: Vec<&[Position]> = positions.iter().map(Vec::as_slice).collect();
+    let rope = Rope::new(backbone.config(), &positions, backbone.device())?;
+    let hidden = backbone.forward(&Tensor::cat(&x, 0)?, &rope, Context::Cached { caches, step: Step::Text })?;
+    let mut last = Vec::new();
+    for (row, (prefix, cache)) in prefixes.iter().zip(caches).enumerate() {
+        cache.truncate(prefix.ids.len());
+        last.push(hidden.narrow(0, row, 1)?.narrow(1, prefix.ids.len() - 1, 1)?);
+    }
+    Tensor::cat(&last, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backbone::presets::QWEN2_5_VL_7B;
+    use crate::backbone::{BackboneConfig, InputMode};
+    use crate::checkpoint::Weights;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn prefixes_are_read_together_as_apart() -> Result<()> {
+        let config = BackboneConfig {
+            vocab_size: 40,
+            hidden_size: 64,
+            intermediate_size: 96,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            mrope_section: [4, 2, 2],
+            codebook_size: 16,
+            code_dim: 8,
+            spatial_extent: Some(8.0),
+            input_mode: InputMode::Residual,
+            max_scales: 3,
+            ..QWEN2_5_VL_7B
+        };
+        let backbone = Backbone::load(&Weights::trainable(3, &Device::Cpu), &config)?;
+        let scales = [(1, 1), (2, 2), (3, 3)];
+        let prefix = |ids: &[u32]| Prefix { ids: ids.to_vec(), pads: 0 };
+        let prefixes = [prefix(&[3, 1, 4, 1, 5]), prefix(&[9, 2, 6]), prefix(&[7]), prefix(&[7])];
+        let prefixes: Vec<&Prefix> = prefixes.iter().collect();
+        let layout = |prefix: &&Prefix| {
+            let mut layout = Layout::behind(prefix.pads);
+            layout.push_text(prefix.ids.len() - 1);
+            layout.push_image(&scales, Some(8.0));
+            layout
+        };
+        let layouts: Vec<Layout> = prefixes.iter().map(layout).collect();
+        let (mut apart, mut together) =
+            (Rows::caches(&backbone, &prefixes, &scales)?, Rows::caches(&backbone, &prefixes, &scales)?);
+        let far = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+        let first = prefill_apart(&backbone, &mut apart, &layouts, &prefixes)?;
+        assert!(far(&first, &prefill_together(&backbone, &mut together, &layouts, &prefixes)?)? < 1e-4);
+        // And what comes behind them sees the same.
+        let features = Tensor::ones((4, 4, 8), DType::F32, &Device::Cpu)?;
+        let behind =
+            |caches: &mut [Cache]| Rows::resume(&backbone, caches, layouts.clone(), &scales)?.read(1, &features, false);
+        let (one, other) = (behind(&mut apart)?, behind(&mut together)?);
+        assert!(far(&one, &other)? < 1e-4);
+        assert!(one.abs()?.sum_all()?.to_scalar::<f32>()? > 1.0);
+        Ok(())
+    }
 }
