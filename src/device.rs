@@ -18,7 +18,7 @@ pub fn parse(name: &str) -> Result<Device> {
             let number = if name == "cuda" { Some("0") } else { name.strip_prefix("cuda:") };
             let digits = number.filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
             match digits.and_then(|n| n.parse().ok()) {
-                Some(ordinal) if cuda_is_available() => Device::new_cuda(ordinal).map_err(|e| absent(name, e)),
+                Some(ordinal) if cuda_is_available() => cuda(ordinal).map_err(|e| absent(name, e)),
                 Some(_) => Err(not_compiled(name, "cuda")),
                 None => {
                     let message = format!("--device {name} is none of auto, cpu, cuda, cuda:N and metal");
@@ -30,9 +30,29 @@ pub fn parse(name: &str) -> Result<Device> {
 }
 
 fn auto() -> Device {
-    let cuda = cuda_is_available().then(|| Device::new_cuda(0).ok()).flatten();
+    let cuda = cuda_is_available().then(|| cuda(0).ok()).flatten();
     let metal = || metal_is_available().then(|| Device::new_metal(0).ok()).flatten();
     cuda.or_else(metal).unwrap_or(Device::Cpu)
+}
+
+/// A GPU for one stream of work, whatever thread asks for it, that keeps memory which was freed.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda(ordinal: usize) -> candle_core::Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    if let Device::Cuda(gpu) = &device {
+        // SAFETY: nothing has to be tracked between streams where there is one.
+        #[allow(unsafe_code)]
+        unsafe {
+            gpu.disable_event_tracking();
+        }
+        crate::memory::gpu::keep(gpu)?;
+    }
+    Ok(device)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(ordinal: usize) -> candle_core::Result<Device> {
+    Device::new_cuda(ordinal)
 }
 
 fn not_compiled(name: &str, feature: &str) -> Error {

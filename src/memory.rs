@@ -1,5 +1,8 @@
 //! The machine's memory: what is free, what was used, and whether a forecast fits.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+
 use candle_core::Device;
 
 use crate::error::{Error, Kind, Result};
@@ -29,9 +32,14 @@ pub fn keep() {
     }
 }
 
-/// The largest resident size of this process so far, in bytes; unknown but on Linux.
-pub fn peak() -> Option<u64> {
-    proc_bytes("/proc/self/status", "VmHWM")
+/// The most memory that was taken so far, in bytes: by this process, unknown but on Linux, or of a GPU by its tensors.
+pub fn peak(device: &Device) -> Option<u64> {
+    match device {
+        Device::Cpu => proc_bytes("/proc/self/status", "VmHWM"),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(gpu) => gpu::peak(gpu),
+        _ => None,
+    }
 }
 
 /// Bytes that are free or can be freed; unknown but on Linux.
@@ -44,7 +52,7 @@ pub fn free(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => available(),
         #[cfg(feature = "cuda")]
-        Device::Cuda(gpu) => gpu.cuda_stream().context().mem_get_info().ok().map(|(free, _)| free as u64),
+        Device::Cuda(gpu) => gpu::free(gpu),
         _ => None,
     }
 }

@@ -40,7 +40,7 @@ struct Report {
     /// Of the time of prompt and scales.
     share_of_floor: f64,
     forecast_bytes: u64,
-    /// Of the process; of a GPU's memory the most that was taken behind an image, which buffers that were freed before are not in.
+    /// Of the process, or of the tensors on a GPU.
     peak_bytes: Option<u64>,
     /// How much more memory is taken behind the last image than behind the second one.
     growth_bytes: Option<i64>,
@@ -115,7 +115,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         let taken = started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));
         images.push(Image { seconds: marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect(), taken });
     }
-    let peak_bytes = if device.is_cpu() { memory::peak() } else { images.iter().filter_map(|i| i.taken).max() };
+    let peak_bytes = memory::peak(&device);
     let growth_bytes = match (images.get(1).and_then(|i| i.taken), images.last().and_then(|i| i.taken)) {
         (Some(early), Some(late)) if images.len() > 2 => Some(late as i64 - early as i64),
         _ => None,

@@ -106,7 +106,7 @@ pub(super) fn run(
         }
     }
     parts.push(("words", words, started.elapsed().as_secs_f64(), 0.0));
-    let peak_bytes = memory::peak();
+    let peak_bytes = memory::peak(&device);
 
     let machine = Machine::measure(&device, dtype)?;
     let read = tower.as_ref().map_or(0, |_| config.vision_bytes(dtype, blocks));
