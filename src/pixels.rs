@@ -176,11 +176,21 @@ pub fn to_tensor(batch: &[&[u8]], height: usize, width: usize, device: &Device) 
 /// Errors: [`crate::error::Kind::NonFinite`], for pixels that are not finite.
 pub fn to_image(x: &Tensor) -> crate::error::Result<RgbImage> {
     let (_, height, width) = x.dims3()?;
-    let x = x.to_dtype(DType::F32)?.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
-    if !x.iter().all(|v| v.is_finite()) {
-        return Err(crate::error::Error::non_finite("pixels"));
-    }
-    let bytes = x.iter().map(|v| (127.5 * v + 128.0).clamp(0.0, 255.0) as u8).collect();
+    let x = x.to_dtype(DType::F32)?;
+    let bytes = if x.device().is_cpu() {
+        let x = x.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
+        if !x.iter().all(|v| v.is_finite()) {
+            return Err(crate::error::Error::non_finite("pixels"));
+        }
+        x.iter().map(|v| (127.5 * v + 128.0).clamp(0.0, 255.0) as u8).collect()
+    } else {
+        // A quarter of the bytes comes from a GPU.
+        if (&x * 0.0)?.sum_all()?.to_scalar::<f32>()? != 0.0 {
+            return Err(crate::error::Error::non_finite("pixels"));
+        }
+        let bytes = x.affine(127.5, 128.0)?.clamp(0f32, 255f32)?.to_dtype(DType::U8)?;
+        bytes.permute((1, 2, 0))?.flatten_all()?.to_vec1::<u8>()?
+    };
     RgbImage::from_raw(width as u32, height as u32, bytes)
         .ok_or_else(|| candle_core::Error::Msg("an image buffer of the wrong size".into()).into())
 }
