@@ -3,9 +3,19 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 3] = ["attention", "step", "sample"];
 /// PTX for this architecture runs on it and on all later ones: the driver compiles it for the GPU that is there.
-const ARCHITECTURE: &str = "compute_80";
+const ANY: &str = "compute_80";
+/// With the instructions of Hopper, which no other GPU has.
+const HOPPER: &str = "compute_90a";
+const KERNELS: [(&str, &str); 7] = [
+    ("attention", ANY),
+    ("attention_hopper", HOPPER),
+    ("blocks", ANY),
+    ("conv", ANY),
+    ("conv_hopper", HOPPER),
+    ("sample", ANY),
+    ("step", ANY),
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -18,11 +28,11 @@ fn main() {
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = nvcc();
-    for kernel in KERNELS {
+    for (kernel, architecture) in KERNELS {
         let source = Path::new("src/ops/cuda").join(kernel).with_extension("cu");
         let ptx = out.join(kernel).with_extension("ptx");
         let mut command = Command::new(&nvcc);
-        command.args(["--ptx", "-O3", "-std=c++17", "-arch", ARCHITECTURE, "-o"]).arg(&ptx).arg(&source);
+        command.args(["--ptx", "-O3", "-std=c++17", "-arch", architecture, "-o"]).arg(&ptx).arg(&source);
         match command.status() {
             Ok(status) if status.success() => {}
             Ok(status) => panic!("{} failed on {}: {status}", nvcc.display(), source.display()),

@@ -1,7 +1,6 @@
 //! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or behind it (TokenFlow-t2i).
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
 use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
@@ -45,22 +44,40 @@ impl Context<'_> {
         match self {
             Context::Masked(mask) => ops::attention(q, k, v, Mask::Kept(mask), scale),
             Context::Cached { caches, step } => {
-                let attend = |(r, cache): (usize, &Cache)| {
-                    let (q, k, v) = (q.narrow(0, r, 1)?, k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
-                    let (keys, values) = match step {
-                        Step::Text | Step::Scale => cache.append(layer, &k, &v)?,
-                        Step::Again => cache.with_last(layer, &k, &v)?,
-                    };
-                    let mask = if *step == Step::Text { Mask::Causal } else { Mask::None };
-                    ops::attention(&q, &keys, &values, mask, scale)
+                let append = |(r, cache): (usize, &Cache)| {
+                    let (k, v) = (k.narrow(0, r, 1)?, v.narrow(0, r, 1)?);
+                    match step {
+                        Step::Text | Step::Scale => cache.append(layer, &k, &v),
+                        Step::Again => cache.with_last(layer, &k, &v),
+                    }
                 };
-                let outputs: Vec<Tensor> = match q.device().is_cpu() {
-                    true => caches.par_iter().enumerate().map(attend).collect::<Result<_>>()?,
-                    false => caches.iter().enumerate().map(attend).collect::<Result<_>>()?,
-                };
-                Tensor::cat(&outputs, 0)
+                let rows: Vec<_> = caches.iter().enumerate().map(append).collect::<Result<_>>()?;
+                ops::attention_rows(q, &rows, step.mask(), scale)
             }
         }
+    }
+
+    /// The same for heads that are still the product (R, T, (H + 2 KV) D) of a joint projection, where there is a kernel for
+    /// that.
+    fn attend_projected(
+        &self,
+        layer: usize,
+        (heads, bias): (&Tensor, Option<&Tensor>),
+        rope: &Rope,
+        scale: f32,
+    ) -> Result<Option<Tensor>> {
+        let Context::Cached { caches, step: step @ (Step::Text | Step::Scale) } = self else { return Ok(None) };
+        let rows: Vec<_> = caches.iter().map(|cache| cache.layer(layer)).collect();
+        let Some(q) = ops::project_heads(heads, bias, (&rope.cos, &rope.sin), &rows)? else { return Ok(None) };
+        let seen = |cache: &Cache| cache.first(layer, cache.len() + q.dim(1)?);
+        let rows: Vec<_> = caches.iter().map(seen).collect::<Result<_>>()?;
+        ops::attention_rows(&q, &rows, step.mask(), scale).map(Some)
+    }
+}
+
+impl Step {
+    fn mask(self) -> Mask<'static> {
+        if self == Step::Text { Mask::Causal } else { Mask::None }
     }
 }
 
@@ -95,6 +112,42 @@ impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.weight.linear(x, self.bias.as_ref())
     }
+
+    /// As [`Self::forward`] of `y`, added to x, which nothing else may need.
+    fn forward_onto(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        ops::add_linear(x, y, &self.weight, self.bias.as_ref())
+    }
+}
+
+/// Projections of the same numbers.
+#[derive(Debug)]
+enum Projections<const N: usize> {
+    /// Each by itself.
+    Apart([Linear; N]),
+    /// On a GPU: one product of all their rows takes less time than several.
+    Joint(Linear, [usize; N]),
+}
+
+impl<const N: usize> Projections<N> {
+    fn new(parts: [Linear; N]) -> Result<Self> {
+        let mut weights = Vec::new();
+        for part in &parts {
+            match &part.weight {
+                WeightMatrix::Dense(weight) if weight.device().is_cuda() => weights.push(weight),
+                _ => return Ok(Self::Apart(parts)),
+            }
+        }
+        let biases: Vec<&Tensor> = parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            n if n == N => Some(Tensor::cat(&biases, 0)?),
+            _ => return Ok(Self::Apart(parts)),
+        };
+        let weight = WeightMatrix::Dense(Tensor::cat(&weights, 0)?);
+        let mut sizes = [0; N];
+        sizes.iter_mut().zip(&weights).for_each(|(size, weight)| *size = weight.dims()[0]);
+        Ok(Self::Joint(Linear { weight, bias }, sizes))
+    }
 }
 
 /// One layer.
@@ -102,15 +155,13 @@ impl Linear {
 pub(super) struct Block {
     norm_placement: NormPlacement,
     input_layernorm: RmsNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    /// Of queries, keys and values.
+    qkv_proj: Projections<3>,
     /// Over the channels of every head of queries and keys.
     qk_norm: Option<(RmsNorm, RmsNorm)>,
     o_proj: Linear,
     post_attention_layernorm: RmsNorm,
-    gate_proj: Linear,
-    up_proj: Linear,
+    gate_up_proj: Projections<2>,
     down_proj: Linear,
     head_dim: usize,
 }
@@ -131,55 +182,85 @@ impl Block {
         Ok(Self {
             norm_placement: c.norm_placement,
             input_layernorm: RmsNorm::load(&w.pp("input_layernorm"), hidden, c.rms_norm_eps)?,
-            q_proj: Linear::load(&attn.pp("q_proj"), hidden, queries, c.qkv_bias, normal(hidden))?,
-            k_proj: Linear::load(&attn.pp("k_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
-            v_proj: Linear::load(&attn.pp("v_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
+            qkv_proj: Projections::new([
+                Linear::load(&attn.pp("q_proj"), hidden, queries, c.qkv_bias, normal(hidden))?,
+                Linear::load(&attn.pp("k_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
+                Linear::load(&attn.pp("v_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
+            ])?,
             qk_norm: c.qk_norm_eps.map(qk_norm).transpose()?,
             o_proj: Linear::load(&attn.pp("o_proj"), queries, hidden, false, closing(queries))?,
             post_attention_layernorm: RmsNorm::load(&w.pp("post_attention_layernorm"), hidden, c.rms_norm_eps)?,
-            gate_proj: Linear::load(&mlp.pp("gate_proj"), hidden, inner, false, normal(hidden))?,
-            up_proj: Linear::load(&mlp.pp("up_proj"), hidden, inner, false, normal(hidden))?,
+            gate_up_proj: Projections::new([
+                Linear::load(&mlp.pp("gate_proj"), hidden, inner, false, normal(hidden))?,
+                Linear::load(&mlp.pp("up_proj"), hidden, inner, false, normal(hidden))?,
+            ])?,
             down_proj: Linear::load(&mlp.pp("down_proj"), inner, hidden, false, closing(inner))?,
             head_dim,
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
+    /// x (R, T, hidden), which nothing else may need, behind the layer.
+    pub(super) fn forward(&self, x: Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
         let (first, second) = (&self.input_layernorm, &self.post_attention_layernorm);
         match self.norm_placement {
             NormPlacement::Input => {
-                let x = ops::add(x, &self.attention(&first.forward(x)?, rope, layer, context)?)?;
-                ops::add(&x, &self.mlp(&second.forward(&x)?)?)
+                let attended = self.attention(&first.forward(&x)?, rope, layer, context)?;
+                let x = self.o_proj.forward_onto(x, &attended)?;
+                let gated = self.gated(&second.forward(&x)?)?;
+                self.down_proj.forward_onto(x, &gated)
             }
             NormPlacement::Output => {
-                let x = ops::add(x, &first.forward(&self.attention(x, rope, layer, context)?)?)?;
-                ops::add(&x, &second.forward(&self.mlp(&x)?)?)
+                let attended = self.o_proj.forward(&self.attention(&x, rope, layer, context)?)?;
+                let x = ops::add(&x, &first.forward(&attended)?)?;
+                let y = self.down_proj.forward(&self.gated(&x)?)?;
+                ops::add(&x, &second.forward(&y)?)
             }
         }
     }
 
+    /// What the heads attend to, (R, T, H D).
     fn attention(&self, x: &Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
         let (rows, tokens, _) = x.dims3()?;
-        let heads = |l: &Linear| l.forward(x)?.reshape((rows, tokens, (), self.head_dim));
-        let [mut q, mut k, v] = match x.device().is_cpu() {
-            // Keys and values of a few heads are too little for all threads.
-            true => {
-                let pair = || rayon::join(|| heads(&self.k_proj), || heads(&self.v_proj));
-                let (q, (k, v)) = rayon::join(|| heads(&self.q_proj), pair);
-                [q?, k?, v?]
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        let split = |y: Tensor| y.reshape((rows, tokens, (), self.head_dim));
+        let [mut q, mut k, v] = match &self.qkv_proj {
+            Projections::Apart([q, k, v]) => {
+                let heads = |l: &Linear| split(l.forward(x)?);
+                match x.device().is_cpu() {
+                    // Keys and values of a few heads are too little for all threads.
+                    true => {
+                        let (q, (k, v)) = rayon::join(|| heads(q), || rayon::join(|| heads(k), || heads(v)));
+                        [q?, k?, v?]
+                    }
+                    false => [heads(q)?, heads(k)?, heads(v)?],
+                }
             }
-            false => [heads(&self.q_proj)?, heads(&self.k_proj)?, heads(&self.v_proj)?],
+            Projections::Joint(joint, [queries, keys, values]) => {
+                let heads = joint.weight.linear(x, None)?;
+                let fused = self.qk_norm.is_none().then_some((&heads, joint.bias.as_ref()));
+                let attended = fused.map(|heads| context.attend_projected(layer, heads, rope, scale)).transpose()?;
+                if let Some(attended) = attended.flatten() {
+                    return attended.reshape((rows, tokens, ()));
+                }
+                let heads = joint.bias.as_ref().map_or(Ok(heads.clone()), |bias| heads.broadcast_add(bias))?;
+                let part = |first, count| split(heads.narrow(2, first, count)?.contiguous()?);
+                [part(0, *queries)?, part(*queries, *keys)?, part(queries + keys, *values)?]
+            }
         };
         if let Some((query_norm, key_norm)) = &self.qk_norm {
             (q, k) = (query_norm.forward(&q)?, key_norm.forward(&k)?);
         }
         let (q, k) = (ops::rope(&q, &rope.cos, &rope.sin)?, ops::rope(&k, &rope.cos, &rope.sin)?);
-        let scale = 1.0 / (self.head_dim as f32).sqrt();
-        let attended = context.attend(layer, &q, &k, &v, scale)?;
-        self.o_proj.forward(&attended.reshape((rows, tokens, ()))?)
+        context.attend(layer, &q, &k, &v, scale)?.reshape((rows, tokens, ()))
     }
 
-    fn mlp(&self, x: &Tensor) -> Result<Tensor> {
-        self.down_proj.forward(&ops::gated_linear(x, &self.gate_proj.weight, &self.up_proj.weight)?)
+    fn gated(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.gate_up_proj {
+            Projections::Apart([gate, up]) => ops::gated_linear(x, &gate.weight, &up.weight),
+            Projections::Joint(joint, [gate, up]) => {
+                let y = joint.forward(x)?;
+                ops::swiglu(&y.narrow(2, 0, *gate)?, &y.narrow(2, *gate, *up)?)
+            }
+        }
     }
 }

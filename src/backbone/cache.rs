@@ -77,7 +77,19 @@ impl Cache {
         let (keys, values) = &self.layers[layer];
         keys.slice_set(&k.contiguous()?, 1, start)?;
         values.slice_set(&v.contiguous()?, 1, start)?;
-        Ok((keys.narrow(1, 0, start + tokens)?, values.narrow(1, 0, start + tokens)?))
+        self.first(layer, start + tokens)
+    }
+
+    /// Keys and values of a layer with all the room, and how many positions are filled.
+    pub(super) fn layer(&self, layer: usize) -> (&Tensor, &Tensor, usize) {
+        let (keys, values) = &self.layers[layer];
+        (keys, values, self.length)
+    }
+
+    /// The first `length` keys and values of a layer, filled or about to be.
+    pub(super) fn first(&self, layer: usize, length: usize) -> Result<(Tensor, Tensor)> {
+        let (keys, values) = &self.layers[layer];
+        Ok((keys.narrow(1, 0, length)?, values.narrow(1, 0, length)?))
     }
 
     /// All keys and values, with these (1, T, kv_heads, head_dim) in the place of the last T; nothing is written.

@@ -31,9 +31,10 @@ pub struct Backbone {
     embed_tokens: WeightMatrix,
     layers: Vec<Block>,
     norm: RmsNorm,
-    /// (first code + codes, hidden); without the rows before the codes if they are tied to `embed_tokens`, and
-    /// `embed_tokens` itself if no rows are left.
-    lm_head: WeightMatrix,
+    /// The rows of the head for words and, with markers, for `<boi>`, (words, hidden).
+    text_head: WeightMatrix,
+    /// Those for codes, (codes, hidden); nothing in a model of text alone.
+    code_head: Option<WeightMatrix>,
     /// Nothing in a model of text alone.
     image: Option<ImageEnds>,
     config: BackboneConfig,
@@ -50,11 +51,18 @@ impl Backbone {
         let embed_tokens =
             model.pp("embed_tokens").matrix((config.embedding_rows(), hidden), "weight", Init::Normal { std: 0.5 })?;
         let layers = (0..config.num_hidden_layers).map(|i| Block::load(&model.pp("layers").pp(i), config));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = RmsNorm::load(&model.pp("norm"), hidden, config.rms_norm_eps)?;
+        // Without the rows before the codes if they are tied to `embed_tokens`.
         let head = || w.pp("lm_head").matrix((config.head_rows(), hidden), "weight", Init::Normal { std: 0.02 });
+        let lm_head = if config.head_rows() > 0 { head()? } else { embed_tokens.clone() };
+        let (words, codes) = (config.first_code().min(config.vocab_size + 1), config.codebook_size);
+        let first = if config.tie_word_embeddings { 0 } else { config.first_code() };
         Ok(Self {
-            layers: layers.collect::<Result<_>>()?,
-            norm: RmsNorm::load(&model.pp("norm"), hidden, config.rms_norm_eps)?,
-            lm_head: if config.head_rows() > 0 { head()? } else { embed_tokens.clone() },
+            layers,
+            norm,
+            text_head: if config.tie_word_embeddings { &embed_tokens } else { &lm_head }.narrow(0, words)?,
+            code_head: (codes > 0).then(|| lm_head.narrow(first, codes)).transpose()?,
             embed_tokens,
             image: (config.codebook_size > 0).then(|| ImageEnds::load(&model, config)).transpose()?,
             config: config.clone(),
@@ -124,9 +132,10 @@ impl Backbone {
                 Tensor::cat(&rows, 0)
             }
             context => {
-                let mut y = x.clone();
+                // On a GPU the layers write over it.
+                let mut y = if x.device().is_cpu() { x.clone() } else { x.copy()? };
                 for (i, layer) in self.layers.iter().enumerate() {
-                    y = layer.forward(&y, rope, i, &context)?;
+                    y = layer.forward(y, rope, i, &context)?;
                 }
                 context.finish(x.dim(1)?);
                 self.norm.forward(&y)
@@ -143,14 +152,12 @@ impl Backbone {
 
     /// Code logits, (..., hidden) -> (..., codes): only the head's code rows are computed.
     pub fn code_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let first = if self.config.tie_word_embeddings { 0 } else { self.config.first_code() };
-        self.lm_head.narrow(first, self.config.codebook_size)?.linear(hidden, None)
+        let head = self.code_head.as_ref();
+        head.ok_or_else(|| candle_core::Error::Msg("the model has no codes of images".into()))?.linear(hidden, None)
     }
 
     /// Logits of text and, with markers, of `<boi>`: (..., hidden) -> (..., vocab or vocab + 1).
     pub fn text_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let head = if self.config.tie_word_embeddings { &self.embed_tokens } else { &self.lm_head };
-        let rows = self.config.first_code().min(self.config.vocab_size + 1);
-        head.narrow(0, rows)?.linear(hidden, None)
+        self.text_head.linear(hidden, None)
     }
 }

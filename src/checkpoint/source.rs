@@ -109,9 +109,8 @@ impl Source {
     /// How a device keeps the weights of `file`, by default f32 on a CPU and bf16 elsewhere, or as a GGUF file has them: the
     /// type of tensors and activations, and the blocks of matrices.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Option<GgmlDType>) {
-        // Blocks are multiplied in f32 everywhere.
-        let usual = WeightType::usual(device.is_cpu() || self.is_gguf(file));
-        weights.unwrap_or(usual).placed(device.is_cpu())
+        let weights = weights.filter(|_| !self.is_gguf(file)).unwrap_or(WeightType::usual(device.is_cpu()));
+        weights.placed(device.is_cpu())
     }
 
     /// Whether the weights of `file` can be kept as `weights`.

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 /// Type of the linear layers' weights and of the table of tokens. Norms, biases and small tables stay in the type of the
-/// activations: f32 on a CPU and beside quantised weights, else this type.
+/// activations: f32 on a CPU, bf16 on a GPU beside quantised weights, else this type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightType {
@@ -57,6 +57,7 @@ impl WeightType {
         match self {
             Self::Bf16 if !cpu => (DType::BF16, None),
             Self::F16 if !cpu => (DType::F16, None),
+            Self::Q8_0 | Self::Q4K if !cpu => (DType::BF16, self.blocks()),
             _ => (DType::F32, self.blocks()),
         }
     }

@@ -48,6 +48,9 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         bail!("swiglu: shapes {:?} and {:?} differ", gate.dims(), up.dims());
     }
     match slice::kernels(&[gate, up]) {
+        // Parts of the rows of one product.
+        #[cfg(feature = "cuda")]
+        true if [gate, up].into_iter().all(super::cuda::in_rows) => gate.apply_op2(up, SwiGlu),
         true => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
         false => plain_swiglu(gate, up),
     }

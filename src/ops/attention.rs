@@ -1,7 +1,5 @@
 //! Scaled dot-product attention with grouped keys and values.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -43,7 +41,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
         Mask::Causal if t > s => bail!("attention: {t} queries do not stand behind {s} keys"),
         _ => {}
     }
-    if !slice::fused(&[q, k, v]) && !on_gpu(q, k, v, mask) {
+    #[cfg(feature = "cuda")]
+    if on_gpu(q, k, v, mask) {
+        let row = |i| Ok((heads_contiguous(&k.narrow(0, i, 1)?)?, heads_contiguous(&v.narrow(0, i, 1)?)?));
+        let rows: Vec<(Tensor, Tensor)> = (0..b).map(row).collect::<Result<_>>()?;
+        return super::cuda::attention(q, &rows, matches!(mask, Mask::Causal), scale);
+    }
+    if !slice::fused(&[q, k, v]) {
         let kept = match mask {
             Mask::None => None,
             Mask::Causal => Some(causal(t, s, q.device())?),
@@ -59,15 +63,37 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
     q.contiguous()?.apply_op3(&heads_contiguous(k)?, &heads_contiguous(v)?, Attention { mask, causal, scale })
 }
 
-/// Whether there is a kernel for CUDA.
-#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-fn on_gpu(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> bool {
+/// [`attention`] of every row of q (R, T, H, D) over keys and values of its own, each (1, S, KV, D): (R, T, H, D).
+///
+/// Errors when the shapes do not fit.
+pub fn attention_rows(q: &Tensor, rows: &[(Tensor, Tensor)], mask: Mask, scale: f32) -> Result<Tensor> {
+    if q.dim(0)? != rows.len() {
+        bail!("attention: {} rows of queries over {} of keys", q.dim(0)?, rows.len());
+    }
+    let attend = |(r, (k, v)): (usize, &(Tensor, Tensor))| attention(&q.narrow(0, r, 1)?, k, v, mask, scale);
     #[cfg(feature = "cuda")]
-    return super::cuda::takes(&[q, k, v])
+    if let [(k, v), others @ ..] = rows
+        && on_gpu(q, k, v, mask)
+        && rows.iter().all(|(k, v)| heads_lie_together(k) && heads_lie_together(v) && k.dims() == v.dims())
+        && others.iter().all(|(other, _)| other.dims()[2..] == k.dims()[2..])
+        && rows.iter().all(|(k, _)| !matches!(mask, Mask::Causal) || k.dims()[1] >= q.dims()[1])
+        && q.dims()[3] == k.dims()[3]
+    {
+        return super::cuda::attention(q, rows, matches!(mask, Mask::Causal), scale);
+    }
+    let outputs: Vec<Tensor> = match q.device().is_cpu() {
+        true => rows.par_iter().enumerate().map(attend).collect::<Result<_>>()?,
+        false => rows.iter().enumerate().map(attend).collect::<Result<_>>()?,
+    };
+    Tensor::cat(&outputs, 0)
+}
+
+/// Whether there is a kernel for CUDA.
+#[cfg(feature = "cuda")]
+fn on_gpu(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> bool {
+    super::cuda::takes(&[q, k, v])
         && !matches!(mask, Mask::Kept(_))
-        && q.dims().last().is_some_and(|d| super::cuda::HEAD_DIMS.contains(d));
-    #[cfg(not(feature = "cuda"))]
-    false
+        && q.dims().last().is_some_and(|d| super::cuda::HEAD_DIMS.contains(d))
 }
 
 /// [`Mask::Causal`] as a mask.
@@ -76,12 +102,15 @@ fn causal(t: usize, s: usize, device: &Device) -> Result<Tensor> {
     Tensor::from_iter(keep, device)?.reshape((t, s))
 }
 
-fn heads_contiguous(x: &Tensor) -> Result<Tensor> {
+fn heads_lie_together(x: &Tensor) -> bool {
     let (dims, stride) = (x.dims(), x.stride());
     let heads = (dims[3] == 1 || stride[3] == 1) && (dims[2] == 1 || stride[2] == dims[3]);
-    // The kernel for CUDA takes no gaps between positions either.
-    let contiguous = heads && (x.device().is_cpu() || dims[1] == 1 || stride[1] == dims[2] * dims[3]);
-    if contiguous { Ok(x.clone()) } else { x.contiguous() }
+    // The kernels for CUDA take no gaps between positions either.
+    heads && (x.device().is_cpu() || dims[1] == 1 || stride[1] == dims[2] * dims[3])
+}
+
+fn heads_contiguous(x: &Tensor) -> Result<Tensor> {
+    if heads_lie_together(x) { Ok(x.clone()) } else { x.contiguous() }
 }
 
 fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f32) -> Result<Tensor> {
@@ -273,19 +302,6 @@ impl CustomOp3 for Attention {
             );
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        super::cuda::attention((s1, l1), (s2, l2), (s3, l3), (self.scale, self.causal))
     }
 
     fn bwd(

@@ -7,7 +7,9 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::activation::add;
 use super::columns::filled;
+use super::resize::upsample_nearest2x;
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
 /// Floats of unfolded patches per thread: what bounds memory and stays near the caches.
@@ -29,11 +31,37 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding
     if stride == 0 || k == 0 || height + top + bottom < k || width + left + right < k {
         bail!("conv2d: a kernel of {k} at stride {stride} does not fit {height}x{width} padded by {padding:?}");
     }
+    #[cfg(feature = "cuda")]
+    if let Some(b) = b.filter(|b| super::cuda::convolves(x, w, b, stride, padding)) {
+        return super::cuda::conv2d(x, w, b, false, None);
+    }
     if !slice::fused(&[x, w, b.unwrap_or(w)]) {
         return plain(x, w, b, stride, padding);
     }
     let b = b.map_or_else(|| Tensor::zeros(o, x.dtype(), x.device()), Tensor::contiguous)?;
     x.contiguous()?.apply_op3(&w.contiguous()?, &b, Conv { stride, padding })
+}
+
+/// `base` (B, O, H, W) and [`conv2d`] of x (B, C, H, W) with w (O, C, K, K) of an odd side and b (O), padded so that the image
+/// keeps its size.
+pub fn add_conv2d(base: &Tensor, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let padding = [w.dim(2)? / 2; 4];
+    #[cfg(feature = "cuda")]
+    if super::cuda::convolves(x, w, b, 1, padding) {
+        return super::cuda::conv2d(x, w, b, false, Some(base));
+    }
+    add(base, &conv2d(x, w, Some(b), 1, padding)?)
+}
+
+/// As [`conv2d`] of x (B, C, H, W) with every pixel repeated in both directions and w (O, C, K, K) of an odd side, padded so
+/// that this image keeps its size: (B, O, 2H, 2W).
+pub fn upsampled_conv2d(x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let padding = [w.dim(2)? / 2; 4];
+    #[cfg(feature = "cuda")]
+    if super::cuda::convolves(x, w, b, 1, padding) {
+        return super::cuda::conv2d(x, w, b, true, None);
+    }
+    conv2d(&upsample_nearest2x(x)?, w, Some(b), 1, padding)
 }
 
 fn plain(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: [usize; 4]) -> Result<Tensor> {

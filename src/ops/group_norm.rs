@@ -1,7 +1,5 @@
 //! Group normalisation with an optional SiLU behind it.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -18,7 +16,11 @@ pub fn group_norm(x: &Tensor, w: &Tensor, b: &Tensor, groups: usize, eps: f64, s
     if groups == 0 || c % groups != 0 || w.dims() != [c] || b.dims() != [c] {
         bail!("group_norm: {:?} in {groups} groups does not fit {:?} and {:?}", x.dims(), w.dims(), b.dims());
     }
-    if x.rank() < 3 || !slice::kernels(&[x, w, b]) {
+    #[cfg(feature = "cuda")]
+    if super::cuda::normalises(x, w, b, groups) {
+        return super::cuda::group_norm(x, w, b, (groups, eps as f32, silu));
+    }
+    if x.rank() < 3 || !slice::fused(&[x, w, b]) {
         return plain(x, w, b, groups, eps, silu);
     }
     let op = GroupNorm { groups, eps: eps as f32, silu };
@@ -80,19 +82,6 @@ impl CustomOp3 for GroupNorm {
             }
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        super::cuda::group_norm((s1, l1), (s2, l2), (s3, l3), (self.groups, self.eps, self.silu))
     }
 
     fn bwd(

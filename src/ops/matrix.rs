@@ -1,11 +1,12 @@
 //! A matrix of weights as it is kept: a tensor, or blocks of few bits a number.
 
-use std::sync::Arc;
+use std::borrow::Cow;
+use std::sync::{Arc, OnceLock};
 
-use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::quantized::{QMatMul, QStorage, QTensor};
 use candle_core::{DType, Module, Result, Tensor, bail};
 
-use super::activation::swiglu;
+use super::activation::{add, swiglu};
 use super::blocks::dequantise;
 use super::linear::{linear, mixed_linear};
 use super::product::{Rows, gated, product};
@@ -18,10 +19,12 @@ pub enum WeightMatrix {
     Dense(Tensor),
     /// To be trained in mixed precision: f32, but products are of bf16 where the processor has them.
     Mixed(Tensor),
-    /// Some rows of a matrix in blocks; what goes in and comes out is f32.
+    /// Some rows of a matrix in blocks; what goes in and comes out is f32, or bf16 on a GPU.
     Blocks {
         /// The whole matrix.
         blocks: Arc<QTensor>,
+        /// What the blocks of a GPU hold, once some row was asked for.
+        host: Arc<OnceLock<Vec<u8>>>,
         /// The first of the rows.
         first: usize,
         /// Their number.
@@ -32,7 +35,7 @@ pub enum WeightMatrix {
 impl From<QTensor> for WeightMatrix {
     fn from(blocks: QTensor) -> Self {
         let rows = blocks.shape().dims().first().copied().unwrap_or(0);
-        Self::Blocks { blocks: Arc::new(blocks), first: 0, rows }
+        Self::Blocks { blocks: Arc::new(blocks), host: Arc::default(), first: 0, rows }
     }
 }
 
@@ -41,17 +44,31 @@ impl WeightMatrix {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(tensor) | Self::Mixed(tensor) => tensor.dtype(),
-            Self::Blocks { .. } => DType::F32,
+            Self::Blocks { blocks, .. } => activations(blocks),
         }
     }
 
-    /// `count` rows from `start` on, sharing their memory.
+    /// `count` rows from `start` on, sharing their memory, but for blocks on a GPU.
     pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
         match self {
             Self::Dense(tensor) => tensor.narrow(0, start, count).map(Self::Dense),
             Self::Mixed(tensor) => tensor.narrow(0, start, count).map(Self::Mixed),
-            Self::Blocks { blocks, first, rows } if start.checked_add(count).is_some_and(|end| end <= *rows) => {
-                Ok(Self::Blocks { blocks: blocks.clone(), first: first + start, rows: count })
+            Self::Blocks { blocks, host, first, rows } if start.checked_add(count).is_some_and(|end| end <= *rows) => {
+                let device = blocks.device();
+                if device.is_cpu() || count == *rows {
+                    return Ok(Self::Blocks {
+                        blocks: blocks.clone(),
+                        host: host.clone(),
+                        first: first + start,
+                        rows: count,
+                    });
+                }
+                // candle's kernels know whole matrices only.
+                let (_, columns) = blocks.shape().dims2()?;
+                let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
+                let part = &data[(first + start) * bytes..][..count * bytes];
+                let storage = QStorage::from_data(part.into(), &device, blocks.dtype())?;
+                Ok(QTensor::new(storage, (count, columns))?.into())
             }
             Self::Blocks { rows, .. } => bail!("rows {start} to {start} + {count} of {rows}"),
         }
@@ -61,9 +78,16 @@ impl WeightMatrix {
     pub fn select(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) | Self::Mixed(tensor) => tensor.index_select(ids, 0),
-            Self::Blocks { blocks, first, rows } => {
+            Self::Blocks { blocks, host, first, rows } => {
                 let (_, columns) = blocks.shape().dims2()?;
-                let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
+                let bytes = row_bytes(blocks, columns);
+                let data = match host.get() {
+                    Some(kept) => Cow::Borrowed(kept.as_slice()),
+                    None => match blocks.data()? {
+                        Cow::Owned(data) => Cow::Borrowed(host.get_or_init(|| data).as_slice()),
+                        data => data,
+                    },
+                };
                 let ids = ids.to_vec1::<u32>()?;
                 let mut out = vec![0f32; ids.len() * columns];
                 for (out, id) in out.chunks_exact_mut(columns).zip(&ids) {
@@ -73,7 +97,7 @@ impl WeightMatrix {
                     }
                     dequantise(&data[(first + row) * bytes..][..bytes], blocks.dtype(), out)?;
                 }
-                Tensor::from_vec(out, (ids.len(), columns), &blocks.device())
+                Tensor::from_vec(out, (ids.len(), columns), &blocks.device())?.to_dtype(self.dtype())
             }
         }
     }
@@ -83,15 +107,14 @@ impl WeightMatrix {
         match self {
             Self::Dense(tensor) => linear(x, tensor, bias),
             Self::Mixed(tensor) => mixed_linear(x, tensor, bias),
-            Self::Blocks { blocks, first, rows } => {
+            Self::Blocks { blocks, first, rows, .. } => {
                 let (_, columns) = blocks.shape().dims2()?;
                 if x.dims().last() != Some(&columns) || bias.is_some_and(|b| b.dims() != [*rows]) {
                     let bias = bias.map(Tensor::dims);
                     bail!("linear: {:?} does not fit {rows} rows of {:?} and bias {bias:?}", x.dims(), blocks.shape());
                 }
                 if !x.device().is_cpu() {
-                    // candle's kernels know whole matrices only.
-                    let y = QMatMul::from_arc(blocks.clone())?.forward(x)?.narrow(x.rank() - 1, *first, *rows)?;
+                    let y = product_on_gpu(x, blocks)?;
                     return bias.map_or(Ok(y.clone()), |b| y.broadcast_add(b));
                 }
                 let x = x.to_dtype(DType::F32)?.contiguous()?;
@@ -107,11 +130,24 @@ impl WeightMatrix {
     }
 }
 
+/// `x + y wᵀ` in x's memory where there is a kernel for that: nothing else may need x.
+///
+/// Errors when the shapes do not fit.
+pub fn add_linear(x: Tensor, y: &Tensor, w: &WeightMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (WeightMatrix::Dense(w), None) = (w, bias)
+        && super::cuda::add_product(&x, y, w)?
+    {
+        return Ok(x);
+    }
+    add(&x, &w.linear(y, bias)?)
+}
+
 /// [`swiglu`](super::swiglu()) of the products with two matrices of the same shape: x (..., columns) gives (..., rows).
 pub fn gated_linear(x: &Tensor, gate: &WeightMatrix, up: &WeightMatrix) -> Result<Tensor> {
     if let (
-        WeightMatrix::Blocks { blocks: a, first: 0, rows },
-        WeightMatrix::Blocks { blocks: b, first: 0, rows: same },
+        WeightMatrix::Blocks { blocks: a, first: 0, rows, .. },
+        WeightMatrix::Blocks { blocks: b, first: 0, rows: same, .. },
     ) = (gate, up)
     {
         let (count, columns) = a.shape().dims2()?;
@@ -139,6 +175,26 @@ pub fn gated_linear(x: &Tensor, gate: &WeightMatrix, up: &WeightMatrix) -> Resul
         }
     }
     swiglu(&gate.linear(x, None)?, &up.linear(x, None)?)
+}
+
+/// The type of what goes in and comes out of blocks: a GPU computes in half precision.
+fn activations(blocks: &QTensor) -> DType {
+    if blocks.device().is_cpu() { DType::F32 } else { DType::BF16 }
+}
+
+/// x (..., columns) times all blocks (rows, columns) of a GPU: (..., rows) of x's dtype.
+fn product_on_gpu(x: &Tensor, blocks: &Arc<QTensor>) -> Result<Tensor> {
+    /// candle's kernels take so many inputs at once; for more it takes less time to make numbers of the blocks.
+    const INPUTS: usize = 8;
+    let (_, columns) = blocks.shape().dims2()?;
+    if x.elem_count() / columns <= INPUTS {
+        return QMatMul::from_arc(blocks.clone())?.forward(&x.to_dtype(DType::F32)?.contiguous()?)?.to_dtype(x.dtype());
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(w) = super::cuda::to_bf16(blocks)? {
+        return linear(x, &w.to_dtype(x.dtype())?, None);
+    }
+    linear(x, &blocks.dequantize_f16(x.device())?.to_dtype(x.dtype())?, None)
 }
 
 /// Rows of so many numbers, one for each of x's.

@@ -36,16 +36,16 @@ mod slice;
 mod tiles;
 
 pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
-pub use attention::{Mask, attention};
+pub use attention::{Mask, attention, attention_rows};
 pub use blocks::{dequantise, quantise};
-pub use conv::conv2d;
+pub use conv::{add_conv2d, conv2d, upsampled_conv2d};
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_rows};
-pub use matrix::{WeightMatrix, gated_linear};
+pub use matrix::{WeightMatrix, add_linear, gated_linear};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{adamw_step, muon_step};
-pub use resize::{pixel_shuffle, pixel_unshuffle, upsample_nearest2x};
-pub use rope::rope;
+pub use resize::{pixel_shuffle, pixel_unshuffle};
+pub use rope::{project_heads, rope};

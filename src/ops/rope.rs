@@ -24,6 +24,22 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// Heads of the product x (R, T, (H + 2 KV) D) of a joint projection, and of its bias: queries, rotated, (R, T, H, D). Keys,
+/// rotated, and values are written into the keys and values (1, capacity, KV, D) of every row, from the position on that is
+/// given with them. None where there is no kernel for that.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub fn project_heads(
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    (cos, sin): (&Tensor, &Tensor),
+    caches: &[(&Tensor, &Tensor, usize)],
+) -> Result<Option<Tensor>> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::project_heads(x, bias, (cos, sin), caches);
+    #[cfg(not(feature = "cuda"))]
+    Ok(None)
+}
+
 fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let half = x.dim(D::Minus1)? / 2;
     let wide = x.to_dtype(DType::F32)?;

@@ -60,7 +60,11 @@ impl Conv {
     }
 
     fn load_with(w: &Weights, from: usize, to: usize, kernel: usize, init: Init) -> Result<Self> {
-        let weight = w.get((to, from, kernel, kernel), "weight", init)?;
+        let mut weight = w.get((to, from, kernel, kernel), "weight", init)?;
+        if w.device().is_cuda() && weight.dtype() == DType::BF16 {
+            // As the kernels for CUDA take them: channels last.
+            weight = weight.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2))?;
+        }
         Ok(Self { weight, bias: w.get(to, "bias", Init::Zeros)? })
     }
 
@@ -71,6 +75,16 @@ impl Conv {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let pad = self.weight.dim(2)? / 2;
         ops::conv2d(x, &self.weight, Some(&self.bias), 1, [pad, pad, pad, pad])
+    }
+
+    /// As [`Self::forward`], added to `base`.
+    fn forward_onto(&self, base: &Tensor, x: &Tensor) -> Result<Tensor> {
+        ops::add_conv2d(base, x, &self.weight, &self.bias)
+    }
+
+    /// Of the image of twice the size.
+    fn forward_up(&self, x: &Tensor) -> Result<Tensor> {
+        ops::upsampled_conv2d(x, &self.weight, &self.bias)
     }
 
     /// Stride 2, padded by one at the bottom and on the right, as the reference's downsampling.
@@ -120,10 +134,10 @@ impl ResBlock {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward(x, true)?)?;
-        let h = self.conv2.forward(&self.norm2.forward(&h, true)?)?;
+        let h = self.norm2.forward(&h, true)?;
         match &self.nin_shortcut {
-            Some(shortcut) => ops::add(&shortcut.forward(x)?, &h),
-            None => ops::add(x, &h),
+            Some(shortcut) => self.conv2.forward_onto(&shortcut.forward(x)?, &h),
+            None => self.conv2.forward_onto(x, &h),
         }
     }
 }
@@ -153,11 +167,10 @@ impl AttnBlock {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
         let normed = self.norm.forward(x, false)?;
-        let tokens = |conv: &Conv| conv.forward(&normed)?.flatten_from(2)?.transpose(1, 2)?.reshape((b, h * w, 1, c));
+        let tokens = |conv: &Conv| conv.forward(&normed)?.permute((0, 2, 3, 1))?.reshape((b, h * w, 1, c));
         let scale = 1.0 / (c as f32).sqrt();
         let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, Mask::None, scale)?;
-        let out = out.reshape((b, h * w, c))?.transpose(1, 2)?.reshape((b, c, h, w))?;
-        ops::add(x, &self.proj_out.forward(&out)?)
+        self.proj_out.forward_onto(x, &out.reshape((b, h, w, c))?.permute((0, 3, 1, 2))?)
     }
 }
 
@@ -303,7 +316,7 @@ impl Decoder {
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(up) = &level.resize {
-                x = up.forward(&ops::upsample_nearest2x(&x)?)?;
+                x = up.forward_up(&x)?;
             }
         }
         ops::pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward(&x, true)?)?, self.patch)

@@ -1,13 +1,14 @@
-// Scaled dot-product attention of one sequence, by tiles of keys with a running softmax: no weights are stored.
+// Scaled dot-product attention of every row of a batch, by tiles of keys with a running softmax: no weights are stored.
 //
-// A block takes 64 rows of one key head: row = token * group + the query head within the group, so that all the query
-// heads that share keys read them once. Grid (ceil(tokens * group / 64), kv_heads), 128 threads, SHARED_BYTES<D> of
-// dynamic shared memory. The scale is positive, and with `causal` there are at least as many keys as tokens.
+// A block takes 64 queries of one key head: query = token * group + the query head within the group, so that all the query
+// heads that share keys read them once. Grid (ceil(tokens * group / 64), kv_heads, rows of the batch), 128 threads,
+// SHARED_BYTES<D> of dynamic shared memory. The scale is positive, and with `causal` there are at least as many keys as
+// tokens.
 //
-// q and out (tokens, heads, D); k and v (keys, kv_heads, D); all contiguous. With `causal` the queries stand at the end
-// of the keys, and each sees none behind itself.
+// q and out (rows, tokens, heads, D). With `causal` the queries stand at the end of the keys, and each sees none behind
+// itself.
 
-#include "ptx.cuh"
+#include "rows.cuh"
 
 constexpr int TILE = 64;
 constexpr int THREADS = 128;
@@ -24,32 +25,48 @@ template <int D> struct Tile {
 
   __device__ uint4 *at(int row, int chunk) const { return start + row * CHUNKS + (chunk ^ row * SPAN / 8 % SPAN); }
 
-  // Starts to load rows first .. first + 63, where those from `end` on are zeros, each from `offset(row)` on.
-  template <class Offset> __device__ void load(const bf16 *from, int first, int end, Offset offset) const {
+  // Starts to load 64 rows that lie `stride` numbers apart; those from `count` on are zeros.
+  __device__ void load(const bf16 *from, int count, size_t stride) const {
+    constexpr int EVERY = THREADS / CHUNKS;
+    static_assert(EVERY % SPAN == 0 && TILE % EVERY == 0, "the chunks of a thread trade places alike");
+    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    uint4 *const to = at(row, chunk);
+    from += row * stride + chunk * 8;
+    if (count >= TILE) {
 #pragma unroll
-    for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
-      const int row = first + i / CHUNKS, chunk = i % CHUNKS;
-      const bool exists = row < end;
-      copy_async(at(i / CHUNKS, chunk), from + (exists ? offset(row) + chunk * 8 : 0), exists);
+      for (int i = 0; i < TILE; i += EVERY) copy_async(to + i * CHUNKS, from + i * stride, true);
+    } else {
+#pragma unroll
+      for (int i = 0; i < TILE; i += EVERY) {
+        const bool exists = row + i < count;
+        copy_async(to + i * CHUNKS, exists ? from + i * stride : from - row * stride, exists);
+      }
     }
   }
 };
 
 template <int D>
-__device__ void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, int keys, int tokens, int heads,
-                          int kv_heads, float scale, bool causal) {
+__device__ void attention(const bf16 *q, const Rows &batch, bf16 *out, int tokens, int heads, int kv_heads, float scale,
+                          bool causal) {
   const int group = heads / kv_heads, rows = tokens * group, head = blockIdx.y;
-  const int first = blockIdx.x * TILE;
+  const int first = blockIdx.x * TILE, keys = batch.length[blockIdx.z];
+  const bf16 *const k = batch.k[blockIdx.z] + head * D, *const v = batch.v[blockIdx.z] + head * D;
+  q += size_t(blockIdx.z) * tokens * heads * D;
+  out += size_t(blockIdx.z) * tokens * heads * D;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
   const auto query = [=](int row) { return (size_t(row / group) * heads + head * group + row % group) * D; };
-  const auto key = [=](int row) { return (size_t(row) * kv_heads + head) * D; };
+  const size_t stride = size_t(kv_heads) * D;
   const auto seen = [=](int row) { return causal ? min(keys, keys - tokens + 1 + row / group) : keys; };
 
   uint4 *const shared = dynamic_shared();
   const auto tile = [=](int i) { return Tile<D>{shared + i * TILE * Tile<D>::CHUNKS}; };
-  tile(0).load(q, first, rows, query);
-  tile(1).load(k, 0, keys, key);
-  tile(3).load(v, 0, keys, key);
+  for (int i = threadIdx.x; i < TILE * Tile<D>::CHUNKS; i += THREADS) {
+    const int row = i / Tile<D>::CHUNKS, chunk = i % Tile<D>::CHUNKS;
+    const bool exists = first + row < rows;
+    copy_async(tile(0).at(row, chunk), q + (exists ? query(first + row) + chunk * 8 : 0), exists);
+  }
+  tile(1).load(k, keys, stride);
+  tile(3).load(v, keys, stride);
   wait_for_copies();
   __syncthreads();
 
@@ -70,8 +87,9 @@ __device__ void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out
     wait_for_copies();
     __syncthreads();
     if (start + TILE < any_sees) {
-      tile(2 - turn).load(k, start + TILE, keys, key);
-      tile(4 - turn).load(v, start + TILE, keys, key);
+      const size_t next = (start + TILE) * stride;
+      tile(2 - turn).load(k + next, keys - start - TILE, stride);
+      tile(4 - turn).load(v + next, keys - start - TILE, stride);
     }
     if (first + warp_row >= rows) continue;
 
@@ -148,10 +166,10 @@ __device__ void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out
 
 #define ATTENTION(D)                                                                                                   \
   extern "C" __global__ void __launch_bounds__(THREADS) attention_bf16_d##D(                                           \
-      const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, const int keys, const int tokens, const int heads,       \
+      const bf16 *q, const __grid_constant__ Rows batch, bf16 *out, const int tokens, const int heads,                 \
       const int kv_heads, const float scale, const int causal) {                                                       \
     static_assert(SHARED_BYTES<D> < 100 << 10, "more than every GPU of compute capability 8 has for a block");         \
-    attention<D>(q, k, v, out, keys, tokens, heads, kv_heads, scale, causal != 0);                                     \
+    attention<D>(q, batch, out, tokens, heads, kv_heads, scale, causal != 0);                                          \
   }
 
 ATTENTION(32)

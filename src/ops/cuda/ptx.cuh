@@ -11,7 +11,7 @@ constexpr unsigned ALL_LANES = 0xffffffff;
 
 // What the launch reserved.
 __device__ inline uint4 *dynamic_shared() {
-  extern __shared__ uint4 reserved[];
+  extern __shared__ __align__(1024) uint4 reserved[];
   return reserved;
 }
 
@@ -36,7 +36,15 @@ __device__ inline void copy_async(uint4 *to, const void *from, bool exist) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 
-// Waits for the copies that this thread started; those of others need a barrier behind it.
+// Closes a group of copies.
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most so many groups of copies of this thread are under way; those of others need a barrier behind it.
+template <int GROUPS> __device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Waits for the copies that this thread started.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8x8 matrices, to whose rows of 16 bytes the lanes 8i .. 8i + 7 point: of each, lane l gets elements 2(l % 4) and
@@ -64,6 +72,24 @@ __device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsig
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+constexpr int WIDTH = 8;
+
+// What a thread moves at a time.
+__device__ inline void read(float (&x)[WIDTH], const bf16 *from) {
+  const uint4 bits = *reinterpret_cast<const uint4 *>(from);
+  const unsigned pairs[WIDTH / 2] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; i++) {
+    // The upper half of an f32 is its bf16.
+    x[2 * i] = __uint_as_float(pairs[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
+  }
+}
+
+__device__ inline void write(bf16 *to, const float (&x)[WIDTH]) {
+  *reinterpret_cast<uint4 *>(to) = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 
 #endif

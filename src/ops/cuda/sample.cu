@@ -54,26 +54,61 @@ __device__ inline Key largest(Key mine) {
   return mine;
 }
 
-// The k-th largest, k from 1, of the numbers that `logit` gives: eight bits at a time, from the highest.
-template <class Logit> __device__ float select(Logit logit, int columns, int k) {
-  __shared__ int counts[256], bin, rank;
-  static_assert(THREADS == 256, "a thread takes a bin");
+// A row of logits as they are filtered: guided, and divided by the temperature. Rounded after every operation, as it is on the
+// CPU.
+struct Row {
+  const bf16 *conditional, *unconditional;
+  int columns;
+  float guidance, temperature;
+
+  // Calls f(index, logit) for this thread's share of the columns `from` to `to`, multiples of 8, in ascending order.
+  template <class F> __device__ void each(int from, int to, int step, F f) const {
+    for (int i = from; i < to; i += step) {
+      float c[WIDTH], u[WIDTH];
+      read(c, conditional + i);
+      if (guidance != 0.0f) {
+        read(u, unconditional + i);
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) c[j] = __fsub_rn(__fmul_rn(1.0f + guidance, c[j]), __fmul_rn(guidance, u[j]));
+      }
+#pragma unroll
+      for (int j = 0; j < WIDTH; j++) f(i + j, temperature == 1.0f ? c[j] : c[j] / temperature);
+    }
+  }
+
+  // All columns, neighbours to neighbouring threads.
+  template <class F> __device__ void all(F f) const { each(threadIdx.x * WIDTH, columns, THREADS * WIDTH, f); }
+};
+
+// The k-th largest logit, k from 1: eleven bits at a time, from the highest, of which the last are ten.
+__device__ inline float select(const Row &row, int k) {
+  constexpr int BITS = 11, BINS = 1 << BITS, SHARE = BINS / THREADS;
+  __shared__ int counts[BINS], bin, rank;
   unsigned found = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    counts[threadIdx.x] = 0;
+  for (int shift = 32 - BITS; shift > -BITS; shift -= BITS) {
+    const int low = max(shift, 0), bits = BITS + min(shift, 0);
+    for (int i = threadIdx.x; i < BINS; i += THREADS) counts[i] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < columns; i += THREADS) {
-      const unsigned number = ordered(logit(i));
-      if (Key(number ^ found) >> (shift + 8) == 0) atomicAdd(&counts[number >> shift & 255], 1);
+    row.all([&](int, float logit) {
+      const unsigned number = ordered(logit);
+      if (Key(number ^ found) >> (low + bits) == 0) atomicAdd(&counts[number >> low & (1 << bits) - 1], 1);
+    });
+    __syncthreads();
+    // A thread takes bins in a row, the first one the highest.
+    int mine = 0, all;
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) mine += counts[BINS - 1 - threadIdx.x * SHARE - i];
+    int before = sum_before(mine, all);
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+      const int at = BINS - 1 - threadIdx.x * SHARE - i, count = counts[at];
+      if (before < k && k <= before + count) bin = at, rank = k - before;
+      before += count;
     }
     __syncthreads();
-    const int mine = 255 - threadIdx.x, count = counts[mine];
-    int all;
-    const int before = sum_before(count, all);
-    if (before < k && k <= before + count) bin = mine, rank = k - before;
-    __syncthreads();
-    found |= unsigned(bin) << shift;
+    found |= unsigned(bin) << low;
     k = rank;
+    __syncthreads();
   }
   return unordered(found);
 }
@@ -96,34 +131,26 @@ __device__ inline void sort(Key *keys, int count) {
   }
 }
 
-// Logits (positions, columns). Unless guidance is 0, they become (1 + guidance) conditional - guidance unconditional.
+// Logits (positions, columns); columns are a multiple of 8. Unless guidance is 0, they become (1 + guidance) conditional - guidance unconditional.
 // top_k is at most 1024. Where a row has a NaN or no finite logit, its code is the largest number there is.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sample_bf16(const bf16 *conditional, const bf16 *unconditional, const double *uniforms, unsigned *codes,
                 int columns, float guidance, float temperature, int top_k, float top_p) {
   __shared__ Key keys[MOST];
-  __shared__ int cut, drawn;
+  __shared__ int cut, drawn, taken;
   const int position = blockIdx.x;
-  conditional += size_t(blockIdx.x) * columns;
-  const bool alone = guidance == 0.0f;
-  if (!alone) unconditional += size_t(blockIdx.x) * columns;
-  // Rounded after every operation, as it is on the CPU.
-  const auto guided = [=](int i) {
-    const float c = __bfloat162float(conditional[i]);
-    if (alone) return c;
-    return __fsub_rn(__fmul_rn(1.0f + guidance, c), __fmul_rn(guidance, __bfloat162float(unconditional[i])));
-  };
+  const size_t offset = size_t(position) * columns;
+  const Row guided{conditional + offset, unconditional + offset, columns, guidance, 1.0f};
 
   const bool greedy = temperature == 0.0f || top_k == 1;
   bool nan = false, finite = false;
   Key best = 0;
-  for (int i = threadIdx.x; i < columns; i += THREADS) {
-    const float logit = guided(i);
+  guided.all([&](int i, float logit) {
     nan |= isnan(logit) || logit == INFINITY;
     finite |= isfinite(logit);
     // The sum makes zeros equal, whatever their sign.
     best = max(best, key(logit + 0.0f, i));
-  }
+  });
   nan = __syncthreads_or(nan);
   finite = __syncthreads_or(finite);
   if (nan || !finite) {
@@ -136,20 +163,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     return;
   }
 
-  const auto logit = [=](int i) { return guided(i) / temperature; };
-  const float threshold = select(logit, columns, min(min(top_k, columns), MOST / 2));
-  // Each thread gathers from columns in a row, so that when there is no room for all ties the first ones get it.
-  const int span = (columns + THREADS - 1) / THREADS, from = threadIdx.x * span, to = min(from + span, columns);
-  int above = 0, equal = 0, all_above, all_equal;
-  for (int i = from; i < to; i++) above += logit(i) > threshold, equal += logit(i) == threshold;
-  above = sum_before(above, all_above);
-  equal = sum_before(equal, all_equal) + all_above;
-  for (int i = from; i < to; i++) {
-    const float x = logit(i);
-    if (x > threshold) keys[above++] = key(x, i);
-    if (x == threshold && equal < MOST) keys[equal++] = key(x, i);
+  const Row row{guided.conditional, guided.unconditional, columns, guidance, temperature};
+  const float threshold = select(row, min(min(top_k, columns), MOST / 2));
+  if (threadIdx.x == 0) taken = 0;
+  __syncthreads();
+  row.all([&](int i, float logit) {
+    if (logit < threshold) return;
+    const int at = atomicAdd(&taken, 1);
+    if (at < MOST) keys[at] = key(logit, i);
+  });
+  __syncthreads();
+  if (taken > MOST) {
+    // There is no room for all that equal the last one: the first of them get it. Each thread looks at columns in a row.
+    const int span = (columns / WIDTH + THREADS - 1) / THREADS * WIDTH;
+    const int from = min(int(threadIdx.x) * span, columns), to = min(from + span, columns);
+    int above = 0, equal = 0, all_above, all_equal;
+    row.each(from, to, WIDTH, [&](int, float logit) { above += logit > threshold, equal += logit == threshold; });
+    above = sum_before(above, all_above);
+    equal = sum_before(equal, all_equal) + all_above;
+    row.each(from, to, WIDTH, [&](int i, float logit) {
+      if (logit > threshold) keys[above++] = key(logit, i);
+      if (logit == threshold && equal < MOST) keys[equal++] = key(logit, i);
+    });
   }
-  int count = min(all_above + all_equal, MOST);
+  int count = min(taken, MOST);
   if (threadIdx.x == 0) cut = drawn = count;
   sort(keys, count);
 

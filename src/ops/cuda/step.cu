@@ -1,38 +1,20 @@
 // What lies between matrix products. Bound by memory: every thread moves 16 bytes at a time, so
 // rows are whole multiples of 8 numbers. Where the plain composition rounds to bf16 between its steps, so do these.
 
-#include "ptx.cuh"
+#include "rows.cuh"
 
 constexpr int THREADS = 256;
-// Of group_norm_bf16, where a block has more to read.
-constexpr int GROUP_THREADS = 1024;
-constexpr int WIDTH = 8;
-
-__device__ inline void read(float (&x)[WIDTH], const bf16 *from) {
-  const uint4 bits = *reinterpret_cast<const uint4 *>(from);
-  const unsigned pairs[WIDTH / 2] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < WIDTH / 2; i++) {
-    // The upper half of an f32 is its bf16.
-    x[2 * i] = __uint_as_float(pairs[i] << 16);
-    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
-  }
-}
-
-__device__ inline void write(bf16 *to, const float (&x)[WIDTH]) {
-  *reinterpret_cast<uint4 *>(to) = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-}
 
 __device__ inline float rounded(float x) { return __uint_as_float(pack(x, 0.0f) << 16); }
 
 // The sum over all threads of a block, for all of them.
-template <int COUNT> __device__ float block_sum(float x) {
-  __shared__ float warps[COUNT / 32];
+__device__ float block_sum(float x) {
+  __shared__ float warps[THREADS / 32];
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = 0.0f;
-  for (int warp = 0; warp < COUNT / 32; warp++) sum += warps[warp];
+  for (int warp = 0; warp < THREADS / 32; warp++) sum += warps[warp];
   // Before the next sum takes their place.
   __syncthreads();
   return sum;
@@ -50,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int j = 0; j < WIDTH; j++) squares += a[j] * a[j];
   }
-  const float rms = sqrtf(block_sum<THREADS>(squares) / hidden + eps);
+  const float rms = sqrtf(block_sum(squares) / hidden + eps);
   for (int i = threadIdx.x * WIDTH; i < hidden; i += THREADS * WIDTH) {
     float a[WIDTH], w[WIDTH];
     read(a, x + i);
@@ -59,6 +41,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int j = 0; j < WIDTH; j++) a[j] = rounded(a[j] / rms) * w[j];
     write(out + i, a);
   }
+}
+
+// The first half and the second of four numbers each, rotated by four angles.
+__device__ inline void rotate(float (&a)[4], float (&b)[4], float4 c, float4 s) {
+  const float cosines[4] = {c.x, c.y, c.z, c.w}, sines[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const float first = a[j] * cosines[j] - b[j] * sines[j];
+    b[j] = b[j] * cosines[j] + a[j] * sines[j];
+    a[j] = first;
+  }
+}
+
+__device__ inline void read(float (&x)[4], const bf16 *from) {
+  const uint2 bits = *reinterpret_cast<const uint2 *>(from);
+  x[0] = __uint_as_float(bits.x << 16), x[1] = __uint_as_float(bits.x & 0xffff0000);
+  x[2] = __uint_as_float(bits.y << 16), x[3] = __uint_as_float(bits.y & 0xffff0000);
+}
+
+__device__ inline void write(bf16 *to, const float (&x)[4]) {
+  *reinterpret_cast<uint2 *>(to) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
 }
 
 // Rotates the halves of each head of x (rows, heads, head_dim) by the angles (positions, head_dim / 2) of its row, that
@@ -71,66 +74,126 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < heads * per_half; i += THREADS) {
     const int at = i % per_half * 4;
     const size_t first = row + i / per_half * head_dim + at, second = first + half;
-    const uint2 a = *reinterpret_cast<const uint2 *>(x + first), b = *reinterpret_cast<const uint2 *>(x + second);
-    const float4 c = *reinterpret_cast<const float4 *>(cosines + angles + at);
-    const float4 s = *reinterpret_cast<const float4 *>(sines + angles + at);
-    const auto low = [](unsigned pair) { return __uint_as_float(pair << 16); };
-    const auto high = [](unsigned pair) { return __uint_as_float(pair & 0xffff0000); };
-    *reinterpret_cast<uint2 *>(out + first) =
-        make_uint2(pack(low(a.x) * c.x - low(b.x) * s.x, high(a.x) * c.y - high(b.x) * s.y),
-                   pack(low(a.y) * c.z - low(b.y) * s.z, high(a.y) * c.w - high(b.y) * s.w));
-    *reinterpret_cast<uint2 *>(out + second) =
-        make_uint2(pack(low(b.x) * c.x + low(a.x) * s.x, high(b.x) * c.y + high(a.x) * s.y),
-                   pack(low(b.y) * c.z + low(a.y) * s.z, high(b.y) * c.w + high(a.y) * s.w));
+    float a[4], b[4];
+    read(a, x + first);
+    read(b, x + second);
+    rotate(a, b, *reinterpret_cast<const float4 *>(cosines + angles + at),
+           *reinterpret_cast<const float4 *>(sines + angles + at));
+    write(out + first, a);
+    write(out + second, b);
   }
 }
 
-// gate * sigmoid(gate) * up: a thread per vector of 8 numbers.
+// What a projection x (rows, tokens, heads + 2 kv_heads, head_dim) and its bias make: queries, rotated, (rows, tokens,
+// heads, head_dim), and behind what the rows hold keys, rotated, and values. Angles (rows, tokens, head_dim / 2). Grid
+// (tokens, rows).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    swiglu_bf16(const bf16 *gates, const bf16 *ups, bf16 *out, long long vectors) {
+    heads_bf16(const bf16 *x, const bf16 *bias, const float *cosines, const float *sines, bf16 *queries,
+               const __grid_constant__ Rows batch, int heads, int kv_heads, int head_dim) {
+  const int half = head_dim / 2, per_half = half / 4, all = heads + 2 * kv_heads;
+  const size_t token = size_t(blockIdx.y) * gridDim.x + blockIdx.x, angles = token * half;
+  const size_t behind = size_t(batch.length[blockIdx.y] + blockIdx.x) * kv_heads * head_dim;
+  x += token * all * head_dim;
+  queries += token * heads * head_dim;
+  bf16 *const keys = batch.k[blockIdx.y] + behind, *const values = batch.v[blockIdx.y] + behind;
+  for (int i = threadIdx.x; i < all * per_half; i += THREADS) {
+    const int head = i / per_half, at = i % per_half * 4;
+    float a[4], b[4], more[4];
+    read(a, x + head * head_dim + at);
+    read(b, x + head * head_dim + half + at);
+    if (bias) {
+      read(more, bias + head * head_dim + at);
+#pragma unroll
+      for (int j = 0; j < 4; j++) a[j] = rounded(a[j] + more[j]);
+      read(more, bias + head * head_dim + half + at);
+#pragma unroll
+      for (int j = 0; j < 4; j++) b[j] = rounded(b[j] + more[j]);
+    }
+    if (head < heads + kv_heads) {
+      rotate(a, b, *reinterpret_cast<const float4 *>(cosines + angles + at),
+             *reinterpret_cast<const float4 *>(sines + angles + at));
+    }
+    bf16 *const to = head < heads              ? queries + head * head_dim
+                     : head < heads + kv_heads ? keys + (head - heads) * head_dim
+                                               : values + (head - heads - kv_heads) * head_dim;
+    write(to + at, a);
+    write(to + half + at, b);
+  }
+}
+
+// gate * sigmoid(gate) * up, of rows of `columns` numbers that lie `gate_stride` and `up_stride` apart: a thread per vector
+// of 8 numbers, `vectors` in all.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    swiglu_bf16(const bf16 *gates, const bf16 *ups, bf16 *out, long long vectors, int columns, long long gate_stride,
+                long long up_stride) {
   const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
   if (i >= vectors) return;
+  const long long row = i / (columns / WIDTH);
+  const int column = i % (columns / WIDTH) * WIDTH;
   float gate[WIDTH], up[WIDTH];
-  read(gate, gates + i * WIDTH);
-  read(up, ups + i * WIDTH);
+  read(gate, gates + row * gate_stride + column);
+  read(up, ups + row * up_stride + column);
 #pragma unroll
   for (int j = 0; j < WIDTH; j++) up[j] *= rounded(gate[j] / (1.0f + __expf(-gate[j])));
   write(out + i * WIDTH, up);
 }
 
-// Normalises each group of `channels` channels of x (batch, groups * channels, area), scales and shifts every channel,
-// and with `silu` takes y * sigmoid(y). Grid (groups, batch), 1024 threads; area is a multiple of 8. Mean and variance
-// take a pass each, for the difference of two large sums would have few digits left.
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS)
-    group_norm_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *out, int channels, long long area,
-                    float eps, int silu) {
-  const size_t start = (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * channels * area;
-  const unsigned per_channel = area / WIDTH, vectors = channels * per_channel;
-  const float count = float(channels) * area;
-  x += start;
-  out += start;
-  float a[WIDTH], sum = 0.0f, squares = 0.0f;
-  for (unsigned i = threadIdx.x; i < vectors; i += GROUP_THREADS) {
-    read(a, x + size_t(i) * WIDTH);
+// Of images x (batch, area, channels) the sum of every group of `size` channels, a multiple of 8, and of their squares,
+// added to sums (batch, groups, 2). A block takes `pixels` pixels: grid (ceil(area / pixels), batch). A thread sums a few
+// hundred numbers in f32; what is left of the difference between the mean square and the squared mean is exact enough in f64.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    group_sums_bf16(const bf16 *x, double *sums, int area, int channels, int size, int pixels) {
+  // One of at most 256 groups each.
+  __shared__ float all[THREADS], squares[THREADS];
+  const int chunks = channels / WIDTH, at_once = THREADS / chunks, groups = channels / size;
+  all[threadIdx.x] = squares[threadIdx.x] = 0.0f;
+  __syncthreads();
+  const int chunk = threadIdx.x % chunks, first = blockIdx.x * pixels, end = min(first + pixels, area);
+  x += size_t(blockIdx.y) * area * channels + chunk * WIDTH;
+  if (threadIdx.x < at_once * chunks) {
+    float sum = 0.0f, square = 0.0f;
+#pragma unroll 4
+    for (int pixel = first + threadIdx.x / chunks; pixel < end; pixel += at_once) {
+      float a[WIDTH];
+      read(a, x + size_t(pixel) * channels);
 #pragma unroll
-    for (int j = 0; j < WIDTH; j++) sum += a[j];
+      for (int j = 0; j < WIDTH; j++) sum += a[j], square += a[j] * a[j];
+    }
+    atomicAdd(&all[chunk * WIDTH / size], sum);
+    atomicAdd(&squares[chunk * WIDTH / size], square);
   }
-  const float mean = block_sum<GROUP_THREADS>(sum) / count;
-  for (unsigned i = threadIdx.x; i < vectors; i += GROUP_THREADS) {
-    read(a, x + size_t(i) * WIDTH);
-#pragma unroll
-    for (int j = 0; j < WIDTH; j++) squares += (a[j] - mean) * (a[j] - mean);
+  __syncthreads();
+  if (threadIdx.x < groups) {
+    double *const to = sums + (size_t(blockIdx.y) * groups + threadIdx.x) * 2;
+    atomicAdd(to, double(all[threadIdx.x]));
+    atomicAdd(to + 1, double(squares[threadIdx.x]));
   }
-  const float deviation = sqrtf(block_sum<GROUP_THREADS>(squares) / count + eps);
-  for (unsigned i = threadIdx.x; i < vectors; i += GROUP_THREADS) {
-    const int channel = blockIdx.x * channels + i / per_channel;
-    const float w = __bfloat162float(weight[channel]), b = __bfloat162float(bias[channel]);
-    read(a, x + size_t(i) * WIDTH);
+}
+
+// Normalises every group by its sums, scales and shifts every channel, and with `silu` takes y * sigmoid(y). As above.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    group_norm_bf16(const bf16 *x, const double *sums, const bf16 *weight, const bf16 *bias, bf16 *out, int area,
+                    int channels, int size, int pixels, float eps, int silu) {
+  const int chunks = channels / WIDTH, at_once = THREADS / chunks, groups = channels / size;
+  if (threadIdx.x >= at_once * chunks) return;
+  const int chunk = threadIdx.x % chunks, first = blockIdx.x * pixels, end = min(first + pixels, area);
+  const size_t start = size_t(blockIdx.y) * area * channels + chunk * WIDTH;
+  const double *const mine = sums + (size_t(blockIdx.y) * groups + chunk * WIDTH / size) * 2;
+  const double count = double(area) * size, mean = mine[0] / count;
+  const float shift = mean, scale = rsqrt(max(mine[1] / count - mean * mean, 0.0) + eps);
+  float w[WIDTH], b[WIDTH];
+  read(w, weight + chunk * WIDTH);
+  read(b, bias + chunk * WIDTH);
+#pragma unroll 4
+  for (int pixel = first + threadIdx.x / chunks; pixel < end; pixel += at_once) {
+    const size_t at = start + size_t(pixel) * channels;
+    float a[WIDTH];
+    read(a, x + at);
 #pragma unroll
     for (int j = 0; j < WIDTH; j++) {
-      a[j] = rounded(rounded((a[j] - mean) / deviation) * w) + b;
+      a[j] = rounded(rounded((a[j] - shift) * scale) * w[j]) + b[j];
       if (silu) a[j] = rounded(a[j]), a[j] /= 1.0f + __expf(-a[j]);
     }
-    write(out + size_t(i) * WIDTH, a);
+    write(out + at, a);
   }
 }

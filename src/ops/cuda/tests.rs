@@ -1,31 +1,39 @@
 //! Against the CPU in f32, where there is a GPU: `cargo test --release --features cuda --lib on_a_gpu -- --ignored`.
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::super::check::random;
-use super::super::{Mask, attention, conv2d, group_norm, rms_norm, rope, swiglu};
+use super::super::{
+    Mask, WeightMatrix, add_conv2d, add_linear, attention, attention_rows, conv2d, group_norm, linear, project_heads,
+    quantise, rms_norm, rope, swiglu, upsampled_conv2d,
+};
 use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::backbone::{Backbone, BackboneConfig, Cache, Context, InputMode, Position, Rope, Step, rope as positions};
 use crate::checkpoint::Weights;
 use crate::generate::Sampling;
 use crate::generate::inputs::NextInput;
 use crate::generate::sampler::{self, Draw};
-use crate::tokenizer::{CodebookConfig, Quantizer};
+use crate::tokenizer::{CodebookConfig, ImageTokenizer, Quantizer};
 
 /// The same numbers, all of them bf16: in f32 for the CPU, and on the GPU.
 fn both(shape: impl Into<Shape>, seed: u64) -> Result<[Tensor; 2]> {
-    let gpu = Device::new_cuda(0)?;
+    let gpu = gpu()?;
     let half = random(shape, seed).to_dtype(DType::BF16)?;
     Ok([half.to_dtype(DType::F32)?, half.to_device(&gpu)?])
 }
 
-/// Fails unless the largest difference is below a hundredth of the largest value.
+fn gpu() -> Result<Device> {
+    crate::device::cuda(0)
+}
+
+/// Fails unless the difference is below a hundredth, by the norms of all numbers.
 #[track_caller]
 fn close(what: &str, gpu: &Tensor, cpu: &Tensor) -> Result<()> {
     let gpu = gpu.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
     assert_eq!(gpu.dims(), cpu.dims(), "{what}");
-    let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
-    let (error, scale) = (largest(&(gpu - cpu)?)?, largest(cpu)?);
+    let norm = |t: &Tensor| t.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>();
+    let (error, scale) = (norm(&(gpu - cpu)?)?, norm(cpu)?);
     eprintln!("{what}: {:.1e}", error / scale);
     assert!(error < 1e-2 * scale, "{what}: off by {error} of {scale}");
     Ok(())
@@ -39,8 +47,11 @@ fn on_a_gpu_norms_and_activations() -> Result<()> {
         close(&format!("rms_norm {rows}x{hidden}"), &rms_norm(&gx, &gw, 1e-6)?, &rms_norm(&x, &w, 1e-6)?)?;
         let [up, gup] = both((rows, hidden), 3)?;
         close(&format!("swiglu {rows}x{hidden}"), &swiglu(&gx, &gup)?, &swiglu(&x, &up)?)?;
+        let [joint, gjoint] = both((2, rows, 2 * hidden), 4)?;
+        let halves = |t: &Tensor| swiglu(&t.narrow(2, 0, hidden)?, &t.narrow(2, hidden, hidden)?);
+        close(&format!("swiglu of halves {rows}x{hidden}"), &halves(&gjoint)?, &halves(&joint)?)?;
     }
-    for (b, c, h, w, groups) in [(1, 64, 16, 24, 16), (2, 32, 8, 8, 32), (1, 256, 128, 128, 32)] {
+    for (b, c, h, w, groups) in [(1, 64, 16, 24, 16), (2, 32, 8, 8, 32), (3, 96, 5, 7, 4), (1, 256, 128, 128, 32)] {
         let ([x, gx], [scale, gscale], [shift, gshift]) = (both((b, c, h, w), 4)?, both(c, 5)?, both(c, 6)?);
         for silu in [false, true] {
             let got = group_norm(&gx, &gscale, &gshift, groups, 1e-6, silu)?;
@@ -83,11 +94,118 @@ fn on_a_gpu_attention() -> Result<()> {
     Ok(())
 }
 
+/// Rows whose caches hold different numbers of positions, more rows than a launch takes.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_projected_heads_and_their_attention() -> Result<()> {
+    for (rows, heads, kv, d, tokens) in [(2, 28, 4, 128, 70), (19, 8, 2, 32, 9), (3, 14, 2, 64, 1)] {
+        let all = (heads + 2 * kv) * d;
+        let ([x, gx], [bias, gbias]) = (both((rows, tokens, all), 1)?, both(all, 2)?);
+        let angles = random((rows, tokens, d / 2), 3);
+        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        let moved = |t: &Tensor| t.to_device(gx.device());
+        let caches = |seed: u64| -> Result<Vec<[Tensor; 2]>> {
+            (0..rows as u64).map(|r| both((1, 300, kv, d), 100 * seed + r)).collect()
+        };
+        let (keys, values) = (caches(1)?, caches(2)?);
+        let length = |r: usize| 17 + 13 * r;
+        let ends: Vec<_> = (0..rows).map(|r| (&keys[r][1], &values[r][1], length(r))).collect();
+        let q = project_heads(&gx, Some(&gbias), (&moved(&cos)?, &moved(&sin)?), &ends)?.expect("a kernel");
+
+        let y = x.broadcast_add(&bias)?.reshape((rows, tokens, heads + 2 * kv, d))?;
+        let want = rope(&y.narrow(2, 0, heads)?.contiguous()?, &cos, &sin)?;
+        close(&format!("queries of {rows} rows"), &q, &want)?;
+        let (k, v) = (rope(&y.narrow(2, heads, kv)?.contiguous()?, &cos, &sin)?, y.narrow(2, heads + kv, kv)?);
+        let mut seen = (Vec::new(), Vec::new());
+        for r in 0..rows {
+            for (cache, new) in [(&keys[r], &k), (&values[r], &v)] {
+                cache[0].slice_set(&new.narrow(0, r, 1)?.contiguous()?, 1, length(r))?;
+                close(&format!("cache of row {r}"), &cache[1], &cache[0])?;
+            }
+            let first = |cache: &Tensor| cache.narrow(1, 0, length(r) + tokens);
+            seen.0.push((first(&keys[r][0])?, first(&values[r][0])?));
+            seen.1.push((first(&keys[r][1])?, first(&values[r][1])?));
+        }
+        for mask in [Mask::None, Mask::Causal] {
+            let (got, want) = (attention_rows(&q, &seen.1, mask, 0.1)?, attention_rows(&want, &seen.0, mask, 0.1)?);
+            close(&format!("attention of {rows} rows, {mask:?}"), &got, &want)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_blocks() -> Result<()> {
+    let (gpu, w) = (gpu()?, random((320, 512), 1));
+    let values = w.flatten_all()?.to_vec1::<f32>()?;
+    for dtype in [GgmlDType::Q8_0, GgmlDType::Q4K] {
+        let [cpu, gpu] =
+            [&Device::Cpu, &gpu].map(|device| quantise(&values, (320, 512), dtype, device).map(WeightMatrix::from));
+        let (cpu, gpu) = (cpu?, gpu?);
+        for inputs in [1, 5, 70] {
+            let [x, gx] = both((2, inputs, 512), 2)?;
+            let [bias, gbias] = both(320, 3)?;
+            let what = format!("{inputs} inputs of {dtype:?}");
+            close(&what, &gpu.linear(&gx, Some(&gbias))?, &cpu.linear(&x, Some(&bias))?)?;
+            let (part, gpart) = (cpu.narrow(40, 200)?, gpu.narrow(40, 200)?);
+            close(&format!("{what}, some rows"), &gpart.linear(&gx, None)?, &part.linear(&x, None)?)?;
+        }
+        let ids = Tensor::new(&[0u32, 319, 7], &Device::Cpu)?;
+        close(&format!("rows of {dtype:?}"), &gpu.select(&ids)?, &cpu.select(&ids)?)?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_products_are_added() -> Result<()> {
+    for (rows, out, inner) in [(1, 3584, 3584), (130, 896, 4864)] {
+        let ([x, gx], [w, gw], [y, gy]) =
+            (both((2, rows, inner), 1)?, both((out, inner), 2)?, both((2, rows, out), 3)?);
+        let want = (y + linear(&x, &w, None)?)?;
+        close("x + y wᵀ", &add_linear(gy, &gx, &WeightMatrix::Dense(gw), None)?, &want)?;
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn on_a_gpu_convolutions() -> Result<()> {
-    let ([x, gx], [w, gw], [b, gb]) = (both((1, 64, 100, 72), 1)?, both((32, 64, 3, 3), 2)?, both(32, 3)?);
-    close("conv2d", &conv2d(&gx, &gw, Some(&gb), 1, [1; 4])?, &conv2d(&x, &w, Some(&b), 1, [1; 4])?)
+    for (b, c, o, h, w, k) in [
+        (1, 64, 32, 100, 72, 3),
+        (2, 8, 256, 9, 13, 1),
+        (1, 256, 3, 33, 20, 3),
+        (1, 72, 520, 5, 6, 3),
+        (2, 128, 300, 19, 21, 3),
+        (1, 64, 256, 8, 16, 1),
+        (1, 64, 72, 5, 6, 3),
+    ] {
+        let ([x, gx], [kernels, gkernels], [bias, gbias]) =
+            (both((b, c, h, w), 1)?, both((o, c, k, k), 2)?, both(o, 3)?);
+        let pad = [k / 2; 4];
+        let what = format!("{c} to {o} channels of {h}x{w}");
+        let (got, want) = (conv2d(&gx, &gkernels, Some(&gbias), 1, pad)?, conv2d(&x, &kernels, Some(&bias), 1, pad)?);
+        close(&format!("conv2d, {what}"), &got, &want)?;
+        let [base, gbase] = both((b, o, h, w), 4)?;
+        let (got, want) = (add_conv2d(&gbase, &gx, &gkernels, &gbias)?, add_conv2d(&base, &x, &kernels, &bias)?);
+        close(&format!("conv2d added, {what}"), &got, &want)?;
+        let (got, want) = (upsampled_conv2d(&gx, &gkernels, &gbias)?, upsampled_conv2d(&x, &kernels, &bias)?);
+        close(&format!("conv2d of twice the size, {what}"), &got, &want)?;
+    }
+    Ok(())
+}
+
+/// The pixel decoder of the public tokenizer's kind, whole: convolutions, norms, attention and upsampling together.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_pixels() -> Result<()> {
+    let config = crate::tokenizer::Preset::clipb_32k_enhanced().config;
+    let load = |device: &Device| ImageTokenizer::load(&Weights::synthetic(DType::F32, device), &config);
+    let f = random((1, 4, 6, config.codebook.dim()), 1);
+    let want = load(&Device::Cpu)?.decode_features(&f)?;
+    let gpu = gpu()?;
+    close("pixels", &load(&gpu)?.decode_features(&f.to_device(&gpu)?)?, &want)
 }
 
 #[test]
@@ -124,7 +242,7 @@ fn on_a_gpu_codes_are_those_of_the_cpu() -> Result<()> {
 fn on_a_gpu_next_inputs() -> Result<()> {
     let config = CodebookConfig { size: 512, semantic_dim: 32, pixel_dim: 8, w_sem: 1.0, w_pix: 1.0, l2_norm: true };
     let table = random((512, 40), 1).flatten_all()?.to_vec1::<f32>()?;
-    let gpu = Device::new_cuda(0)?;
+    let gpu = gpu()?;
     let [q, gq] = [&Device::Cpu, &gpu].map(|device| Quantizer::from_table(&config, table.clone(), device));
     let codes: Vec<u32> = (0..2 * 20 * 13).map(|i| i * 37 % 512).collect();
     let codes = Tensor::from_vec(codes, (2, 20 * 13), &Device::Cpu)?;
@@ -139,12 +257,12 @@ fn on_a_gpu_next_inputs() -> Result<()> {
     Ok(())
 }
 
-/// Hidden states behind every layer of the 7B shape: a prompt, and a scale behind it.
+/// Hidden states behind one layer of the 7B shape and behind four: a prompt, and a scale behind it.
 #[test]
 #[ignore = "needs a GPU"]
 fn on_a_gpu_layers_of_the_7b_shape() -> Result<()> {
-    let gpu = Device::new_cuda(0)?;
-    for layers in 1..=4 {
+    let gpu = gpu()?;
+    for layers in [1, 4] {
         let config = BackboneConfig { vocab_size: 64, num_hidden_layers: layers, ..QWEN2_5_VL_7B };
         let (prompt, grid) = (20, (16, 16));
         let text: Vec<Position> = (0..prompt).map(positions::text_position).collect();

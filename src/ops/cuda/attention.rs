@@ -1,0 +1,183 @@
+//! Attention of the rows of a batch, and what a projection makes for it.
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{Result, Storage, Tensor, bail};
+use half::bf16;
+
+use super::boxes::TensorMap;
+use super::step::STEP;
+use super::{THREADS, blocks, capability, device, kernel, launch, operand, room};
+
+const ATTENTION: (&str, &str) = ("attention", include_str!(concat!(env!("OUT_DIR"), "/attention.ptx")));
+const HOPPER: (&str, &str) = ("attention_hopper", include_str!(concat!(env!("OUT_DIR"), "/attention_hopper.ptx")));
+
+/// Head sizes that [`attention`] is compiled for.
+pub(in crate::ops) const HEAD_DIMS: [usize; 3] = [32, 64, 128];
+
+/// Rows of one launch.
+const MOST_ROWS: usize = 16;
+/// The same of the kernel for Hopper.
+const MOST_BOXES: usize = 8;
+
+/// `Rows` of rows.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Rows {
+    k: [u64; MOST_ROWS],
+    v: [u64; MOST_ROWS],
+    length: [i32; MOST_ROWS],
+}
+
+/// `Rows` of attention_hopper.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Boxes {
+    k: [TensorMap; MOST_BOXES],
+    v: [TensorMap; MOST_BOXES],
+    length: [i32; MOST_BOXES],
+}
+
+// SAFETY: they are laid out as in CUDA: numbers alone.
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for Rows {}
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for Boxes {}
+
+impl Rows {
+    /// Keys and values (1, capacity, KV, D) of every row, whose positions are contiguous, and how many of them count.
+    fn of<'a>(rows: impl Iterator<Item = (&'a Tensor, &'a Tensor, usize)>) -> Result<Self> {
+        let mut all = Self::default();
+        for (i, (k, v, length)) in rows.enumerate() {
+            (all.k[i], all.v[i], all.length[i]) = (address(k)?, address(v)?, length as i32);
+        }
+        Ok(all)
+    }
+}
+
+impl Boxes {
+    /// All keys and values (1, S, KV, D) of every row, whose positions are contiguous.
+    fn of(rows: &[(Tensor, Tensor)]) -> Result<Self> {
+        let boxes = |x: &Tensor| {
+            let (_, s, kv, d) = x.dims4()?;
+            TensorMap::new(address(x)?, [d, kv, s], [64, 1, 128])
+        };
+        let (k, v) = (boxes(&rows[0].0)?, boxes(&rows[0].1)?);
+        let mut all = Self { k: [k; MOST_BOXES], v: [v; MOST_BOXES], length: [0; MOST_BOXES] };
+        for (i, (k, v)) in rows.iter().enumerate() {
+            (all.k[i], all.v[i], all.length[i]) = (boxes(k)?, boxes(v)?, k.dim(1)? as i32);
+        }
+        Ok(all)
+    }
+}
+
+/// Where the numbers of a tensor begin.
+fn address(x: &Tensor) -> Result<u64> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("a kernel for CUDA got a tensor of another device") };
+    let stream = storage.device.cuda_stream();
+    let slice = storage.as_cuda_slice::<bf16>()?.slice(layout.start_offset()..);
+    // All work is on one stream, so the address is good for as long as the tensor is there.
+    let (address, _) = slice.device_ptr(&stream);
+    Ok(address)
+}
+
+fn tensor(
+    numbers: candle_core::cuda_backend::cudarc::driver::CudaSlice<bf16>,
+    device: &CudaDevice,
+    shape: (usize, usize, usize, usize),
+) -> Tensor {
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(numbers, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// [`attention`](crate::ops::attention()) without a mask or with the causal one: every row of q (R, T, H, D) over keys and
+/// values of its own, (1, S, KV, D), whose positions are contiguous.
+pub(in crate::ops) fn attention(q: &Tensor, rows: &[(Tensor, Tensor)], causal: bool, scale: f32) -> Result<Tensor> {
+    let ((r, t, heads, d), Some(device)) = (q.dims4()?, device(&[q])) else { bail!("queries are not on a GPU") };
+    let (_, _, kv, _) = rows[0].0.dims4()?;
+    let queries = t * (heads / kv);
+    let hopper = capability(&device) == 9 && d == 128;
+    // Queries of a block, its threads, and the bytes of shared memory: queries, and two tiles each of keys and values, and on
+    // Hopper their barriers.
+    let (module, name, tile, threads, barriers) = match hopper {
+        true => (HOPPER, "attention_hopper_d128".to_string(), 128, 384, 64),
+        false => (ATTENTION, format!("attention_bf16_d{d}"), 64, 128, 0),
+    };
+    let shared = 5 * tile * d * 2 + barriers;
+    let function = kernel!(device, module, &name);
+    function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+    let q = q.contiguous()?;
+    let (storage, layout) = q.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("queries are not on a GPU") };
+    let q = operand::<bf16>(storage, layout)?;
+    let mut out = room(&device, r * t * heads * d)?;
+    let (tokens, heads_of, kv_of, causal) = (t as i32, heads as i32, kv as i32, i32::from(causal));
+    let most = if hopper { MOST_BOXES } else { MOST_ROWS };
+    for (i, rows) in rows.chunks(most).enumerate() {
+        let part = i * most * t * heads * d..;
+        let (q, mut out) = (q.slice(part.clone()), out.slice_mut(part));
+        let blocks = blocks((queries.div_ceil(tile), kv, rows.len()), threads, shared);
+        if hopper {
+            let batch = Boxes::of(rows)?;
+            launch!(&function, blocks, &q, &batch, &mut out, &tokens, &heads_of, &kv_of, &scale, &causal);
+        } else {
+            let batch = Rows::of(rows.iter().map(|(k, v)| (k, v, k.dims()[1])))?;
+            launch!(&function, blocks, &q, &batch, &mut out, &tokens, &heads_of, &kv_of, &scale, &causal);
+        }
+    }
+    Ok(tensor(out, &device, (r, t, heads, d)))
+}
+
+/// What a projection x (R, T, (H + 2 KV) D) and its bias make: queries, rotated by cos and sin (R, T, D / 2), (R, T, H, D).
+/// Keys, rotated, and values are written into every row of `caches`, (1, capacity, KV, D), from the given position on.
+/// None if it is not taken.
+pub(in crate::ops) fn project_heads(
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    (cos, sin): (&Tensor, &Tensor),
+    caches: &[(&Tensor, &Tensor, usize)],
+) -> Result<Option<Tensor>> {
+    let ((r, t, all), Some(device)) = (x.dims3()?, device(&[x, bias.unwrap_or(x)])) else { return Ok(None) };
+    let (_, _, kv, d) = caches[0].0.dims4()?;
+    let heads = all / d - 2 * kv;
+    let angles = |a: &Tensor| a.dims() == [r, t, d / 2] && a.is_contiguous();
+    if !x.is_contiguous() || d % 8 != 0 || !angles(cos) || !angles(sin) {
+        return Ok(None);
+    }
+    for (keys, _, start) in caches {
+        if start + t > keys.dim(1)? {
+            bail!("a sequence of {} does not fit a cache of {}", start + t, keys.dim(1)?);
+        }
+    }
+    let borrowed = [x, cos, sin, bias.unwrap_or(x)].map(|t| t.storage_and_layout());
+    let [Storage::Cuda(x), Storage::Cuda(cos), Storage::Cuda(sin), Storage::Cuda(more)] =
+        borrowed.each_ref().map(|(s, _)| &**s)
+    else {
+        return Ok(None);
+    };
+    let layouts = borrowed.each_ref().map(|(_, l)| *l);
+    let (x, more) = (operand::<bf16>(x, layouts[0])?, operand::<bf16>(more, layouts[3])?);
+    let (cos, sin) = (operand::<f32>(cos, layouts[1])?, operand::<f32>(sin, layouts[2])?);
+    let mut out = room(&device, r * t * heads * d)?;
+    let function = kernel!(device, STEP, "heads_bf16");
+    let (heads_of, kv_of, head_dim, nothing) = (heads as i32, kv as i32, d as i32, 0u64);
+    for (i, rows) in caches.chunks(MOST_ROWS).enumerate() {
+        let first = i * MOST_ROWS * t;
+        let (x, mut out) = (x.slice(first * all..), out.slice_mut(first * heads * d..));
+        let (cos, sin) = (cos.slice(first * (d / 2)..), sin.slice(first * (d / 2)..));
+        let batch = Rows::of(rows.iter().copied())?;
+        let blocks = blocks((t, rows.len(), 1), THREADS, 0);
+        match bias {
+            Some(_) => {
+                launch!(&function, blocks, &x, &more, &cos, &sin, &mut out, &batch, &heads_of, &kv_of, &head_dim);
+            }
+            None => {
+                launch!(&function, blocks, &x, &nothing, &cos, &sin, &mut out, &batch, &heads_of, &kv_of, &head_dim);
+            }
+        }
+    }
+    Ok(Some(tensor(out, &device, (r, t, heads, d))))
+}

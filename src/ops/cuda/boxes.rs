@@ -1,0 +1,51 @@
+//! What Hopper's copies of boxes are told about a tensor.
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, sys};
+use candle_core::{Result, bail};
+
+/// `TensorMap` of hopper.cuh.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(super) struct TensorMap(sys::CUtensorMap);
+
+// SAFETY: the driver makes it for kernels to be given by value.
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for TensorMap {}
+
+impl TensorMap {
+    /// A contiguous bf16 tensor at an address, whose innermost dimension comes first, to be copied in boxes of these sizes.
+    /// Rows of 128 bytes lie in shared memory as the products take them; what is outside of the tensor is zeros there.
+    pub(super) fn new<const N: usize>(address: u64, dims: [usize; N], sizes: [u32; N]) -> Result<Self> {
+        let dims = dims.map(|d| d as u64);
+        let mut strides = [2; N];
+        for i in 1..N {
+            strides[i] = strides[i - 1] * dims[i - 1];
+        }
+        if sizes[0] != 64 || dims.contains(&0) || strides[1..].iter().any(|stride| stride % 16 != 0) {
+            bail!("no boxes of {sizes:?} in {dims:?}");
+        }
+        let (steps, mut map) = ([1; N], std::mem::MaybeUninit::uninit());
+        // SAFETY: the arrays are as long as the rank says, and a map that was made is whole.
+        #[allow(unsafe_code)]
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                N as u32,
+                address as *mut _,
+                dims.as_ptr(),
+                strides[1..].as_ptr(),
+                sizes.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()
+            .w()?;
+            Ok(Self(map.assume_init()))
+        }
+    }
+}
