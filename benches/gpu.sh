@@ -1,33 +1,44 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: checks numbers against the CPU, then times the 7B shape, then PyTorch on the same shape,
-# and prints one table. Needs a CUDA toolkit (nvcc), and for the comparison a Python with torch.
+# On a machine with an NVIDIA GPU: checks the kernels against the CPU, then times the 7B shape, then PyTorch on the same
+# shape, and prints one table. Needs a CUDA toolkit (nvcc), and for the comparison a Python with torch.
 #
 #   bash benches/gpu.sh [FOLDER FOR LOGS]
+#
+# Where there is no Rust, NEXTFLOW and CHECKS name the program and its unit tests as `cargo build --release --features cuda`
+# and `cargo test --release --features cuda --lib --no-run` made them elsewhere. ONLY=on_a_gpu_attention runs some checks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 logs=${1:-target/gpu}
 mkdir -p "$logs"
 python=${PYTHON:-python3}
-bench() { ./target/release/nextflow bench --synthetic nextflow-7b --device cuda --json "$@"; }
 
 nvidia-smi | tee "$logs/machine.txt"
-cargo build --release --features cuda
-cargo test --release --features cuda --lib on_a_gpu -- --ignored --nocapture --test-threads 1 2>&1 | tee "$logs/numbers.txt"
+checks=(--ignored --nocapture --test-threads 1 "${ONLY:-on_a_gpu}")
+if [ -z "${CHECKS:-}" ]; then
+  cargo build --release --features cuda
+  cargo test --release --features cuda --lib -- "${checks[@]}" 2>&1 | tee "$logs/numbers.txt"
+else
+  "$CHECKS" "${checks[@]}" 2>&1 | tee "$logs/numbers.txt"
+fi
 
-for side in 256 512 1024; do
-  bench --size "${side}x$side" --images 6 | tee "$logs/$side.json"
-done
-bench --size 1024x1024 --images 50 > "$logs/growth.json"
-bench --size 1024x1024 --images 4 --cfg-until 16 > "$logs/1024-cfg-until-16.json"
-bench --size 1024x1024 --images 4 --draft 1 > "$logs/1024-draft-1.json"
-bench --size 256x256 --images 4 --batch 8 > "$logs/256-batch-8.json"
-bench --size 1024x1024 --images 4 --batch 4 > "$logs/1024-batch-4.json"
+# NAME SIDE IMAGES FLAGS...
+bench() {
+  local name=$1 side=$2 images=$3
+  shift 3
+  "${NEXTFLOW:-target/release/nextflow}" bench --synthetic nextflow-7b --device cuda --json \
+    --size "${side}x$side" --images "$images" "$@" > "$logs/$name.json" || echo "$name failed"
+}
+bench 256 256 50
+bench 512 512 10
+bench 1024 1024 "${LONG:-50}"
+bench 1024-cfg-until-16 1024 4 --cfg-until 16
+bench 1024-draft-1 1024 4 --draft 1
+bench 256-batch-8 256 3 --batch 8
+bench 256-q8_0 256 4 --quant q8_0
+bench 256-q4_K 256 4 --quant q4_K
 
 if "$python" -c 'import torch' 2> /dev/null; then
-  for side in 256 512 1024; do
-    "$python" benches/peer.py 7b --size "$side" --graphs --compile --nextflow target/release/nextflow \
-      2>&1 | tee "$logs/peer-$side.txt" || echo "PyTorch failed at $side"
-  done
+  "$python" benches/peer.py 7b --size 256 512 1024 --graphs --compile 2>&1 | tee "$logs/peer.txt" || echo "PyTorch failed"
 else
   echo "no torch in $python: no comparison (PYTHON=... names another)"
 fi
@@ -37,11 +48,31 @@ import json, sys
 from pathlib import Path
 
 logs = Path(sys.argv[1])
-print(f"{'':24}{'seconds':>9}{'floor':>9}{'share':>8}{'GB kept':>9}")
-for name in ["256", "512", "1024", "1024-cfg-until-16", "1024-draft-1", "256-batch-8", "1024-batch-4"]:
-    r = json.loads((logs / f"{name}.json").read_text())
-    share = r["floor_seconds"] / r["image_seconds"]
-    print(f"{name:24}{r['image_seconds']:9.3f}{r['floor_seconds']:9.3f}{share:8.0%}{(r['peak_bytes'] or 0) / 1e9:9.1f}")
-growth = json.loads((logs / "growth.json").read_text())["growth_bytes"]
-print(f"growth over 50 images: {growth / 1e6:+.1f} MB")
+
+
+def lines(name):
+    path = logs / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+peers = {}
+for line in lines("peer.txt"):
+    if line.startswith("{") and "image_seconds" in (found := json.loads(line)):
+        peers.setdefault(str(found["size"]), []).append(found)
+names = ["256", "512", "1024", "1024-cfg-until-16", "1024-draft-1", "256-batch-8", "256-q8_0", "256-q4_K"]
+columns = "seconds", "pixels", "floor", "share", "peak GB", "growth MB", "PyTorch", "ratio"
+print(f"{'':20}" + "".join(f"{column:>11}" for column in columns))
+for name in names:
+    text = "\n".join(lines(f"{name}.json"))
+    if not text:
+        continue
+    r = json.loads(text)
+    seconds, pixels = r["image_seconds"], r["decode_seconds"] / r["batch"]
+    growth = r["growth_bytes"]
+    cells = [f"{seconds:.3f}", f"{pixels:.3f}", f"{r['floor_seconds']:.3f}", f"{r['share_of_floor']:.0%}"]
+    cells += [f"{(r['peak_bytes'] or 0) / 1e9:.1f}", "" if growth is None else f"{growth / 1e6:+.1f}"]
+    if name in peers:
+        best = min(peers[name], key=lambda found: found["image_seconds"])
+        cells += [f"{best['image_seconds']:.3f}", f"{best['image_seconds'] / seconds:.2f}x", " " + best["variant"]]
+    print(f"{name:20}" + "".join(f"{cell:>11}" for cell in cells))
 TABLE
