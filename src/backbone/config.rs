@@ -164,6 +164,12 @@ impl BackboneConfig {
         self.num_hidden_layers * block + (words + image) * hidden
     }
 
+    /// Those that a scale of an image is multiplied with: all but the rows for words.
+    pub fn parameters_of_images(&self) -> usize {
+        let words = self.embedding_rows() + self.head_rows() - self.codebook_size;
+        self.parameters() - words * self.hidden_size
+    }
+
     /// What would make the model's constructor panic or mislead, as one sentence.
     pub fn check(&self) -> Result<(), String> {
         let Self { hidden_size, num_attention_heads: heads, num_key_value_heads: kv, .. } = *self;

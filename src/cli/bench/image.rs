@@ -127,7 +127,10 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let decode_seconds = seconds.pop().unwrap_or(0.0);
 
     let machine = Machine::measure(&device, dtype)?;
-    let parts = parts(&config, batch, &prefixes, &seconds, &machine, needed.transformer);
+    // Of the rows for words an image needs none.
+    let read = config.backbone.parameters_of_images() as f64 / config.backbone.parameters() as f64;
+    let read = (needed.transformer as f64 * read) as u64;
+    let parts = parts(&config, batch, &prefixes, &seconds, &machine, read);
     let sum = |f: fn(&Part) -> f64| parts.iter().map(f).sum::<f64>();
     let (spent, floor) = (sum(|p| p.seconds), sum(|p| p.floor_seconds));
     let report = Report {
@@ -191,7 +194,8 @@ fn parts(
     let guided = config.sampling.guided(scales.len());
     let rows = if guided > 0 { 2 } else { 1 };
     let read: Vec<usize> = prefixes[..rows].iter().flat_map(|p| vec![p.ids.len(); images]).collect();
-    let prompt_floor = read.iter().map(|&n| machine.floor(cost::flops(c, 1, n, 0, 0), weights)).sum();
+    let prompt_flops: f64 = read.iter().map(|&n| cost::flops(c, 1, n, 0, 0)).sum();
+    let prompt_floor = machine.floor(prompt_flops, weights);
     let (mut seen, mut parts) = (read[0], Vec::new());
     for (si, &(h, w)) in scales[..scales.len().saturating_sub(config.sampling.draft)].iter().enumerate() {
         let rows = if si < guided { 2 * images } else { images };
@@ -206,8 +210,7 @@ fn parts(
     }
     let tokens = read.iter().sum();
     let seconds = seconds.first().copied().unwrap_or(0.0);
-    let passes = read.len();
-    parts.insert(0, Part { name: "prompt".into(), passes, tokens, seconds, floor_seconds: prompt_floor });
+    parts.insert(0, Part { name: "prompt".into(), passes: 1, tokens, seconds, floor_seconds: prompt_floor });
     parts
 }
 
