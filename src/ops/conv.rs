@@ -354,6 +354,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_around_a_convolution_is_its_composition() {
+        let (x, base) = (random((2, 3, 6, 5), 1), random((2, 4, 6, 5), 4));
+        for k in [1, 3] {
+            let (w, b) = (random((4, 3, k, k), 2), random(4, 3));
+            let conv = |x: &Tensor| conv2d(x, &w, Some(&b), 1, [k / 2; 4]);
+            same(&[&base, &x, &w, &b], || add_conv2d(&base, &x, &w, &b), || base.as_tensor() + conv(&x)?);
+            let repeated = || x.upsample_nearest2d(12, 10);
+            same(&[&w, &b], || upsampled_conv2d(&x, &w, &b), || conv(&repeated()?));
+        }
+    }
+
+    #[test]
     fn rejects_what_does_not_fit() {
         let (x, w) = (random((1, 2, 2, 2), 1), random((3, 2, 3, 3), 2));
         assert!(conv2d(&x, &w, None, 1, [0; 4]).is_err());

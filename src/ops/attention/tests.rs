@@ -52,6 +52,25 @@ fn reads_views_of_a_cache() {
 }
 
 #[test]
+fn rows_have_keys_of_their_own() -> Result<()> {
+    let q = random((3, 4, 6, 5), 1);
+    let rows: Vec<(Tensor, Tensor)> = (0..3)
+        .map(|r| {
+            (random((1, 4 + 7 * r, 2, 5), 2).as_tensor().clone(), random((1, 4 + 7 * r, 2, 5), 3).as_tensor().clone())
+        })
+        .collect();
+    for mask in [Mask::None, Mask::Causal] {
+        let got = attention_rows(&q, &rows, mask, 0.5)?;
+        for (r, (k, v)) in rows.iter().enumerate() {
+            let want = attention(&q.narrow(0, r, 1)?, k, v, mask, 0.5)?;
+            agree(&format!("row {r}, {mask:?}"), &got.narrow(0, r, 1)?, &want)?;
+        }
+    }
+    assert!(attention_rows(&q, &rows[..2], Mask::None, 0.5).is_err());
+    Ok(())
+}
+
+#[test]
 fn other_dtypes_compose() -> Result<()> {
     let [q, k, v] = &inputs(1, 3, 4, (2, 1, 4));
     let half = |x: &Var| x.to_dtype(DType::F64);
