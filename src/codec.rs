@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, schedule};
 use crate::pixels;
 use crate::size::Size;
-use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
+use crate::tokenizer::{ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
 
 /// A tokenizer that is known, but not loaded.
 pub struct Codec {
@@ -95,11 +95,26 @@ impl Codec {
 
     /// Loads the weights, as [`ModelConfig::load_tokenizer`] does.
     pub fn load(&self, device: &Device) -> Result<ImageTokenizer> {
+        self.load_as(device, ImageTokenizer::load)
+    }
+
+    /// The half that draws, as [`ModelConfig::load_decoder`] does.
+    pub fn load_decoder(&self, device: &Device) -> Result<ImageDecoder> {
+        self.load_as(device, ImageDecoder::load)
+    }
+
+    fn load_as<T>(
+        &self,
+        device: &Device,
+        build: impl Fn(&Weights, &TokenizerConfig) -> candle_core::Result<T>,
+    ) -> Result<T> {
         match &self.place {
-            Place::Model(source, config) => config.load_tokenizer(source, device),
+            Place::Model(source, config) => {
+                source.load(config.tokenizer_file(source), DType::F32, device, |w| build(w, &config.tokenizer))
+            }
             Place::File(path, preset) => {
                 let layout = format!("TokenFlow's {}", preset.name);
-                load_file(path, &layout, DType::F32, device, |w| ImageTokenizer::load(w, &preset.config))
+                load_file(path, &layout, DType::F32, device, |w| build(w, &preset.config))
             }
         }
     }

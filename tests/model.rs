@@ -108,10 +108,10 @@ fn missing_and_misshapen_tensors_are_listed() {
     assert_eq!(listed, 5, "{stderr}");
     let stderr = fails(3, |model| {
         edit(&model.join("image_tokenizer.safetensors"), |tensors| {
-            tensors.insert("quant_conv.bias".into(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap());
+            tensors.insert("post_quant_conv.bias".into(), Tensor::zeros((2, 3), DType::BF16, &Device::Cpu).unwrap());
         });
     });
-    assert!(stderr.contains("quant_conv.bias") && stderr.contains("2, 3"), "{stderr}");
+    assert!(stderr.contains("post_quant_conv.bias") && stderr.contains("2, 3"), "{stderr}");
 }
 
 #[test]

@@ -53,8 +53,8 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         }
         codes.codes.truncate(scales);
     }
-    let tokenizer = codec.load(&device)?;
-    let image = pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)?;
+    let decoder = codec.load_decoder(&device)?;
+    let image = pixels::to_image(&decoder.decode(&codes.codes, &codes.scales)?)?;
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
     let png = png.into_inner();

@@ -103,7 +103,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     console.loading();
     let model = Model::load(&source, &device, args.quant)?;
     let scales = &Size::Auto.grids(model.config())?[..];
-    let subject = Subject { tokenizer: model.tokenizer(), scales, device: &device };
+    let tokenizer = model.config().load_tokenizer(&source, &device)?;
+    let subject = Subject { tokenizer: &tokenizer, scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());
         let job = Job { prompt, scales: scales.to_vec(), sampling, seed };

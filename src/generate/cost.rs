@@ -9,7 +9,7 @@ use super::{ModelConfig, Sampling, TRANSFORMER};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{Inventory, Source, WeightType, Weights};
 use crate::error::Result;
-use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
+use crate::tokenizer::{ImageDecoder, TokenizerConfig};
 
 /// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -20,7 +20,7 @@ pub struct Memory {
     pub cache: u64,
     /// What a pass over the largest scale holds at once.
     pub activations: u64,
-    /// Weights of the image tokenizer.
+    /// Weights of the image tokenizer's half that draws.
     pub tokenizer: u64,
     /// What decoding pixels holds at once.
     pub decode: u64,
@@ -70,7 +70,7 @@ pub fn synthetic_memory(
 ) -> Result<Memory> {
     let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
     Backbone::load(&transformer, &config.backbone)?;
-    ImageTokenizer::load(&tokenizer, &config.tokenizer)?;
+    ImageDecoder::load(&tokenizer, &config.tokenizer)?;
     let (c, width) = (&config.backbone, dtype.size_in_bytes());
     let guided = sampling.guided(scales.len()) > 0;
     let rows = if guided { 2 * images } else { images };

@@ -10,7 +10,7 @@ use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights
 use crate::error::{Error, Kind, Result};
 use crate::pixels;
 use crate::text::Text;
-use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
+use crate::tokenizer::{ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
 
 /// The file of the transformer's weights.
 pub const TRANSFORMER: &str = "model.safetensors";
@@ -128,6 +128,11 @@ impl ModelConfig {
         source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
     }
 
+    /// Its half that draws, by itself.
+    pub fn load_decoder(&self, source: &Source, device: &Device) -> Result<ImageDecoder> {
+        source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageDecoder::load(w, &self.tokenizer))
+    }
+
     /// The image tokenizer's file in a model folder: ours, or the public one under its own name.
     pub fn tokenizer_file(&self, source: &Source) -> &'static str {
         const PUBLIC: &str = "tokenflow_clipb_32k_enhanced.safetensors";
@@ -193,23 +198,23 @@ pub struct Model {
     opening: Vec<u32>,
     unconditional: Prefix,
     backbone: Backbone,
-    tokenizer: ImageTokenizer,
+    images: ImageDecoder,
     config: ModelConfig,
 }
 
 impl Model {
-    /// Loads everything onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or as a
-    /// GGUF file has it; the image tokenizer as [`ModelConfig::load_tokenizer`] does.
+    /// Loads what drawing needs onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or
+    /// as a GGUF file has it; the image tokenizer's half as [`ModelConfig::load_decoder`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
         let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| Backbone::load(&w.with_matrices(blocks), &config.backbone);
         let backbone = source.load(TRANSFORMER, dtype, device, build)?;
-        let tokenizer = config.load_tokenizer(source, device)?;
+        let images = config.load_decoder(source, device)?;
         let text = source.text_of(config.backbone.vocab_size)?;
         let opening = config.prompt.opening(&text, config.backbone.boi())?;
         let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);
-        Ok(Self { text, opening, unconditional, backbone, tokenizer, config })
+        Ok(Self { text, opening, unconditional, backbone, images, config })
     }
 
     /// The checkpoint's config.
@@ -217,14 +222,9 @@ impl Model {
         &self.config
     }
 
-    /// The image tokenizer.
-    pub fn tokenizer(&self) -> &ImageTokenizer {
-        &self.tokenizer
-    }
-
     /// Pixels from the codes of all scales, or of a prefix of them.
     pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
-        pixels::to_image(&self.tokenizer.decode(codes, scales)?)
+        pixels::to_image(&self.images.decode(codes, scales)?)
     }
 
     /// Draws one image.
@@ -244,7 +244,7 @@ impl Model {
     pub fn draw_batch(&self, prompts: &[&str], batch: Batch, observe: Observer) -> Result<Vec<RgbImage>> {
         let prefix = |prompt: &&str| Ok(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
         let prompts = prompts.iter().map(prefix).collect::<Result<Vec<_>>>()?;
-        let quantizer = self.tokenizer.quantizer();
+        let quantizer = self.images.quantizer();
         let images = draw_behind(&self.backbone, quantizer, &prompts, &self.unconditional, batch, observe)?;
         super::tell(observe, Event::Decode)?;
         images.iter().map(|codes| self.decode(codes, batch.scales)).collect()

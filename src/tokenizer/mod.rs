@@ -2,6 +2,7 @@
 //! coarse to fine.
 
 mod cnn;
+mod image_decoder;
 mod layers;
 mod presets;
 mod quantizer;
@@ -10,10 +11,11 @@ mod semantic_decoder;
 mod tests;
 mod vit;
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 pub use cnn::CnnConfig;
+pub use image_decoder::ImageDecoder;
 pub use presets::Preset;
 pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
 pub use semantic_decoder::SemanticDecoderConfig;
@@ -76,16 +78,14 @@ impl TokenizerConfig {
     }
 }
 
-/// A loaded tokenizer.
+/// A loaded tokenizer, for both ways; who only draws needs an [`ImageDecoder`].
 #[derive(Debug)]
 pub struct ImageTokenizer {
     semantic: SemanticEncoder,
     encode_task: (Linear, Linear),
     encoder: cnn::Encoder,
     quant_conv: cnn::Conv,
-    quantizer: Quantizer,
-    post_quant_conv: cnn::Conv,
-    decoder: cnn::Decoder,
+    images: ImageDecoder,
     semantic_decoder: SemanticDecoder,
     decode_task: (Linear, Linear),
     config: TokenizerConfig,
@@ -108,8 +108,6 @@ impl ImageTokenizer {
             VitLayout::Clip => semantic,
             VitLayout::Siglip | VitLayout::Naflex => semantic.pp("vision_model"),
         };
-        // Eight bits a colour need no f32: on a GPU pixels come from bf16. What is quantised is f32 everywhere.
-        let pixels = if w.device().is_cuda() { w.with_dtype(DType::BF16) } else { w.clone() };
         // Statistics and a loss's constants, left over from training.
         let unused = w.unused();
         unused.pp("quantize").get(4 * codes.size, "codebook_used", Init::Zeros)?;
@@ -122,14 +120,7 @@ impl ImageTokenizer {
             encode_task: task("encode_task_layer", codes.semantic_dim)?,
             encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
             quant_conv: cnn::Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
-            quantizer: Quantizer::load(&w.pp("quantize"), codes)?,
-            post_quant_conv: cnn::Conv::load(
-                &pixels.pp("post_quant_conv"),
-                codes.pixel_dim,
-                config.decoder.z_channels,
-                1,
-            )?,
-            decoder: cnn::Decoder::load(&pixels.pp("decoder"), &config.decoder)?,
+            images: ImageDecoder::load(w, config)?,
             semantic_decoder: SemanticDecoder::load(
                 &w.pp("decoder_vqkd"),
                 &config.semantic,
@@ -148,7 +139,7 @@ impl ImageTokenizer {
 
     /// Codebook and quantiser.
     pub fn quantizer(&self) -> &Quantizer {
-        &self.quantizer
+        self.images.quantizer()
     }
 
     /// The semantic encoder.
@@ -201,27 +192,17 @@ impl ImageTokenizer {
         if !f.iter().all(|v| v.is_finite()) {
             return Err(Error::non_finite("features"));
         }
-        Ok(f.chunks_exact(h * w * d).map(|f| self.quantizer.encode(f, scales, None, |_, _, _| {})).collect())
+        Ok(f.chunks_exact(h * w * d).map(|f| self.quantizer().encode(f, scales, None, |_, _, _| {})).collect())
     }
 
-    /// Pixels of one image from its codes, or from those of a prefix of its scales: (3, H, W) around [-1, 1].
-    ///
-    /// Errors: codes that [`Quantizer::check`] refuses.
+    /// As [`ImageDecoder::decode`].
     pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<Tensor> {
-        let Some(&(h, w)) = scales.last() else { bail!("no scales") };
-        self.quantizer.check(codes, scales)?;
-        let f = self.quantizer.accumulate(codes, scales, (h, w));
-        self.decode_features(&self.quantizer.to_tensor(f, (h, w))?)?.squeeze(0)
+        self.images.decode(codes, scales)
     }
 
-    /// Pixels from F: (B, h, w, D) -> (B, 3, H, W).
+    /// As [`ImageDecoder::decode_features`].
     pub fn decode_features(&self, f: &Tensor) -> Result<Tensor> {
-        let codes = &self.config.codebook;
-        let pixel = f.narrow(3, codes.semantic_dim, codes.pixel_dim)?.permute((0, 3, 1, 2))?.contiguous()?;
-        let pixel = pixel.to_dtype(self.post_quant_conv.dtype())?;
-        let image = self.decoder.forward(&self.post_quant_conv.forward(&pixel)?)?.to_dtype(f.dtype())?;
-        let Some(side) = self.config.image_size else { return Ok(image) };
-        GridResampling::bicubic((image.dim(2)?, image.dim(3)?), (side, side)).channels_first(&image)
+        self.images.decode_features(f)
     }
 
     /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, out_dim).

@@ -129,7 +129,7 @@ fn encoding_holds(tiny: &Tiny) {
         assert_eq!(encoded.codes, tiny.codes(i));
         let all = tiny.golden("indices").get(i).unwrap().to_vec1::<i64>().unwrap();
         assert!(encoded.codes.concat().iter().map(|&c| i64::from(c)).eq(all));
-        let f = tokenizer.quantizer.to_tensor(encoded.f_hat.clone(), tiny.grid()).unwrap();
+        let f = tokenizer.quantizer().to_tensor(encoded.f_hat.clone(), tiny.grid()).unwrap();
         let want = tiny.golden("final_quantize").narrow(0, i, 1).unwrap();
         close("final_quantize", &f.permute((0, 3, 1, 2)).unwrap(), &want, FEATURES);
     }
@@ -137,7 +137,7 @@ fn encoding_holds(tiny: &Tiny) {
 
 /// The quantiser alone, fed the reference's features, scale by scale.
 fn quantising_holds(tiny: &Tiny) {
-    let (quantizer, (h, w)) = (&tiny.tokenizer.quantizer, tiny.grid());
+    let (quantizer, (h, w)) = (tiny.tokenizer.quantizer(), tiny.grid());
     let table = Tensor::from_slice(quantizer.table(), (64, 40), &Device::Cpu).unwrap();
     close("semantic", &table.narrow(1, 0, 32).unwrap(), tiny.golden("codebook_semantic_norm"), 1e-6);
     close("pixel", &table.narrow(1, 32, 8).unwrap(), tiny.golden("codebook_pixel_norm"), 1e-6);
@@ -183,8 +183,8 @@ fn decoding_holds(tiny: &Tiny) {
     tiny.holds("sem_dec_hidden", &tokenizer.semantic_decoder.forward(&semantic).unwrap(), FEATURES);
     tiny.holds("sem_recon", &tokenizer.decode_semantic(&f).unwrap(), FEATURES);
     let pixel = tiny.golden("final_quantize").narrow(1, 32, 8).unwrap().contiguous().unwrap();
-    tiny.holds("post_quant", &tokenizer.post_quant_conv.forward(&pixel).unwrap(), FEATURES);
-    tiny.holds("pix_dec", &tokenizer.decoder.forward(tiny.golden("post_quant")).unwrap(), PIXELS);
+    tiny.holds("post_quant", &tokenizer.images.post_quant_conv.forward(&pixel).unwrap(), FEATURES);
+    tiny.holds("pix_dec", &tokenizer.images.decoder.forward(tiny.golden("post_quant")).unwrap(), PIXELS);
     for image in 0..2 {
         let decoded = tokenizer.decode(&tiny.codes(image), &tiny.scales).unwrap();
         let f = tokenizer.decode_features(&f.narrow(0, image, 1).unwrap()).unwrap();

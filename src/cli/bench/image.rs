@@ -14,7 +14,7 @@ use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
 use crate::generate::{Batch, Event, ModelConfig, Prefix, cost, draw_behind, tokenflow};
 use crate::size::Size;
-use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig, VitConfig};
+use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
 use crate::{device, memory, pixels, terminal};
 
 #[derive(Debug, Serialize)]
@@ -88,7 +88,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let (started, started_free) = (Instant::now(), memory::free(&device));
     let weights = Weights::synthetic(dtype, &device).with_matrices(blocks);
     let backbone = Backbone::load(&weights, &config.backbone)?;
-    let tokenizer = ImageTokenizer::load(&Weights::synthetic(DType::F32, &device), &config.tokenizer)?;
+    let tokenizer = ImageDecoder::load(&Weights::synthetic(DType::F32, &device), &config.tokenizer)?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let seeds: Vec<u64> = (0..u64::from(args.batch)).collect();

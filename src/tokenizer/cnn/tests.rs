@@ -33,7 +33,7 @@ fn probes_hold(tiny: &Tiny) {
     }
     holds(tiny, "enc_level4_attn0", &x, 1);
     holds(tiny, "enc_mid2", &encoder.mid.forward(&x).unwrap(), 1);
-    let decoder = &tiny.tokenizer.decoder;
+    let decoder = &tiny.tokenizer.images.decoder;
     let x = decoder.conv_in.forward(tiny.golden("post_quant")).unwrap();
     holds(tiny, "dec_conv_in", &x, 1);
     let x = decoder.mid.forward(&x).unwrap();
