@@ -1,7 +1,6 @@
 //! Files of codes: what `nextflow encode` writes and `nextflow decode` reads.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
@@ -10,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::Codec;
 use crate::error::{Error, Result};
+use crate::input;
 
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 16 << 20;
@@ -29,22 +29,17 @@ pub struct Codes {
 }
 
 impl Codes {
-    /// Reads a file of either format.
+    /// Reads a file of either format, or standard input.
     ///
     /// Errors: usage, whatever is wrong with it. Whether the codes fit a model is told by [`Codes::check`].
     pub fn read(path: &Path) -> Result<Self> {
-        let bad = |what: String| {
-            Error::usage(format!("{} {what}", path.display())).hint("nextflow encode IMAGE -o codes.json makes one")
-        };
-        let mut bytes = Vec::new();
+        const HINT: &str = "nextflow encode IMAGE -o codes.json makes one";
+        let bad = |what: String| Error::usage(format!("{} {what}", input::shown(path))).hint(HINT);
         if path.is_dir() {
             return Err(bad("is a folder".into()));
         }
-        let file = std::fs::File::open(path).map_err(|e| bad(format!("cannot be read: {e}")))?;
-        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| bad(format!("cannot be read: {e}")))?;
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(bad(format!("has more than {MAX_BYTES} bytes")));
-        }
+        input::not_typed(path, HINT)?;
+        let bytes = input::read(path, MAX_BYTES, HINT)?;
         match bytes.trim_ascii_start().first() {
             Some(b'{') => serde_json::from_slice(&bytes).map_err(|e| bad(format!("is no file of codes: {e}"))),
             _ => Self::from_safetensors(&bytes).map_err(|what| bad(format!("is no file of codes: {what}"))),

@@ -15,6 +15,7 @@ pub mod eval;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod input;
 pub mod library;
 pub mod memory;
 pub mod ops;
@@ -23,6 +24,7 @@ pub mod pixels;
 pub mod request;
 pub mod rng;
 pub mod scenes;
+pub mod settings;
 pub mod size;
 pub mod terminal;
 pub mod text;

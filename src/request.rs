@@ -1,9 +1,8 @@
 //! One checked request: everything that can be refused is refused here, before weights load.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -12,6 +11,7 @@ use crate::checkpoint::{Source, WeightType};
 use crate::cli::{DrawArgs, PromptArgs};
 use crate::error::{Error, Result};
 use crate::generate::{Job, ModelConfig, Sampling, TRANSFORMER};
+use crate::input::{self, shown};
 use crate::output::Destination;
 use crate::size::Size;
 use crate::{device, text};
@@ -20,9 +20,9 @@ use crate::{device, text};
 pub struct Request {
     /// Every one of them is drawn with every seed.
     pub prompts: Vec<String>,
-    /// The first seed.
-    pub seed: u64,
-    /// Images per prompt; their seeds count up.
+    /// With all of them; never empty.
+    pub seeds: Vec<u64>,
+    /// Images per prompt and seed; their seeds count up.
     pub count: u64,
     /// How large they are to be.
     pub size: Size,
@@ -50,13 +50,13 @@ impl Request {
         if args.count == 0 {
             return Err(Error::usage("--count 0 draws nothing").hint("--count 1"));
         }
-        let seed = args.seed.unwrap_or_else(any_seed);
-        if seed.checked_add(args.count - 1).is_none() {
+        let seeds = if args.seed.is_empty() { vec![any_seed()] } else { args.seed.clone() };
+        if let Some(seed) = seeds.iter().find(|seed| seed.checked_add(args.count - 1).is_none()) {
             let message = format!("seeds from {seed} on do not leave room for --count {}", args.count);
             return Err(Error::usage(message).hint(format!("--seed {}", u64::MAX - (args.count - 1))));
         }
         let prompts = prompts(words)?;
-        let destination = destination(args, prompts.len() as u64 > 1 || args.count > 1)?;
+        let destination = destination(args, prompts.len() * seeds.len() > 1 || args.count > 1)?;
         let device = device::parse(&args.device)?;
         destination.check()?;
         let source = args.model.source()?;
@@ -65,17 +65,17 @@ impl Request {
         let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
         let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
         let count = args.count;
-        Ok(Self { prompts, seed, count, size, sampling, destination, source, config, model, weights, device })
+        Ok(Self { prompts, seeds, count, size, sampling, destination, source, config, model, weights, device })
     }
 
     /// Images in all.
     pub fn images(&self) -> u64 {
-        self.count.saturating_mul(self.prompts.len() as u64)
+        self.count.saturating_mul((self.prompts.len() * self.seeds.len()) as u64)
     }
 
     /// The images of the grids `scales` one by one, prompt after prompt.
     pub fn jobs<'a>(&'a self, scales: &'a [(usize, usize)]) -> impl Iterator<Item = Job> + 'a {
-        let seeds = move || (0..self.count).map(|i| self.seed + i);
+        let seeds = move || self.seeds.iter().flat_map(|seed| (0..self.count).map(move |i| seed + i));
         self.prompts.iter().flat_map(move |prompt| {
             seeds().map(move |seed| Job {
                 prompt: prompt.clone(),
@@ -153,26 +153,8 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-/// The content of a file, or of standard input for `-`.
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let result = match path == OsStr::new("-") {
-        true => io::stdin().lock().take(MAX_INPUT + 1).read_to_end(&mut bytes),
-        false => File::open(path).and_then(|file| file.take(MAX_INPUT + 1).read_to_end(&mut bytes)),
-    };
-    let failed = |e| {
-        Error::usage(format!("cannot read {}: {e}", shown(path))).hint("--prompt-file FILE, or - for standard input")
-    };
-    result.map_err(failed)?;
-    if bytes.len() as u64 > MAX_INPUT {
-        let message = format!("{} is longer than {} MB", shown(path), MAX_INPUT >> 20);
-        return Err(Error::usage(message).hint("split it into several files"));
-    }
-    Ok(bytes)
-}
-
-fn shown(path: &Path) -> String {
-    if path == OsStr::new("-") { "standard input".into() } else { path.display().to_string() }
+    input::read(path, MAX_INPUT, "--prompt-file FILE, or - for standard input; split what is too long")
 }
 
 fn trim_newline(bytes: &[u8]) -> &[u8] {

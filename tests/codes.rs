@@ -88,7 +88,7 @@ fn codes_that_do_not_fit_are_refused() {
     refused(here, &decode, "unknown field");
     std::fs::write(here.join("bad.json"), "").unwrap();
     refused(here, &decode, "is no file of codes");
-    refused(here, &["decode", "none.json", "-o", "x.png"], "cannot be read");
+    refused(here, &["decode", "none.json", "-o", "x.png"], "cannot read none.json");
     std::fs::write(here.join("bad.json"), &json).unwrap();
     refused(here, &["decode", "bad.json", "--scales", "9", "-o", "x.png"], "--scales 9");
     refused(here, &["encode", "bad.json"], "as an image");

@@ -203,3 +203,34 @@ fn one_command_is_a_conversation_of_its_own() {
         assert!(output.status.code() == Some(code) && stderr.contains(part), "{args:?}: {stderr}");
     }
 }
+
+/// What one command writes to standard output another one reads; but there is one standard input.
+#[test]
+fn commands_are_joined_by_pipes() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let drawn = nextflow(folder, &["gen", "-p", "a red circle", "--seed", "1", "-o", "-", "-q"], b"").stdout;
+    fs::write(folder.join("drawn.png"), &drawn).unwrap();
+    let edit = |image: &str, out: &str, input: &[u8]| {
+        nextflow(folder, &["edit", "-i", image, "make it blue", "--seed", "2", "-o", out, "-q"], input)
+    };
+    assert!(edit("-", "piped.png", &drawn).status.success() && edit("drawn.png", "named.png", b"").status.success());
+    assert_eq!(open(&folder.join("piped.png")), open(&folder.join("named.png")));
+    let codes = nextflow(folder, &["encode", "-"], &drawn).stdout;
+    let pixels = nextflow(folder, &["decode", "-", "-o", "-"], &codes).stdout;
+    assert_eq!(image::load_from_memory(&pixels).unwrap().to_rgb8().dimensions(), (128, 128));
+    let answer = nextflow(folder, &["chat", "-i", "-", "what colour is the circle?", "-q"], &drawn);
+    assert!(answer.status.success() && !answer.stdout.is_empty());
+    for (args, part) in [
+        (&["edit", "-i", "-", "-"][..], "can be read once"),
+        (&["edit", "-i", "-", "-i", "-", "make it blue"], "can be read once"),
+        (&["chat", "-i", "-"], "nothing to say"),
+    ] {
+        let output = nextflow(folder, args, &drawn);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains(part) && stderr.contains("hint: "), "{stderr}");
+    }
+    let nothing = nextflow(folder, &["edit", "-i", "-", "make it blue"], b"");
+    assert_eq!(nothing.status.code(), Some(2), "{}", String::from_utf8_lossy(&nothing.stderr));
+}

@@ -236,3 +236,57 @@ fn an_interrupt_ends_with_130_and_leaves_whole_files() {
         assert!(name.ends_with(".png") && image::open(folder.path().join(&name)).is_ok(), "{name}");
     }
 }
+
+#[test]
+fn seeds_may_be_several() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    gen_ok(here, &["-p", "a cat", "--seed", "9,4", "--count", "2", "-q"]);
+    assert_eq!(names(here), ["a-cat-10.png", "a-cat-4.png", "a-cat-5.png", "a-cat-9.png"]);
+    let plan = gen_ok(here, &["-p", "a cat", "--seed", "9,4", "--dry-run"]);
+    assert!(String::from_utf8(plan.stdout).unwrap().starts_with("2 x 128x128 with nano, seeds 9, 4: "));
+    for (seeds, part) in [("1,x", "whole number"), ("1,18446744073709551615", "do not leave room")] {
+        let output = command(here, &["-p", "a cat", "--count", "2", "--seed", seeds]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8(output.stderr).unwrap().contains(part));
+    }
+}
+
+#[test]
+fn a_png_is_drawn_again_but_for_what_is_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let set = ["--cfg", "2.5", "--temperature", "0.7", "--top-k", "40", "--top-p", "0.9", "--cfg-until", "6"];
+    let rest = ["--draft", "1", "--size", "192x96", "--seed", "5", "-o", "one.png"];
+    gen_ok(here, &[&["-p", "un café"][..], &set, &rest].concat());
+    gen_ok(here, &["--from", "one.png", "-o", "again.png"]);
+    let read = |name: &str| fs::read(here.join(name)).unwrap();
+    assert!(read("again.png") == read("one.png"));
+    let output =
+        command(here, &["--from", "-", "-o", "-"]).stdin(fs::File::open(here.join("one.png")).unwrap()).output();
+    assert!(output.unwrap().stdout == read("one.png"));
+    gen_ok(here, &["--from", "one.png", "a cat", "--seed", "6", "--cfg", "0", "--draft", "0", "-o", "other.png"]);
+    let settings: serde_json::Value = serde_json::from_str(&text(&read("other.png"), "nextflow")).unwrap();
+    let told: [(&str, serde_json::Value); 4] =
+        [("prompt", "a cat".into()), ("seed", 6.into()), ("cfg", 0.0.into()), ("top_k", 40.into())];
+    for (key, value) in told {
+        assert_eq!(settings[key], value, "{key}");
+    }
+    assert!(settings["size"] == "192x96" && settings.get("draft").is_none());
+
+    image::RgbImage::new(4, 4).save(here.join("plain.png")).unwrap();
+    gen_ok(here, &["--think", "-p", "a red circle", "--seed", "1", "-o", "thought.png"]);
+    let edit = ["edit", "-i", "one.png", "make it blue", "--seed", "1", "-o", "edit.png"];
+    let edited = Command::new(env!("CARGO_BIN_EXE_nextflow")).args(edit).current_dir(here).output().unwrap();
+    assert!(edited.status.success());
+    for (name, hint) in [
+        ("plain.png", "name a PNG that nextflow gen drew"),
+        ("no.png", "name a PNG"),
+        ("edit.png", "nextflow edit -i one.png -p \"make it blue\" --seed 1"),
+        ("thought.png", "nextflow gen --think -p \"a red circle\" --seed 1"),
+    ] {
+        let output = command(here, &["--from", name]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && stderr.contains(hint), "{name}: {stderr}");
+    }
+}

@@ -1,6 +1,5 @@
 //! `nextflow chat`: questions about images, one at a time or as a conversation.
 
-use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -16,9 +15,10 @@ use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Pict
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
 use crate::generate::{Job, TRANSFORMER};
-use crate::output::{self, Destination, Settings};
+use crate::output::Destination;
+use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Stop};
-use crate::{device, memory, pixels, request};
+use crate::{device, input, memory, pixels, request};
 
 /// The longest message, in bytes.
 pub(super) const MAX_MESSAGE: usize = 64 << 10;
@@ -34,7 +34,7 @@ pub struct ChatArgs {
     /// What to say, or - to read it from standard input; without it a conversation begins
     #[arg(value_name = "TEXT")]
     pub text: Option<String>,
-    /// An image to talk about; may be given several times
+    /// An image to talk about; may be given several times; `-` reads standard input
     #[arg(short, long = "image", value_name = "FILE")]
     pub images: Vec<PathBuf>,
     /// Which model.
@@ -142,7 +142,11 @@ struct ImagePlan {
 /// Runs `nextflow chat`.
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let text = args.text.as_deref().map(message).transpose()?;
-    let images = args.images.iter().map(|path| pixels::open(path)).collect::<Result<Vec<_>>>()?;
+    if text.is_none() && args.images.iter().any(|path| input::is_stdin(path)) {
+        return Err(Error::usage("standard input is an image, so there is nothing to say about it")
+            .hint("nextflow chat -i - \"what is in the picture?\""));
+    }
+    let images = args.images.iter().map(|path| pixels::open_or_read(path)).collect::<Result<Vec<_>>>()?;
     let device = device::parse(&args.device)?;
     let folder = Destination::Folder(args.out_dir.clone().unwrap_or_default());
     if args.out_dir.is_some() {
@@ -232,10 +236,7 @@ fn message(text: &str) -> Result<String> {
     if text != "-" {
         return check(text.as_bytes());
     }
-    let mut bytes = Vec::new();
-    let read = io::stdin().lock().take(1 + (16 << 20)).read_to_end(&mut bytes);
-    read.map_err(|e| Error::usage(format!("cannot read standard input: {e}")).hint("nextflow chat \"...\""))?;
-    check(&bytes)
+    check(&input::read(Path::new("-"), 16 << 20, "nextflow chat \"...\"")?)
 }
 
 /// Bytes that a user gave as a message.
@@ -342,7 +343,7 @@ impl Host {
                         return Ok(ControlFlow::Continue(()));
                     };
                     let job = Job { prompt: text.into(), scales: codes.scales.clone(), sampling, seed };
-                    let png = output::encode(&image, &Settings::new(&job, name, image.dimensions()))?;
+                    let png = settings::encode(&image, &Settings::new(&job, name, image.dimensions()))?;
                     console.clear();
                     match images.save(&png, text, seed)? {
                         None => ControlFlow::Continue(()),

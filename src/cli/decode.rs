@@ -10,12 +10,12 @@ use super::ModelArgs;
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
-use crate::{device, pixels, terminal};
+use crate::{device, input, pixels, terminal};
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
 pub struct DecodeArgs {
-    /// A file that `nextflow encode` wrote
+    /// A file that `nextflow encode` wrote; `-` reads standard input
     #[arg(value_name = "CODES")]
     pub codes: PathBuf,
     /// Decode the first N scales only
@@ -48,7 +48,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     if let Some(scales) = args.scales {
         let held = codes.codes.len();
         if !(1..=held).contains(&scales) {
-            let message = format!("--scales {scales}, but {} holds 1 to {held}", args.codes.display());
+            let message = format!("--scales {scales}, but {} holds 1 to {held}", input::shown(&args.codes));
             return Err(Error::usage(message).hint(format!("--scales {held}")));
         }
         codes.codes.truncate(scales);

@@ -14,12 +14,12 @@ use super::edit::EditArgs;
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
 use crate::generate::Job;
-use crate::output::{self, Settings};
 use crate::request::Request;
+use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Stop};
 
 /// What to draw, in words.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Clone, Debug, Default)]
 #[command(group = clap::ArgGroup::new("text").args(["prompt", "words", "prompt_file"]))]
 pub struct PromptArgs {
     /// What to draw, or to change; `-` reads it from standard input
@@ -34,12 +34,12 @@ pub struct PromptArgs {
 }
 
 /// How to draw, with what, and where to.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct DrawArgs {
-    /// Decides all randomness [default: chosen, printed and stored]
-    #[arg(long, allow_negative_numbers = true, value_parser = seed)]
-    pub seed: Option<u64>,
-    /// Images per prompt, with seeds SEED, SEED+1, ...
+    /// Decides all randomness: one seed, or several as 3,7,11 [default: chosen, printed and stored]
+    #[arg(long, value_name = "SEED", allow_negative_numbers = true, value_delimiter = ',', value_parser = seed)]
+    pub seed: Vec<u64>,
+    /// Images per prompt and seed, with seeds SEED, SEED+1, ...
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub count: u64,
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or as the image that is changed
@@ -95,6 +95,12 @@ pub struct DrawArgs {
 /// A seed, as typed.
 fn seed(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("a seed is a whole number from 0 to {}", u64::MAX))
+}
+
+/// Seeds in words.
+pub(super) fn told(seeds: &[u64]) -> String {
+    let numbers: Vec<String> = seeds.iter().map(u64::to_string).collect();
+    format!("seed{} {}", if seeds.len() > 1 { "s" } else { "" }, numbers.join(", "))
 }
 
 impl DrawArgs {
@@ -162,7 +168,7 @@ impl Delivery<'_> {
             free: self.edit.is_some_and(|edit| edit.free),
             ..Settings::new(job, &self.request.model, image.dimensions())
         };
-        let png = output::encode(image, &settings)?;
+        let png = settings::encode(image, &settings)?;
         if self.stop.check().is_break() {
             return Err(terminal::interrupted());
         }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::draw::{Delivery, DrawArgs, PromptArgs};
+use super::draw::{Delivery, DrawArgs, PromptArgs, told};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
 use crate::error::{Error, Result};
 use crate::generate::frame::Frame;
@@ -19,10 +19,11 @@ use crate::{memory, pixels};
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  nextflow edit -i apple.png -p \"make it green\" -o green.png\n  \
                   nextflow edit -i scene.png \"remove the red circle\" --count 4\n  \
-                  echo \"把背景变成浅蓝色\" | nextflow edit -i cat.png -\n\nThe image is scaled to the model's size, \
+                  echo \"把背景变成浅蓝色\" | nextflow edit -i cat.png -\n  \
+                  nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\" -o green.png\n\nThe image is scaled to the model's size, \
                   standing in the middle where the ratios differ; the result is cut to the ratio of the first image, unless --size asks for another.")]
 pub struct EditArgs {
-    /// The image to change; may be given several times
+    /// The image to change; may be given several times; `-` reads standard input
     #[arg(short, long = "image", value_name = "FILE", required = true)]
     pub images: Vec<PathBuf>,
     /// What to change.
@@ -41,7 +42,7 @@ pub struct EditArgs {
 struct Plan<'a> {
     model: &'a str,
     images: u64,
-    seed: u64,
+    seeds: &'a [u64],
     size: String,
     codes: usize,
     memory: ChatMemory,
@@ -55,7 +56,7 @@ const THOUGHT: usize = 64;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
-    let sources = args.images.iter().map(|path| pixels::open(path)).collect::<Result<Vec<_>>>()?;
+    let sources = args.images.iter().map(|path| pixels::open_or_read(path)).collect::<Result<Vec<_>>>()?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
     let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
@@ -67,9 +68,9 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
     let (width, height) = frame.size();
     if args.draw.dry_run {
-        let (model, images, seed) = (&*request.model, request.images(), request.seed);
+        let (model, images, seeds) = (&*request.model, request.images(), &*request.seeds);
         let (size, codes) = (format!("{width}x{height}"), schedule::codes(&frame.scales));
-        let plan = Plan { model, images, seed, size, codes, memory, peak_memory: memory.peak() };
+        let plan = Plan { model, images, seeds, size, codes, memory, peak_memory: memory.peak() };
         return plan.emit(args.draw.json);
     }
     memory::check(memory.peak(), &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
@@ -122,9 +123,10 @@ impl Plan<'_> {
         if json {
             return terminal::emit_json(self).map(drop);
         }
-        let Plan { model, images, seed, size, codes, peak_memory, .. } = self;
+        let Plan { model, images, seeds, size, codes, peak_memory, .. } = self;
         let memory = *peak_memory as f64 / 1e6;
-        let text = format!("{images} x {size} with {model}, seed {seed}: {codes} codes\nmemory {memory:.0} MB\n");
+        let seeds = told(seeds);
+        let text = format!("{images} x {size} with {model}, {seeds}: {codes} codes\nmemory {memory:.0} MB\n");
         terminal::emit(text.as_bytes()).map(drop)
     }
 }

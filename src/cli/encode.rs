@@ -16,7 +16,7 @@ use crate::{device, pixels, terminal};
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  nextflow encode photo.jpg -o codes.json && nextflow decode codes.json -o back.png")]
 pub struct EncodeArgs {
-    /// PNG, JPEG or WebP
+    /// PNG, JPEG or WebP; `-` reads standard input
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); what does not fit is cut off
@@ -48,7 +48,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     }
     destination.check()?;
     let device = device::parse(&args.device)?;
-    let image = pixels::open(&args.image)?;
+    let image = pixels::open_or_read(&args.image)?;
     let codec = args.model.codec()?;
     let (image, scales) = codec.prepare(&image, size)?;
     let (h, w) = (image.height() as usize, image.width() as usize);

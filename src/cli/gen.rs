@@ -1,31 +1,37 @@
 //! `nextflow gen`: draw images from prompts.
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
 
-use super::draw::{Delivery, DrawArgs, PromptArgs};
+use super::draw::{Delivery, DrawArgs, PromptArgs, told};
 use super::think;
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory};
 use crate::generate::{Batch, Job, Model, TRANSFORMER, schedule};
-use crate::memory;
 use crate::request::Request;
+use crate::settings::Settings;
 use crate::terminal::{self, Console, Level};
+use crate::{input, memory};
 
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
 
 /// Flags of `nextflow gen`, as typed; [`Request`] holds them checked.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Clone, Debug, Default)]
 #[command(after_help = "Examples:\n  nextflow gen -p \"a red apple\" -o apple.png\n  \
                   nextflow gen -p \"三只蓝色的猫\" --count 4 --out-dir cats\n  \
-                  nextflow gen --prompt-file prompts.txt --seed 7 --json")]
+                  nextflow gen --prompt-file prompts.txt --seed 7 --json\n  \
+                  nextflow gen --from apple.png --seed 1,2,3           # the same, but for what is given")]
 pub struct GenArgs {
     /// What to draw.
     #[command(flatten)]
     pub words: PromptArgs,
+    /// Draw as this PNG of ours was drawn: its prompt, seed, size and settings, where none are given
+    #[arg(long, value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
+    pub from: Option<PathBuf>,
     /// Let the model think in words first, and draw what it comes to
     #[arg(long)]
     pub think: bool,
@@ -40,8 +46,53 @@ pub struct GenArgs {
     pub draw: DrawArgs,
 }
 
+/// The most bytes of a PNG that is drawn again.
+const MAX_PNG: u64 = 256 << 20;
+
+/// The flags, with what a PNG tells in the place of those that are not there.
+fn filled(args: &GenArgs, path: &Path) -> Result<GenArgs> {
+    const HINT: &str = "name a PNG that nextflow gen drew; other programs may have taken the text out of it";
+    let other = |why: &str| Error::usage(format!("{} {why}", input::shown(path)));
+    input::not_typed(path, HINT)?;
+    let Some(old) = Settings::of_png(&input::read(path, MAX_PNG, HINT)?) else {
+        return Err(other("does not tell how it was drawn").hint(HINT));
+    };
+    if let Some(source) = old.sources.first() {
+        return Err(
+            other("is an edit").hint(format!("nextflow edit -i {source} -p \"{}\" --seed {}", old.prompt, old.seed))
+        );
+    }
+    if old.thought.is_some() {
+        return Err(other("was thought about first")
+            .hint(format!("nextflow gen --think -p \"{}\" --seed {}", old.prompt, old.seed)));
+    }
+    let mut args = args.clone();
+    let draw = &mut args.draw;
+    if args.words.prompt.is_none() && args.words.words.is_none() {
+        args.words.prompt = Some(old.prompt.into());
+    }
+    if draw.seed.is_empty() {
+        draw.seed = vec![old.seed];
+    }
+    if draw.size == "auto" {
+        draw.size = old.size;
+    }
+    draw.cfg = draw.cfg.or(Some(old.cfg));
+    draw.temperature = draw.temperature.or(Some(old.temperature));
+    draw.top_k = draw.top_k.or(old.top_k);
+    draw.top_p = draw.top_p.or(Some(old.top_p));
+    // Without guidance there is nothing to end.
+    draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| draw.cfg != Some(0.0)));
+    args.draft = args.draft.or(old.draft).or(Some(0));
+    Ok(args)
+}
+
 /// Runs `nextflow gen`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &GenArgs) -> Result<()> {
+    let args = &match &args.from {
+        Some(path) => filled(args, path)?,
+        None => args.clone(),
+    };
     let mut request = Request::new(&args.words, &args.draw)?;
     let scales = request.size.grids(&request.config)?;
     if !args.think {
@@ -110,7 +161,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
 struct Plan<'a> {
     model: &'a str,
     images: u64,
-    seed: u64,
+    seeds: &'a [u64],
     size: String,
     scales: &'a [(usize, usize)],
     codes: usize,
@@ -131,7 +182,7 @@ fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) 
     let plan = Plan {
         model: &request.model,
         images: request.images(),
-        seed: request.seed,
+        seeds: &request.seeds,
         size: format!("{}x{}", w * stride, h * stride),
         scales,
         codes: schedule::codes(scales),
@@ -143,11 +194,12 @@ fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) 
         return terminal::emit_json(&plan).map(drop);
     }
     let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
-    let Plan { model, images, seed, size, codes, passes, .. } = &plan;
+    let Plan { model, images, seeds, size, codes, passes, .. } = &plan;
     let Memory { transformer, cache, activations, tokenizer, decode, program } = plan.memory;
     let text = format!(
-        "{images} x {size} with {model}, seed {seed}: {codes} codes in {} scales, {passes} passes\n\
+        "{images} x {size} with {model}, {}: {codes} codes in {} scales, {passes} passes\n\
          memory {}: transformer {}, cache {}, image tokenizer {}, at work {}, program {}\n",
+        told(seeds),
         scales.len(),
         mb(plan.peak_memory),
         mb(transformer),

@@ -1,6 +1,6 @@
 //! Image files from anywhere: bounded, upright, in plain RGB.
 
-use std::io::{self, BufReader};
+use std::io::{self, BufRead, BufReader, Cursor, Seek};
 use std::path::Path;
 
 use image::error::LimitErrorKind;
@@ -8,6 +8,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImag
 
 use super::pillow::{self, Filter};
 use crate::error::{Error, Result};
+use crate::input;
 
 /// The largest width and height that is read, in pixels, and the most memory that decoding may take, in bytes.
 const MAX_SIDE: u32 = 8192;
@@ -17,7 +18,7 @@ const MAX_BYTES: u64 = 256 << 20;
 ///
 /// Errors: usage, if the file cannot be read, is no such image, or is larger than the limits.
 pub fn open(path: &Path) -> Result<RgbImage> {
-    let shown = path.display();
+    let shown = path.display().to_string();
     let unreadable = |e: io::Error| {
         Error::usage(format!("cannot read {shown}: {e}")).hint("check the path: ls, or name another image")
     };
@@ -25,8 +26,22 @@ pub fn open(path: &Path) -> Result<RgbImage> {
     if !path.metadata().map_err(unreadable)?.is_file() {
         return Err(Error::usage(format!("{shown} is not a file")).hint("name a PNG, JPEG or WebP file"));
     }
-    let file = BufReader::new(std::fs::File::open(path).map_err(unreadable)?);
-    let mut reader = ImageReader::new(file).with_guessed_format().map_err(unreadable)?;
+    decode(BufReader::new(std::fs::File::open(path).map_err(unreadable)?), &shown)
+}
+
+/// As [`open`], or the same of standard input by the name `-`.
+pub fn open_or_read(path: &Path) -> Result<RgbImage> {
+    const HINT: &str = "nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\"";
+    if !input::is_stdin(path) {
+        return open(path);
+    }
+    input::not_typed(path, HINT)?;
+    decode(Cursor::new(input::read(path, MAX_BYTES, HINT)?), &input::shown(path))
+}
+
+fn decode(source: impl BufRead + Seek, shown: &str) -> Result<RgbImage> {
+    let unreadable = |e: io::Error| Error::usage(format!("cannot read {shown}: {e}")).hint("name another image");
+    let mut reader = ImageReader::new(source).with_guessed_format().map_err(unreadable)?;
     let mut limits = Limits::default();
     (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
     limits.max_alloc = Some(MAX_BYTES);
