@@ -62,15 +62,9 @@ impl Codec {
     pub fn prepare(&self, image: &RgbImage, size: Size) -> Result<(RgbImage, Vec<(usize, usize)>)> {
         match &self.place {
             Place::Model(_, config) => {
-                let size = match size {
-                    Size::Auto if config.grids.is_empty() => {
-                        Size::Ratio((f64::from(image.height()) / f64::from(image.width())).clamp(0.25, 4.0))
-                    }
-                    size => size,
-                };
-                let scales = size.grids(config)?;
-                let stride = config.tokenizer.encoder.stride();
-                let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
+                let scales = size.or_of(config, image.dimensions()).grids(config)?;
+                let cell = config.tokenizer.cell();
+                let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * cell, w * cell));
                 Ok((pixels::cover(image, w as u32, h as u32), scales))
             }
             Place::File(_, preset) => {

@@ -21,9 +21,6 @@ pub enum Size {
     },
 }
 
-/// Pixels per cell of a grid, along each side.
-const STRIDE: u64 = 16;
-
 impl FromStr for Size {
     type Err = Error;
 
@@ -51,18 +48,29 @@ impl FromStr for Size {
 }
 
 impl Size {
+    /// This size or, where nothing is said, the ratio of an image of (width, height) pixels, if the model draws several.
+    pub fn or_of(self, config: &ModelConfig, (width, height): (u32, u32)) -> Self {
+        match self {
+            Self::Auto if config.grids.is_empty() => {
+                Self::Ratio((f64::from(height) / f64::from(width)).clamp(0.25, 4.0))
+            }
+            size => size,
+        }
+    }
+
     /// The grids (height, width) of an image of this size, coarse to fine.
     ///
     /// Errors: usage, for a size that the model cannot draw.
     pub fn grids(self, config: &ModelConfig) -> Result<Vec<(usize, usize)>> {
+        let cell = config.tokenizer.cell() as u64;
         match &config.grids[..] {
-            [] => self.scales(config.scales),
-            grids => self.only(grids),
+            [] => self.scales(config.scales, cell),
+            grids => self.only(grids, cell),
         }
     }
 
-    /// The grids of a model of at most `max` scales of the paper's table.
-    fn scales(self, max: usize) -> Result<Vec<(usize, usize)>> {
+    /// The grids of a model of at most `max` scales of the paper's table, with `cell` pixels for a code along each side.
+    fn scales(self, max: usize, cell: u64) -> Result<Vec<(usize, usize)>> {
         let max = max.clamp(1, 18);
         let (width, height) = match self {
             Self::Auto => return Ok(schedule::nearest(1.0).scales[..max].to_vec()),
@@ -73,7 +81,7 @@ impl Size {
         let levels = [8, 12, 16].into_iter().filter(|level| *level < max).chain([max]);
         let drawable = levels.flat_map(|level| schedule::table().iter().map(move |entry| &entry.scales[..level]));
         let pixels =
-            |scales: &[(usize, usize)]| scales.last().map_or((0, 0), |(h, w)| (*w as u64 * STRIDE, *h as u64 * STRIDE));
+            |scales: &[(usize, usize)]| scales.last().map_or((0, 0), |(h, w)| (*w as u64 * cell, *h as u64 * cell));
         let log = |a: u64, b: u64| (a.max(1) as f64 / b.max(1) as f64).ln();
         let distance = |scales: &[(usize, usize)]| {
             let (w, h) = pixels(scales);
@@ -94,9 +102,9 @@ impl Size {
     }
 
     /// The grids of a model that draws a single size, which must be this one.
-    fn only(self, grids: &[(usize, usize)]) -> Result<Vec<(usize, usize)>> {
+    fn only(self, grids: &[(usize, usize)], cell: u64) -> Result<Vec<(usize, usize)>> {
         let (h, w) = grids.last().copied().unwrap_or_default();
-        let (w, h) = (w as u64 * STRIDE, h as u64 * STRIDE);
+        let (w, h) = (w as u64 * cell, h as u64 * cell);
         let fits = match self {
             Self::Auto => true,
             Self::Ratio(ratio) => ratio * w as f64 == h as f64,
@@ -117,16 +125,16 @@ mod tests {
     fn a_model_of_one_size_draws_no_other() {
         let grids = [(1, 1), (16, 16)];
         for size in ["auto", "1:1", "256x256"] {
-            assert_eq!(size.parse::<Size>().unwrap().only(&grids).unwrap(), grids);
+            assert_eq!(size.parse::<Size>().unwrap().only(&grids, 16).unwrap(), grids);
         }
         for size in ["4:3", "128x128"] {
-            let error = size.parse::<Size>().unwrap().only(&grids).unwrap_err();
+            let error = size.parse::<Size>().unwrap().only(&grids, 16).unwrap_err();
             assert_eq!((error.exit_code(), error.hint.as_deref()), (2, Some("--size 256x256")));
         }
     }
 
     fn drawn(size: &str, max: usize) -> Result<(usize, usize)> {
-        let scales = size.parse::<Size>()?.scales(max)?;
+        let scales = size.parse::<Size>()?.scales(max, 16)?;
         assert_eq!(scales[0], (1, 1));
         let (h, w) = scales[scales.len() - 1];
         Ok((w * 16, h * 16))
@@ -143,7 +151,7 @@ mod tests {
         assert_eq!(drawn("160x96", 8).unwrap(), (160, 96));
         assert_eq!(drawn("128x128", 18).unwrap(), (128, 128));
         assert_eq!(drawn("512x512", 16).unwrap(), (512, 512));
-        assert_eq!("128x128".parse::<Size>().unwrap().scales(8).unwrap(), schedule::nearest(1.0).scales[..8]);
+        assert_eq!("128x128".parse::<Size>().unwrap().scales(8, 16).unwrap(), schedule::nearest(1.0).scales[..8]);
     }
 
     #[test]

@@ -67,9 +67,10 @@ impl ChatConfig {
         }
         let config = ModelConfig::read(source)?;
         let (sampling, stops) = config::generation(source)?;
-        let (backbone, system) = (config.backbone.clone(), config.conversation.system.clone());
+        let (backbone, context) = (config.backbone.clone(), config.conversation.context);
+        let system = config.conversation.system.clone();
         let drawing = Some(Box::new(config));
-        Ok(Self { backbone, vision: None, drawing, system, sampling, context: 32_768, stops })
+        Ok(Self { backbone, vision: None, drawing, system, sampling, context, stops })
     }
 
     /// A model of random weights.

@@ -177,13 +177,13 @@ fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Resul
 
 fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) -> Result<()> {
     let (config, memory) = (&request.config, forecast(request, scales, batch)?);
-    let stride = config.tokenizer.encoder.stride();
+    let cell = config.tokenizer.cell();
     let (h, w) = scales.last().copied().unwrap_or((0, 0));
     let plan = Plan {
         model: &request.model,
         images: request.images(),
         seeds: &request.seeds,
-        size: format!("{}x{}", w * stride, h * stride),
+        size: format!("{}x{}", w * cell, h * cell),
         scales,
         codes: schedule::codes(scales),
         passes: (0..scales.len() - request.sampling.draft).map(|si| request.sampling.passes(si)).sum(),

@@ -28,11 +28,13 @@ pub struct ConversationConfig {
     pub system: String,
     /// It may answer with an image of its own accord. Without it, it draws when the user says so.
     pub draws: bool,
+    /// The most tokens of a conversation, those of images among them.
+    pub context: usize,
 }
 
 impl Default for ConversationConfig {
     fn default() -> Self {
-        Self { system: crate::chat::SYSTEM.into(), draws: false }
+        Self { system: crate::chat::SYSTEM.into(), draws: false, context: 32_768 }
     }
 }
 

@@ -62,7 +62,7 @@ impl TokenizerConfig {
 
     /// Pixels of an image for a code, along each side: a patch of the semantic encoder's where what comes out is resized, else
     /// what the pixel decoder makes of a code. The branch that sees other cells sees the image resized.
-    fn cell(&self) -> usize {
+    pub fn cell(&self) -> usize {
         if self.image_size.is_some() { self.semantic.patch_size } else { self.decoder.stride() }
     }
 

@@ -39,7 +39,7 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
         scales: run.recipe.scales,
         grids: Vec::new(),
         sampling,
-        conversation: ConversationConfig { system: String::new(), draws: true },
+        conversation: ConversationConfig { system: String::new(), draws: true, ..Default::default() },
         prompt: PromptConfig::default(),
         backbone,
         tokenizer,
