@@ -41,12 +41,15 @@ fn main() {
     }
 }
 
-/// The compiler: as told, of the toolkit that is told, or on the path.
+/// The compiler: as told, of the toolkit that is told, where toolkits usually are, or on the path.
 fn nvcc() -> PathBuf {
     if let Some(nvcc) = std::env::var_os("NVCC") {
         return nvcc.into();
     }
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
-    let told = homes.map(|home| Path::new(&home).join("bin/nvcc")).find(|nvcc| nvcc.exists());
+    let told = homes
+        .chain(["/usr/local/cuda".into()])
+        .map(|home| Path::new(&home).join("bin/nvcc"))
+        .find(|nvcc| nvcc.exists());
     told.unwrap_or_else(|| "nvcc".into())
 }

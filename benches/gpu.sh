@@ -5,11 +5,13 @@
 #   bash benches/gpu.sh [FOLDER FOR LOGS]
 #
 # Where there is no Rust, NEXTFLOW and CHECKS name the program and its unit tests as `cargo build --release --features cuda`
-# and `cargo test --release --features cuda --lib --no-run` made them elsewhere. ONLY=on_a_gpu_attention runs some checks.
+# and `cargo test --release --features cuda --lib --no-run` made them elsewhere. ONLY=on_a_gpu_attention runs some checks,
+# LONG=20 draws 20 images of 1024 pixels in place of 50.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 logs=${1:-target/gpu}
 mkdir -p "$logs"
+rm -f "$logs"/*.json "$logs"/*.txt
 python=${PYTHON:-python3}
 
 nvidia-smi | tee "$logs/machine.txt"
@@ -26,8 +28,9 @@ bench() {
   local name=$1 side=$2 images=$3
   shift 3
   "${NEXTFLOW:-target/release/nextflow}" bench --synthetic nextflow-7b --device cuda --json \
-    --size "${side}x$side" --images "$images" "$@" > "$logs/$name.json" || echo "$name failed"
+    --size "${side}x$side" --images "$images" "$@" > "$logs/$name.json" || { echo "$name failed"; failed=1; }
 }
+failed=0
 bench 256 256 50
 bench 512 512 10
 bench 1024 1024 "${LONG:-50}"
@@ -38,7 +41,7 @@ bench 256-q8_0 256 4 --quant q8_0
 bench 256-q4_K 256 4 --quant q4_K
 
 if "$python" -c 'import torch' 2> /dev/null; then
-  "$python" benches/peer.py 7b --size 256 512 1024 --graphs --compile 2>&1 | tee "$logs/peer.txt" || echo "PyTorch failed"
+  "$python" benches/peer.py 7b --size 256 512 1024 --graphs --compile 2>&1 | tee "$logs/peer.txt" || { echo "PyTorch failed"; failed=1; }
 else
   echo "no torch in $python: no comparison (PYTHON=... names another)"
 fi
@@ -76,3 +79,4 @@ for name in names:
         cells += [f"{best['image_seconds']:.3f}", f"{best['image_seconds'] / seconds:.2f}x", " " + best["variant"]]
     print(f"{name:20}" + "".join(f"{cell:>11}" for cell in cells))
 TABLE
+exit $failed

@@ -3,7 +3,7 @@
 use candle_core::Device;
 use candle_core::utils::{cuda_is_available, metal_is_available};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// `auto`, `cpu`, `cuda`, `cuda:N` or `metal`; `auto` is the first of CUDA, Metal and CPU that is compiled in and works.
 ///
@@ -35,11 +35,26 @@ fn auto() -> Device {
     cuda.or_else(metal).unwrap_or(Device::Cpu)
 }
 
-/// A GPU for one stream of work, whatever thread asks for it, that keeps memory which was freed.
+/// A GPU for one stream of work, the same for all who ask, that keeps memory which was freed.
+///
+/// Errors: no such GPU, one older than compute capability 8.0, for which candle has no bf16, and one without room.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize) -> candle_core::Result<Device> {
+    use std::collections::HashMap;
+    use std::sync::{Mutex, PoisonError};
+    static OPEN: Mutex<Option<HashMap<usize, Device>>> = Mutex::new(None);
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let open = open.get_or_insert_default();
+    if let Some(device) = open.get(&ordinal) {
+        return Ok(device.clone());
+    }
     let device = Device::new_cuda_with_stream(ordinal)?;
     if let Device::Cuda(gpu) = &device {
+        use candle_core::cuda_backend::WrapErr;
+        let (major, minor) = gpu.cuda_stream().context().compute_capability().w()?;
+        if major < 8 {
+            candle_core::bail!("its compute capability is {major}.{minor}, 8.0 is needed");
+        }
         // SAFETY: nothing has to be tracked between streams where there is one.
         #[allow(unsafe_code)]
         unsafe {
@@ -47,6 +62,7 @@ pub(crate) fn cuda(ordinal: usize) -> candle_core::Result<Device> {
         }
         crate::memory::gpu::keep(gpu)?;
     }
+    open.insert(ordinal, device.clone());
     Ok(device)
 }
 
@@ -61,7 +77,11 @@ fn not_compiled(name: &str, feature: &str) -> Error {
 }
 
 fn absent(name: &str, error: candle_core::Error) -> Error {
-    Error::usage(format!("--device {name}: no such device here ({error})")).hint("--device auto")
+    let message = format!("--device {name} cannot be used: {error}");
+    match Error::from(error) {
+        full if full.kind == Kind::Memory => full,
+        _ => Error::usage(message).hint("--device auto"),
+    }
 }
 
 #[cfg(test)]

@@ -277,7 +277,9 @@ impl Weights {
                     Some(Stored::Blocks(blocks)) => Some(blocks),
                     _ => self.matrices.and_then(|blocks| fitting(blocks, shape.1)),
                 };
-                match stored {
+                // What has 16 bits or more is no block to a GPU.
+                let plain = |blocks: &GgmlDType| blocks.block_size() == 1 && !self.device.is_cpu();
+                match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
                     None => self.get(shape, name, init).map(WeightMatrix::Dense),
                 }

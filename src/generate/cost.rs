@@ -72,6 +72,8 @@ pub fn synthetic_memory(
     Backbone::load(&transformer, &config.backbone)?;
     ImageDecoder::load(&tokenizer, &config.tokenizer)?;
     let (c, width) = (&config.backbone, dtype.size_in_bytes());
+    // Where activations are of half the width, pixels are.
+    let pixels = if width == 4 { DType::F32 } else { DType::BF16 };
     let guided = sampling.guided(scales.len()) > 0;
     let rows = if guided { 2 * images } else { images };
     let codes: usize = scales.iter().map(|(h, w)| h * w).sum();
@@ -82,8 +84,8 @@ pub fn synthetic_memory(
         transformer: transformer.bytes(dtype, blocks),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width),
-        tokenizer: tokenizer.bytes(DType::F32, None),
-        decode: decoding(&config.tokenizer, largest),
+        tokenizer: tokenizer.bytes(pixels, None),
+        decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })
 }
@@ -99,12 +101,12 @@ pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool)
     block.max(copies * images * at_once * c.codebook_size * 4) as u64
 }
 
-/// Bytes that decoding the pixels of a grid of so many `codes` holds at once.
-pub fn decoding(tokenizer: &TokenizerConfig, codes: usize) -> u64 {
+/// Bytes that decoding the pixels of a grid of so many `codes` holds at once, with numbers of `width` bytes.
+pub fn decoding(tokenizer: &TokenizerConfig, codes: usize, width: usize) -> u64 {
     let cnn = &tokenizer.decoder;
     let side = cnn.stride() / cnn.patch;
     let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
-    (DECODE * codes * side * side * first * 4) as u64
+    (DECODE * codes * side * side * first * width) as u64
 }
 
 /// Tokens of a prompt, with what opens an image, where their number is not known.

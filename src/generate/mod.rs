@@ -175,7 +175,8 @@ pub fn draw_behind(
 /// opens the image; `hidden` are the states of that last token, (R, 1, hidden). Each scale is one forward pass over its grid
 /// against the cache, without a mask. The first code is predicted by the last token, the codes of every later scale by the
 /// upsampled codes before it; further passes see the scale's own codes as well and draw them anew. Once guidance ends, the
-/// loop goes on with the prompts' rows. On a GPU nothing waits for it before all scales have been asked for.
+/// loop goes on with the prompts' rows. A GPU that draws the codes itself is not waited for before all scales have been asked
+/// for.
 pub fn draw_codes(
     mut rows: Rows,
     mut hidden: Tensor,
@@ -200,7 +201,8 @@ pub fn draw_codes(
                 hidden = rows.read(si, &input.with(quantizer, drawn)?, true)?;
             }
             let draw = Draw { sampling, guidance, seeds, scale: si, pass };
-            drawn = Some(rows.draw(&hidden, &draw).map_err(|fault| non_finite(fault, si, grid))?);
+            let codes = rows.draw(&hidden, &draw).map_err(|fault| non_finite(fault, si, grid))?;
+            drawn = Some(sampler::with_marks(codes, drawn.as_ref())?);
         }
         codes.extend(drawn);
         tell(observe, Event::Scale { codes: &codes, scales })?;

@@ -17,7 +17,7 @@ pub const POSITIONS: usize = 1024;
 pub struct Rows<'a> {
     backbone: &'a Backbone,
     scales: &'a [(usize, usize)],
-    /// Of every scale, in all rows, so that nothing is sent to a GPU that has work to do.
+    /// Of every scale, in all rows: they are sent to a GPU before it has work to do.
     ropes: Vec<Rope>,
     /// Of every row that is still read.
     caches: &'a mut [Cache],

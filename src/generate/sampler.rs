@@ -82,11 +82,19 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
 
+/// Codes of a pass with the marks of a GPU for what was not finite in the pass before.
+pub fn with_marks(codes: Tensor, before: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    match before {
+        Some(before) if !codes.device().is_cpu() => before.eq(NON_FINITE)?.where_cond(before, &codes),
+        _ => Ok(codes),
+    }
+}
+
 /// The same by a kernel that filters and draws where the logits are, if there is one for them.
 #[cfg(feature = "cuda")]
 fn on_gpu(logits: &Tensor, draw: &Draw, filter: Filter, noise: &[f64]) -> candle_core::Result<Option<Tensor>> {
     let greedy = draw.sampling.temperature < COLD;
-    let Some(top_k) = filter.top_k.or(greedy.then_some(1)) else { return Ok(None) };
+    let Some(top_k) = (if greedy { Some(1) } else { filter.top_k }) else { return Ok(None) };
     let (temperature, top_p) = (if greedy { 0.0 } else { draw.sampling.temperature as f32 }, filter.top_p as f32);
     let sample = crate::ops::Sample { guidance: draw.guidance as f32, temperature, top_k, top_p };
     crate::ops::sample(logits, &sample, noise)

@@ -23,6 +23,12 @@ pub enum Mask<'a> {
     Kept(&'a Tensor),
 }
 
+impl Mask<'_> {
+    fn is_causal(self) -> bool {
+        matches!(self, Self::Causal)
+    }
+}
+
 /// `softmax(scale * q kᵀ) v` for q (B, T, H, D) and k, v (B, S, KV, D), where H is a multiple of KV: (B, T, H, D), of
 /// q's dtype.
 ///
@@ -45,7 +51,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
     if on_gpu(q, k, v, mask) {
         let row = |i| Ok((heads_contiguous(&k.narrow(0, i, 1)?)?, heads_contiguous(&v.narrow(0, i, 1)?)?));
         let rows: Vec<(Tensor, Tensor)> = (0..b).map(row).collect::<Result<_>>()?;
-        return super::cuda::attention(q, &rows, matches!(mask, Mask::Causal), scale);
+        return super::cuda::attention(q, &rows, mask.is_causal(), scale);
     }
     if !slice::fused(&[q, k, v]) {
         let kept = match mask {
@@ -67,19 +73,22 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
 ///
 /// Errors when the shapes do not fit.
 pub fn attention_rows(q: &Tensor, rows: &[(Tensor, Tensor)], mask: Mask, scale: f32) -> Result<Tensor> {
-    if q.dim(0)? != rows.len() {
-        bail!("attention: {} rows of queries over {} of keys", q.dim(0)?, rows.len());
+    let (r, t, h, d) = q.dims4()?;
+    let fits = |(k, v): &(Tensor, Tensor)| match *k.dims() {
+        [1, s, kv, kd] => v.dims() == k.dims() && kd == d && kv > 0 && h % kv == 0 && (t <= s || !mask.is_causal()),
+        _ => false,
+    };
+    if r != rows.len() || !rows.iter().all(fits) {
+        let keys: Vec<&[usize]> = rows.iter().map(|(k, _)| k.dims()).collect();
+        bail!("attention: queries {:?} do not fit the rows of keys {keys:?}", q.dims());
     }
     let attend = |(r, (k, v)): (usize, &(Tensor, Tensor))| attention(&q.narrow(0, r, 1)?, k, v, mask, scale);
     #[cfg(feature = "cuda")]
-    if let [(k, v), others @ ..] = rows
-        && on_gpu(q, k, v, mask)
-        && rows.iter().all(|(k, v)| heads_lie_together(k) && heads_lie_together(v) && k.dims() == v.dims())
-        && others.iter().all(|(other, _)| other.dims()[2..] == k.dims()[2..])
-        && rows.iter().all(|(k, _)| !matches!(mask, Mask::Causal) || k.dims()[1] >= q.dims()[1])
-        && q.dims()[3] == k.dims()[3]
+    if let [(k, _), others @ ..] = rows
+        && rows.iter().all(|(k, v)| on_gpu(q, k, v, mask) && heads_lie_together(k) && heads_lie_together(v))
+        && others.iter().all(|(other, _)| other.dims()[2] == k.dims()[2])
     {
-        return super::cuda::attention(q, rows, matches!(mask, Mask::Causal), scale);
+        return super::cuda::attention(q, rows, mask.is_causal(), scale);
     }
     let outputs: Vec<Tensor> = match q.device().is_cpu() {
         true => rows.par_iter().enumerate().map(attend).collect::<Result<_>>()?,

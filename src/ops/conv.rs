@@ -22,15 +22,7 @@ const UNFOLDED: usize = 1 << 28;
 ///
 /// Errors when the shapes do not fit, the stride is zero, or the kernel is larger than the padded image.
 pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: [usize; 4]) -> Result<Tensor> {
-    let (_, c, height, width) = x.dims4()?;
-    let (o, wc, k, kw) = w.dims4()?;
-    let [top, bottom, left, right] = padding;
-    if wc != c || k != kw || b.is_some_and(|b| b.dims() != [o]) {
-        bail!("conv2d: {:?} does not fit kernels {:?} and bias {:?}", x.dims(), w.dims(), b.map(Tensor::dims));
-    }
-    if stride == 0 || k == 0 || height + top + bottom < k || width + left + right < k {
-        bail!("conv2d: a kernel of {k} at stride {stride} does not fit {height}x{width} padded by {padding:?}");
-    }
+    let o = check(x, w, b, stride, padding)?;
     #[cfg(feature = "cuda")]
     if let Some(b) = b.filter(|b| super::cuda::convolves(x, w, b, stride, padding)) {
         return super::cuda::conv2d(x, w, b, false, None);
@@ -42,10 +34,27 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding
     x.contiguous()?.apply_op3(&w.contiguous()?, &b, Conv { stride, padding })
 }
 
+/// How many kernels there are, if they fit.
+fn check(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding: [usize; 4]) -> Result<usize> {
+    let (_, c, height, width) = x.dims4()?;
+    let (o, wc, k, kw) = w.dims4()?;
+    let [top, bottom, left, right] = padding;
+    if wc != c || k != kw || b.is_some_and(|b| b.dims() != [o]) {
+        bail!("conv2d: {:?} does not fit kernels {:?} and bias {:?}", x.dims(), w.dims(), b.map(Tensor::dims));
+    }
+    if stride == 0 || k == 0 || height + top + bottom < k || width + left + right < k {
+        bail!("conv2d: a kernel of {k} at stride {stride} does not fit {height}x{width} padded by {padding:?}");
+    }
+    Ok(o)
+}
+
 /// `base` (B, O, H, W) and [`conv2d`] of x (B, C, H, W) with w (O, C, K, K) of an odd side and b (O), padded so that the image
-/// keeps its size.
+/// keeps its size: (B, O, H, W).
+///
+/// Errors when the shapes do not fit.
 pub fn add_conv2d(base: &Tensor, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
     let padding = [w.dim(2)? / 2; 4];
+    check(x, w, Some(b), 1, padding)?;
     #[cfg(feature = "cuda")]
     if super::cuda::convolves(x, w, b, 1, padding) {
         return super::cuda::conv2d(x, w, b, false, Some(base));
@@ -55,8 +64,11 @@ pub fn add_conv2d(base: &Tensor, x: &Tensor, w: &Tensor, b: &Tensor) -> Result<T
 
 /// As [`conv2d`] of x (B, C, H, W) with every pixel repeated in both directions and w (O, C, K, K) of an odd side, padded so
 /// that this image keeps its size: (B, O, 2H, 2W).
+///
+/// Errors when the shapes do not fit.
 pub fn upsampled_conv2d(x: &Tensor, w: &Tensor, b: &Tensor) -> Result<Tensor> {
     let padding = [w.dim(2)? / 2; 4];
+    check(x, w, Some(b), 1, padding)?;
     #[cfg(feature = "cuda")]
     if super::cuda::convolves(x, w, b, 1, padding) {
         return super::cuda::conv2d(x, w, b, true, None);

@@ -11,7 +11,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceSlice, LaunchConfig};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
 use candle_core::{DType, Device, Layout, Result, Tensor, bail};
 use half::bf16;
@@ -27,14 +27,13 @@ const VECTOR: usize = 8;
 /// Threads of a block, of most kernels.
 const THREADS: u32 = 256;
 
-/// The GPU of these operands, if the kernels take them: bf16, on one that is new enough, none empty, in rows of whole vectors.
+/// The GPU of these operands, if the kernels take them: bf16 of one device, not to be trained, none empty, in rows of whole
+/// vectors that begin where a vector may.
 fn device(tensors: &[&Tensor]) -> Option<CudaDevice> {
-    let fits = |t: &&Tensor| {
-        let whole = t.dims().last().is_some_and(|d| d.is_multiple_of(VECTOR));
-        t.dtype() == DType::BF16 && t.elem_count() > 0 && whole
-    };
-    let Some(Device::Cuda(device)) = tensors.first().map(|t| t.device()) else { return None };
-    (tensors.iter().all(fits) && capability(device) >= 8).then(|| device.clone())
+    let first = tensors.first()?.device();
+    let Device::Cuda(device) = first else { return None };
+    let whole = |t: &&Tensor| t.dims().last().is_some_and(|d| d.is_multiple_of(VECTOR));
+    tensors.iter().all(|t| plain(t, first) && aligned(t) && whole(t)).then(|| device.clone())
 }
 
 /// Whether the kernels take these operands.
@@ -42,9 +41,26 @@ pub(super) fn takes(tensors: &[&Tensor]) -> bool {
     device(tensors).is_some()
 }
 
-/// The generation of a GPU: 8 is Ampere, 9 is Hopper.
-fn capability(device: &CudaDevice) -> i32 {
-    device.cuda_stream().context().compute_capability().map_or(0, |(major, _)| major)
+/// Whether a tensor is of bf16 numbers, some at least, on a device, and no gradient flows into it.
+fn plain(t: &Tensor, device: &Device) -> bool {
+    t.dtype() == DType::BF16 && t.elem_count() > 0 && !t.track_op() && t.device().same_device(device)
+}
+
+/// Whether the first number of a tensor lies where 16 bytes can be read.
+fn aligned(t: &Tensor) -> bool {
+    (t.layout().start_offset() * t.dtype().size_in_bytes()).is_multiple_of(16)
+}
+
+/// Whether a GPU has the instructions of the kernels for Hopper.
+fn hopper(device: &CudaDevice) -> bool {
+    device.cuda_stream().context().compute_capability().is_ok_and(|(major, _)| major == 9)
+}
+
+/// Where an operand begins. All work is on one stream, so that is good for as long as the operand is there.
+fn address<T>(x: &CudaView<T>) -> u64 {
+    let stream = x.stream().clone();
+    let (address, _) = x.device_ptr(&stream);
+    address
 }
 
 /// The elements of a contiguous operand.

@@ -31,9 +31,9 @@ struct Report {
     /// Prompt, scales and pixels of one of them.
     image_seconds: f64,
     tokens_per_second: f64,
-    /// f32 matrix product, as measured here.
+    /// Matrix product in the type of the activations, as measured here.
     peak_gflops: f64,
-    /// Reading of memory, as measured here.
+    /// Reading of memory, or copying a GPU's, as measured here.
     read_gbytes_per_second: f64,
     /// Of one image without its pixels.
     floor_seconds: f64,
@@ -51,7 +51,7 @@ struct Report {
 struct Image {
     /// Of the prompt, every scale, and the pixels.
     seconds: Vec<f64>,
-    /// Bytes of memory that were free before the model was loaded.
+    /// Bytes of memory that were taken since before the model was loaded.
     taken: Option<u64>,
 }
 

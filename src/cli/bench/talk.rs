@@ -26,9 +26,9 @@ struct Report {
     weight_bytes: u64,
     load_seconds: f64,
     parts: Vec<Part>,
-    /// f32 matrix product, as measured here.
+    /// Matrix product in the type of the activations, as measured here.
     peak_gflops: f64,
-    /// Reading of memory, as measured here; nothing is known of a GPU's.
+    /// Reading of memory, or copying a GPU's, as measured here.
     read_gbytes_per_second: f64,
     forecast_bytes: u64,
     peak_bytes: Option<u64>,

@@ -1,7 +1,7 @@
 //! Attention of the rows of a batch, and what a projection makes for it.
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute as Attribute;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{Result, Storage, Tensor, bail};
@@ -9,7 +9,7 @@ use half::bf16;
 
 use super::boxes::TensorMap;
 use super::step::STEP;
-use super::{THREADS, blocks, capability, device, kernel, launch, operand, room};
+use super::{THREADS, address, aligned, blocks, device, hopper, kernel, launch, operand, plain, room};
 
 const ATTENTION: (&str, &str) = ("attention", include_str!(concat!(env!("OUT_DIR"), "/attention.ptx")));
 const HOPPER: (&str, &str) = ("attention_hopper", include_str!(concat!(env!("OUT_DIR"), "/attention_hopper.ptx")));
@@ -51,7 +51,7 @@ impl Rows {
     fn of<'a>(rows: impl Iterator<Item = (&'a Tensor, &'a Tensor, usize)>) -> Result<Self> {
         let mut all = Self::default();
         for (i, (k, v, length)) in rows.enumerate() {
-            (all.k[i], all.v[i], all.length[i]) = (address(k)?, address(v)?, length as i32);
+            (all.k[i], all.v[i], all.length[i]) = (start(k)?, start(v)?, length as i32);
         }
         Ok(all)
     }
@@ -62,9 +62,11 @@ impl Boxes {
     fn of(rows: &[(Tensor, Tensor)]) -> Result<Self> {
         let boxes = |x: &Tensor| {
             let (_, s, kv, d) = x.dims4()?;
-            TensorMap::new(address(x)?, [d, kv, s], [64, 1, 128])
+            TensorMap::new(start(x)?, [d, kv, s], [64, 1, 128])
         };
-        let (k, v) = (boxes(&rows[0].0)?, boxes(&rows[0].1)?);
+        let Some((k, v)) = rows.first() else { bail!("no rows") };
+        // Those that are not there are not looked at.
+        let (k, v) = (boxes(k)?, boxes(v)?);
         let mut all = Self { k: [k; MOST_BOXES], v: [v; MOST_BOXES], length: [0; MOST_BOXES] };
         for (i, (k, v)) in rows.iter().enumerate() {
             (all.k[i], all.v[i], all.length[i]) = (boxes(k)?, boxes(v)?, k.dim(1)? as i32);
@@ -73,22 +75,14 @@ impl Boxes {
     }
 }
 
-/// Where the numbers of a tensor begin.
-fn address(x: &Tensor) -> Result<u64> {
+/// Where the numbers of keys or values begin.
+fn start(x: &Tensor) -> Result<u64> {
     let (storage, layout) = x.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else { bail!("a kernel for CUDA got a tensor of another device") };
-    let stream = storage.device.cuda_stream();
-    let slice = storage.as_cuda_slice::<bf16>()?.slice(layout.start_offset()..);
-    // All work is on one stream, so the address is good for as long as the tensor is there.
-    let (address, _) = slice.device_ptr(&stream);
-    Ok(address)
+    let Storage::Cuda(storage) = &*storage else { bail!("keys and values are not on a GPU") };
+    Ok(address(&storage.as_cuda_slice::<bf16>()?.slice(layout.start_offset()..)))
 }
 
-fn tensor(
-    numbers: candle_core::cuda_backend::cudarc::driver::CudaSlice<bf16>,
-    device: &CudaDevice,
-    shape: (usize, usize, usize, usize),
-) -> Tensor {
+fn tensor(numbers: CudaSlice<bf16>, device: &CudaDevice, shape: (usize, usize, usize, usize)) -> Tensor {
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(numbers, device.clone()));
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
@@ -99,7 +93,7 @@ pub(in crate::ops) fn attention(q: &Tensor, rows: &[(Tensor, Tensor)], causal: b
     let ((r, t, heads, d), Some(device)) = (q.dims4()?, device(&[q])) else { bail!("queries are not on a GPU") };
     let (_, _, kv, _) = rows[0].0.dims4()?;
     let queries = t * (heads / kv);
-    let hopper = capability(&device) == 9 && d == 128;
+    let hopper = hopper(&device) && d == 128;
     // Queries of a block, its threads, and the bytes of shared memory: queries, and two tiles each of keys and values, and on
     // Hopper their barriers.
     let (module, name, tile, threads, barriers) = match hopper {
@@ -108,7 +102,7 @@ pub(in crate::ops) fn attention(q: &Tensor, rows: &[(Tensor, Tensor)], causal: b
     };
     let shared = 5 * tile * d * 2 + barriers;
     let function = kernel!(device, module, &name);
-    function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+    function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
     let q = q.contiguous()?;
     let (storage, layout) = q.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("queries are not on a GPU") };
@@ -141,15 +135,25 @@ pub(in crate::ops) fn project_heads(
     caches: &[(&Tensor, &Tensor, usize)],
 ) -> Result<Option<Tensor>> {
     let ((r, t, all), Some(device)) = (x.dims3()?, device(&[x, bias.unwrap_or(x)])) else { return Ok(None) };
-    let (_, _, kv, d) = caches[0].0.dims4()?;
-    let heads = all / d - 2 * kv;
-    let angles = |a: &Tensor| a.dims() == [r, t, d / 2] && a.is_contiguous();
+    let Some((first, ..)) = caches.first() else { return Ok(None) };
+    let (_, _, kv, d) = first.dims4()?;
+    let heads = (all / d.max(1)).saturating_sub(2 * kv);
+    let angles = |a: &Tensor| a.dims() == [r, t, d / 2] && a.is_contiguous() && aligned(a);
     if !x.is_contiguous() || d % 8 != 0 || !angles(cos) || !angles(sin) {
         return Ok(None);
     }
-    for (keys, _, start) in caches {
-        if start + t > keys.dim(1)? {
-            bail!("a sequence of {} does not fit a cache of {}", start + t, keys.dim(1)?);
+    if caches.len() != r || (heads + 2 * kv) * d != all || bias.is_some_and(|bias| bias.dims() != [all]) {
+        let bias = bias.map(Tensor::dims);
+        bail!("heads: {:?} does not fit a bias {bias:?} and {} caches of {:?}", x.dims(), caches.len(), first.dims());
+    }
+    for (keys, values, start) in caches {
+        let room = keys.dim(1)?;
+        let fit = keys.dims() == [1, room, kv, d] && values.dims() == keys.dims();
+        if !fit || ![*keys, *values].iter().all(|t| plain(t, x.device()) && aligned(t) && t.is_contiguous()) {
+            bail!("heads: keys {:?} and values {:?} are no cache of {kv} heads of {d}", keys.dims(), values.dims());
+        }
+        if start + t > room {
+            bail!("a sequence of {} does not fit a cache of {room}", start + t);
         }
     }
     let borrowed = [x, cos, sin, bias.unwrap_or(x)].map(|t| t.storage_and_layout());
@@ -163,21 +167,16 @@ pub(in crate::ops) fn project_heads(
     let (cos, sin) = (operand::<f32>(cos, layouts[1])?, operand::<f32>(sin, layouts[2])?);
     let mut out = room(&device, r * t * heads * d)?;
     let function = kernel!(device, STEP, "heads_bf16");
-    let (heads_of, kv_of, head_dim, nothing) = (heads as i32, kv as i32, d as i32, 0u64);
+    let (heads_of, kv_of, head_dim) = (heads as i32, kv as i32, d as i32);
+    // A null pointer where there is none.
+    let bias = if bias.is_some() { address(&more) } else { 0 };
     for (i, rows) in caches.chunks(MOST_ROWS).enumerate() {
         let first = i * MOST_ROWS * t;
         let (x, mut out) = (x.slice(first * all..), out.slice_mut(first * heads * d..));
         let (cos, sin) = (cos.slice(first * (d / 2)..), sin.slice(first * (d / 2)..));
         let batch = Rows::of(rows.iter().copied())?;
         let blocks = blocks((t, rows.len(), 1), THREADS, 0);
-        match bias {
-            Some(_) => {
-                launch!(&function, blocks, &x, &more, &cos, &sin, &mut out, &batch, &heads_of, &kv_of, &head_dim);
-            }
-            None => {
-                launch!(&function, blocks, &x, &nothing, &cos, &sin, &mut out, &batch, &heads_of, &kv_of, &head_dim);
-            }
-        }
+        launch!(&function, blocks, &x, &bias, &cos, &sin, &mut out, &batch, &heads_of, &kv_of, &head_dim);
     }
     Ok(Some(tensor(out, &device, (r, t, heads, d))))
 }

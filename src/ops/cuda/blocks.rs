@@ -5,7 +5,7 @@ use candle_core::op::BackpropOp;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Result, Storage, Tensor};
 
-use super::{THREADS, VECTOR, blocks, capability, kernel, launch, room};
+use super::{THREADS, VECTOR, blocks, kernel, launch, room};
 
 const BLOCKS: (&str, &str) = ("blocks", include_str!(concat!(env!("OUT_DIR"), "/blocks.ptx")));
 
@@ -17,9 +17,6 @@ pub(in crate::ops) fn to_bf16(x: &QTensor) -> Result<Option<Tensor>> {
         _ => return Ok(None),
     };
     let Device::Cuda(device) = x.device() else { return Ok(None) };
-    if capability(&device) < 8 {
-        return Ok(None);
-    }
     let count = x.shape().elem_count();
     let (bytes, vectors) = (x.device_ptr()? as u64, (count / VECTOR) as i64);
     let mut out = room(&device, count)?;

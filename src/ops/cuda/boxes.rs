@@ -4,10 +4,12 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, sys};
 use candle_core::{Result, bail};
 
-/// `TensorMap` of hopper.cuh.
-#[repr(transparent)]
+/// `TensorMap` of hopper.cuh, whose alignment it has whatever the version of CUDA.
+#[repr(C, align(128))]
 #[derive(Clone, Copy)]
 pub(super) struct TensorMap(sys::CUtensorMap);
+
+const _: () = assert!(size_of::<TensorMap>() == 128);
 
 // SAFETY: the driver makes it for kernels to be given by value.
 #[allow(unsafe_code)]

@@ -68,7 +68,7 @@ template <int COUNT> __device__ inline void take_registers() {
 }
 
 // Layout of a tensor in global memory, and how a box of it lies in shared memory: made by the driver.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
 
@@ -117,7 +117,13 @@ template <int N> __device__ inline void pin(unsigned (&x)[N][4]) {
 // Instructions that this positive number depends on are not put off behind this point, as the assembler likes to, which
 // would then wait for products with nothing else to do.
 __device__ inline void finish_before_here(float x) {
-  asm volatile("{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never st.shared.f32 [%1], %0;\n}\n" ::"f"(x), "r"(0) : "memory");
+  asm volatile("{\n"
+               ".reg .pred never;\n"
+               "setp.lt.f32 never, %0, 0f00000000;\n"
+               "@never st.shared.f32 [%1], %0;\n"
+               "}\n" ::"f"(x),
+               "r"(0)
+               : "memory");
 }
 
 #define FOUR(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])

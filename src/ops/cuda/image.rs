@@ -1,16 +1,15 @@
 //! Images whose channels lie last in memory, whatever the order of their dimensions: (B, C, H, W) with the strides of
 //! (B, H, W, C).
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use candle_core::cuda_backend::cudarc::driver::{CudaView, DevicePtr, DeviceSlice};
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute as Attribute;
 use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::op::BackpropOp;
-use candle_core::{DType, Result, Storage, Tensor, bail};
+use candle_core::{Result, Storage, Tensor, bail};
 use half::bf16;
 
 use super::boxes::TensorMap;
 use super::step::STEP;
-use super::{THREADS, VECTOR, blocks, capability, kernel, launch, operand, room};
+use super::{THREADS, VECTOR, address, aligned, blocks, hopper, kernel, launch, operand, plain, room};
 
 const CONV: (&str, &str) = ("conv", include_str!(concat!(env!("OUT_DIR"), "/conv.ptx")));
 const HOPPER: (&str, &str) = ("conv_hopper", include_str!(concat!(env!("OUT_DIR"), "/conv_hopper.ptx")));
@@ -20,29 +19,22 @@ const FEW: usize = 32;
 /// Numbers that a thread sums in f32, or normalises.
 const SUMMED: usize = 256;
 
-/// Whether these are bf16 on a GPU that is new enough, and the channels of an image come in whole vectors.
-fn takes(x: &Tensor, others: &[&Tensor]) -> bool {
-    let candle_core::Device::Cuda(device) = x.device() else { return false };
+/// Whether the kernels take an image and what it is computed with: bf16 of one GPU, channels in whole vectors.
+fn takes_image(x: &Tensor, others: &[&Tensor]) -> bool {
     let channels = x.dims().get(1).is_some_and(|c| c.is_multiple_of(VECTOR));
-    let bf16 = others.iter().all(|t| t.dtype() == DType::BF16 && t.device().same_device(x.device()));
-    channels && bf16 && x.dtype() == DType::BF16 && x.elem_count() > 0 && capability(device) >= 8
-}
-
-fn pointer(x: &CudaView<bf16>) -> u64 {
-    let stream = x.stream().clone();
-    let (address, _) = x.device_ptr(&stream);
-    address
+    x.device().is_cuda() && channels && others.iter().chain([&x]).all(|t| plain(t, x.device()))
 }
 
 /// (B, C, H, W) to contiguous (B, H, W, C), without a copy if that is how it lies.
 fn channels_last(x: &Tensor) -> Result<Tensor> {
-    x.permute((0, 2, 3, 1))?.contiguous()
+    let x = x.permute((0, 2, 3, 1))?.contiguous()?;
+    if aligned(&x) { Ok(x) } else { x.copy() }
 }
 
 /// Whether [`conv2d`] takes these operands: a kernel of an odd side, padded so that the image keeps its size.
 pub(in crate::ops) fn convolves(x: &Tensor, w: &Tensor, b: &Tensor, stride: usize, padding: [usize; 4]) -> bool {
     let side = w.dims()[2];
-    takes(x, &[w, b]) && stride == 1 && side % 2 == 1 && padding == [side / 2; 4]
+    takes_image(x, &[w, b]) && stride == 1 && side % 2 == 1 && padding == [side / 2; 4]
 }
 
 /// [`conv2d`](crate::ops::conv2d) of an image x (B, C, H, W), which counts every pixel twice in both directions with
@@ -57,7 +49,7 @@ pub(in crate::ops) fn conv2d(
     let ((batch, channels, height, width), (outputs, _, side, _)) = (x.dims4()?, w.dims4()?);
     let up = usize::from(doubled);
     let (height, width) = (height << up, width << up);
-    if base.is_some_and(|base| base.dims() != [batch, outputs, height, width]) {
+    if base.is_some_and(|base| base.dims() != [batch, outputs, height, width] || !plain(base, x.device())) {
         bail!("conv2d: {:?} cannot be added to {:?}", base.map(Tensor::dims), (batch, outputs, height, width));
     }
     let (x, w, b) = (channels_last(x)?, channels_last(w)?, b.contiguous()?);
@@ -74,44 +66,30 @@ pub(in crate::ops) fn conv2d(
     let pixels = batch * height * width;
     let mut out = room(&device, pixels * outputs)?;
     let [h, wide, c, o, of, double] = [height, width, channels, outputs, side, up].map(|n| n as i32);
-    // Without one the kernel gets a null pointer for what the result is added to.
-    let nothing = 0u64;
-    if capability(&device) == 9 && !doubled && channels % 64 == 0 && outputs > FEW {
+    // A null pointer where the result is added to nothing.
+    let base = if base.is_some() { address(&more) } else { 0 };
+    if hopper(&device) && !doubled && channels % 64 == 0 && outputs > FEW {
         // A block's pixels, kernels, and of these four stages of 64 channels of a tap, with two barriers each.
         let (across, down, kernels, stages) = (16, 8, 256, 4);
         let shared = stages * ((across * down + kernels) * 64 * 2 + 16);
         let boxes = (
-            TensorMap::new(pointer(&x), [channels, width, height, batch], [64, across as u32, down as u32, 1])?,
-            TensorMap::new(pointer(&w), [side * side * channels, outputs], [64, kernels as u32])?,
+            TensorMap::new(address(&x), [channels, width, height, batch], [64, across as u32, down as u32, 1])?,
+            TensorMap::new(address(&w), [side * side * channels, outputs], [64, kernels as u32])?,
         );
         let blocks =
             blocks((batch * height.div_ceil(down) * width.div_ceil(across), outputs.div_ceil(kernels), 1), 384, shared);
         let function = kernel!(device, HOPPER, "conv_hopper");
-        function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
-        match &base {
-            Some(_) => {
-                launch!(&function, blocks, &boxes.0, &boxes.1, &b, &more, &mut out, &h, &wide, &c, &o, &of);
-            }
-            None => {
-                launch!(&function, blocks, &boxes.0, &boxes.1, &b, &nothing, &mut out, &h, &wide, &c, &o, &of);
-            }
-        }
+        function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+        launch!(&function, blocks, &boxes.0, &boxes.1, &b, &base, &mut out, &h, &wide, &c, &o, &of);
     } else {
         // Two stages.
         let (name, kernels) = if outputs > FEW { ("conv_bf16_256", 256) } else { ("conv_bf16_32", FEW) };
         let shared = 2 * (128 + kernels) * 64 * 2;
         let function = kernel!(device, CONV, name);
-        function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+        function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
         let blocks = blocks((pixels.div_ceil(128), outputs.div_ceil(kernels), 1), THREADS, shared);
         let pixels = pixels as i32;
-        match &base {
-            Some(_) => {
-                launch!(&function, blocks, &x, &w, &b, &more, &mut out, &pixels, &h, &wide, &c, &o, &of, &double);
-            }
-            None => {
-                launch!(&function, blocks, &x, &w, &b, &nothing, &mut out, &pixels, &h, &wide, &c, &o, &of, &double);
-            }
-        }
+        launch!(&function, blocks, &x, &w, &b, &base, &mut out, &pixels, &h, &wide, &c, &o, &of, &double);
     }
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device));
     Tensor::from_storage(storage, (batch, height, width, outputs), BackpropOp::none(), false).permute((0, 3, 1, 2))
@@ -121,7 +99,12 @@ pub(in crate::ops) fn conv2d(
 pub(in crate::ops) fn normalises(x: &Tensor, w: &Tensor, b: &Tensor, groups: usize) -> bool {
     let channels = x.dims().get(1).copied().unwrap_or(0);
     let most = VECTOR * THREADS as usize;
-    x.rank() == 4 && takes(x, &[w, b]) && channels <= most && (channels / groups).is_multiple_of(VECTOR)
+    x.rank() == 4
+        && takes_image(x, &[w, b])
+        && aligned(w)
+        && aligned(b)
+        && channels <= most
+        && (channels / groups).is_multiple_of(VECTOR)
 }
 
 /// [`group_norm`](crate::ops::group_norm()) of x (B, C, H, W).

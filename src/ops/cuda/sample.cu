@@ -54,8 +54,8 @@ __device__ inline Key largest(Key mine) {
   return mine;
 }
 
-// A row of logits as they are filtered: guided, and divided by the temperature. Rounded after every operation, as it is on the
-// CPU.
+// A row of logits as they are filtered: guided, and divided by the temperature. Rounded after every operation, as it is
+// on the CPU.
 struct Row {
   const bf16 *conditional, *unconditional;
   int columns;
@@ -131,8 +131,9 @@ __device__ inline void sort(Key *keys, int count) {
   }
 }
 
-// Logits (positions, columns); columns are a multiple of 8. Unless guidance is 0, they become (1 + guidance) conditional - guidance unconditional.
-// top_k is at most 1024. Where a row has a NaN or no finite logit, its code is the largest number there is.
+// Logits (positions, columns); columns are a multiple of 8. Unless guidance is 0, they become (1 + guidance) conditional
+// - guidance unconditional. top_k is at most 1536. Where a row has a NaN or no finite logit, its code is the largest
+// number there is.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sample_bf16(const bf16 *conditional, const bf16 *unconditional, const double *uniforms, unsigned *codes,
                 int columns, float guidance, float temperature, int top_k, float top_p) {
@@ -164,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 
   const Row row{guided.conditional, guided.unconditional, columns, guidance, temperature};
-  const float threshold = select(row, min(min(top_k, columns), MOST / 2));
+  const float threshold = select(row, min(top_k, columns));
   if (threadIdx.x == 0) taken = 0;
   __syncthreads();
   row.all([&](int i, float logit) {
@@ -174,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   });
   __syncthreads();
   if (taken > MOST) {
-    // There is no room for all that equal the last one: the first of them get it. Each thread looks at columns in a row.
+    // There is no room for all that equal the last one: the first of them get it. Each thread looks at columns in a
+    // row.
     const int span = (columns / WIDTH + THREADS - 1) / THREADS * WIDTH;
     const int from = min(int(threadIdx.x) * span, columns), to = min(from + span, columns);
     int above = 0, equal = 0, all_above, all_equal;

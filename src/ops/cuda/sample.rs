@@ -8,8 +8,8 @@ use super::{THREADS, blocks, kernel, launch, operand, takes};
 
 const SAMPLE: (&str, &str) = ("sample", include_str!(concat!(env!("OUT_DIR"), "/sample.ptx")));
 
-/// The most candidates that [`sample`] sorts.
-pub const MAX_TOP_K: usize = 1024;
+/// The most candidates that [`sample`] is asked for.
+pub const MAX_TOP_K: usize = 1536;
 
 /// What [`sample`] does with logits.
 #[derive(Clone, Copy, Debug)]

@@ -53,6 +53,7 @@ fn on_a_gpu_norms_and_activations() -> Result<()> {
     }
     for (b, c, h, w, groups) in [(1, 64, 16, 24, 16), (2, 32, 8, 8, 32), (3, 96, 5, 7, 4), (1, 256, 128, 128, 32)] {
         let ([x, gx], [scale, gscale], [shift, gshift]) = (both((b, c, h, w), 4)?, both(c, 5)?, both(c, 6)?);
+        assert_eq!(super::normalises(&gx, &gscale, &gshift, groups), (c / groups) % 8 == 0, "{c} channels");
         for silu in [false, true] {
             let got = group_norm(&gx, &gscale, &gshift, groups, 1e-6, silu)?;
             close(&format!("group_norm {c}x{h}x{w}"), &got, &group_norm(&x, &scale, &shift, groups, 1e-6, silu)?)?;
@@ -184,6 +185,7 @@ fn on_a_gpu_convolutions() -> Result<()> {
         let ([x, gx], [kernels, gkernels], [bias, gbias]) =
             (both((b, c, h, w), 1)?, both((o, c, k, k), 2)?, both(o, 3)?);
         let pad = [k / 2; 4];
+        assert!(super::convolves(&gx, &gkernels, &gbias, 1, pad), "the kernel takes {c} channels");
         let what = format!("{c} to {o} channels of {h}x{w}");
         let (got, want) = (conv2d(&gx, &gkernels, Some(&gbias), 1, pad)?, conv2d(&x, &kernels, Some(&bias), 1, pad)?);
         close(&format!("conv2d, {what}"), &got, &want)?;
