@@ -38,8 +38,7 @@ impl Codes {
         if path.is_dir() {
             return Err(bad("is a folder".into()));
         }
-        input::not_typed(path, HINT)?;
-        let bytes = input::read(path, MAX_BYTES, HINT)?;
+        let bytes = input::piped(path, MAX_BYTES, HINT)?;
         match bytes.trim_ascii_start().first() {
             Some(b'{') => serde_json::from_slice(&bytes).map_err(|e| bad(format!("is no file of codes: {e}"))),
             _ => Self::from_safetensors(&bytes).map_err(|what| bad(format!("is no file of codes: {what}"))),

@@ -42,12 +42,15 @@ pub fn read(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Refuses to wait for somebody to type what nobody types.
+/// As [`read`], of a file that somebody sends: nobody types one.
 ///
-/// Errors: usage, with `hint`, for standard input that is a terminal.
-pub fn not_typed(path: &Path, hint: &str) -> Result<()> {
-    match is_stdin(path) && io::stdin().is_terminal() {
-        true => Err(Error::usage("standard input is a terminal, which sends no file").hint(hint)),
-        false => Ok(()),
+/// Errors: usage as well for standard input that is a terminal, or empty.
+pub fn piped(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
+    if is_stdin(path) && io::stdin().is_terminal() {
+        return Err(Error::usage("standard input is a terminal, which sends no file").hint(hint));
+    }
+    match read(path, most, hint)? {
+        bytes if bytes.is_empty() && is_stdin(path) => Err(Error::usage("standard input is empty").hint(hint)),
+        bytes => Ok(bytes),
     }
 }

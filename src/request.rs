@@ -154,7 +154,7 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    input::read(path, MAX_INPUT, "--prompt-file FILE, or - for standard input; split what is too long")
+    input::read(path, MAX_INPUT, "--prompt-file FILE, of up to 16 MB, or - for standard input")
 }
 
 fn trim_newline(bytes: &[u8]) -> &[u8] {
@@ -178,10 +178,18 @@ fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
             Error::usage(format!("{flag} has no meaning with -o -")).hint(format!("drop {flag}, or use -o FILE"))
         );
     }
-    if io::stdout().is_terminal() {
-        return Err(Error::usage("a terminal cannot show the bytes of a PNG").hint("-o - > image.png"));
-    }
+    no_terminal()?;
     Ok(Destination::Stdout)
+}
+
+/// Refuses to send a PNG to a terminal.
+pub fn no_terminal() -> Result<()> {
+    match io::stdout().is_terminal() {
+        true => {
+            Err(Error::usage("a terminal cannot show the bytes of a PNG").hint("-o image.png, or -o - > image.png"))
+        }
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]

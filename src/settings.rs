@@ -43,6 +43,9 @@ pub struct Settings {
     /// Guidance led away from any image, not from one with the same sources.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub free: bool,
+    /// It belongs to a conversation, which is not told.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub conversation: bool,
     /// The model's name.
     pub model: String,
     /// Of this program.
@@ -66,6 +69,7 @@ impl Settings {
             thought: None,
             sources: Vec::new(),
             free: false,
+            conversation: false,
             model: model.into(),
             version: env!("CARGO_PKG_VERSION").into(),
         }

@@ -224,7 +224,7 @@ fn commands_are_joined_by_pipes() {
     for (args, part) in [
         (&["edit", "-i", "-", "-"][..], "can be read once"),
         (&["edit", "-i", "-", "-i", "-", "make it blue"], "can be read once"),
-        (&["chat", "-i", "-"], "nothing to say"),
+        (&["chat", "-i", "-"], "there is no question"),
     ] {
         let output = nextflow(folder, args, &drawn);
         let stderr = String::from_utf8(output.stderr).unwrap();
@@ -233,4 +233,9 @@ fn commands_are_joined_by_pipes() {
     }
     let nothing = nextflow(folder, &["edit", "-i", "-", "make it blue"], b"");
     assert_eq!(nothing.status.code(), Some(2), "{}", String::from_utf8_lossy(&nothing.stderr));
+    // What cannot be read ends a conversation: it would fail again.
+    let mut chat = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+    let output = chat.arg("chat").current_dir(folder).stdin(fs::File::open(folder).unwrap()).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), stderr.matches("cannot read standard input").count()), (Some(1), 1), "{stderr}");
 }

@@ -276,14 +276,22 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
 
     image::RgbImage::new(4, 4).save(here.join("plain.png")).unwrap();
     gen_ok(here, &["--think", "-p", "a red circle", "--seed", "1", "-o", "thought.png"]);
+    let chat = ["chat", "/gen a blue star", "--seed", "3", "--out-dir", "chat"];
+    assert!(
+        Command::new(env!("CARGO_BIN_EXE_nextflow")).args(chat).current_dir(here).output().unwrap().status.success()
+    );
+    fs::copy(here.join("chat").join(&names(&here.join("chat"))[0]), here.join("chat.png")).unwrap();
+    let other = gen_ok(here, &["--from", "one.png", "--quant", "q8_0", "-o", "q8.png"]);
+    assert!(String::from_utf8(other.stderr).unwrap().contains("drawn by nano, this is nano (q8_0)"));
     let edit = ["edit", "-i", "one.png", "make it blue", "--seed", "1", "-o", "edit.png"];
     let edited = Command::new(env!("CARGO_BIN_EXE_nextflow")).args(edit).current_dir(here).output().unwrap();
     assert!(edited.status.success());
     for (name, hint) in [
         ("plain.png", "name a PNG that nextflow gen drew"),
         ("no.png", "name a PNG"),
-        ("edit.png", "nextflow edit -i one.png -p \"make it blue\" --seed 1"),
-        ("thought.png", "nextflow gen --think -p \"a red circle\" --seed 1"),
+        ("edit.png", "nextflow edit -i IMAGE -p TEXT --seed 1"),
+        ("thought.png", "nextflow gen --think -p TEXT --seed 1"),
+        ("chat.png", "nextflow chat"),
     ] {
         let output = command(here, &["--from", name]).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();

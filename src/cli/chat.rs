@@ -20,6 +20,7 @@ use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Stop};
 use crate::{device, input, memory, pixels, request};
 
+const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow chat -i - \"what is in the picture?\"";
 /// The longest message, in bytes.
 pub(super) const MAX_MESSAGE: usize = 64 << 10;
 
@@ -143,10 +144,10 @@ struct ImagePlan {
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let text = args.text.as_deref().map(message).transpose()?;
     if text.is_none() && args.images.iter().any(|path| input::is_stdin(path)) {
-        return Err(Error::usage("standard input is an image, so there is nothing to say about it")
+        return Err(Error::usage("standard input is to be the image, and there is no question")
             .hint("nextflow chat -i - \"what is in the picture?\""));
     }
-    let images = args.images.iter().map(|path| pixels::open_or_read(path)).collect::<Result<Vec<_>>>()?;
+    let images = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
     let device = device::parse(&args.device)?;
     let folder = Destination::Folder(args.out_dir.clone().unwrap_or_default());
     if args.out_dir.is_some() {
@@ -343,7 +344,8 @@ impl Host {
                         return Ok(ControlFlow::Continue(()));
                     };
                     let job = Job { prompt: text.into(), scales: codes.scales.clone(), sampling, seed };
-                    let png = settings::encode(&image, &Settings::new(&job, name, image.dimensions()))?;
+                    let told = Settings { conversation: true, ..Settings::new(&job, name, image.dimensions()) };
+                    let png = settings::encode(&image, &told)?;
                     console.clear();
                     match images.save(&png, text, seed)? {
                         None => ControlFlow::Continue(()),
@@ -404,5 +406,8 @@ impl Host {
 
 /// Opens an image for a conversation.
 pub(super) fn picture(model: &ChatModel, path: &Path) -> Result<Picture> {
+    if input::is_stdin(path) {
+        return Err(Error::usage("standard input holds the conversation, no image").hint("/image FILE"));
+    }
     model.picture(&path.display().to_string(), &pixels::open(path)?)
 }

@@ -10,7 +10,7 @@ use super::ModelArgs;
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
-use crate::{device, input, pixels, terminal};
+use crate::{device, input, pixels, request, terminal};
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
@@ -41,6 +41,9 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         false => Destination::File { path: args.output.clone(), force: args.force },
     };
     destination.check()?;
+    if destination == Destination::Stdout {
+        request::no_terminal()?;
+    }
     let device = device::parse(&args.device)?;
     let codec = args.model.codec()?;
     let mut codes = Codes::read(&args.codes)?;

@@ -49,6 +49,7 @@ struct Plan<'a> {
     peak_memory: u64,
 }
 
+const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\"";
 /// Tokens of an instruction and of what stands around it, for the forecast.
 const WORDS: usize = 64;
 /// The most words that the model says before it draws.
@@ -56,7 +57,7 @@ const THOUGHT: usize = 64;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
-    let sources = args.images.iter().map(|path| pixels::open_or_read(path)).collect::<Result<Vec<_>>>()?;
+    let sources = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
     let frame = Frame::of(&request.config, first.dimensions(), request.size)?;

@@ -48,7 +48,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     }
     destination.check()?;
     let device = device::parse(&args.device)?;
-    let image = pixels::open_or_read(&args.image)?;
+    let image = pixels::open_or_read(&args.image, "nextflow gen \"a red apple\" -o - | nextflow encode -")?;
     let codec = args.model.codec()?;
     let (image, scales) = codec.prepare(&image, size)?;
     let (h, w) = (image.height() as usize, image.width() as usize);

@@ -49,33 +49,39 @@ pub struct GenArgs {
 /// The most bytes of a PNG that is drawn again.
 const MAX_PNG: u64 = 256 << 20;
 
-/// The flags, with what a PNG tells in the place of those that are not there.
-fn filled(args: &GenArgs, path: &Path) -> Result<GenArgs> {
+/// The flags, with what a PNG tells in the place of those that are not there, and all that it tells.
+fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     const HINT: &str = "name a PNG that nextflow gen drew; other programs may have taken the text out of it";
     let other = |why: &str| Error::usage(format!("{} {why}", input::shown(path)));
-    input::not_typed(path, HINT)?;
-    let Some(old) = Settings::of_png(&input::read(path, MAX_PNG, HINT)?) else {
+    let Some(old) = Settings::of_png(&input::piped(path, MAX_PNG, HINT)?) else {
         return Err(other("does not tell how it was drawn").hint(HINT));
     };
-    if let Some(source) = old.sources.first() {
-        return Err(
-            other("is an edit").hint(format!("nextflow edit -i {source} -p \"{}\" --seed {}", old.prompt, old.seed))
-        );
+    // What a file says is no part of a command to be copied.
+    if old.conversation {
+        return Err(other("was drawn in a conversation, which it does not tell").hint("nextflow chat"));
+    }
+    let again = |command: &str| format!("{command} --seed {}, with the flags that it was drawn with", old.seed);
+    if !old.sources.is_empty() {
+        return Err(other("is an edit").hint(again("nextflow edit -i IMAGE -p TEXT")));
     }
     if old.thought.is_some() {
-        return Err(other("was thought about first")
-            .hint(format!("nextflow gen --think -p \"{}\" --seed {}", old.prompt, old.seed)));
+        return Err(other("was thought about first").hint(again("nextflow gen --think -p TEXT")));
+    }
+    if old.prompt == "-" && args.words.prompt.is_none() && args.words.words.is_none() {
+        return Err(
+            other("has the prompt -, which stands for standard input").hint("echo - | nextflow gen --from FILE -")
+        );
     }
     let mut args = args.clone();
     let draw = &mut args.draw;
     if args.words.prompt.is_none() && args.words.words.is_none() {
-        args.words.prompt = Some(old.prompt.into());
+        args.words.prompt = Some(old.prompt.clone().into());
     }
     if draw.seed.is_empty() {
         draw.seed = vec![old.seed];
     }
     if draw.size == "auto" {
-        draw.size = old.size;
+        draw.size = old.size.clone();
     }
     draw.cfg = draw.cfg.or(Some(old.cfg));
     draw.temperature = draw.temperature.or(Some(old.temperature));
@@ -84,16 +90,23 @@ fn filled(args: &GenArgs, path: &Path) -> Result<GenArgs> {
     // Without guidance there is nothing to end.
     draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| draw.cfg != Some(0.0)));
     args.draft = args.draft.or(old.draft).or(Some(0));
-    Ok(args)
+    Ok((args, old))
 }
 
 /// Runs `nextflow gen`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &GenArgs) -> Result<()> {
-    let args = &match &args.from {
-        Some(path) => filled(args, path)?,
-        None => args.clone(),
+    let (args, old) = match &args.from {
+        Some(path) => filled(args, path).map(|(args, old)| (args, Some(old)))?,
+        None => (args.clone(), None),
     };
-    let mut request = Request::new(&args.words, &args.draw)?;
+    let args = &args;
+    let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
+        Some(path) => Error { message: format!("as {} has it: {}", input::shown(path), e.message), ..e },
+        None => e,
+    })?;
+    if let Some(old) = old.filter(|old| old.model != request.model && !args.draw.quiet) {
+        terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
+    }
     let scales = request.size.grids(&request.config)?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);

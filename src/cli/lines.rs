@@ -139,7 +139,12 @@ impl Lines {
 fn pipe() -> Result<Line> {
     let (mut input, mut line) = (io::stdin().lock(), Vec::new());
     let limit = MAX_MESSAGE as u64 + 2;
-    if input.by_ref().take(limit).read_until(b'\n', &mut line)? == 0 {
+    let unreadable = |e: io::Error| {
+        // Not the fault of a message: the conversation ends.
+        Error::new(Kind::Failure, format!("cannot read standard input: {e}"))
+            .hint("echo \"describe it\" | nextflow chat -i photo.jpg")
+    };
+    if input.by_ref().take(limit).read_until(b'\n', &mut line).map_err(unreadable)? == 0 {
         return Ok(Line::End);
     }
     if line.last() != Some(&b'\n') {

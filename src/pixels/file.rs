@@ -29,14 +29,12 @@ pub fn open(path: &Path) -> Result<RgbImage> {
     decode(BufReader::new(std::fs::File::open(path).map_err(unreadable)?), &shown)
 }
 
-/// As [`open`], or the same of standard input by the name `-`.
-pub fn open_or_read(path: &Path) -> Result<RgbImage> {
-    const HINT: &str = "nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\"";
-    if !input::is_stdin(path) {
-        return open(path);
+/// As [`open`], or the same of standard input by the name `-`, of whose errors `hint` is the way out.
+pub fn open_or_read(path: &Path, hint: &str) -> Result<RgbImage> {
+    match input::is_stdin(path) {
+        true => decode(Cursor::new(input::piped(path, MAX_BYTES, hint)?), &input::shown(path)),
+        false => open(path),
     }
-    input::not_typed(path, HINT)?;
-    decode(Cursor::new(input::read(path, MAX_BYTES, HINT)?), &input::shown(path))
 }
 
 fn decode(source: impl BufRead + Seek, shown: &str) -> Result<RgbImage> {
