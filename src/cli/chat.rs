@@ -9,8 +9,8 @@ use clap::Args;
 use image::RgbImage;
 use serde::Serialize;
 
-use super::ModelArgs;
 use super::repl::Repl;
+use super::{ModelArgs, lines};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Picture, Reply, Session, WordSampling};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
@@ -21,9 +21,6 @@ use crate::terminal::{self, Console, Level, Stop};
 use crate::{device, input, memory, pixels, request};
 
 const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow chat -i - \"what is in the picture?\"";
-/// The longest message, in bytes.
-pub(super) const MAX_MESSAGE: usize = 64 << 10;
-
 /// Flags of `nextflow chat`.
 #[derive(Args, Debug)]
 #[command(
@@ -235,32 +232,9 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
 /// The value of TEXT, as a message.
 fn message(text: &str) -> Result<String> {
     if text != "-" {
-        return check(text.as_bytes());
+        return lines::check(text.as_bytes());
     }
-    check(&input::read(Path::new("-"), 16 << 20, "nextflow chat \"...\"")?)
-}
-
-/// Bytes that a user gave as a message.
-///
-/// Errors: usage, for what is empty, too long, or not UTF-8.
-pub(super) fn check(bytes: &[u8]) -> Result<String> {
-    if bytes.len() > MAX_MESSAGE {
-        let message = format!("the message has {} bytes, the limit is {MAX_MESSAGE}", bytes.len());
-        return Err(Error::usage(message).hint("say it in several messages"));
-    }
-    let text = std::str::from_utf8(bytes).map_err(|e| {
-        Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))
-            .hint("nextflow chat \"what is this?\"")
-    })?;
-    let control = |c: &char| c.is_control() && !matches!(c, '\n' | '\t' | '\r');
-    match text.trim() {
-        "" => Err(Error::usage("the message is empty").hint("nextflow chat \"what is this?\"")),
-        text => match text.chars().find(control) {
-            Some(c) => Err(Error::usage(format!("the message holds the control character {}", c.escape_default()))
-                .hint("leave it out")),
-            None => Ok(text.into()),
-        },
-    }
+    lines::check(&input::read(Path::new("-"), 16 << 20, "nextflow chat \"...\"")?)
 }
 
 /// The model's own sampling with the given settings in its place.

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::chat::{self, MAX_MESSAGE};
 use crate::error::{Error, Kind, Result};
 
+/// The longest message, in bytes.
+const MAX_MESSAGE: usize = 64 << 10;
 /// Before and behind a message of several lines.
 const QUOTE: &[u8] = b"\"\"\"";
 
@@ -85,7 +86,7 @@ impl Lines {
             text.push(b'\n');
             if text.len() > MAX_MESSAGE {
                 self.pass_over(block);
-                return chat::check(&text).map(Some);
+                return check(&text).map(Some);
             }
             if !block && !more {
                 break;
@@ -174,4 +175,27 @@ fn history() -> Option<PathBuf> {
     let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let state = folder("XDG_STATE_HOME").or_else(|| Some(folder("HOME")?.join(".local/state")))?;
     Some(state.join("nextflow/history"))
+}
+
+/// Bytes that a user gave as a message.
+///
+/// Errors: usage, for what is empty, too long, or not UTF-8.
+pub(super) fn check(bytes: &[u8]) -> Result<String> {
+    if bytes.len() > MAX_MESSAGE {
+        let message = format!("the message has {} bytes, the limit is {MAX_MESSAGE}", bytes.len());
+        return Err(Error::usage(message).hint("say it in several messages"));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|e| {
+        Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))
+            .hint("nextflow chat \"what is this?\"")
+    })?;
+    let control = |c: &char| c.is_control() && !matches!(c, '\n' | '\t' | '\r');
+    match text.trim() {
+        "" => Err(Error::usage("the message is empty").hint("nextflow chat \"what is this?\"")),
+        text => match text.chars().find(control) {
+            Some(c) => Err(Error::usage(format!("the message holds the control character {}", c.escape_default()))
+                .hint("leave it out")),
+            None => Ok(text.into()),
+        },
+    }
 }

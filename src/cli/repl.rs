@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::chat::{self, Ask, Host};
-use super::lines::Lines;
+use super::lines::{self, Lines};
 use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
 use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
@@ -122,7 +122,7 @@ impl<'a> Repl<'a> {
     /// Says something, with the images that wait and those that the text names.
     fn say(&mut self, text: &str, ask: Ask) -> Result<()> {
         let (text, named) = self.named(text)?;
-        let text = chat::check(text.as_bytes())?;
+        let text = lines::check(text.as_bytes())?;
         let pictures = self.pictures.iter().cloned().chain(named).collect();
         self.ask(pictures, &text, ask)
     }

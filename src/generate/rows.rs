@@ -123,8 +123,8 @@ fn prefill_apart(
     let read = |(row, cache): (usize, &mut Cache)| match same(row) {
         Some(_) => Ok(None),
         None => {
-            let of = |slice| std::slice::from_ref::<Layout>(slice);
-            prefill_together(backbone, std::slice::from_mut(cache), of(&layouts[row]), &prefixes[row..=row]).map(Some)
+            let (cache, row) = (std::slice::from_mut(cache), row..=row);
+            prefill_together(backbone, cache, &layouts[row.clone()], &prefixes[row]).map(Some)
         }
     };
     let mut hidden: Vec<Option<Tensor>> = caches.par_iter_mut().enumerate().map(read).collect::<Result<_>>()?;
