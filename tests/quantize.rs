@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use candle_core::{DType, Device, Tensor};
 use nextflow::backbone::{Backbone, Context, Rope, sequence::Layout};
-use nextflow::checkpoint::{Source, WeightType, Weights};
+use nextflow::checkpoint::{Matrices, Source, WeightType, Weights};
 use nextflow::generate::ModelConfig;
 
 fn nextflow(folder: &Path, args: &[&str]) -> Output {
@@ -34,7 +34,9 @@ fn refused(folder: &Path, args: &[&str], code: i32, part: &str) {
 /// Code logits of nano after a few tokens.
 fn logits(weights: WeightType) -> Vec<f32> {
     let config = ModelConfig::read(&Source::Embedded).unwrap();
-    let build = |w: &Weights| Backbone::load(&w.with_matrices(weights.blocks()), &config.backbone);
+    let build = |w: &Weights| {
+        Backbone::load(&w.with_matrices(weights.blocks().map_or(Matrices::Tensors, Matrices::Blocks)), &config.backbone)
+    };
     let backbone = Source::Embedded.load("model.safetensors", DType::F32, &Device::Cpu, build).unwrap();
     let ids: Vec<u32> = (300..320).collect();
     let mut layout = Layout::behind(0);

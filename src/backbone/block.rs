@@ -225,15 +225,9 @@ impl Block {
         let split = |y: Tensor| y.reshape((rows, tokens, (), self.head_dim));
         let [mut q, mut k, v] = match &self.qkv_proj {
             Projections::Apart([q, k, v]) => {
-                let heads = |l: &Linear| split(l.forward(x)?);
-                match x.device().is_cpu() {
-                    // Keys and values of a few heads are too little for all threads.
-                    true => {
-                        let (q, (k, v)) = rayon::join(|| heads(q), || rayon::join(|| heads(k), || heads(v)));
-                        [q?, k?, v?]
-                    }
-                    false => [heads(q)?, heads(k)?, heads(v)?],
-                }
+                let layers = [q, k, v].map(|layer| (&layer.weight, layer.bias.as_ref()));
+                let [q, k, v] = ops::linear_each(x, layers)?;
+                [split(q)?, split(k)?, split(v)?]
             }
             Projections::Joint(joint, [queries, keys, values]) => {
                 let heads = joint.weight.linear(x, None)?;

@@ -1,12 +1,11 @@
 //! What a conversation takes, counted from shapes.
 
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::session::CHUNK;
 use super::{ChatConfig, ChatModel};
-use crate::checkpoint::{Inventory, Source, WeightType, Weights};
+use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::generate::frame::Frame;
 use crate::generate::{TRANSFORMER, cost, schedule};
@@ -65,12 +64,12 @@ impl ChatConfig {
         device: &Device,
     ) -> Result<ChatMemory> {
         let placed = || weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-        let (dtype, blocks) = source.map_or_else(placed, |source| source.placed(TRANSFORMER, weights, device));
+        let (dtype, matrices) = source.map_or_else(placed, |source| source.placed(TRANSFORMER, weights, device));
         let asked = Weights::inventory();
         self.build(&asked)?;
         let weights = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
             Some(source) => Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum(),
-            None => asked.bytes(dtype, blocks),
+            None => asked.bytes(dtype, matrices),
         };
         let (c, width) = (&self.backbone, dtype.size_in_bytes());
         // A model that draws keeps what guidance is away from as well.
@@ -94,7 +93,7 @@ impl ChatConfig {
         };
         let tokenizer = self.drawing.as_ref().map(|config| {
             let asked = Weights::inventory();
-            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, None))
+            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, Matrices::Tensors))
         });
         let tokenizer = tokenizer.transpose()?.unwrap_or(0);
         Ok(ChatMemory {
@@ -106,9 +105,9 @@ impl ChatConfig {
     }
 
     /// Bytes of the image encoder's weights.
-    pub fn vision_bytes(&self, dtype: DType, blocks: Option<GgmlDType>) -> u64 {
+    pub fn vision_bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let asked = Weights::inventory();
         let vision = self.vision.as_ref().map(|(config, _)| VisionTower::load(&asked, config));
-        vision.and_then(|tower| tower.ok()).map_or(0, |_| asked.bytes(dtype, blocks))
+        vision.and_then(|tower| tower.ok()).map_or(0, |_| asked.bytes(dtype, matrices))
     }
 }

@@ -119,8 +119,8 @@ impl ChatModel {
     pub fn load(source: &Source, config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let text = source.text_of(config.backbone.vocab_size)?;
         let template = Template::of(&text, config.vision.is_some())?;
-        let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
-        let build = |w: &Weights| config.build(&w.with_matrices(blocks));
+        let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
+        let build = |w: &Weights| config.build(&w.with_matrices(matrices));
         let (backbone, vision) = source.load(TRANSFORMER, dtype, device, build)?;
         let tokenizer = config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device)).transpose()?;
         let spaced = text.decode(&text.encode("a")?)?.starts_with(' ');

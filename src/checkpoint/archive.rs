@@ -15,7 +15,7 @@ use safetensors::Dtype;
 use super::header::{self, Entry, Header, Stored};
 use super::{gguf, pickle};
 use crate::error::{Error, Kind, Result};
-use crate::ops::{self, WeightMatrix};
+use crate::ops::{self, Bytes, WeightMatrix};
 
 /// A file whose header is sound, and where its data is.
 #[derive(Debug)]
@@ -134,6 +134,25 @@ impl Archive {
             (_, Data::Bytes(bytes)) => decode(&mut &bytes[entry.start as usize..], entry, dtype),
         };
         tensor.map_err(|e| fail(&e))?.to_device(device)
+    }
+
+    /// Whether any tensor is stored as bytes with a scale per row.
+    pub(super) fn has_bytes(&self) -> bool {
+        self.header.values().any(|entry| entry.stored == BYTES)
+    }
+
+    /// Whether this one is.
+    pub(super) fn is_bytes(&self, key: &str) -> bool {
+        self.entry(key).is_some_and(|entry| entry.stored == BYTES)
+    }
+
+    /// A tensor of two dimensions that is stored as bytes with a scale per row.
+    pub(super) fn read_bytes(&self, key: &str) -> candle_core::Result<Bytes> {
+        let fail = |e: &dyn std::fmt::Display| candle_core::Error::Msg(format!("{}: {key}: {e}", self.name));
+        let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
+        let &[rows, columns] = &entry.shape[..] else { return Err(fail(&"not a matrix")) };
+        let scales: Vec<f32> = self.read(&scale_key(key), DType::F32, &Device::Cpu)?.to_vec1()?;
+        Bytes::new(self.bytes(entry).map_err(|e| fail(&e))?, &scales, (rows, columns)).map_err(|e| fail(&e))
     }
 
     /// A tensor as it is stored.

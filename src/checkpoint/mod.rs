@@ -37,7 +37,7 @@ pub use convert::{abandon, quantise as quantise_model, whole_folder};
 pub use extend::extend;
 pub use inventory::{FileSummary, Fit, Inventory};
 pub use source::{NANO, Source, copy_weights, load_file};
-pub use weight_type::WeightType;
+pub use weight_type::{Matrices, WeightType};
 pub use weights::{Init, Weights};
 
 #[cfg(test)]

@@ -6,13 +6,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 
 use super::archive::{self, Archive};
 use super::embedded;
 use super::shards;
-use super::weight_type::WeightType;
+use super::weight_type::{Matrices, WeightType};
 use super::weights::{Fault, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::text::Text;
@@ -106,11 +105,17 @@ impl Source {
         }
     }
 
-    /// How a device keeps the weights of `file`, by default f32 on a CPU and bf16 elsewhere, or as a GGUF file has them: the
-    /// type of tensors and activations, and the blocks of matrices.
-    pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Option<GgmlDType>) {
-        let weights = weights.filter(|_| !self.is_gguf(file)).unwrap_or(WeightType::usual(device.is_cpu()));
-        weights.placed(device.is_cpu())
+    /// How a device keeps the weights of `file`: the type of tensors and activations, and matrices. By default those are f32 on
+    /// a CPU and bf16 elsewhere, but GGUF stays what it is, as do bytes with a scale per row on a CPU that multiplies them.
+    pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
+        let weights = weights.filter(|_| !self.is_gguf(file));
+        if weights.is_none()
+            && device.is_cpu()
+            && self.archives(file).is_ok_and(|all| all.iter().any(Archive::has_bytes))
+        {
+            return (DType::F32, Matrices::Bytes);
+        }
+        weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu())
     }
 
     /// Whether the weights of `file` can be kept as `weights`.

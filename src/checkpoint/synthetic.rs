@@ -4,7 +4,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::Init;
-use crate::ops::{self, WeightMatrix};
+use crate::ops::{self, Bytes, WeightMatrix};
 use crate::rng::{Rng, Stream};
 
 /// Rows, or single numbers, that are drawn; the others repeat them.
@@ -29,6 +29,15 @@ pub(super) fn tensor(shape: &Shape, init: Init, dtype: DType, device: &Device) -
     // Repeated where it is to be, for what a GPU gets takes long to send.
     let whole = few.broadcast_as((count / period, period))?.flatten_all()?;
     Tensor::cat(&[whole, few.narrow(0, 0, count % period)?], 0)?.reshape(shape)
+}
+
+/// As [`tensor`], in bytes with a scale per row.
+pub(super) fn bytes((rows, columns): (usize, usize), init: Init) -> Result<WeightMatrix> {
+    let few = draw(rows.min(DRAWN) * columns, init);
+    let scale = few.iter().fold(f32::MIN_POSITIVE, |most, x| most.max(x.abs())) / 127.0;
+    let few: Vec<u8> = few.iter().map(|x| ((x / scale).round() + 128.0) as u8).collect();
+    let bytes: Vec<u8> = few.into_iter().cycle().take(rows * columns).collect();
+    Bytes::new(bytes.into(), &vec![scale; rows], (rows, columns)).map(WeightMatrix::Bytes)
 }
 
 /// As [`tensor`], in blocks: never more than a few rows of it are f32.

@@ -51,14 +51,28 @@ impl WeightType {
         if cpu { Self::F32 } else { Self::Bf16 }
     }
 
-    /// How a device keeps it: the type of tensors and activations, and the blocks of matrices. A GPU computes in half
-    /// precision by itself; a CPU computes in f32 from whatever the blocks are.
-    pub(crate) fn placed(self, cpu: bool) -> (DType, Option<GgmlDType>) {
+    /// How a device keeps it: the type of tensors and activations, and matrices. A GPU computes in half precision by itself;
+    /// a CPU computes in f32 from whatever the blocks are.
+    pub(crate) fn placed(self, cpu: bool) -> (DType, Matrices) {
+        let matrices = self.blocks().map_or(Matrices::Tensors, Matrices::Blocks);
         match self {
-            Self::Bf16 if !cpu => (DType::BF16, None),
-            Self::F16 if !cpu => (DType::F16, None),
-            Self::Q8_0 | Self::Q4K if !cpu => (DType::BF16, self.blocks()),
-            _ => (DType::F32, self.blocks()),
+            Self::Bf16 if !cpu => (DType::BF16, Matrices::Tensors),
+            Self::F16 if !cpu => (DType::F16, Matrices::Tensors),
+            Self::Q8_0 | Self::Q4K if !cpu => (DType::BF16, matrices),
+            _ => (DType::F32, matrices),
         }
     }
+}
+
+/// How matrices are kept. What a file has in blocks stays in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Matrices {
+    /// As tensors, of the type of the others.
+    #[default]
+    Tensors,
+    /// What is stored as bytes with a scale per row stays so, if it [suits](crate::ops::Bytes::suits) this processor; the
+    /// others are tensors.
+    Bytes,
+    /// In blocks.
+    Blocks(GgmlDType),
 }

@@ -11,7 +11,8 @@ use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::synthetic;
-use crate::ops::WeightMatrix;
+use super::weight_type::Matrices;
+use crate::ops::{Bytes, WeightMatrix};
 use crate::rng::{Rng, Stream, fnv1a};
 
 /// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
@@ -42,7 +43,7 @@ pub enum Init {
 pub struct Weights {
     prefix: String,
     unused: bool,
-    matrices: Option<GgmlDType>,
+    matrices: Matrices,
     /// In place of the store's.
     dtype: Option<DType>,
     store: Arc<Store>,
@@ -151,7 +152,7 @@ impl Weights {
 
     fn new(store: Store, device: &Device) -> Self {
         let (prefix, store) = (String::new(), Arc::new(store));
-        Self { prefix, unused: false, matrices: None, dtype: None, store, device: device.clone() }
+        Self { prefix, unused: false, matrices: Matrices::Tensors, dtype: None, store, device: device.clone() }
     }
 
     /// The weights below `name`: keys are joined with dots.
@@ -165,10 +166,10 @@ impl Weights {
         Self { unused: true, ..self.clone() }
     }
 
-    /// The same place, with [matrices](Self::matrix) in blocks of a type; `None` keeps them as tensors. Trainable weights
-    /// stay f32 tensors, but with BF16 they are trained in mixed precision.
-    pub fn with_matrices(&self, blocks: Option<GgmlDType>) -> Self {
-        Self { matrices: blocks, ..self.clone() }
+    /// The same place, with [matrices](Self::matrix) kept in some way, at first as tensors. Trainable weights stay f32 tensors,
+    /// but with blocks of BF16 they are trained in mixed precision.
+    pub fn with_matrices(&self, matrices: Matrices) -> Self {
+        Self { matrices, ..self.clone() }
     }
 
     /// The same place, with tensors that are read or made up as a type.
@@ -207,14 +208,18 @@ impl Weights {
         }
     }
 
-    /// Bytes of everything that was asked of an [inventory](Self::inventory), as `dtype` with matrices in `blocks`.
-    pub fn bytes(&self, dtype: DType, blocks: Option<GgmlDType>) -> u64 {
+    /// Bytes of everything that was asked of an [inventory](Self::inventory), as `dtype`, with matrices kept as they are.
+    pub fn bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
-            let blocks = blocks.filter(|_| asked.matrix).and_then(|blocks| fitting(blocks, asked.shape[1]));
-            match blocks {
-                Some(blocks) => elements / blocks.block_size() * blocks.type_size(),
-                None => elements * dtype.size_in_bytes(),
+            match matrices {
+                // As they are stored, and as they are laid out for products.
+                Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => 2 * elements + 8 * asked.shape[0],
+                Matrices::Blocks(blocks) if asked.matrix => match fitting(blocks, asked.shape[1]) {
+                    Some(blocks) => elements / blocks.block_size() * blocks.type_size(),
+                    None => elements * dtype.size_in_bytes(),
+                },
+                _ => elements * dtype.size_in_bytes(),
             }
         };
         self.wishes().values().filter(|asked| asked.required).map(|asked| bytes(asked) as u64).sum()
@@ -265,9 +270,10 @@ impl Weights {
                 lock(asked).insert(self.key(name), wish);
                 Ok(WeightMatrix::Dense(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?))
             }
-            Store::Synthetic(_) => match self.matrices.and_then(|blocks| fitting(blocks, shape.1)) {
-                Some(blocks) => synthetic::matrix(shape, init, blocks, &self.device),
-                None => self.get(shape, name, init).map(WeightMatrix::Dense),
+            Store::Synthetic(_) => match (self.matrices, self.blocks(shape.1)) {
+                (_, Some(blocks)) => synthetic::matrix(shape, init, blocks, &self.device),
+                (Matrices::Bytes, _) if Bytes::suits(shape.1) => synthetic::bytes(shape, init),
+                _ => self.get(shape, name, init).map(WeightMatrix::Dense),
             },
             Store::Files(archives, _) if !self.unused => {
                 let key = self.key(name);
@@ -275,20 +281,28 @@ impl Weights {
                 let archive = archive.map_err(|fault| Error::Msg(format!("{key}: {fault}")))?;
                 let stored = match archive.entry(&key).map(|entry| entry.stored) {
                     Some(Stored::Blocks(blocks)) => Some(blocks),
-                    _ => self.matrices.and_then(|blocks| fitting(blocks, shape.1)),
+                    _ => self.blocks(shape.1),
                 };
                 // What has 16 bits or more is no block to a GPU.
                 let plain = |blocks: &GgmlDType| blocks.block_size() == 1 && !self.device.is_cpu();
                 match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
+                    None if self.matrices == Matrices::Bytes && archive.is_bytes(&key) && Bytes::suits(shape.1) => {
+                        archive.read_bytes(&key).map(WeightMatrix::Bytes)
+                    }
                     None => self.get(shape, name, init).map(WeightMatrix::Dense),
                 }
             }
-            Store::Trainable { .. } if self.matrices == Some(GgmlDType::BF16) => {
+            Store::Trainable { .. } if self.matrices == Matrices::Blocks(GgmlDType::BF16) => {
                 self.get(shape, name, init).map(WeightMatrix::Mixed)
             }
             _ => self.get(shape, name, init).map(WeightMatrix::Dense),
         }
+    }
+
+    /// The blocks that matrices of so many columns are to be in.
+    fn blocks(&self, columns: usize) -> Option<GgmlDType> {
+        if let Matrices::Blocks(blocks) = self.matrices { fitting(blocks, columns) } else { None }
     }
 }
 

@@ -1,13 +1,12 @@
 //! What drawing an image takes, counted from shapes: memory, and the arithmetic of every pass.
 
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::rows::POSITIONS;
 use super::{ModelConfig, Sampling, TRANSFORMER};
 use crate::backbone::{Backbone, BackboneConfig};
-use crate::checkpoint::{Inventory, Source, WeightType, Weights};
+use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::Result;
 use crate::tokenizer::{ImageDecoder, TokenizerConfig};
 
@@ -51,8 +50,8 @@ pub fn memory(
     sampling: &Sampling,
     device: &Device,
 ) -> Result<Memory> {
-    let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
-    let mut memory = synthetic_memory(config, dtype, blocks, images, sampling)?;
+    let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
+    let mut memory = synthetic_memory(config, dtype, matrices, images, sampling)?;
     memory.program += source.embedded_bytes();
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
@@ -64,7 +63,7 @@ pub fn memory(
 pub fn synthetic_memory(
     config: &ModelConfig,
     dtype: DType,
-    blocks: Option<GgmlDType>,
+    matrices: Matrices,
     (scales, images): (&[(usize, usize)], usize),
     sampling: &Sampling,
 ) -> Result<Memory> {
@@ -81,10 +80,10 @@ pub fn synthetic_memory(
     let prefix = config.prompt.padded_to.unwrap_or(0) + PREFIX;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
     Ok(Memory {
-        transformer: transformer.bytes(dtype, blocks),
+        transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width),
-        tokenizer: tokenizer.bytes(pixels, None),
+        tokenizer: tokenizer.bytes(pixels, Matrices::Tensors),
         decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })

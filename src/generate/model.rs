@@ -209,8 +209,8 @@ impl Model {
     /// as a GGUF file has it; the image tokenizer's half as [`ModelConfig::load_decoder`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
-        let (dtype, blocks) = source.placed(TRANSFORMER, weights, device);
-        let build = |w: &Weights| Backbone::load(&w.with_matrices(blocks), &config.backbone);
+        let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
+        let build = |w: &Weights| Backbone::load(&w.with_matrices(matrices), &config.backbone);
         let backbone = source.load(TRANSFORMER, dtype, device, build)?;
         let images = config.load_decoder(source, device)?;
         let text = source.text_of(config.backbone.vocab_size)?;

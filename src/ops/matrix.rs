@@ -4,10 +4,12 @@ use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::quantized::{QMatMul, QStorage, QTensor};
-use candle_core::{DType, Module, Result, Tensor, bail};
+use candle_core::{DType, Device, Error, Module, Result, Tensor, bail};
+use rayon::prelude::*;
 
 use super::activation::{add, swiglu};
 use super::blocks::dequantise;
+use super::bytes::{self, Bytes};
 use super::linear::{linear, mixed_linear};
 use super::product::{Rows, gated, product};
 use super::slice::{self, Borrowed};
@@ -19,6 +21,8 @@ pub enum WeightMatrix {
     Dense(Tensor),
     /// To be trained in mixed precision: f32, but products are of bf16 where the processor has them.
     Mixed(Tensor),
+    /// Bytes with a scale per row, on a CPU that has a kernel for them; what goes in and comes out is f32.
+    Bytes(Bytes),
     /// Some rows of a matrix in blocks; what goes in and comes out is f32, or bf16 on a GPU.
     Blocks {
         /// The whole matrix.
@@ -44,6 +48,7 @@ impl WeightMatrix {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(tensor) | Self::Mixed(tensor) => tensor.dtype(),
+            Self::Bytes(_) => DType::F32,
             Self::Blocks { blocks, .. } => activations(blocks),
         }
     }
@@ -53,6 +58,7 @@ impl WeightMatrix {
         match self {
             Self::Dense(tensor) => tensor.narrow(0, start, count).map(Self::Dense),
             Self::Mixed(tensor) => tensor.narrow(0, start, count).map(Self::Mixed),
+            Self::Bytes(bytes) => bytes.narrow(start, count).map(Self::Bytes),
             Self::Blocks { blocks, host, first, rows } if start.checked_add(count).is_some_and(|end| end <= *rows) => {
                 let device = blocks.device();
                 if device.is_cpu() || count == *rows {
@@ -78,6 +84,11 @@ impl WeightMatrix {
     pub fn select(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(tensor) | Self::Mixed(tensor) => tensor.index_select(ids, 0),
+            Self::Bytes(bytes) => {
+                let (ids, mut out) = (ids.to_vec1::<u32>()?, Vec::new());
+                ids.iter().try_for_each(|&id| bytes.read(id as usize, &mut out))?;
+                Tensor::from_vec(out, (ids.len(), bytes.shape().1), &Device::Cpu)
+            }
             Self::Blocks { blocks, host, first, rows } => {
                 let (_, columns) = blocks.shape().dims2()?;
                 let bytes = row_bytes(blocks, columns);
@@ -107,18 +118,15 @@ impl WeightMatrix {
         match self {
             Self::Dense(tensor) => linear(x, tensor, bias),
             Self::Mixed(tensor) => mixed_linear(x, tensor, bias),
+            Self::Bytes(w) => products_of_bytes(x, [(w, bias)]).map(|[y]| y),
             Self::Blocks { blocks, first, rows, .. } => {
                 let (_, columns) = blocks.shape().dims2()?;
-                if x.dims().last() != Some(&columns) || bias.is_some_and(|b| b.dims() != [*rows]) {
-                    let bias = bias.map(Tensor::dims);
-                    bail!("linear: {:?} does not fit {rows} rows of {:?} and bias {bias:?}", x.dims(), blocks.shape());
-                }
+                check(x, (*rows, columns), bias)?;
                 if !x.device().is_cpu() {
                     let y = product_on_gpu(x, blocks)?;
                     return bias.map_or(Ok(y.clone()), |b| y.broadcast_add(b));
                 }
-                let x = x.to_dtype(DType::F32)?.contiguous()?;
-                let bias = bias.map(|b| b.to_dtype(DType::F32)?.contiguous()).transpose()?;
+                let (x, bias) = (contiguous(x)?, bias.map(contiguous).transpose()?);
                 let (inputs, bias) = (Borrowed::of(&x), bias.as_ref().map(Borrowed::of));
                 let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
                 let w = Rows::Blocks(&data[first * bytes..][..rows * bytes], blocks.dtype());
@@ -128,6 +136,55 @@ impl WeightMatrix {
             }
         }
     }
+}
+
+/// [`WeightMatrix::linear`] of the same x with several matrices, at once where they are bytes.
+///
+/// Errors when the shapes do not fit.
+pub fn linear_each<const N: usize>(x: &Tensor, layers: [(&WeightMatrix, Option<&Tensor>); N]) -> Result<[Tensor; N]> {
+    let bytes =
+        layers.iter().filter_map(|&(w, bias)| if let WeightMatrix::Bytes(w) = w { Some((w, bias)) } else { None });
+    if let Ok(layers) = <[_; N]>::try_from(bytes.collect::<Vec<_>>()) {
+        return products_of_bytes(x, layers);
+    }
+    let products: Vec<Tensor> = match x.device().is_cpu() {
+        // One of a few rows is too little for all threads.
+        true => layers.par_iter().map(|(w, bias)| w.linear(x, *bias)).collect::<Result<_>>()?,
+        false => layers.iter().map(|(w, bias)| w.linear(x, *bias)).collect::<Result<_>>()?,
+    };
+    products.try_into().map_err(|_| Error::Msg("a product for every matrix".into()))
+}
+
+fn products_of_bytes<const N: usize>(x: &Tensor, layers: [(&Bytes, Option<&Tensor>); N]) -> Result<[Tensor; N]> {
+    for (w, bias) in layers {
+        check(x, w.shape(), bias)?;
+    }
+    let x = x.to_dtype(DType::F32)?.contiguous()?;
+    let biases: Vec<Option<Tensor>> =
+        layers.iter().map(|(_, b)| b.map(contiguous).transpose()).collect::<Result<_>>()?;
+    let biases: Vec<Option<Borrowed>> = biases.iter().map(|bias| bias.as_ref().map(Borrowed::of)).collect();
+    let mut each = Vec::new();
+    for ((w, _), bias) in layers.iter().zip(&biases) {
+        each.push((*w, bias.as_ref().map(|bias| bias.slice::<f32>()).transpose()?));
+    }
+    let inputs = Borrowed::of(&x);
+    let products = bytes::products(inputs.slice()?, &each, x.dims()[x.rank() - 1])?;
+    let products = products.into_iter().zip(&each).map(|(y, (w, _))| shaped(y, &x, w.shape().0));
+    let products: Vec<Tensor> = products.collect::<Result<_>>()?;
+    products.try_into().map_err(|_| Error::Msg("a product for every matrix".into()))
+}
+
+fn contiguous(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(DType::F32)?.contiguous()
+}
+
+/// Errors unless x (..., columns) and the bias (rows) fit a matrix.
+fn check(x: &Tensor, (rows, columns): (usize, usize), bias: Option<&Tensor>) -> Result<()> {
+    if x.dims().last() != Some(&columns) || bias.is_some_and(|b| b.dims() != [rows]) {
+        let bias = bias.map(Tensor::dims);
+        bail!("linear: {:?} does not fit {rows} rows of {columns} and bias {bias:?}", x.dims());
+    }
+    Ok(())
 }
 
 /// `x + y wᵀ` in x's memory where there is a kernel for that: nothing else may need x.
@@ -160,6 +217,13 @@ pub fn gated_linear(x: &Tensor, gate: &WeightMatrix, up: &WeightMatrix) -> Resul
                 return shaped(y, &x, count);
             }
         }
+    }
+    if let (WeightMatrix::Bytes(a), WeightMatrix::Bytes(b)) = (gate, up)
+        && a.shape() == b.shape()
+    {
+        check(x, a.shape(), None)?;
+        let x = contiguous(x)?;
+        return shaped(bytes::gated(Borrowed::of(&x).slice()?, a, b)?, &x, a.shape().0);
     }
     if let (WeightMatrix::Dense(a), WeightMatrix::Dense(b)) = (gate, up)
         && slice::fused(&[x, a, b])

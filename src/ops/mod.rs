@@ -11,6 +11,7 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+mod bytes;
 #[cfg(test)]
 mod check;
 mod columns;
@@ -38,13 +39,14 @@ mod tiles;
 pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention, attention_rows};
 pub use blocks::{dequantise, quantise};
+pub use bytes::Bytes;
 pub use conv::{add_conv2d, conv2d, upsampled_conv2d};
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_rows};
-pub use matrix::{WeightMatrix, add_linear, gated_linear};
+pub use matrix::{WeightMatrix, add_linear, gated_linear, linear_each};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{adamw_step, muon_step};
 pub use resize::{pixel_shuffle, pixel_unshuffle};

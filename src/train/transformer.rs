@@ -45,7 +45,7 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
     let run = lesson.run;
     let file = run.file("model.safetensors");
     let weights = run.trainable(&[&file])?;
-    let backbone = Backbone::load(&weights.with_matrices(Some(GgmlDType::BF16)), &run.recipe.backbone)?;
+    let backbone = Backbone::load(&weights.with_matrices(Matrices::Blocks(GgmlDType::BF16)), &run.recipe.backbone)?;
     let vars = weights.vars();
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
     let state = run.file(&format!("transformer-{part}.state"));

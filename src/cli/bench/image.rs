@@ -10,8 +10,12 @@ use super::machine::Machine;
 use super::{BenchArgs, Shape, gb};
 use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
+#[cfg(feature = "nano")]
+use crate::checkpoint::Source;
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
+#[cfg(feature = "nano")]
+use crate::generate::TRANSFORMER;
 use crate::generate::{Batch, Event, ModelConfig, Prefix, cost, draw_behind, tokenflow};
 use crate::size::Size;
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
@@ -80,13 +84,17 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     config.sampling.draft = args.draft;
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     config.sampling.check(scales.len())?;
-    let (dtype, blocks) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-    let needed = cost::synthetic_memory(&config, dtype, blocks, (&scales, args.batch as usize), &config.sampling)?;
+    let (dtype, matrices) = match args.synthetic {
+        #[cfg(feature = "nano")]
+        Shape::Nano => Source::Embedded.placed(TRANSFORMER, args.quant, &device),
+        _ => args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu()),
+    };
+    let needed = cost::synthetic_memory(&config, dtype, matrices, (&scales, args.batch as usize), &config.sampling)?;
     memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
     let stop = terminal::interrupts()?;
 
     let (started, started_free) = (Instant::now(), memory::free(&device));
-    let weights = Weights::synthetic(dtype, &device).with_matrices(blocks);
+    let weights = Weights::synthetic(dtype, &device).with_matrices(matrices);
     let backbone = Backbone::load(&weights, &config.backbone)?;
     let tokenizer = ImageDecoder::load(&Weights::synthetic(DType::F32, &device), &config.tokenizer)?;
     let load_seconds = started.elapsed().as_secs_f64();
@@ -162,7 +170,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 fn config(shape: Shape) -> Result<ModelConfig> {
     match shape {
         #[cfg(feature = "nano")]
-        Shape::Nano => ModelConfig::read(&crate::checkpoint::Source::Embedded),
+        Shape::Nano => ModelConfig::read(&Source::Embedded),
         Shape::TokenflowT2i7b => Ok(tokenflow::config()),
         // The others do not draw.
         _ => {

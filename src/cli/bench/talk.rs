@@ -68,10 +68,10 @@ pub(super) fn run(
     let total = seen + prompt + words;
     let forecast = config.memory(None, args.quant, total, image.as_ref().map(|(grid, _)| *grid), &device)?;
     memory::check(forecast.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
-    let (dtype, blocks) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+    let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let stop = terminal::interrupts()?;
     let started = Instant::now();
-    let (backbone, tower) = config.build(&Weights::synthetic(dtype, &device).with_matrices(blocks))?;
+    let (backbone, tower) = config.build(&Weights::synthetic(dtype, &device).with_matrices(matrices))?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let mut parts = Vec::new();
@@ -109,7 +109,7 @@ pub(super) fn run(
     let peak_bytes = memory::peak(&device);
 
     let machine = Machine::measure(&device, dtype)?;
-    let read = tower.as_ref().map_or(0, |_| config.vision_bytes(dtype, blocks));
+    let read = tower.as_ref().map_or(0, |_| config.vision_bytes(dtype, matrices));
     let parts = parts.into_iter().map(|(name, tokens, seconds, flops)| {
         let floor_seconds = match name {
             // All weights are read for every word.
