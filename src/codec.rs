@@ -103,9 +103,7 @@ impl Codec {
         build: impl Fn(&Weights, &TokenizerConfig) -> candle_core::Result<T>,
     ) -> Result<T> {
         match &self.place {
-            Place::Model(source, config) => {
-                source.load(config.tokenizer_file(source), DType::F32, device, |w| build(w, &config.tokenizer))
-            }
+            Place::Model(source, config) => config.load_images(source, device, build),
             Place::File(path, preset) => {
                 let layout = format!("TokenFlow's {}", preset.name);
                 load_file(path, &layout, DType::F32, device, |w| build(w, &preset.config))

@@ -15,7 +15,7 @@ use safetensors::Dtype;
 use super::header::{self, Entry, Header, Stored};
 use super::{gguf, pickle};
 use crate::error::{Error, Kind, Result};
-use crate::ops::{self, Bytes, WeightMatrix};
+use crate::ops::{self, WeightMatrix};
 
 /// A file whose header is sound, and where its data is.
 #[derive(Debug)]
@@ -122,8 +122,8 @@ impl Archive {
         let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
         let tensor = match (entry.stored, &self.data) {
             (BYTES, _) => {
-                let scales = self.read(&scale_key(key), DType::F32, &Device::Cpu)?.to_vec1()?;
-                let values = dequantise(&self.bytes(entry).map_err(|e| fail(&e))?, &scales);
+                let (bytes, scales) = self.read_bytes(key)?;
+                let values = dequantise(&bytes, &scales);
                 Tensor::from_vec(values, &entry.shape[..], &Device::Cpu)?.to_dtype(dtype)
             }
             (_, Data::File(file)) => {
@@ -146,13 +146,12 @@ impl Archive {
         self.entry(key).is_some_and(|entry| entry.stored == BYTES)
     }
 
-    /// A tensor of two dimensions that is stored as bytes with a scale per row.
-    pub(super) fn read_bytes(&self, key: &str) -> candle_core::Result<Bytes> {
+    /// A tensor that is stored as bytes with a scale per row: (byte - 128) * scale is a number.
+    pub(super) fn read_bytes(&self, key: &str) -> candle_core::Result<(Cow<'static, [u8]>, Vec<f32>)> {
         let fail = |e: &dyn std::fmt::Display| candle_core::Error::Msg(format!("{}: {key}: {e}", self.name));
-        let entry = self.entry(key).ok_or_else(|| fail(&"missing"))?;
-        let &[rows, columns] = &entry.shape[..] else { return Err(fail(&"not a matrix")) };
-        let scales: Vec<f32> = self.read(&scale_key(key), DType::F32, &Device::Cpu)?.to_vec1()?;
-        Bytes::new(self.bytes(entry).map_err(|e| fail(&e))?, &scales, (rows, columns)).map_err(|e| fail(&e))
+        let entry = self.entry(key).filter(|_| self.is_bytes(key)).ok_or_else(|| fail(&"not there as bytes"))?;
+        let scales = self.read(&scale_key(key), DType::F32, &Device::Cpu)?.to_vec1()?;
+        Ok((self.bytes(entry).map_err(|e| fail(&e))?, scales))
     }
 
     /// A tensor as it is stored.

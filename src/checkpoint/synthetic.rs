@@ -4,7 +4,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::Init;
-use crate::ops::{self, Bytes, WeightMatrix};
+use crate::ops::{self, WeightMatrix};
 use crate::rng::{Rng, Stream};
 
 /// Rows, or single numbers, that are drawn; the others repeat them.
@@ -32,12 +32,11 @@ pub(super) fn tensor(shape: &Shape, init: Init, dtype: DType, device: &Device) -
 }
 
 /// As [`tensor`], in bytes with a scale per row.
-pub(super) fn bytes((rows, columns): (usize, usize), init: Init) -> Result<WeightMatrix> {
+pub(super) fn bytes((rows, columns): (usize, usize), init: Init) -> (Vec<u8>, Vec<f32>) {
     let few = draw(rows.min(DRAWN) * columns, init);
     let scale = few.iter().fold(f32::MIN_POSITIVE, |most, x| most.max(x.abs())) / 127.0;
     let few: Vec<u8> = few.iter().map(|x| ((x / scale).round() + 128.0) as u8).collect();
-    let bytes: Vec<u8> = few.into_iter().cycle().take(rows * columns).collect();
-    Bytes::new(bytes.into(), &vec![scale; rows], (rows, columns)).map(WeightMatrix::Bytes)
+    (few.into_iter().cycle().take(rows * columns).collect(), vec![scale; rows])
 }
 
 /// As [`tensor`], in blocks: never more than a few rows of it are f32.

@@ -12,7 +12,7 @@ use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::synthetic;
 use super::weight_type::Matrices;
-use crate::ops::{Bytes, WeightMatrix};
+use crate::ops::{ByteFilters, Bytes, Filters, WeightMatrix};
 use crate::rng::{Rng, Stream, fnv1a};
 
 /// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
@@ -213,8 +213,11 @@ impl Weights {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
             match matrices {
-                // As they are stored, and as they are laid out for products.
+                // As they are stored, and as they are laid out for products; filters only the latter.
                 Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => 2 * elements + 8 * asked.shape[0],
+                Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if ByteFilters::suits([o, c, k, l])) => {
+                    elements + 4 * asked.shape[0]
+                }
                 Matrices::Blocks(blocks) if asked.matrix => match fitting(blocks, asked.shape[1]) {
                     Some(blocks) => elements / blocks.block_size() * blocks.type_size(),
                     None => elements * dtype.size_in_bytes(),
@@ -245,10 +248,9 @@ impl Weights {
                 Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
             }
             _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
-            Store::Files(archives, dtype) => match check(archives, &key, &shape) {
-                Ok(archive) => archive.read(&key, self.dtype.unwrap_or(*dtype), &self.device),
-                Err(fault) => Err(Error::Msg(format!("{key}: {fault}"))),
-            },
+            Store::Files(archives, dtype) => {
+                find(archives, &key, &shape)?.read(&key, self.dtype.unwrap_or(*dtype), &self.device)
+            }
             Store::Plan(archives, dtype, problems) => {
                 if let Err(fault) = check(archives, &key, &shape) {
                     lock(problems).add(key, fault, &shape)?;
@@ -272,13 +274,15 @@ impl Weights {
             }
             Store::Synthetic(_) => match (self.matrices, self.blocks(shape.1)) {
                 (_, Some(blocks)) => synthetic::matrix(shape, init, blocks, &self.device),
-                (Matrices::Bytes, _) if Bytes::suits(shape.1) => synthetic::bytes(shape, init),
+                (Matrices::Bytes, _) if Bytes::suits(shape.1) => {
+                    let (bytes, scales) = synthetic::bytes(shape, init);
+                    Bytes::new(bytes.into(), &scales, shape).map(WeightMatrix::Bytes)
+                }
                 _ => self.get(shape, name, init).map(WeightMatrix::Dense),
             },
             Store::Files(archives, _) if !self.unused => {
                 let key = self.key(name);
-                let archive = check(archives, &key, &shape.into());
-                let archive = archive.map_err(|fault| Error::Msg(format!("{key}: {fault}")))?;
+                let archive = find(archives, &key, &shape.into())?;
                 let stored = match archive.entry(&key).map(|entry| entry.stored) {
                     Some(Stored::Blocks(blocks)) => Some(blocks),
                     _ => self.blocks(shape.1),
@@ -288,7 +292,8 @@ impl Weights {
                 match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
                     None if self.matrices == Matrices::Bytes && archive.is_bytes(&key) && Bytes::suits(shape.1) => {
-                        archive.read_bytes(&key).map(WeightMatrix::Bytes)
+                        let (bytes, scales) = archive.read_bytes(&key)?;
+                        Bytes::new(bytes, &scales, shape).map(WeightMatrix::Bytes)
                     }
                     None => self.get(shape, name, init).map(WeightMatrix::Dense),
                 }
@@ -298,6 +303,28 @@ impl Weights {
             }
             _ => self.get(shape, name, init).map(WeightMatrix::Dense),
         }
+    }
+
+    /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.
+    pub fn filters(&self, shape: [usize; 4], name: &str, init: Init) -> Result<Filters> {
+        if self.matrices == Matrices::Bytes && !self.unused && ByteFilters::suits(shape) {
+            match &*self.store {
+                Store::Files(archives, _) => {
+                    let key = self.key(name);
+                    let archive = find(archives, &key, &shape.to_vec().into())?;
+                    if archive.is_bytes(&key) {
+                        let (bytes, scales) = archive.read_bytes(&key)?;
+                        return ByteFilters::new(&bytes, &scales, shape).map(Filters::Bytes);
+                    }
+                }
+                Store::Synthetic(_) => {
+                    let (bytes, scales) = synthetic::bytes((shape[0], shape[1..].iter().product()), init);
+                    return ByteFilters::new(&bytes, &scales, shape).map(Filters::Bytes);
+                }
+                _ => {}
+            }
+        }
+        self.get(shape.to_vec(), name, init).map(Filters::Dense)
     }
 
     /// The blocks that matrices of so many columns are to be in.
@@ -315,7 +342,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The archive that holds a tensor as it is expected.
+/// The archive that holds a tensor as it is expected; an error if there is none.
+fn find<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> Result<&'a Archive> {
+    check(archives, key, shape).map_err(|fault| Error::Msg(format!("{key}: {fault}")))
+}
+
+/// The same, or what is wrong.
 fn check<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> std::result::Result<&'a Archive, Fault> {
     let found = archives.iter().rev().find_map(|a| Some((a, a.entry(key)?)));
     let (archive, entry) = found.ok_or(Fault::Missing)?;

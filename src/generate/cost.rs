@@ -83,7 +83,7 @@ pub fn synthetic_memory(
         transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width),
-        tokenizer: tokenizer.bytes(pixels, Matrices::Tensors),
+        tokenizer: tokenizer.bytes(pixels, if matrices == Matrices::Bytes { matrices } else { Matrices::Tensors }),
         decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
-use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
+use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::pixels;
 use crate::text::Text;
@@ -125,14 +125,27 @@ impl ModelConfig {
         }
     }
 
-    /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU.
+    /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU, and filters that are stored as
+    /// bytes and stay so.
     pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
-        source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageTokenizer::load(w, &self.tokenizer))
+        self.load_images(source, device, ImageTokenizer::load)
     }
 
     /// Its half that draws, by itself.
     pub fn load_decoder(&self, source: &Source, device: &Device) -> Result<ImageDecoder> {
-        source.load(self.tokenizer_file(source), DType::F32, device, |w| ImageDecoder::load(w, &self.tokenizer))
+        self.load_images(source, device, ImageDecoder::load)
+    }
+
+    /// The same for any part of it.
+    pub(crate) fn load_images<T>(
+        &self,
+        source: &Source,
+        device: &Device,
+        build: impl Fn(&Weights, &TokenizerConfig) -> candle_core::Result<T>,
+    ) -> Result<T> {
+        let file = self.tokenizer_file(source);
+        let matrices = if device.is_cpu() { source.placed(file, None, device).1 } else { Matrices::Tensors };
+        source.load(file, DType::F32, device, |w| build(&w.with_matrices(matrices), &self.tokenizer))
     }
 
     /// The image tokenizer's file in a model folder: ours, or the public one under its own name.

@@ -5,6 +5,7 @@
 //! weights are laid out in panels, a few registers of them side by side, and a pair of neighbouring columns of an input is
 //! multiplied with the same pair of all of them at once.
 
+mod convolve;
 mod registers;
 
 use std::borrow::Cow;
@@ -14,6 +15,7 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::columns::{by_columns, filled};
+pub use convolve::{ByteFilters, Reading};
 use registers::Kernel;
 
 /// The byte that stands for zero.
@@ -46,6 +48,8 @@ struct Panels {
     weights: Vec<i8>,
     /// Of all rows, missing ones too.
     scales: Vec<f32>,
+    /// Pairs of columns.
+    pairs: usize,
 }
 
 /// Inputs, `columns` long, as integers with a scale each; a missing column is zero.
@@ -120,7 +124,7 @@ impl Bytes {
                 }
             }
         }
-        Panels { kernel, weights, scales }
+        Panels { kernel, weights, scales, pairs }
     }
 }
 
@@ -128,18 +132,30 @@ impl Rounded {
     /// Panics where there is no kernel.
     fn of(inputs: &[f32], columns: usize) -> Self {
         let kernel = Kernel::best().expect("a processor with a kernel");
-        // A sum of so many products, none beyond this times 128, fits 32 bits.
-        let most = (i32::MAX as usize / (columns * 128)).min(i16::MAX as usize) as f32;
         let (count, pairs) = (inputs.len() / columns, columns.div_ceil(2));
         let (mut values, mut scales) = (vec![0i16; count * pairs * 2], vec![0f32; count]);
         let parts = values.par_chunks_mut(INPUTS * pairs * 2).zip(scales.par_chunks_mut(INPUTS));
         parts.zip(inputs.par_chunks(INPUTS * columns)).for_each(|((values, scales), inputs)| {
-            for ((values, scale), x) in values.chunks_exact_mut(pairs * 2).zip(scales).zip(inputs.chunks_exact(columns))
-            {
-                *scale = kernel.round(x, most, values);
+            let each = values.chunks_exact_mut(pairs * 2).zip(scales).zip(inputs.chunks_exact(columns));
+            for ((values, scale), x) in each {
+                let times;
+                (*scale, times) = steps(kernel.largest(x), columns);
+                kernel.round(x, times, values);
             }
         });
         Self { values, scales, pairs }
+    }
+}
+
+/// What an integer stands for, so that numbers up to `largest` give the largest integers whose products with bytes can be summed
+/// over so many columns, and its inverse. A sum with what is not finite is NaN.
+fn steps(largest: f32, columns: usize) -> (f32, f32) {
+    let most = (i32::MAX as usize / (columns * 128)).min(i16::MAX as usize) as f32;
+    match largest {
+        _ if !largest.is_finite() => (f32::NAN, 0.0),
+        // The inverse would be infinite.
+        _ if largest < f32::MIN_POSITIVE * 65536.0 => (0.0, 0.0),
+        _ => (largest / most, most / largest),
     }
 }
 
@@ -176,10 +192,14 @@ mod tests {
         random(shape, seed).flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    fn matrix((rows, columns): (usize, usize), seed: u64) -> Bytes {
+    pub(super) fn bytes((rows, columns): (usize, usize), seed: u64) -> (Vec<u8>, Vec<f32>) {
         let bytes = values((rows, columns), seed).into_iter().map(|x| (x * 60.0).clamp(-128.0, 127.0) as i16 + ZERO);
-        let scales: Vec<f32> = (0..rows).map(|row| 0.001 * (1 + row % 7) as f32).collect();
-        Bytes::new(bytes.map(|byte| byte as u8).collect(), &scales, (rows, columns)).unwrap()
+        (bytes.map(|byte| byte as u8).collect(), (0..rows).map(|row| 0.001 * (1 + row % 7) as f32).collect())
+    }
+
+    fn matrix(shape: (usize, usize), seed: u64) -> Bytes {
+        let (bytes, scales) = bytes(shape, seed);
+        Bytes::new(bytes.into(), &scales, shape).unwrap()
     }
 
     /// The same for a kernel.

@@ -1,6 +1,9 @@
 //! Two-dimensional convolution: as a matrix product over unfolded patches, or, at stride 1, place by place.
 
+mod filters;
 mod places;
+
+pub use filters::Filters;
 
 use std::ops::Range;
 

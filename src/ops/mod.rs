@@ -39,8 +39,8 @@ mod tiles;
 pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention, attention_rows};
 pub use blocks::{dequantise, quantise};
-pub use bytes::Bytes;
-pub use conv::{add_conv2d, conv2d, upsampled_conv2d};
+pub use bytes::{ByteFilters, Bytes};
+pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;

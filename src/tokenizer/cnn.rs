@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Init, Weights};
-use crate::ops::{self, Mask};
+use crate::ops::{self, Filters, Mask};
 
 const EPS: f64 = 1e-6;
 
@@ -44,7 +44,7 @@ impl CnnConfig {
 /// A convolution with bias; `same` padding for odd kernels at stride 1.
 #[derive(Debug)]
 pub(super) struct Conv {
-    weight: Tensor,
+    weight: Filters,
     bias: Tensor,
 }
 
@@ -60,11 +60,13 @@ impl Conv {
     }
 
     fn load_with(w: &Weights, from: usize, to: usize, kernel: usize, init: Init) -> Result<Self> {
-        let mut weight = w.get((to, from, kernel, kernel), "weight", init)?;
-        if w.device().is_cuda() && weight.dtype() == DType::BF16 {
+        let weight = match w.filters([to, from, kernel, kernel], "weight", init)? {
             // As the kernels for CUDA take them: channels last.
-            weight = weight.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2))?;
-        }
+            Filters::Dense(weight) if w.device().is_cuda() && weight.dtype() == DType::BF16 => {
+                Filters::Dense(weight.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2))?)
+            }
+            weight => weight,
+        };
         Ok(Self { weight, bias: w.get(to, "bias", Init::Zeros)? })
     }
 
@@ -73,23 +75,22 @@ impl Conv {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let pad = self.weight.dim(2)? / 2;
-        ops::conv2d(x, &self.weight, Some(&self.bias), 1, [pad, pad, pad, pad])
+        self.weight.same_conv2d(x, &self.bias)
     }
 
     /// As [`Self::forward`], added to `base`.
     fn forward_onto(&self, base: &Tensor, x: &Tensor) -> Result<Tensor> {
-        ops::add_conv2d(base, x, &self.weight, &self.bias)
+        self.weight.add_conv2d(base, x, &self.bias)
     }
 
     /// Of the image of twice the size.
     fn forward_up(&self, x: &Tensor) -> Result<Tensor> {
-        ops::upsampled_conv2d(x, &self.weight, &self.bias)
+        self.weight.upsampled_conv2d(x, &self.bias)
     }
 
     /// Stride 2, padded by one at the bottom and on the right, as the reference's downsampling.
     fn forward_down(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, Some(&self.bias), 2, [0, 1, 0, 1])
+        self.weight.conv2d(x, &self.bias, 2, [0, 1, 0, 1])
     }
 }
 

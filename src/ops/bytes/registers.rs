@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use super::convolve::Image;
 use super::{Panels, Rounded};
 use crate::ops::columns::Columns;
 
@@ -49,15 +50,23 @@ impl Kernel {
         }
     }
 
-    /// Rounds an input to integers of at most `most`, and gives their scale, which is NaN if the input is not finite. What is
-    /// behind it in `out` stays as it is.
-    pub(super) fn round(self, x: &[f32], most: f32, out: &mut [i16]) -> f32 {
+    /// The largest magnitude, which is NaN or infinite if any number is.
+    pub(super) fn largest(self, x: &[f32]) -> f32 {
         // SAFETY (here and below): `all` has asked the processor for what these are compiled for.
         #[allow(unsafe_code)]
         match self {
             // There is nothing to be gained by wider registers.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 | Self::Avx512 => unsafe { round::round(x, most, out) },
+            Self::Avx2 | Self::Avx512 => unsafe { round::largest(x) },
+        }
+    }
+
+    /// Numbers times `times` as the nearest integers of 16 bits. What is behind them in `out` stays as it is.
+    pub(super) fn round(self, x: &[f32], times: f32, out: &mut [i16]) {
+        #[allow(unsafe_code)]
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 | Self::Avx512 => unsafe { round::round(x, times, out) },
         }
     }
 
@@ -79,37 +88,53 @@ impl Kernel {
             Self::Avx512 => unsafe { avx512::products(inputs, w, up, bias, y) },
         }
     }
+
+    /// All channels of a convolution at some rows of places, all in `y`, plus a bias per channel and, if there is one, what
+    /// was there before.
+    pub(super) fn convolve(self, image: &Image, w: &Panels, bias: &[f32], base: Option<&[f32]>, y: &mut Columns) {
+        #[allow(unsafe_code)]
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { avx2::convolve(image, w, bias, base, y) },
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { avx512::convolve(image, w, bias, base, y) },
+        }
+    }
+}
+
+/// Some inputs among numbers: the first of each, so many apart, and the stretches of one, so many apart.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Places {
+    first: usize,
+    step: usize,
+    stretches: usize,
+    pitch: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
 mod round {
     use std::arch::x86_64::*;
 
+    /// See [`super::Kernel::largest`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn largest(x: &[f32]) -> f32 {
+        // The magnitudes of floats are ordered as their bits are, with what is not finite above all others.
+        f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)))
+    }
+
     /// See [`super::Kernel::round`].
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn round(x: &[f32], most: f32, out: &mut [i16]) -> f32 {
-        // The magnitudes of floats are ordered as their bits are, with what is not finite above all others.
-        let largest = x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
-        let largest = f32::from_bits(largest);
-        if !largest.is_finite() {
-            return f32::NAN;
-        }
-        if largest < f32::MIN_POSITIVE * 65536.0 {
-            out[..x.len()].fill(0);
-            return 0.0;
-        }
-        let times = most / largest;
-        let (x, rest) = x.as_chunks::<16>();
+    pub(super) fn round(x: &[f32], times: f32, out: &mut [i16]) {
+        let ((x, rest), out) = (x.as_chunks::<16>(), &mut out[..x.len()]);
         let (out, last) = out.as_chunks_mut::<16>();
-        for (x, out) in x.iter().zip(out.iter_mut()) {
+        for (x, out) in x.iter().zip(out) {
             whole(x, times, out);
         }
         let mut padded = ([0f32; 16], [0i16; 16]);
         padded.0[..rest.len()].copy_from_slice(rest);
         whole(&padded.0, times, &mut padded.1);
-        let last = out.get_mut(x.len()).map_or(last, |out| &mut out[..]);
-        last[..rest.len()].copy_from_slice(&padded.1[..rest.len()]);
-        largest / most
+        last.copy_from_slice(&padded.1[..last.len()]);
     }
 
     #[inline]
@@ -137,9 +162,8 @@ macro_rules! kernel {
         #[cfg(target_arch = "x86_64")]
         mod $name {
             use std::arch::x86_64::*;
-            use std::ops::Range;
 
-            use super::{Columns, Panels, Rounded};
+            use super::{Columns, Image, Panels, Places, Rounded};
             use crate::ops::activation::sigmoid;
 
             const LANES: usize = $lanes;
@@ -161,17 +185,17 @@ macro_rules! kernel {
             ) {
                 let (first, end, count) = (y.first(), y.first() + y.width(), inputs.scales.len());
                 // As even as may be, rather than a few inputs behind many full ones.
-                let tiles = count.div_ceil(INPUTS);
+                let (tiles, step) = (count.div_ceil(INPUTS), 2 * inputs.pairs);
                 for row in (first..end).step_by(ROWS) {
                     let rows = ROWS.min(end - row);
                     let bias = bias.map(|bias| &bias[row..row + rows]);
                     for tile in 0..tiles {
                         let range = tile * count / tiles..(tile + 1) * count / tiles;
-                        let mut out = [[0f32; ROWS]; INPUTS];
-                        sums(inputs, range.clone(), w, row, &mut out);
+                        let at = Places { first: range.start * step, step, stretches: 1, pitch: 0 };
+                        let (x, scales) = (&inputs.values, &inputs.scales[range.clone()]);
+                        let mut out = sums(x, at, scales, w, row);
                         if let Some(up) = up {
-                            let mut times = [[0f32; ROWS]; INPUTS];
-                            sums(inputs, range.clone(), up, row, &mut times);
+                            let times = sums(x, at, scales, up, row);
                             for (out, times) in
                                 out[..range.len()].as_flattened_mut().iter_mut().zip(times.as_flattened())
                             {
@@ -190,61 +214,99 @@ macro_rules! kernel {
                 }
             }
 
-            /// The products of the panel that begins with `row` with a few inputs.
+            /// See [`super::Kernel::convolve`].
+            #[target_feature(enable = $features)]
+            pub(super) fn convolve(image: &Image, w: &Panels, bias: &[f32], base: Option<&[f32]>, y: &mut Columns) {
+                let Image { values, scale, channels, pitch, side, stride, size: (height, width) } = image;
+                let (step, places) = (stride * channels, y.first()..y.first() + y.width());
+                let (scales, tiles) = ([*scale; INPUTS], width.div_ceil(INPUTS));
+                let mut line = vec![0f32; ROWS * width];
+                for channel in (0..bias.len()).step_by(ROWS) {
+                    let channels = channel..bias.len().min(channel + ROWS);
+                    for row in places.start / width..places.end / width {
+                        for tile in 0..tiles {
+                            let range = tile * width / tiles..(tile + 1) * width / tiles;
+                            let first = row * stride * pitch + range.start * step;
+                            let at = Places { first, step, stretches: *side, pitch: *pitch };
+                            let out = sums(values, at, &scales[..range.len()], w, channel);
+                            for (place, out) in range.zip(&out) {
+                                for (line, out) in line[place..].iter_mut().step_by(*width).zip(out) {
+                                    *line = *out;
+                                }
+                            }
+                        }
+                        for (channel, line) in channels.clone().zip(line.chunks_exact_mut(*width)) {
+                            line.iter_mut().for_each(|line| *line += bias[channel]);
+                            if let Some(base) = base {
+                                let base = &base[(channel * height + row) * width..][..*width];
+                                line.iter_mut().zip(base).for_each(|(line, base)| *line += base);
+                            }
+                            y.put(channel, row * width - places.start, line);
+                        }
+                    }
+                }
+            }
+
+            /// The products of the panel that begins with `row` with as many inputs as there are scales.
             #[inline]
             #[target_feature(enable = $features)]
-            fn sums(inputs: &Rounded, range: Range<usize>, w: &Panels, row: usize, out: &mut [[f32; ROWS]; INPUTS]) {
-                let pairs = inputs.pairs;
-                let panel = &w.weights.as_chunks::<{ 2 * ROWS }>().0[row / ROWS * pairs..][..pairs];
-                let scales = (w.scales[row..].first_chunk().expect("a whole panel"), &inputs.scales[range.clone()]);
-                let x = &inputs.values.as_chunks::<2>().0[range.start * pairs..range.end * pairs];
-                match range.len() {
-                    1 => tile::<1>(panel, x, scales, out),
-                    2 => tile::<2>(panel, x, scales, out),
-                    3 => tile::<3>(panel, x, scales, out),
-                    4 => tile::<4>(panel, x, scales, out),
-                    5 => tile::<5>(panel, x, scales, out),
-                    6 => tile::<6>(panel, x, scales, out),
-                    7 if INPUTS > 6 => tile::<7>(panel, x, scales, out),
-                    8 if INPUTS > 6 => tile::<8>(panel, x, scales, out),
-                    9 if INPUTS > 6 => tile::<9>(panel, x, scales, out),
-                    10 if INPUTS > 6 => tile::<10>(panel, x, scales, out),
-                    11 if INPUTS > 6 => tile::<11>(panel, x, scales, out),
-                    12 if INPUTS > 6 => tile::<12>(panel, x, scales, out),
+            fn sums(x: &[i16], at: Places, scales: &[f32], w: &Panels, row: usize) -> [[f32; ROWS]; INPUTS] {
+                let panel = &w.weights.as_chunks::<{ 2 * ROWS }>().0[row / ROWS * w.pairs..][..w.pairs];
+                let scales = (w.scales[row..].first_chunk().expect("a whole panel"), scales);
+                let mut out = [[0f32; ROWS]; INPUTS];
+                match scales.1.len() {
+                    1 => tile::<1>(panel, x, at, scales, &mut out),
+                    2 => tile::<2>(panel, x, at, scales, &mut out),
+                    3 => tile::<3>(panel, x, at, scales, &mut out),
+                    4 => tile::<4>(panel, x, at, scales, &mut out),
+                    5 => tile::<5>(panel, x, at, scales, &mut out),
+                    6 => tile::<6>(panel, x, at, scales, &mut out),
+                    7 if INPUTS > 6 => tile::<7>(panel, x, at, scales, &mut out),
+                    8 if INPUTS > 6 => tile::<8>(panel, x, at, scales, &mut out),
+                    9 if INPUTS > 6 => tile::<9>(panel, x, at, scales, &mut out),
+                    10 if INPUTS > 6 => tile::<10>(panel, x, at, scales, &mut out),
+                    11 if INPUTS > 6 => tile::<11>(panel, x, at, scales, &mut out),
+                    12 if INPUTS > 6 => tile::<12>(panel, x, at, scales, &mut out),
                     other => unreachable!("{other} inputs at once"),
                 }
+                out
             }
 
             #[inline]
             #[target_feature(enable = $features)]
             fn tile<const R: usize>(
                 panel: &[[i8; 2 * ROWS]],
-                x: &[[i16; 2]],
+                x: &[i16],
+                at: Places,
                 (scales, x_scales): (&[f32; ROWS], &[f32]),
                 out: &mut [[f32; ROWS]; INPUTS],
             ) {
-                let pairs = panel.len();
-                assert!(x.len() == R * pairs && x_scales.len() == R && R <= INPUTS, "inputs of another length");
+                let Places { first, step, stretches, pitch } = at;
+                let pairs = panel.len() / stretches;
+                let end = first + (R - 1) * step + (stretches - 1) * pitch + 2 * pairs;
+                assert!(end <= x.len() && x_scales.len() == R && R <= INPUTS, "inputs that are not there");
                 let mut sums = [[$zero(); WIDE]; R];
-                let mut x = x.as_ptr();
-                for weights in panel {
-                    let mut w = [$zero(); WIDE];
-                    for i in 0..WIDE {
-                        // SAFETY: a register of bytes is half as wide, and there are two of them.
-                        #[allow(unsafe_code)]
-                        let bytes = unsafe { $load_bytes(weights.as_ptr().add(i * 2 * LANES).cast::<$bytes>()) };
-                        w[i] = $widen(bytes);
-                    }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        // SAFETY: every one of the R inputs has as many pairs as the panel, which was asserted above. Slices
-                        // would be asked for their lengths at every step.
-                        #[allow(unsafe_code)]
-                        let pair = $pair(unsafe { x.add(r * pairs).cast::<i32>().read_unaligned() });
+                for (stretch, panel) in panel.chunks_exact(pairs).enumerate() {
+                    let mut x = x[first + stretch * pitch..].as_ptr();
+                    for weights in panel {
+                        let mut w = [$zero(); WIDE];
                         for i in 0..WIDE {
-                            sums[i] = $times(sums[i], w[i], pair);
+                            // SAFETY: a register of bytes is half as wide, and there are two of them.
+                            #[allow(unsafe_code)]
+                            let bytes = unsafe { $load_bytes(weights.as_ptr().add(i * 2 * LANES).cast::<$bytes>()) };
+                            w[i] = $widen(bytes);
                         }
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            // SAFETY: the last pair of the last stretch of the last of the R inputs is there, which was
+                            // asserted above. Slices would be asked for their lengths at every step.
+                            #[allow(unsafe_code)]
+                            let pair = $pair(unsafe { x.add(r * step).cast::<i32>().read_unaligned() });
+                            for i in 0..WIDE {
+                                sums[i] = $times(sums[i], w[i], pair);
+                            }
+                        }
+                        x = x.wrapping_add(2);
                     }
-                    x = x.wrapping_add(1);
                 }
                 for r in 0..R {
                     let scale = $splat(x_scales[r]);
