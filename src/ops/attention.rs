@@ -1,10 +1,13 @@
 //! Scaled dot-product attention with grouped keys and values.
 
+mod panels;
+
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::exp::exp;
 use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
+use panels::Group;
 
 /// Fewer query rows than this are not worth a task of their own; more keep too many weights at a time.
 const MIN_ROWS: usize = 16;
@@ -292,23 +295,29 @@ impl CustomOp3 for Attention {
         let mut out = vec![0f32; b * t * h * d];
         out.par_chunks_mut(t * h * d).enumerate().for_each(|(bi, out)| {
             let tasks = out.par_chunks_mut(task).enumerate();
-            tasks.for_each_init(
-                || vec![0f32; rows * s],
-                |p, (i, out)| {
-                    let (first, heads) = if t == 1 { (0, i * group..(i + 1) * group) } else { (i * rows, 0..h) };
-                    let stride = heads.len() * d;
-                    let rows = out.len() / stride;
-                    let (keys, seen) = self.seen(mask, bi, (first, rows), (t, s));
-                    let p = &mut p[..rows * keys];
-                    for (j, head) in heads.enumerate() {
-                        let (q, k) = (q.rows(bi, head, first, rows), k.rows(bi, head / group, 0, keys));
-                        self.weights(q, k, seen, p, (rows, keys), false);
-                        let v = v.rows(bi, head / group, 0, keys);
-                        let out = MatrixMut::strided(&mut out[j * d..], rows, d, stride);
-                        gemm(out, Into::Overwrite, Matrix::new(p, rows, keys), v, 1.0, false);
+            tasks.for_each_init(Vec::new, |p: &mut Vec<f32>, (i, out)| {
+                let (first, heads) = if t == 1 { (0, i * group..(i + 1) * group) } else { (i * rows, 0..h) };
+                let stride = heads.len() * d;
+                let rows = out.len() / stride;
+                let (keys, seen) = self.seen(mask, bi, (first, rows), (t, s));
+                if mask.is_none() && panels::suits(rows * group, keys, d) {
+                    for (j, head) in heads.step_by(group).enumerate() {
+                        let group = Group { q, batch: bi, heads: (head, group), rows: (first, rows) };
+                        let out = &mut out[j * group.heads.1 * d..];
+                        panels::attend(out, stride, &group, (k, v), keys, seen, self.scale);
                     }
-                },
-            );
+                    return;
+                }
+                p.resize(rows * s, 0.0);
+                let p = &mut p[..rows * keys];
+                for (j, head) in heads.enumerate() {
+                    let (q, k) = (q.rows(bi, head, first, rows), k.rows(bi, head / group, 0, keys));
+                    self.weights(q, k, seen, p, (rows, keys), false);
+                    let v = v.rows(bi, head / group, 0, keys);
+                    let out = MatrixMut::strided(&mut out[j * d..], rows, d, stride);
+                    gemm(out, Into::Overwrite, Matrix::new(p, rows, keys), v, 1.0, false);
+                }
+            });
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }

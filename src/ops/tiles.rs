@@ -16,7 +16,7 @@ use super::columns::{Columns, by_columns};
 use super::slice;
 
 /// The most inputs in a panel.
-const MOST: usize = 48;
+pub(super) const MOST: usize = 48;
 /// The most columns: a panel of them stays in the second-level cache.
 const DEEP: usize = 4096;
 /// Rows of weights that one thread takes at a time, if there are enough for all threads, and if not.
@@ -220,10 +220,25 @@ fn tile<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     ahead: bool,
     out: &mut [[f32; MOST]; R],
 ) {
-    let sums: [[S::f32s; W]; R] = multiply(simd, weights, panel, ahead);
+    let sums: [[S::f32s; W]; R] = multiply(simd, weights, Strides::dense(panel.len()), panel, ahead);
     for (out, sums) in out.iter_mut().zip(&sums) {
         let out = S::as_mut_simd_f32s(&mut out[..W * S::F32_LANES]).0;
         out[..W].copy_from_slice(sums);
+    }
+}
+
+/// How far the rows of a matrix, and the numbers of a row, are apart.
+#[derive(Clone, Copy)]
+pub(super) struct Strides {
+    pub(super) row: usize,
+    pub(super) column: usize,
+}
+
+impl Strides {
+    /// Those of rows without gaps.
+    #[inline(always)]
+    pub(super) fn dense(columns: usize) -> Self {
+        Self { row: columns, column: 1 }
     }
 }
 
@@ -233,27 +248,28 @@ fn tile<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
 pub(super) fn multiply<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     simd: S,
     (w, bias): (&[f32], &[f32]),
+    Strides { row, column }: Strides,
     panel: &[[S::f32s; WIDE]],
     ahead: bool,
 ) -> [[S::f32s; W]; R] {
     let n = panel.len();
-    assert!(w.len() >= R * n, "rows of another length");
+    assert!(n > 0 && w.len() > (R - 1) * row + (n - 1) * column, "rows of another length");
     let mut sums = [[simd.splat_f32s(0.0); W]; R];
     for (sums, bias) in sums.iter_mut().zip(bias) {
         *sums = [simd.splat_f32s(*bias); W];
     }
     for (first, inputs) in (0..n).step_by(LINE).zip(panel.chunks(LINE)) {
         if ahead {
-            (R..2 * R).for_each(|r| prefetch(w.as_ptr().wrapping_add(r * n + first)));
+            (R..2 * R).for_each(|r| prefetch(w.as_ptr().wrapping_add(r * row + first * column)));
         }
         for (k, inputs) in (first..).zip(inputs) {
             let mut x = [simd.splat_f32s(0.0); W];
             x.copy_from_slice(&inputs[..W]);
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: `w` has n numbers for each of R rows, which was asserted above. Slices of rows would be asked for their
-                // lengths at every step.
+                // SAFETY: `w` has the last of n numbers of the last of R rows, which was asserted above. Slices of rows would be
+                // asked for their lengths at every step.
                 #[allow(unsafe_code)]
-                let w = simd.splat_f32s(unsafe { *w.get_unchecked(r * n + k) });
+                let w = simd.splat_f32s(unsafe { *w.get_unchecked(r * row + k * column) });
                 for i in 0..W {
                     sums[i] = simd.mul_add_e_f32s(x[i], w, sums[i]);
                 }

@@ -14,6 +14,7 @@ use super::sampler::Sampler;
 use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
 use crate::chat::template::{Part, Piece, Role, Template};
+use crate::checkpoint::Matrices;
 use crate::error::Result;
 use crate::generate::schedule;
 use crate::library::Canvas;

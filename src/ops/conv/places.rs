@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::Geometry;
 use crate::ops::columns::{Columns, by_columns};
-use crate::ops::tiles::{in_registers, multiply, registers};
+use crate::ops::tiles::{Strides, in_registers, multiply, registers};
 
 /// Numbers in a panel at most: a megabyte.
 const PANEL: usize = 1 << 18;
@@ -140,7 +140,7 @@ fn tile<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     first: usize,
     y: &mut Columns,
 ) -> usize {
-    let sums: [[S::f32s; W]; R] = multiply(simd, (w, bias), panel, true);
+    let sums: [[S::f32s; W]; R] = multiply(simd, (w, bias), Strides::dense(panel.len()), panel, true);
     for (channel, sums) in (first..).zip(&sums) {
         for (at, sum) in (0..y.width()).step_by(S::F32_LANES).zip(sums) {
             let sum = pulp::bytemuck::cast_slice::<S::f32s, f32>(std::slice::from_ref(sum));
