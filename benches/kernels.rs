@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nextflow::generate::Sampling;
 use nextflow::generate::sampler::{self, Draw};
-use nextflow::ops::{self, Mask, WeightMatrix};
+use nextflow::ops::{self, Bytes, Mask, WeightMatrix};
 use nextflow::rng::{Rng, Stream};
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -27,11 +27,16 @@ fn products(c: &mut Criterion) {
     for (rows, columns) in [(768, 256), (4864, 896)] {
         let weights = values(rows * columns);
         let block = |dtype| ops::quantise(&weights, (rows, columns), dtype, &Device::Cpu).expect("blocks").into();
-        let kinds: [(&str, WeightMatrix); 3] = [
+        let mut kinds: Vec<(&str, WeightMatrix)> = vec![
             ("f32", WeightMatrix::Dense(random(&[rows, columns]))),
             ("bf16", block(GgmlDType::BF16)),
             ("q8_0", block(GgmlDType::Q8_0)),
         ];
+        if Bytes::suits(columns) {
+            let bytes = (0..rows * columns).map(|i| (i % 251) as u8).collect();
+            let bytes = Bytes::new(bytes, &vec![0.01; rows], (rows, columns)).expect("bytes");
+            kinds.push(("bytes", WeightMatrix::Bytes(bytes)));
+        }
         for inputs in [1, 8, 32, 128, 512] {
             let x = random(&[inputs, columns]);
             group.throughput(Throughput::Elements((2 * inputs * rows * columns) as u64));

@@ -136,7 +136,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let Image { mut seconds, .. } = warm[warm.len() / 2].clone();
     let decode_seconds = seconds.pop().unwrap_or(0.0);
 
-    let machine = Machine::measure(&device, dtype)?;
+    let machine = Machine::measure(&device, dtype, matrices)?;
     // Of the rows for words an image needs none.
     let read = config.backbone.parameters_of_images() as f64 / config.backbone.parameters() as f64;
     let read = (needed.transformer as f64 * read) as u64;

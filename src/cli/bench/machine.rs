@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::checkpoint::Matrices;
 use crate::error::Result;
-use crate::ops;
+use crate::ops::{Bytes, WeightMatrix};
 
 /// How fast this machine could be.
 pub struct Machine {
@@ -16,14 +17,21 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Takes about a second.
-    pub fn measure(device: &Device, dtype: DType) -> Result<Self> {
+    /// With the product of f32, of `dtype` on a GPU, or of bytes where matrices are kept so. Takes about a second.
+    pub fn measure(device: &Device, dtype: DType, matrices: Matrices) -> Result<Self> {
         // Large enough for all of a GPU, and a second's work for a CPU.
         let side = if device.is_cpu() { 2048 } else { 8192 };
         let random = || Tensor::randn(0f32, 1.0, (side, side), device)?.to_dtype(dtype);
-        let (x, w) = (random()?, random()?);
+        let w = match matrices {
+            Matrices::Bytes => {
+                let bytes = (0..side * side).map(|i| (i % 251) as u8).collect();
+                WeightMatrix::Bytes(Bytes::new(bytes, &vec![0.01; side], (side, side))?)
+            }
+            _ => WeightMatrix::Dense(random()?),
+        };
+        let x = random()?;
         let product = || -> Result<()> {
-            ops::linear(&x, &w, None)?;
+            w.linear(&x, None)?;
             Ok(device.synchronize()?)
         };
         let flops = 2.0 * (side as f64).powi(3) / best(product)?.as_secs_f64();

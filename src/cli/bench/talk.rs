@@ -108,7 +108,7 @@ pub(super) fn run(
     parts.push(("words", words, started.elapsed().as_secs_f64(), 0.0));
     let peak_bytes = memory::peak(&device);
 
-    let machine = Machine::measure(&device, dtype)?;
+    let machine = Machine::measure(&device, dtype, matrices)?;
     let read = tower.as_ref().map_or(0, |_| config.vision_bytes(dtype, matrices));
     let parts = parts.into_iter().map(|(name, tokens, seconds, flops)| {
         let floor_seconds = match name {
