@@ -92,7 +92,7 @@ impl Codec {
         self.load_as(device, ImageTokenizer::load)
     }
 
-    /// The half that draws, as [`ModelConfig::load_decoder`] does.
+    /// The half that draws, by itself.
     pub fn load_decoder(&self, device: &Device) -> Result<ImageDecoder> {
         self.load_as(device, ImageDecoder::load)
     }
@@ -103,7 +103,7 @@ impl Codec {
         build: impl Fn(&Weights, &TokenizerConfig) -> candle_core::Result<T>,
     ) -> Result<T> {
         match &self.place {
-            Place::Model(source, config) => config.load_images(source, device, build),
+            Place::Model(source, config) => config.load_images(source, device, None, build),
             Place::File(path, preset) => {
                 let layout = format!("TokenFlow's {}", preset.name);
                 load_file(path, &layout, DType::F32, device, |w| build(w, &preset.config))

@@ -100,10 +100,11 @@ fn json(bytes: &[u8]) -> serde_json::Value {
 fn the_forecast_holds() {
     let here = Path::new(".");
     let embedded = Source::Embedded.embedded_bytes();
-    for weights in ["f32", "q8_0"] {
-        let plan = json(&stdout(here, &["gen", "-p", "x", "--quant", weights, "--dry-run", "--json"]));
+    for weights in [&[][..], &["--quant", "f32"], &["--quant", "q8_0"]] {
+        let run = |args: &[&str]| json(&stdout(here, &[args, weights].concat()));
+        let plan = run(&["gen", "-p", "x", "--dry-run", "--json"]);
         assert_eq!((&plan["codes"], &plan["passes"], &plan["size"]), (&204.into(), &8.into(), &"128x128".into()));
-        let report = json(&stdout(here, &["bench", "--synthetic", "nano", "--quant", weights, "--json"]));
+        let report = run(&["bench", "--synthetic", "nano", "--json"]);
         assert_eq!(plan["peak_memory"].as_u64(), report["forecast_bytes"].as_u64().map(|bytes| bytes + embedded));
         assert_eq!(report["parts"].as_array().unwrap().len(), 9);
         // Only Linux tells the peak.
@@ -111,6 +112,6 @@ fn the_forecast_holds() {
             continue;
         };
         // What the program itself takes differs by a few MB between machines and their numbers of threads.
-        assert!((forecast - peak).abs() < 0.1 * peak + 1e7, "{weights}: forecast {forecast}, peak {peak}");
+        assert!((forecast - peak).abs() < 0.1 * peak + 1e7, "{weights:?}: forecast {forecast}, peak {peak}");
     }
 }

@@ -69,6 +69,10 @@ impl ChatConfig {
         self.build(&asked)?;
         let weights = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
             Some(source) => Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum(),
+            // What is read from a file stays beside what is laid out for products.
+            None if matrices == Matrices::Bytes && source != Some(&Source::Embedded) => {
+                2 * asked.bytes(dtype, matrices)
+            }
             None => asked.bytes(dtype, matrices),
         };
         let (c, width) = (&self.backbone, dtype.size_in_bytes());
@@ -93,7 +97,7 @@ impl ChatConfig {
         };
         let tokenizer = self.drawing.as_ref().map(|config| {
             let asked = Weights::inventory();
-            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, Matrices::Tensors))
+            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, matrices))
         });
         let tokenizer = tokenizer.transpose()?.unwrap_or(0);
         Ok(ChatMemory {

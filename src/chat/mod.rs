@@ -122,7 +122,8 @@ impl ChatModel {
         let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| config.build(&w.with_matrices(matrices));
         let (backbone, vision) = source.load(TRANSFORMER, dtype, device, build)?;
-        let tokenizer = config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device)).transpose()?;
+        let tokenizer =
+            config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device, weights)).transpose()?;
         let spaced = text.decode(&text.encode("a")?)?.starts_with(' ');
         let pad = text.control("<|image_pad|>");
         Ok(Self { text, template, pad, spaced, backbone, vision, tokenizer, config })

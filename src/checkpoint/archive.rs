@@ -138,7 +138,7 @@ impl Archive {
 
     /// Whether any tensor is stored as bytes with a scale per row.
     pub(super) fn has_bytes(&self) -> bool {
-        self.header.values().any(|entry| entry.stored == BYTES)
+        self.header.iter().any(|(key, entry)| entry.stored == BYTES && self.readable(key, entry))
     }
 
     /// Whether this one is.

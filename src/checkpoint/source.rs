@@ -14,6 +14,7 @@ use super::shards;
 use super::weight_type::{Matrices, WeightType};
 use super::weights::{Fault, Weights};
 use crate::error::{Error, Kind, Result};
+use crate::ops::Bytes;
 use crate::text::Text;
 
 /// How many faults of a file a message spells out.
@@ -109,10 +110,8 @@ impl Source {
     /// a CPU and bf16 elsewhere, but GGUF stays what it is, as do bytes with a scale per row on a CPU that multiplies them.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
         let weights = weights.filter(|_| !self.is_gguf(file));
-        if weights.is_none()
-            && device.is_cpu()
-            && self.archives(file).is_ok_and(|all| all.iter().any(Archive::has_bytes))
-        {
+        let multiplied = device.is_cpu() && Bytes::suits(1);
+        if weights.is_none() && multiplied && self.archives(file).is_ok_and(|all| all.iter().any(Archive::has_bytes)) {
             return (DType::F32, Matrices::Bytes);
         }
         weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu())

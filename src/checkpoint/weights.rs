@@ -213,8 +213,7 @@ impl Weights {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
             match matrices {
-                // As they are stored, and as they are laid out for products; filters only the latter.
-                Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => 2 * elements + 8 * asked.shape[0],
+                Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => elements + 4 * asked.shape[0],
                 Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if ByteFilters::suits([o, c, k, l])) => {
                     elements + 4 * asked.shape[0]
                 }
@@ -274,7 +273,7 @@ impl Weights {
             }
             Store::Synthetic(_) => match (self.matrices, self.blocks(shape.1)) {
                 (_, Some(blocks)) => synthetic::matrix(shape, init, blocks, &self.device),
-                (Matrices::Bytes, _) if Bytes::suits(shape.1) => {
+                (Matrices::Bytes, _) if self.keeps_bytes() && Bytes::suits(shape.1) => {
                     let (bytes, scales) = synthetic::bytes(shape, init);
                     Bytes::new(bytes.into(), &scales, shape).map(WeightMatrix::Bytes)
                 }
@@ -291,7 +290,7 @@ impl Weights {
                 let plain = |blocks: &GgmlDType| blocks.block_size() == 1 && !self.device.is_cpu();
                 match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
-                    None if self.matrices == Matrices::Bytes && archive.is_bytes(&key) && Bytes::suits(shape.1) => {
+                    None if self.keeps_bytes() && archive.is_bytes(&key) && Bytes::suits(shape.1) => {
                         let (bytes, scales) = archive.read_bytes(&key)?;
                         Bytes::new(bytes, &scales, shape).map(WeightMatrix::Bytes)
                     }
@@ -307,7 +306,7 @@ impl Weights {
 
     /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.
     pub fn filters(&self, shape: [usize; 4], name: &str, init: Init) -> Result<Filters> {
-        if self.matrices == Matrices::Bytes && !self.unused && ByteFilters::suits(shape) {
+        if self.keeps_bytes() && !self.unused && ByteFilters::suits(shape) {
             match &*self.store {
                 Store::Files(archives, _) => {
                     let key = self.key(name);
@@ -325,6 +324,11 @@ impl Weights {
             }
         }
         self.get(shape.to_vec(), name, init).map(Filters::Dense)
+    }
+
+    /// Whether what is stored as bytes stays so: a GPU has no kernel for them.
+    fn keeps_bytes(&self) -> bool {
+        self.matrices == Matrices::Bytes && self.device.is_cpu()
     }
 
     /// The blocks that matrices of so many columns are to be in.

@@ -103,7 +103,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     console.loading();
     let model = Model::load(&source, &device, args.quant)?;
     let scales = &Size::Auto.grids(model.config())?[..];
-    let tokenizer = model.config().load_tokenizer(&source, &device)?;
+    let tokenizer = model.config().load_tokenizer(&source, &device, args.quant)?;
     let subject = Subject { tokenizer: &tokenizer, scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());

@@ -52,6 +52,14 @@ pub fn memory(
 ) -> Result<Memory> {
     let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
     let mut memory = synthetic_memory(config, dtype, matrices, images, sampling)?;
+    let (_, filters) = source.placed(config.tokenizer_file(source), weights, device);
+    if filters != matrices {
+        memory.tokenizer = synthetic_memory(config, dtype, filters, images, sampling)?.tokenizer;
+    }
+    if matrices == Matrices::Bytes && *source != Source::Embedded {
+        // As they were read, beside what is laid out for products.
+        memory.transformer *= 2;
+    }
     memory.program += source.embedded_bytes();
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
@@ -83,7 +91,7 @@ pub fn synthetic_memory(
         transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width),
-        tokenizer: tokenizer.bytes(pixels, if matrices == Matrices::Bytes { matrices } else { Matrices::Tensors }),
+        tokenizer: tokenizer.bytes(pixels, matrices),
         decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
-use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
+use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::pixels;
 use crate::text::Text;
@@ -125,15 +125,15 @@ impl ModelConfig {
         }
     }
 
-    /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU, and filters that are stored as
-    /// bytes and stay so.
-    pub fn load_tokenizer(&self, source: &Source, device: &Device) -> Result<ImageTokenizer> {
-        self.load_images(source, device, ImageTokenizer::load)
-    }
-
-    /// Its half that draws, by itself.
-    pub fn load_decoder(&self, source: &Source, device: &Device) -> Result<ImageDecoder> {
-        self.load_images(source, device, ImageDecoder::load)
+    /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU and, unless `weights` asks for
+    /// another type, filters that are stored as bytes and stay so.
+    pub fn load_tokenizer(
+        &self,
+        source: &Source,
+        device: &Device,
+        weights: Option<WeightType>,
+    ) -> Result<ImageTokenizer> {
+        self.load_images(source, device, weights, ImageTokenizer::load)
     }
 
     /// The same for any part of it.
@@ -141,10 +141,11 @@ impl ModelConfig {
         &self,
         source: &Source,
         device: &Device,
+        weights: Option<WeightType>,
         build: impl Fn(&Weights, &TokenizerConfig) -> candle_core::Result<T>,
     ) -> Result<T> {
         let file = self.tokenizer_file(source);
-        let matrices = if device.is_cpu() { source.placed(file, None, device).1 } else { Matrices::Tensors };
+        let (_, matrices) = source.placed(file, weights, device);
         source.load(file, DType::F32, device, |w| build(&w.with_matrices(matrices), &self.tokenizer))
     }
 
@@ -219,13 +220,13 @@ pub struct Model {
 
 impl Model {
     /// Loads what drawing needs onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or
-    /// as a GGUF file has it; the image tokenizer's half as [`ModelConfig::load_decoder`] does.
+    /// as a GGUF file has it; the image tokenizer's half that draws as [`ModelConfig::load_tokenizer`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
         let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| Backbone::load(&w.with_matrices(matrices), &config.backbone);
         let backbone = source.load(TRANSFORMER, dtype, device, build)?;
-        let images = config.load_decoder(source, device)?;
+        let images = config.load_images(source, device, weights, ImageDecoder::load)?;
         let text = source.text_of(config.backbone.vocab_size)?;
         let opening = config.prompt.opening(&text, config.backbone.boi())?;
         let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);

@@ -288,6 +288,8 @@ impl CustomOp3 for Attention {
         let (s, group) = (k.n, h / k.heads);
         let mask = self.mask.as_ref().map(Borrowed::of);
         let mask = mask.as_ref().map(Borrowed::slice::<u8>).transpose()?;
+        // By nothing that the number of threads changes.
+        let side_by_side = mask.is_none() && panels::suits(t * group, s, d);
         // A task writes whole rows, all heads of them, or, where there is but one row, the heads of one group.
         let blocks = (4 * rayon::current_num_threads()).div_ceil(b).clamp(1, t.div_ceil(MIN_ROWS));
         let rows = t.div_ceil(blocks).min(MAX_ROWS);
@@ -300,11 +302,12 @@ impl CustomOp3 for Attention {
                 let stride = heads.len() * d;
                 let rows = out.len() / stride;
                 let (keys, seen) = self.seen(mask, bi, (first, rows), (t, s));
-                if mask.is_none() && panels::suits(rows * group, keys, d) {
+                if side_by_side {
+                    let behind = if let Seen::Behind(before) = seen { Some(before) } else { None };
                     for (j, head) in heads.step_by(group).enumerate() {
                         let group = Group { q, batch: bi, heads: (head, group), rows: (first, rows) };
                         let out = &mut out[j * group.heads.1 * d..];
-                        panels::attend(out, stride, &group, (k, v), keys, seen, self.scale);
+                        panels::attend(out, stride, &group, (k, v), keys, behind, self.scale);
                     }
                     return;
                 }

@@ -90,7 +90,7 @@ fn pairs<'a, const BYTES: usize, const NUMBERS: usize>(
 
 /// The value of an f16, without a branch or the call that asks for an instruction: a loop over it can be vectorised.
 #[inline(always)]
-fn half(bytes: [u8; 2]) -> f32 {
+pub(super) fn half(bytes: [u8; 2]) -> f32 {
     let bits = u32::from(u16::from_le_bytes(bytes));
     let magnitude = (bits & 0x7fff) << 13;
     // The exponents of f16 and f32 are counted from numbers 112 apart; the product is right for subnormals too.

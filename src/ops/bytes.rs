@@ -8,6 +8,7 @@
 // Without a kernel nothing of this can be reached.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, unused_variables, unreachable_code))]
 
+mod blocks;
 mod convolve;
 mod registers;
 
@@ -18,6 +19,7 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::columns::{by_columns, filled};
+pub(super) use blocks::{products as products_of_blocks, suits as suits_blocks};
 pub use convolve::{ByteFilters, Reading};
 use registers::Kernel;
 
@@ -48,8 +50,10 @@ pub struct Bytes {
 #[derive(Debug)]
 struct Panels {
     kernel: Kernel,
+    /// Of a larger matrix.
+    first: usize,
     weights: Vec<i8>,
-    /// Of all rows, missing ones too.
+    /// Of every group of columns, (panels, groups, rows).
     scales: Vec<f32>,
     /// Pairs of columns.
     pairs: usize,
@@ -130,13 +134,13 @@ impl Bytes {
                 }
             }
         }
-        Panels { kernel, weights, scales, pairs }
+        Panels { kernel, first: 0, weights, scales, pairs }
     }
 }
 
 impl Rounded {
-    /// Panics where there is no kernel.
-    fn of(inputs: &[f32], columns: usize) -> Self {
+    /// For sums over so many columns `at_once`. Panics where there is no kernel.
+    fn of(inputs: &[f32], columns: usize, at_once: usize) -> Self {
         let kernel = Kernel::best().expect("a processor with a kernel");
         let (count, pairs) = (inputs.len() / columns, columns.div_ceil(2));
         let (mut values, mut scales) = (vec![0i16; count * pairs * 2], vec![0f32; count]);
@@ -145,7 +149,7 @@ impl Rounded {
             let each = values.chunks_exact_mut(pairs * 2).zip(scales).zip(inputs.chunks_exact(columns));
             for ((values, scale), x) in each {
                 let times;
-                (*scale, times) = steps(kernel.largest(x), columns);
+                (*scale, times) = steps(kernel.largest(x), at_once);
                 kernel.round(x, times, values);
             }
         });
@@ -169,13 +173,13 @@ fn steps(largest: f32, columns: usize) -> (f32, f32) {
 ///
 /// Panics unless all are `columns` wide, and [`suits`](Bytes::suits) says so.
 pub(super) fn products(inputs: &[f32], layers: &[(&Bytes, Option<&[f32]>)], columns: usize) -> Result<Vec<Vec<f32>>> {
-    let inputs = Rounded::of(inputs, columns);
+    let inputs = Rounded::of(inputs, columns, columns);
     layers.par_iter().map(|(w, bias)| product(&inputs, w, None, *bias)).collect()
 }
 
 /// `x * sigmoid(x)` of the products with `gate`, times those with `up`: (inputs, rows). Panics as [`products`].
 pub(super) fn gated(inputs: &[f32], gate: &Bytes, up: &Bytes) -> Result<Vec<f32>> {
-    product(&Rounded::of(inputs, gate.columns), gate, Some(up), None)
+    product(&Rounded::of(inputs, gate.columns, gate.columns), gate, Some(up), None)
 }
 
 fn product(inputs: &Rounded, w: &Bytes, up: Option<&Bytes>, bias: Option<&[f32]>) -> Result<Vec<f32>> {
@@ -194,7 +198,7 @@ mod tests {
     use super::super::check::random;
     use super::*;
 
-    fn values(shape: (usize, usize), seed: u64) -> Vec<f32> {
+    pub(super) fn values(shape: (usize, usize), seed: u64) -> Vec<f32> {
         random(shape, seed).flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -296,8 +300,8 @@ mod tests {
     #[test]
     fn no_sum_overflows() -> Result<()> {
         for columns in [1, 2, 255, 514, 1000, DEEP].into_iter().filter(|columns| Bytes::suits(*columns)) {
-            for byte in [0u8, 255] {
-                let w = Bytes::new(vec![byte; columns].into(), &[1.0], (1, columns))?;
+            for (byte, kernel) in Kernel::all().into_iter().flat_map(|kernel| [(0u8, kernel), (255, kernel)]) {
+                let w = of(&Bytes::new(vec![byte; columns].into(), &[1.0], (1, columns))?, kernel);
                 let y = products(&vec![-1.0; columns], &[(&w, None)], columns)?.remove(0);
                 let want = -(f32::from(byte) - 128.0) * columns as f32;
                 assert!((y[0] / want - 1.0).abs() < 1e-6, "{columns} times {byte}: {}", y[0]);

@@ -101,7 +101,7 @@ pub(super) fn by_columns(
 pub(super) fn filled(count: usize, fill: impl FnOnce(&mut [MaybeUninit<f32>]) -> Result<()>) -> Result<Vec<f32>> {
     let mut matrix = Vec::with_capacity(count);
     fill(&mut matrix.spare_capacity_mut()[..count])?;
-    // SAFETY: there is room, and `fill`, which is `by_columns` for all callers, has set every value.
+    // SAFETY: there is room, and `fill`, which is `by_columns` of every part for all callers, has set every value.
     #[allow(unsafe_code)]
     unsafe {
         matrix.set_len(count);

@@ -348,6 +348,38 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_the_numbers_that_they_stand_for() -> Result<()> {
+        if !Bytes::suits(64) {
+            return Ok(());
+        }
+        let matrix = |rows: usize, by: usize| -> Result<(WeightMatrix, WeightMatrix)> {
+            let bytes: Vec<u8> = (0..rows * 64).map(|i| (i * by % 256) as u8).collect();
+            let scales: Vec<f32> = (0..rows).map(|row| 0.001 * (row + 1) as f32).collect();
+            let bytes = Bytes::new(bytes.into(), &scales, (rows, 64))?;
+            let mut numbers = Vec::new();
+            (0..rows).try_for_each(|row| bytes.read(row, &mut numbers))?;
+            let dense = Tensor::from_vec(numbers, (rows, 64), &Device::Cpu)?;
+            Ok((WeightMatrix::Bytes(bytes), WeightMatrix::Dense(dense)))
+        };
+        let ((a, a_dense), (b, b_dense), (wide, _)) = (matrix(40, 37)?, matrix(40, 91)?, matrix(41, 11)?);
+        let (x, bias) = (random((2, 7, 64), 1), random(40, 2));
+        let near = |got: &Tensor, want: &Tensor| {
+            let (off, largest) = (far(got, want), far(want, &want.zeros_like().unwrap()));
+            assert!(off < 1e-4 * largest, "{off} of {largest}");
+        };
+        let want = linear_each(&x, [(&a_dense, None), (&b_dense, Some(&bias))])?;
+        for layers in [[(&a, None), (&b, Some(&*bias))], [(&a_dense, None), (&b, Some(&*bias))]] {
+            linear_each(&x, layers)?.iter().zip(&want).for_each(|(got, want)| near(got, want));
+        }
+        near(&gated_linear(&x, &a, &b)?, &gated_linear(&x, &a_dense, &b_dense)?);
+        assert!(gated_linear(&x, &a, &wide).is_err() && a.linear(&random((2, 63), 1), None).is_err());
+        let ids = Tensor::new(&[39u32, 0, 39], &Device::Cpu)?;
+        assert_eq!(far(&a.narrow(0, 40)?.select(&ids)?, &a_dense.select(&ids)?), 0.0);
+        assert!(a.select(&Tensor::new(&[40u32], &Device::Cpu)?).is_err());
+        Ok(())
+    }
+
+    #[test]
     fn rows_that_are_not_there_are_an_error() -> Result<()> {
         let values = random((4, 32), 1).flatten_all()?.to_vec1::<f32>()?;
         let w = WeightMatrix::from(quantise(&values, (4, 32), GgmlDType::Q8_0, &Device::Cpu)?);

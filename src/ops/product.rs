@@ -9,6 +9,7 @@ use pulp::bytemuck::cast_slice;
 use rayon::prelude::*;
 
 use super::blocks::dequantise;
+use super::bytes;
 use super::columns::{Columns, by_columns, filled};
 use super::few::{self, FEW};
 #[cfg(target_arch = "x86_64")]
@@ -55,7 +56,8 @@ impl<'a> Rows<'a> {
 
 /// `inputs` (N, columns), `w` (rows, columns) and `bias` (rows) give (N, rows).
 ///
-/// With weights in blocks many inputs are rounded to bf16 where the processor multiplies bf16; else all is f32.
+/// With weights in blocks many inputs are rounded to bf16 where the processor multiplies bf16, or to integers where it does not
+/// and those of blocks of Q8_0 are; else all is f32.
 ///
 /// Errors: blocks of a type that [`dequantise`] does not know, or that do not divide `columns`.
 pub(super) fn product(
@@ -101,6 +103,9 @@ pub(super) fn product(
         Rows::Blocks(w, dtype) if panels::suits(dtype, columns) => {
             filled(count * rows, |y| panels::products(y, (w, dtype), Then::Add(bias), inputs, columns))
         }
+        Rows::Blocks(w, dtype) if bytes::suits_blocks(dtype, columns) => {
+            filled(count * rows, |y| bytes::products_of_blocks(y, w, None, bias, inputs, columns))
+        }
         Rows::Blocks(_, dtype) => {
             thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
             let products = |y: &mut Columns| {
@@ -137,6 +142,9 @@ pub(super) fn gated(inputs: &[f32], gate: Rows, up: Rows, (rows, columns): (usiz
     match (gate, up) {
         (Rows::Plain(gate), Rows::Plain(up)) if tiles::suits(columns) => {
             filled(count, |y| tiles::products(y, gate, Some(up), None, inputs, columns)).map(Some)
+        }
+        (Rows::Blocks(gate, dtype), Rows::Blocks(up, same)) if dtype == same && bytes::suits_blocks(dtype, columns) => {
+            filled(count, |y| bytes::products_of_blocks(y, gate, Some(up), None, inputs, columns)).map(Some)
         }
         _ => Ok(None),
     }

@@ -12,7 +12,7 @@ use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
 #[cfg(feature = "nano")]
 use crate::checkpoint::Source;
-use crate::checkpoint::{Matrices, WeightType, Weights};
+use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
 #[cfg(feature = "nano")]
 use crate::generate::TRANSFORMER;
@@ -96,8 +96,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let (started, started_free) = (Instant::now(), memory::free(&device));
     let weights = Weights::synthetic(dtype, &device).with_matrices(matrices);
     let backbone = Backbone::load(&weights, &config.backbone)?;
-    let kept = if matrices == Matrices::Bytes { matrices } else { Matrices::Tensors };
-    let tokenizer = Weights::synthetic(DType::F32, &device).with_matrices(kept);
+    let tokenizer = Weights::synthetic(DType::F32, &device).with_matrices(matrices);
     let tokenizer = ImageDecoder::load(&tokenizer, &config.tokenizer)?;
     let load_seconds = started.elapsed().as_secs_f64();
 

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{Heads, Seen};
+use super::Heads;
 use crate::ops::exp::exp;
 use crate::ops::tiles::{MOST, Strides, in_registers, multiply, registers};
 
@@ -29,15 +29,14 @@ pub(super) struct Group<'a> {
 }
 
 /// `softmax(scale * q kᵀ) v` of a group over `keys` keys of its head into `out`, (rows, heads, D) with rows `stride` apart.
-///
-/// Panics unless it [`suits`], and for a mask by rows.
+/// With `behind` a query of index i sees that many keys and i + 1 more, else all.
 pub(super) fn attend(
     out: &mut [f32],
     stride: usize,
     group: &Group,
     (k, v): (Heads, Heads),
     keys: usize,
-    seen: Seen,
+    behind: Option<usize>,
     scale: f32,
 ) {
     thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
@@ -49,7 +48,7 @@ pub(super) fn attend(
         for first in (0..all).step_by(width) {
             let panel = Panel { first, count: width.min(all - first), scale };
             let memory = Memory { out: &mut *out, stride, queries, weights };
-            Arch::new().dispatch(Attend { panel, group, k, v, seen, memory });
+            Arch::new().dispatch(Attend { panel, group, k, v, behind, memory });
         }
     });
 }
@@ -76,7 +75,7 @@ struct Attend<'a> {
     group: &'a Group<'a>,
     k: Heads<'a>,
     v: Heads<'a>,
-    seen: Seen<'a>,
+    behind: Option<usize>,
     memory: Memory<'a>,
 }
 
@@ -91,7 +90,7 @@ impl WithSimd for Attend<'_> {
 
 #[inline(always)]
 fn panel<S: Simd, const HIGH: usize, const WIDE: usize>(simd: S, attend: Attend) {
-    let Attend { panel, group, k, v, seen, memory } = attend;
+    let Attend { panel, group, k, v, behind, memory } = attend;
     let Group { q, batch, heads: (head, heads), rows: (row, _) } = *group;
     let (width, d) = (WIDE * S::F32_LANES, q.d);
     let place = |i: usize| ((panel.first + i) / heads, (panel.first + i) % heads);
@@ -111,7 +110,7 @@ fn panel<S: Simd, const HIGH: usize, const WIDE: usize>(simd: S, attend: Attend)
     let mut largest = [f32::NEG_INFINITY; MOST];
     let mut sums = [0f32; MOST];
     let (largest, sums) = (&mut largest[..width], &mut sums[..width]);
-    if let Seen::Behind(before) = seen {
+    if let Some(before) = behind {
         for (key, logits) in memory.weights.chunks_exact_mut(width).enumerate().skip(before + place(0).0 + 1) {
             for (i, logit) in logits[..panel.count].iter_mut().enumerate() {
                 *logit = if key > before + place(i).0 { f32::NEG_INFINITY } else { *logit };

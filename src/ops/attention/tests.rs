@@ -18,9 +18,13 @@ fn mask(b: Option<usize>, t: usize, s: usize) -> Result<Tensor> {
 
 #[test]
 fn matches_the_composition() -> Result<()> {
-    for (b, t, s, heads) in
-        [(2, 5, 7, (4, 2, 6)), (1, 70, 70, (2, 1, 9)), (1, 600, 610, (1, 1, 2)), (3, 1, 11, (6, 2, 8))]
-    {
+    for (b, t, s, heads) in [
+        (2, 5, 7, (4, 2, 6)),
+        (1, 60, 1200, (2, 1, 64)),
+        (1, 70, 70, (2, 1, 9)),
+        (1, 600, 610, (1, 1, 2)),
+        (3, 1, 11, (6, 2, 8)),
+    ] {
         let [q, k, v] = &inputs(b, t, s, heads);
         same(&[q, k, v], || attention(q, k, v, Mask::None, 0.4), || plain(q, k, v, None, 0.4));
         let behind = causal(t, s, &Device::Cpu)?;

@@ -56,7 +56,7 @@ impl Reading {
     /// The size of what filters of a side make of an image; nothing if they do not fit.
     fn size(&self, image: (usize, usize), side: usize) -> Option<(usize, usize)> {
         let (h, w) = self.padded(image);
-        let fits = self.stride > 0 && side > 0 && h.min(w) >= side;
+        let fits = self.stride > 0 && side > 0 && h.min(w) >= side && image.0.min(image.1) > 0;
         fits.then(|| ((h - side) / self.stride + 1, (w - side) / self.stride + 1))
     }
 }
@@ -64,19 +64,22 @@ impl Reading {
 impl ByteFilters {
     /// Whether this processor has a kernel for filters (O, C, K, K) of this shape.
     pub fn suits(shape: [usize; 4]) -> bool {
-        let [_, channels, k, _] = shape;
-        channels.checked_mul(k * k).is_some_and(Bytes::suits)
+        let [o, channels, k, width] = shape;
+        o > 0 && k == width && k.checked_mul(k).and_then(|k| k.checked_mul(channels)).is_some_and(Bytes::suits)
     }
 
     /// Of bytes and scales as [`Bytes::new`] takes them.
     ///
     /// Errors when their numbers are not those of the shape, or it does not [suit](Self::suits).
     pub fn new(bytes: &[u8], scales: &[f32], shape: [usize; 4]) -> Result<Self> {
-        let [o, channels, k, width] = shape;
-        let n = channels * k * k;
-        let Some(kernel) = Kernel::best().filter(|_| Self::suits(shape) && width == k && bytes.len() == o * n) else {
-            bail!("{} bytes are not filters of shape {shape:?} for this processor", bytes.len());
+        let [o, channels, k, _] = shape;
+        let Some(kernel) = Kernel::best().filter(|_| Self::suits(shape)) else {
+            bail!("no kernel for filters of shape {shape:?} on this processor");
         };
+        let n = channels * k * k;
+        if Some(bytes.len()) != o.checked_mul(n) {
+            bail!("{} bytes are not filters of shape {shape:?}", bytes.len());
+        }
         let row = (k * channels).next_multiple_of(2);
         let mut turned = vec![ZERO as u8; o * k * row];
         for (filter, turned) in bytes.chunks_exact(n).zip(turned.chunks_exact_mut(k * row)) {

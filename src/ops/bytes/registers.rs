@@ -157,7 +157,7 @@ macro_rules! kernel {
     (
         $name:ident, $features:literal, $lanes:literal lanes, at most $inputs:literal inputs,
         $zero:ident, $pair:ident, $bytes:ty, $load_bytes:ident, $widen:ident, $times:expr,
-        $to_floats:ident, $load:ident, $store:ident, $splat:ident, $mul:ident
+        $to_floats:ident, $load:ident, $store:ident, $splat:ident, $mul:ident, $multiply_add:ident
     ) => {
         #[cfg(target_arch = "x86_64")]
         mod $name {
@@ -186,12 +186,13 @@ macro_rules! kernel {
                 let (first, end, count) = (y.first(), y.first() + y.width(), inputs.scales.len());
                 // As even as may be, rather than a few inputs behind many full ones.
                 let (tiles, step) = (count.div_ceil(INPUTS), 2 * inputs.pairs);
+                let groups = w.scales.len() * 2 * w.pairs / w.weights.len();
                 for row in (first..end).step_by(ROWS) {
                     let rows = ROWS.min(end - row);
                     let bias = bias.map(|bias| &bias[row..row + rows]);
                     for tile in 0..tiles {
                         let range = tile * count / tiles..(tile + 1) * count / tiles;
-                        let at = Places { first: range.start * step, step, stretches: 1, pitch: 0 };
+                        let at = Places { first: range.start * step, step, stretches: groups, pitch: step / groups };
                         let (x, scales) = (&inputs.values, &inputs.scales[range.clone()]);
                         let mut out = sums(x, at, scales, w, row);
                         if let Some(up) = up {
@@ -251,8 +252,10 @@ macro_rules! kernel {
             #[inline]
             #[target_feature(enable = $features)]
             fn sums(x: &[i16], at: Places, scales: &[f32], w: &Panels, row: usize) -> [[f32; ROWS]; INPUTS] {
-                let panel = &w.weights.as_chunks::<{ 2 * ROWS }>().0[row / ROWS * w.pairs..][..w.pairs];
-                let scales = (w.scales[row..].first_chunk().expect("a whole panel"), scales);
+                let (weights, of_rows) = (w.weights.as_chunks::<{ 2 * ROWS }>().0, w.scales.as_chunks::<ROWS>().0);
+                let (panel, groups) = ((row - w.first) / ROWS, of_rows.len() * w.pairs / weights.len());
+                let scales = (&of_rows[panel * groups..][..groups], scales);
+                let panel = &weights[panel * w.pairs..][..w.pairs];
                 let mut out = [[0f32; ROWS]; INPUTS];
                 match scales.1.len() {
                     1 => tile::<1>(panel, x, at, scales, &mut out),
@@ -278,14 +281,16 @@ macro_rules! kernel {
                 panel: &[[i8; 2 * ROWS]],
                 x: &[i16],
                 at: Places,
-                (scales, x_scales): (&[f32; ROWS], &[f32]),
+                (scales, x_scales): (&[[f32; ROWS]], &[f32]),
                 out: &mut [[f32; ROWS]; INPUTS],
             ) {
                 let Places { first, step, stretches, pitch } = at;
                 let pairs = panel.len() / stretches;
                 let end = first + (R - 1) * step + (stretches - 1) * pitch + 2 * pairs;
                 assert!(end <= x.len() && x_scales.len() == R && R <= INPUTS, "inputs that are not there");
+                let mut totals = [[$splat(0.0); WIDE]; R];
                 let mut sums = [[$zero(); WIDE]; R];
+                let of_group = stretches / scales.len();
                 for (stretch, panel) in panel.chunks_exact(pairs).enumerate() {
                     let mut x = x[first + stretch * pitch..].as_ptr();
                     for weights in panel {
@@ -307,15 +312,25 @@ macro_rules! kernel {
                         }
                         x = x.wrapping_add(2);
                     }
+                    if (stretch + 1) % of_group == 0 {
+                        let scales = &scales[stretch / of_group];
+                        for i in 0..WIDE {
+                            // SAFETY: two registers are as long as a panel is high.
+                            #[allow(unsafe_code)]
+                            let scale = unsafe { $load(scales.as_ptr().add(i * LANES)) };
+                            for r in 0..R {
+                                totals[r][i] = $multiply_add($to_floats(sums[r][i]), scale, totals[r][i]);
+                            }
+                        }
+                        sums = [[$zero(); WIDE]; R];
+                    }
                 }
                 for r in 0..R {
-                    let scale = $splat(x_scales[r]);
                     for i in 0..WIDE {
-                        // SAFETY: two registers are as long as a panel is high.
+                        // SAFETY: as above.
                         #[allow(unsafe_code)]
                         unsafe {
-                            let scale = $mul($load(scales.as_ptr().add(i * LANES)), scale);
-                            $store(out[r].as_mut_ptr().add(i * LANES), $mul($to_floats(sums[r][i]), scale));
+                            $store(out[r].as_mut_ptr().add(i * LANES), $mul(totals[r][i], $splat(x_scales[r])));
                         }
                     }
                 }
@@ -328,11 +343,11 @@ kernel!(
     avx2, "avx2,fma", 8 lanes, at most 6 inputs,
     _mm256_setzero_si256, _mm256_set1_epi32, __m128i, _mm_loadu_si128, _mm256_cvtepi8_epi16,
     |sum, w, x| _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)),
-    _mm256_cvtepi32_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_mul_ps
+    _mm256_cvtepi32_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_mul_ps, _mm256_fmadd_ps
 );
 kernel!(
     avx512, "avx512f,avx512bw,avx512vnni,avx2,fma", 16 lanes, at most 12 inputs,
     _mm512_setzero_si512, _mm512_set1_epi32, __m256i, _mm256_loadu_si256, _mm512_cvtepi8_epi16,
     |sum, w, x| _mm512_dpwssd_epi32(sum, w, x),
-    _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_mul_ps
+    _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_mul_ps, _mm512_fmadd_ps
 );
