@@ -75,9 +75,17 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// What an error of candle says, without the backtrace that it prints where RUST_BACKTRACE is set.
+pub fn told(e: &candle_core::Error) -> String {
+    match e {
+        candle_core::Error::WithBacktrace { inner, .. } => told(inner),
+        e => e.to_string(),
+    }
+}
+
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        let message = e.to_string();
+        let message = told(&e);
         if message.contains("OUT_OF_MEMORY") {
             return Self::new(Kind::Memory, "the GPU has no memory left for this")
                 .hint("--quant q8_0, --quant q4_K, or a smaller --size; nextflow gen --dry-run tells what each takes");

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// More layers than any transformer has: a larger number is damage.
+const MAX_LAYERS: usize = 10_000;
+
 /// What the transformer sees of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -173,6 +176,9 @@ impl BackboneConfig {
     /// What would make the model's constructor panic or mislead, as one sentence.
     pub fn check(&self) -> Result<(), String> {
         let Self { hidden_size, num_attention_heads: heads, num_key_value_heads: kv, .. } = *self;
+        if !(1..=MAX_LAYERS).contains(&self.num_hidden_layers) {
+            return Err(format!("{} layers are not 1 to {MAX_LAYERS}", self.num_hidden_layers));
+        }
         if heads == 0 || kv == 0 || hidden_size % heads != 0 || heads % kv != 0 {
             return Err(format!("{heads} heads over {kv} key-value heads do not divide a width of {hidden_size}"));
         }

@@ -85,6 +85,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn damaged_numbers_of_layers_are_refused() {
+        for layers in [0, 1_000_000_000] {
+            let damaged = BackboneConfig { num_hidden_layers: layers, ..QWEN2_5_0_5B };
+            assert!(damaged.check().is_err_and(|message| message.contains("layers")));
+        }
+    }
+
+    #[test]
     fn presets_are_sound_and_of_the_published_sizes() {
         for preset in [TOKENFLOW_T2I_7B, QWEN2_5_VL_7B, QWEN2_5_VL_3B, QWEN2_5_0_5B] {
             assert_eq!(preset.check(), Ok(()));

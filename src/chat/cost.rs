@@ -67,7 +67,7 @@ impl ChatConfig {
         let (dtype, matrices) = source.map_or_else(placed, |source| source.placed(TRANSFORMER, weights, device));
         let asked = Weights::inventory();
         self.build(&asked)?;
-        let weights = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
+        let held = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
             Some(source) => Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum(),
             // What is read from a file stays beside what is laid out for products.
             None if matrices == Matrices::Bytes && source != Some(&Source::Embedded) => {
@@ -97,11 +97,12 @@ impl ChatConfig {
         };
         let tokenizer = self.drawing.as_ref().map(|config| {
             let asked = Weights::inventory();
-            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, matrices))
+            let filters = source.map_or(Matrices::Tensors, |source| config.filters(source, device, weights));
+            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, filters))
         });
         let tokenizer = tokenizer.transpose()?.unwrap_or(0);
         Ok(ChatMemory {
-            weights: weights + tokenizer,
+            weights: held + tokenizer,
             cache: cache as u64,
             activations: ((pass + words).max(seen) as u64).max(drawn),
             program: cost::PROGRAM + WORD * c.vocab_size as u64,

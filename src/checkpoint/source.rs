@@ -13,7 +13,7 @@ use super::embedded;
 use super::shards;
 use super::weight_type::{Matrices, WeightType};
 use super::weights::{Fault, Weights};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, told};
 use crate::ops::Bytes;
 use crate::text::Text;
 
@@ -274,7 +274,7 @@ fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> 
 
 /// A failure to build: the devices' allocators tell of their exhaustion in words only.
 fn failure(name: &str, error: candle_core::Error) -> Error {
-    let text = error.to_string();
+    let text = told(&error);
     let lower = text.to_lowercase().replace('_', " ");
     if lower.contains("out of memory") || lower.contains("memory allocation failed") {
         return Error::new(Kind::Memory, format!("not enough memory for {name}: {text}")).hint("--device cpu");

@@ -51,11 +51,8 @@ pub fn memory(
     device: &Device,
 ) -> Result<Memory> {
     let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
-    let mut memory = synthetic_memory(config, dtype, matrices, images, sampling)?;
-    let (_, filters) = source.placed(config.tokenizer_file(source), weights, device);
-    if filters != matrices {
-        memory.tokenizer = synthetic_memory(config, dtype, filters, images, sampling)?.tokenizer;
-    }
+    let filters = config.filters(source, device, weights);
+    let mut memory = synthetic_memory(config, dtype, (matrices, filters), images, sampling)?;
     if matrices == Matrices::Bytes && *source != Source::Embedded {
         // As they were read, beside what is laid out for products.
         memory.transformer *= 2;
@@ -67,11 +64,11 @@ pub fn memory(
     Ok(memory)
 }
 
-/// As [`memory`], for weights that are in no file.
+/// As [`memory`], for weights that are in no file, with the transformer's matrices and the tokenizer's filters kept in some way.
 pub fn synthetic_memory(
     config: &ModelConfig,
     dtype: DType,
-    matrices: Matrices,
+    (matrices, filters): (Matrices, Matrices),
     (scales, images): (&[(usize, usize)], usize),
     sampling: &Sampling,
 ) -> Result<Memory> {
@@ -91,7 +88,7 @@ pub fn synthetic_memory(
         transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width),
-        tokenizer: tokenizer.bytes(pixels, matrices),
+        tokenizer: tokenizer.bytes(pixels, filters),
         decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
-use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
+use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::pixels;
 use crate::text::Text;
@@ -126,7 +126,7 @@ impl ModelConfig {
     }
 
     /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU and, unless `weights` asks for
-    /// another type, filters that are stored as bytes and stay so.
+    /// f32, filters that are stored as bytes and stay so.
     pub fn load_tokenizer(
         &self,
         source: &Source,
@@ -144,9 +144,14 @@ impl ModelConfig {
         weights: Option<WeightType>,
         build: impl Fn(&Weights, &TokenizerConfig) -> candle_core::Result<T>,
     ) -> Result<T> {
-        let file = self.tokenizer_file(source);
-        let (_, matrices) = source.placed(file, weights, device);
-        source.load(file, DType::F32, device, |w| build(&w.with_matrices(matrices), &self.tokenizer))
+        let filters = self.filters(source, device, weights);
+        let build = |w: &Weights| build(&w.with_matrices(filters), &self.tokenizer);
+        source.load(self.tokenizer_file(source), DType::F32, device, build)
+    }
+
+    /// How the image tokenizer's filters are kept beside a transformer of `weights`: as they are stored, unless all is to be f32.
+    pub(crate) fn filters(&self, source: &Source, device: &Device, weights: Option<WeightType>) -> Matrices {
+        source.placed(self.tokenizer_file(source), weights.filter(|weights| *weights == WeightType::F32), device).1
     }
 
     /// The image tokenizer's file in a model folder: ours, or the public one under its own name.

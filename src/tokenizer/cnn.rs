@@ -27,10 +27,14 @@ pub struct CnnConfig {
 }
 
 impl CnnConfig {
-    /// Errors: no levels, more than any image has pixels for, or no patches.
+    /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups do not divide.
     pub(super) fn check(&self) -> Result<()> {
         if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > 1 << 16 {
             bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
+        }
+        let split = |mult: &usize| self.ch * mult > 0 && (self.ch * mult).is_multiple_of(self.groups);
+        if self.groups == 0 || self.num_res_blocks > 1000 || self.ch > 1 << 20 || !self.ch_mult.iter().all(split) {
+            bail!("{} groups do not divide {} channels times {:?}", self.groups, self.ch, self.ch_mult);
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
 #[cfg(feature = "nano")]
 use crate::checkpoint::Source;
-use crate::checkpoint::{WeightType, Weights};
+use crate::checkpoint::{Matrices, WeightType, Weights};
 use crate::error::Result;
 #[cfg(feature = "nano")]
 use crate::generate::TRANSFORMER;
@@ -84,19 +84,26 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     config.sampling.draft = args.draft;
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     config.sampling.check(scales.len())?;
-    let (dtype, matrices) = match args.synthetic {
+    let (dtype, matrices, filters) = match args.synthetic {
         #[cfg(feature = "nano")]
-        Shape::Nano => Source::Embedded.placed(TRANSFORMER, args.quant, &device),
-        _ => args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu()),
+        Shape::Nano => {
+            let (dtype, matrices) = Source::Embedded.placed(TRANSFORMER, args.quant, &device);
+            (dtype, matrices, config.filters(&Source::Embedded, &device, args.quant))
+        }
+        _ => {
+            let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+            (dtype, matrices, Matrices::Tensors)
+        }
     };
-    let needed = cost::synthetic_memory(&config, dtype, matrices, (&scales, args.batch as usize), &config.sampling)?;
+    let needed =
+        cost::synthetic_memory(&config, dtype, (matrices, filters), (&scales, args.batch as usize), &config.sampling)?;
     memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
     let stop = terminal::interrupts()?;
 
     let (started, started_free) = (Instant::now(), memory::free(&device));
     let weights = Weights::synthetic(dtype, &device).with_matrices(matrices);
     let backbone = Backbone::load(&weights, &config.backbone)?;
-    let tokenizer = Weights::synthetic(DType::F32, &device).with_matrices(matrices);
+    let tokenizer = Weights::synthetic(DType::F32, &device).with_matrices(filters);
     let tokenizer = ImageDecoder::load(&tokenizer, &config.tokenizer)?;
     let load_seconds = started.elapsed().as_secs_f64();
 
