@@ -73,8 +73,8 @@ impl Size {
     fn scales(self, max: usize, cell: u64) -> Result<Vec<(usize, usize)>> {
         let max = max.clamp(1, 18);
         let (width, height) = match self {
-            Self::Auto => return Ok(schedule::nearest(1.0).scales[..max].to_vec()),
-            Self::Ratio(ratio) => return Ok(schedule::nearest(ratio).scales[..max].to_vec()),
+            Self::Auto => return Ok(schedule::nearest(1.0).prefix(max).to_vec()),
+            Self::Ratio(ratio) => return Ok(schedule::nearest_of(ratio, max).prefix(max).to_vec()),
             Self::Pixels { width, height } => (width, height),
         };
         // The paper's 128, 256, 512 and 1024 px levels, as far as the model goes.
@@ -144,8 +144,8 @@ mod tests {
     fn sizes_map_to_the_table() {
         assert_eq!(drawn("auto", 8).unwrap(), (128, 128));
         assert_eq!(drawn("1:1", 18).unwrap(), (1024, 1024));
-        assert_eq!(drawn("16:9", 8).unwrap(), (160, 96));
-        assert_eq!(drawn("9:16", 8).unwrap(), (96, 160));
+        assert_eq!(drawn("3:2", 8).unwrap(), (144, 96));
+        assert_eq!(drawn("2:3", 8).unwrap(), (96, 144));
         assert_eq!(drawn("4:1", 8).unwrap(), (256, 64));
         assert_eq!(drawn("1:4", 8).unwrap(), (64, 256));
         assert_eq!(drawn("160x96", 8).unwrap(), (160, 96));

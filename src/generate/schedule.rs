@@ -39,6 +39,18 @@ pub fn nearest(h_over_w: f64) -> &'static Entry {
     table().iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(&TABLE[0])
 }
 
+/// Of the entries whose first `count` scales end in the grid that comes nearest to a ratio, in log space, the nearest itself.
+/// Small grids round: at the 128 px level the entry nearest to 3:2 ends in a grid of 5:3.
+pub fn nearest_of(h_over_w: f64, count: usize) -> &'static Entry {
+    let off = |ratio: f64| (ratio.ln() - h_over_w.ln()).abs();
+    let distance = |e: &Entry| {
+        let (h, w) = e.prefix(count).last().copied().unwrap_or((1, 1));
+        (off(h as f64 / w as f64), off(e.h_over_w))
+    };
+    let order = |a: (f64, f64), b: (f64, f64)| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1));
+    table().iter().min_by(|a, b| order(distance(a), distance(b))).unwrap_or(&TABLE[0])
+}
+
 /// Codes of all `scales`.
 pub fn codes(scales: &[(usize, usize)]) -> usize {
     scales.iter().map(|(h, w)| h * w).sum()
@@ -90,5 +102,17 @@ mod tests {
         assert_eq!(nearest(9.0 / 16.0).ratio, "4:7");
         assert_eq!(nearest(100.0).ratio, "4:1");
         assert_eq!(nearest(0.01).ratio, "1:4");
+    }
+
+    #[test]
+    fn small_grids_are_as_near_to_a_ratio_as_they_can_be() {
+        for (ratio, grid) in [(1.0, (8, 8)), (2.0 / 3.0, (6, 9)), (1.5, (9, 6)), (0.75, (7, 9)), (0.5, (6, 12))] {
+            assert_eq!(nearest_of(ratio, 8).scales[7], grid, "{ratio}");
+        }
+        assert_eq!(nearest_of(1.0, 18).ratio, "1:1");
+        for entry in table() {
+            let off = |e: &Entry| ((e.scales[17].0 as f64 / e.scales[17].1 as f64).ln() - entry.h_over_w.ln()).abs();
+            assert!(off(nearest_of(entry.h_over_w, 18)) <= off(entry), "{}", entry.ratio);
+        }
     }
 }
