@@ -42,7 +42,7 @@ impl Destination {
                 // Behind a link it is the file that is replaced, not the link.
                 let target =
                     if *force { fs::canonicalize(path).unwrap_or_else(|_| path.clone()) } else { path.clone() };
-                let temp = write_temp(parent(&target), png).map_err(|e| cannot_write(path, &e))?;
+                let temp = write_beside(&target, png).map_err(|e| cannot_write(path, &e))?;
                 let result = if *force { temp.persist(&target) } else { temp.persist_noclobber(&target) };
                 match result {
                     Ok(_) => Ok(Some(path.clone())),
@@ -60,7 +60,7 @@ fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     if !folder.as_os_str().is_empty() {
         fs::create_dir_all(folder).map_err(|e| cannot_write(folder, &e))?;
     }
-    let mut temp = write_temp(here(folder), png).map_err(|e| cannot_write(folder, &e))?;
+    let mut temp = write_beside(&folder.join(stem), png).map_err(|e| cannot_write(folder, &e))?;
     for n in 1u64.. {
         let name = if n == 1 { format!("{stem}.png") } else { format!("{stem}-{n}.png") };
         let path = folder.join(name);
@@ -73,8 +73,9 @@ fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     Err(exists(folder))
 }
 
-/// A file beside its final place: only a rename within one file system is atomic.
-fn write_temp(folder: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
+/// A file beside its final place, since only a rename within one file system is atomic, with the permissions of the file whose
+/// place it may take, or those of any new one.
+pub(crate) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".nextflow-").suffix(".tmp");
     #[cfg(unix)]
@@ -83,7 +84,10 @@ fn write_temp(folder: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    let mut file = builder.tempfile_in(folder)?;
+    let mut file = builder.tempfile_in(parent(path))?;
+    if let Ok(old) = fs::metadata(path) {
+        file.as_file().set_permissions(old.permissions())?;
+    }
     file.write_all(bytes)?;
     Ok(file)
 }
@@ -112,7 +116,7 @@ fn check_file(path: &Path, force: bool) -> Result<()> {
     }
     let folder = parent(path);
     match folder.is_dir() {
-        true => write_temp(folder, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE")),
+        true => write_beside(path, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE")),
         false => Err(Error::usage(format!("cannot write {shown}: there is no folder {}", folder.display()))
             .hint(format!("mkdir -p {}", folder.display()))),
     }
@@ -127,11 +131,11 @@ fn check_folder(folder: &Path) -> Result<()> {
         let message = format!("{} is not a folder", there.display());
         return Err(Error::usage(message).hint("choose another --out-dir"));
     }
-    write_temp(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
+    write_beside(&there.join("image.png"), b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
 }
 
 /// The folder of `path`.
-fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     here(path.parent().unwrap_or(path))
 }
 
@@ -228,8 +232,12 @@ mod tests {
         assert!(to(false).save(b"two", "", 0).unwrap_err().message.contains("already exists"));
         assert_eq!(fs::read(&path).unwrap(), b"one");
         to(true).check().unwrap();
+        #[cfg(unix)]
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions();
         to(true).save(b"two", "", 0).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::metadata(&path).unwrap().permissions(), mode, "a private file stays private");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

@@ -25,16 +25,15 @@ fn edit(path: &Path, change: impl FnOnce(&mut HashMap<String, Tensor>)) {
 }
 
 fn draw(model: &Path, dir: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_nextflow"))
-        .args(["gen", "-p", "a red apple", "--seed", "1", "-o"])
-        .arg(dir.join("apple.png"))
-        .arg("--model")
-        .arg(model)
-        .output()
-        .unwrap()
+    run(&["gen", "-p", "a red apple", "--seed", "1", "-o", "apple.png", "--model", model.to_str().unwrap()], dir)
 }
 
-/// Draws with a model whose folder was changed; asserts the exit code and that nothing was written.
+fn run(args: &[&str], dir: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nextflow")).args(args).current_dir(dir).output().unwrap()
+}
+
+/// Draws with a model whose folder was changed; asserts the exit code and that nothing was written. What is broken, and not just
+/// meaningless, is also found without drawing.
 fn fails(code: i32, change: impl FnOnce(&Path)) -> String {
     let dir = tempfile::tempdir().unwrap();
     let model = folder(dir.path());
@@ -44,6 +43,13 @@ fn fails(code: i32, change: impl FnOnce(&Path)) -> String {
     assert_eq!(output.status.code(), Some(code), "{stderr}");
     assert!(stderr.contains("error: ") && stderr.contains("hint: "), "{stderr}");
     assert!(!dir.path().join("apple.png").exists());
+    if code == 3 {
+        let model = model.to_str().unwrap();
+        let planned = run(&["gen", "-p", "a red apple", "--dry-run", "--model", model], dir.path());
+        assert_eq!((planned.status.code(), String::from_utf8(planned.stderr).unwrap()), (Some(code), stderr.clone()));
+        let smaller = run(&["quantize", "--model", model, "-o", "smaller"], dir.path());
+        assert!(smaller.status.code() == Some(code) && !dir.path().join("smaller").exists());
+    }
     stderr
 }
 
@@ -112,6 +118,50 @@ fn missing_and_misshapen_tensors_are_listed() {
         });
     });
     assert!(stderr.contains("post_quant_conv.bias") && stderr.contains("2, 3"), "{stderr}");
+}
+
+#[test]
+fn scales_of_bytes_are_checked_too() {
+    const SCALE: &str = "model.layers.0.mlp.up_proj.weight.scale";
+    let change = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
+        fails(3, |model| edit(&model.join("model.safetensors"), |tensors| change(tensors)))
+    };
+    let stderr = change(&|tensors| drop(tensors.remove(SCALE)));
+    assert!(stderr.contains(&format!("1 missing: {SCALE}: missing")), "{stderr}");
+    let stderr = change(&|tensors| {
+        let short = tensors[SCALE].narrow(0, 0, 3).unwrap();
+        tensors.insert(SCALE.into(), short);
+    });
+    assert!(stderr.contains(&format!("1 wrongly shaped: {SCALE}: found (3), expected (")), "{stderr}");
+}
+
+#[test]
+fn info_tells_what_a_folder_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = folder(dir.path());
+    let info = || {
+        let output = run(&["info", "model"], dir.path());
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let (code, text) = info();
+    assert!(code == Some(0) && text.contains("  text tokenizer: ") && text.ends_with("  complete\n"), "{text}");
+    edit(&model.join("model.safetensors"), |tensors| {
+        tensors.remove("model.layers.0.mlp.up_proj.weight.scale");
+    });
+    let (_, text) = info();
+    assert!(
+        text.contains("1 missing: model.layers.0.mlp.up_proj.weight.scale") && !text.contains("complete"),
+        "{text}"
+    );
+    let words = std::fs::read(model.join("tokenizer.json")).unwrap();
+    std::fs::write(model.join("tokenizer.json"), &words[..words.len() / 2]).unwrap();
+    assert_eq!(info().0, Some(3));
+    std::fs::remove_file(model.join("tokenizer.json")).unwrap();
+    let (code, text) = info();
+    assert!(code == Some(0) && text.contains("  no text tokenizer: ") && !text.contains("complete"), "{text}");
+    std::fs::remove_file(model.join("config.json")).unwrap();
+    let (code, text) = info();
+    assert!(code == Some(3) && text.contains("config.json is missing"), "{text}");
 }
 
 #[test]

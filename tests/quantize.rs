@@ -104,7 +104,7 @@ fn the_forecast_holds() {
         let run = |args: &[&str]| json(&stdout(here, &[args, weights].concat()));
         let plan = run(&["gen", "-p", "x", "--dry-run", "--json"]);
         assert_eq!((&plan["codes"], &plan["passes"], &plan["size"]), (&204.into(), &8.into(), &"128x128".into()));
-        let report = run(&["bench", "--synthetic", "nano", "--json"]);
+        let report = run(&["bench", "--synthetic", "nano", "--prompt", "1", "--json"]);
         assert_eq!(plan["peak_memory"].as_u64(), report["forecast_bytes"].as_u64().map(|bytes| bytes + embedded));
         assert_eq!(report["parts"].as_array().unwrap().len(), 9);
         // Only Linux tells the peak.

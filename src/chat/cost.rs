@@ -69,11 +69,7 @@ impl ChatConfig {
         self.build(&asked)?;
         let held = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
             Some(source) => Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum(),
-            // What is read from a file stays beside what is laid out for products.
-            None if matrices == Matrices::Bytes && source != Some(&Source::Embedded) => {
-                2 * asked.bytes(dtype, matrices)
-            }
-            None => asked.bytes(dtype, matrices),
+            None => source.map_or(1, |source| source.copies(matrices)) * asked.bytes(dtype, matrices),
         };
         let (c, width) = (&self.backbone, dtype.size_in_bytes());
         // A model that draws keeps what guidance is away from as well.

@@ -113,6 +113,17 @@ pub struct ChatModel {
 }
 
 impl ChatModel {
+    /// Whether [`ChatModel::load`] can load the checkpoint of `config`, as far as its words and the headers of its weights tell.
+    ///
+    /// Errors: those of [`ChatModel::load`].
+    pub fn check(source: &Source, config: &ChatConfig) -> Result<()> {
+        Template::of(&source.text_of(config.backbone.vocab_size)?, config.vision.is_some())?;
+        source.check(TRANSFORMER, |w| config.build(w))?;
+        config.drawing.as_ref().map_or(Ok(()), |drawing| {
+            source.check(drawing.tokenizer_file(source), |w| ImageTokenizer::load(w, &drawing.tokenizer))
+        })
+    }
+
     /// Loads the checkpoint of `config` onto `device`, as `weights`, by default f32 on a CPU and bf16 elsewhere.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not talk.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -13,9 +13,11 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::header::{self, Entry, Header, Stored};
+use super::weights::Fault;
 use super::{gguf, pickle};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{self, WeightMatrix};
+use crate::output;
 
 /// A file whose header is sound, and where its data is.
 #[derive(Debug)]
@@ -138,7 +140,7 @@ impl Archive {
 
     /// Whether any tensor is stored as bytes with a scale per row.
     pub(super) fn has_bytes(&self) -> bool {
-        self.header.iter().any(|(key, entry)| entry.stored == BYTES && self.readable(key, entry))
+        self.header.iter().any(|(key, entry)| entry.stored == BYTES && self.readable(key, entry).is_ok())
     }
 
     /// Whether this one is.
@@ -202,14 +204,26 @@ impl Archive {
         }
     }
 
-    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row.
-    pub(super) fn readable(&self, key: &str, entry: &Entry) -> bool {
-        let is_float = |e: &Entry| matches!(e.stored, Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16));
-        let scaled = |scale: &Entry| is_float(scale) && Some(&scale.shape[..]) == entry.shape.get(..1);
+    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row. If not, what
+    /// is wrong, with the key that it is wrong with.
+    pub(super) fn readable(&self, key: &str, entry: &Entry) -> Result<(), (String, Fault)> {
+        let plain = |key: &str, entry: &Entry| match entry.stored {
+            Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) => Ok(()),
+            other => Err((key.to_string(), Fault::Type(other))),
+        };
         match entry.stored {
-            Stored::Blocks(_) => true,
-            BYTES => self.entry(&scale_key(key)).is_some_and(scaled),
-            _ => is_float(entry),
+            Stored::Blocks(_) => Ok(()),
+            BYTES => {
+                let (key, expected) = (scale_key(key), entry.shape.iter().take(1).copied().collect());
+                match self.entry(&key) {
+                    None => Err((key, Fault::Missing)),
+                    Some(scale) if scale.shape != expected => {
+                        Err((key, Fault::Shape { found: scale.shape.clone(), expected }))
+                    }
+                    Some(scale) => plain(&key, scale),
+                }
+            }
+            _ => plain(key, entry),
         }
     }
 }
@@ -296,7 +310,7 @@ fn numbers<const N: usize, T>(file: &mut impl Read, length: u64, f: impl Fn([u8;
 /// All weights of a file, as f32.
 pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let archive = Archive::open(path)?;
-    let weights = archive.tensors().filter(|(key, entry)| archive.readable(key, entry));
+    let weights = archive.tensors().filter(|(key, entry)| archive.readable(key, entry).is_ok());
     weights.map(|(key, _)| Ok((key.clone(), archive.read(key, DType::F32, &Device::Cpu)?))).collect()
 }
 
@@ -308,13 +322,7 @@ pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<Has
 
 /// Writes a file; `path` has either its old content or all of the new.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // Temporary files are private by default; this one is to become an ordinary file.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.prefix(".nextflow-").tempfile_in(folder).map_err(|e| unwritten(path, &e))?;
-    file.write_all(bytes).map_err(|e| unwritten(path, &e))?;
+    let file = output::write_beside(path, bytes).map_err(|e| unwritten(path, &e))?;
     file.as_file().sync_all().map_err(|e| unwritten(path, &e))?;
     file.persist(path).map_err(|e| unwritten(path, &e.error))?;
     Ok(())

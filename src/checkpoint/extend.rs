@@ -98,7 +98,7 @@ pub fn extend(
                 let fits = entry.shape.len() == asked.shape.len()
                     && entry.shape[1..] == asked.shape[1..]
                     && entry.shape.first() <= asked.shape.first();
-                if !fits || !archive.readable(&key, entry) {
+                if !fits || archive.readable(&key, entry).is_err() {
                     let (found, expected) = (dims(&entry.shape), dims(&asked.shape));
                     return Err(misfit(format!("{key} is {found} of {}, {expected} are needed", entry.stored)));
                 }

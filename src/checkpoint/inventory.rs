@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::Source;
 use super::archive::Archive;
-use super::header::{Stored, dims};
-use super::weights::{Asked, Weights};
+use super::header::Stored;
+use super::weights::{Asked, Fault, Weights, check};
 use crate::error::Result;
 
 /// The tensors of some files.
@@ -38,7 +38,7 @@ pub struct FileSummary {
 pub struct Fit {
     /// Asked for, but not there.
     pub missing: Vec<String>,
-    /// There in another shape.
+    /// There in another shape, or of a type that is not read.
     pub misshapen: Vec<String>,
     /// There, but nothing asks for them.
     pub unknown: Vec<String>,
@@ -108,12 +108,11 @@ impl Inventory {
     pub fn compare(&self, model: &Weights) -> Fit {
         let (asked, mut fit) = (model.wishes(), Fit::default());
         for (key, Asked { shape, required, .. }) in &asked {
-            match self.archives.iter().rev().find_map(|a| a.entry(key)) {
-                None if *required => fit.missing.push(key.clone()),
-                Some(entry) if entry.shape != *shape => {
-                    fit.misshapen.push(format!("{key}: found {}, expected {}", dims(&entry.shape), dims(shape)));
-                }
-                _ => {}
+            match check(&self.archives, key, shape) {
+                Err((_, Fault::Missing)) if !required && !self.has(key) => {}
+                Err((key, Fault::Missing)) => fit.missing.push(key),
+                Err((key, fault)) => fit.misshapen.push(format!("{key}: {fault}")),
+                Ok(_) => {}
             }
         }
         let keys = self.archives.iter().flat_map(|a| a.tensors().map(|(key, _)| key.clone()));

@@ -144,12 +144,30 @@ impl Source {
         from_archives(&self.name(file), "config.json", self.archives(file)?, dtype, device, build)
     }
 
+    /// Whether a part of the model could be built from `file`: what [`Source::load`] does before it reads a tensor.
+    ///
+    /// Errors: those of [`Source::load`], as far as headers tell.
+    pub fn check<T>(&self, file: &str, build: impl Fn(&Weights) -> candle_core::Result<T>) -> Result<()> {
+        plan(&self.name(file), "config.json", self.archives(file)?, DType::F32, build).map(drop)
+    }
+
+    /// How many times the weights are in memory, beyond those in the binary itself: bytes that were read from a file stay
+    /// beside what is laid out for products.
+    pub fn copies(&self, matrices: Matrices) -> u64 {
+        if matrices == Matrices::Bytes && *self != Self::Embedded { 2 } else { 1 }
+    }
+
     /// Whether there is something that [`Source::load`] would read for `file`.
     pub fn has(&self, file: &str) -> bool {
         match self {
             Self::Embedded => embedded::file(file).is_some(),
             Self::Folder(folder) => shards::find(folder, file).is_ok_and(|files| files.iter().all(|f| f.exists())),
         }
+    }
+
+    /// Whether there is a text tokenizer.
+    pub fn has_text(&self) -> bool {
+        self.has_file("tokenizer.json") || self.has_file("tokenizer.model")
     }
 
     /// Whether every file that [`Source::load`] would read for `file` is there.
@@ -240,6 +258,18 @@ fn from_archives<T>(
     device: &Device,
     build: impl Fn(&Weights) -> candle_core::Result<T>,
 ) -> Result<T> {
+    let archives = plan(name, layout, archives, dtype, &build)?;
+    build(&Weights::from_archives(archives, dtype, device)).map_err(|e| failure(name, e))
+}
+
+/// Builds without reading a tensor, and gives the archives back if they have all that is asked for.
+fn plan<T>(
+    name: &str,
+    layout: &str,
+    archives: Vec<Archive>,
+    dtype: DType,
+    build: impl Fn(&Weights) -> candle_core::Result<T>,
+) -> Result<Vec<Arc<Archive>>> {
     let archives: Vec<_> = archives.into_iter().map(Arc::new).collect();
     let plan = Weights::plan(archives.clone(), dtype);
     let planned = build(&plan).map(drop);
@@ -247,8 +277,7 @@ fn from_archives<T>(
     if !problems.is_empty() {
         return Err(misfit(name, layout, &problems, planned.is_err()));
     }
-    planned.map_err(|e| failure(name, e))?;
-    build(&Weights::from_archives(archives, dtype, device)).map_err(|e| failure(name, e))
+    planned.map(|()| archives).map_err(|e| failure(name, e))
 }
 
 /// One sentence about a file that does not fit its config or layout; `cut` says that the check gave up early.

@@ -1,5 +1,6 @@
 //! The weights of a model under construction: every layer asks for its tensors by key and shape.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::{self, Display};
 use std::path::PathBuf;
@@ -251,7 +252,7 @@ impl Weights {
                 find(archives, &key, &shape)?.read(&key, self.dtype.unwrap_or(*dtype), &self.device)
             }
             Store::Plan(archives, dtype, problems) => {
-                if let Err(fault) = check(archives, &key, &shape) {
+                if let Err((key, fault)) = check(archives, &key, shape.dims()) {
                     lock(problems).add(key, fault, &shape)?;
                 }
                 Tensor::zeros((), *dtype, &Device::Cpu)?.broadcast_as(shape)
@@ -348,17 +349,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The archive that holds a tensor as it is expected; an error if there is none.
 fn find<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> Result<&'a Archive> {
-    check(archives, key, shape).map_err(|fault| Error::Msg(format!("{key}: {fault}")))
+    check(archives, key, shape.dims()).map_err(|(key, fault)| Error::Msg(format!("{key}: {fault}")))
 }
 
-/// The same, or what is wrong.
-fn check<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> std::result::Result<&'a Archive, Fault> {
-    let found = archives.iter().rev().find_map(|a| Some((a, a.entry(key)?)));
-    let (archive, entry) = found.ok_or(Fault::Missing)?;
-    if entry.shape != shape.dims() {
-        return Err(Fault::Shape { found: entry.shape.clone(), expected: shape.dims().to_vec() });
+/// The same, or what is wrong, with the key of the tensor that it is wrong with: that of its scales, maybe.
+pub(super) fn check<'a, A: Borrow<Archive>>(
+    archives: &'a [A],
+    key: &str,
+    shape: &[usize],
+) -> std::result::Result<&'a Archive, (String, Fault)> {
+    let found = archives.iter().rev().find_map(|a| Some((a.borrow(), a.borrow().entry(key)?)));
+    let (archive, entry) = found.ok_or_else(|| (key.to_string(), Fault::Missing))?;
+    if entry.shape != shape {
+        let (found, expected) = (entry.shape.clone(), shape.to_vec());
+        return Err((key.to_string(), Fault::Shape { found, expected }));
     }
-    if archive.readable(key, entry) { Ok(archive) } else { Err(Fault::Type(entry.stored)) }
+    archive.readable(key, entry).map(|()| archive)
 }
 
 impl Problems {

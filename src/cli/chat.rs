@@ -14,13 +14,15 @@ use super::{ModelArgs, lines};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Picture, Reply, Session, WordSampling};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, TRANSFORMER};
+use crate::generate::{Job, TRANSFORMER, cost};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Stop};
 use crate::{device, input, memory, pixels, request};
 
+/// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow chat -i - \"what is in the picture?\"";
+
 /// Flags of `nextflow chat`.
 #[derive(Args, Debug)]
 #[command(
@@ -171,6 +173,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let sampling = sampling(args, config.sampling)?;
     let plan = plan(args, &config, &source, &images, &device)?;
     if args.dry_run {
+        ChatModel::check(&source, &config)?;
         return plan.emit(args.json);
     }
     memory::check(plan.peak_memory, &device, "--quant q8_0, --quant q4_K, smaller images, or a smaller --max-tokens")?;
@@ -256,7 +259,7 @@ fn sampling(args: &ChatArgs, defaults: WordSampling) -> Result<WordSampling> {
 fn plan(args: &ChatArgs, config: &ChatConfig, source: &Source, images: &[RgbImage], device: &Device) -> Result<Plan> {
     let sizes = images.iter().map(|image| config.image_tokens(image.dimensions())).collect::<Result<Vec<_>>>()?;
     let of_images: usize = sizes.iter().map(|(_, tokens)| tokens).sum();
-    let tokens = of_images + args.text.as_ref().map_or(0, String::len) / 3 + args.max_tokens as usize;
+    let tokens = of_images + args.text.as_deref().map_or(0, cost::tokens) + args.max_tokens as usize;
     let largest = sizes.iter().map(|(grid, _)| *grid).max_by_key(|(h, w)| h * w);
     let memory = config.memory(Some(source), args.quant, tokens, largest, device)?;
     let images = args.images.iter().zip(&sizes);

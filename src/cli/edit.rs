@@ -10,7 +10,7 @@ use super::draw::{Delivery, DrawArgs, PromptArgs, told};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
 use crate::error::{Error, Result};
 use crate::generate::frame::Frame;
-use crate::generate::schedule;
+use crate::generate::{cost, schedule};
 use crate::request::Request;
 use crate::terminal::{self, Console};
 use crate::{memory, pixels};
@@ -49,9 +49,10 @@ struct Plan<'a> {
     peak_memory: u64,
 }
 
+/// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\"";
-/// Tokens of an instruction and of what stands around it, for the forecast.
-const WORDS: usize = 64;
+/// Tokens of what stands around an instruction, for the forecast.
+const AROUND: usize = 48;
 /// The most words that the model says before it draws.
 const THOUGHT: usize = 64;
 
@@ -64,11 +65,13 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     args.draw.check_scales(frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
-    let tokens = read.sum::<Result<usize>>()? + WORDS + THOUGHT + schedule::codes(&frame.scales);
+    let words = request.prompts.iter().map(|prompt| cost::tokens(prompt)).max().unwrap_or(0);
+    let tokens = read.sum::<Result<usize>>()? + words + AROUND + THOUGHT + schedule::codes(&frame.scales);
     let memory =
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
     let (width, height) = frame.size();
     if args.draw.dry_run {
+        ChatModel::check(&request.source, &config)?;
         let (model, images, seeds) = (&*request.model, request.images(), &*request.seeds);
         let (size, codes) = (format!("{width}x{height}"), schedule::codes(&frame.scales));
         let plan = Plan { model, images, seeds, size, codes, memory, peak_memory: memory.peak() };
@@ -126,7 +129,7 @@ impl Plan<'_> {
         }
         let Plan { model, images, seeds, size, codes, peak_memory, .. } = self;
         let memory = *peak_memory as f64 / 1e6;
-        let seeds = told(seeds);
+        let (model, seeds) = (terminal::clean(model), told(seeds));
         let text = format!("{images} x {size} with {model}, {seeds}: {codes} codes\nmemory {memory:.0} MB\n");
         terminal::emit(text.as_bytes()).map(drop)
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::draw::{Delivery, DrawArgs, PromptArgs, told};
 use super::think;
 use crate::error::{Error, Result};
-use crate::generate::cost::{self, Memory};
+use crate::generate::cost::{self, Memory, Work};
 use crate::generate::{Batch, Job, Model, TRANSFORMER, schedule};
 use crate::request::Request;
 use crate::settings::Settings;
@@ -119,6 +119,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     }
     let (json, batch) = (args.draw.json, args.batch.min(request.images()) as usize);
     if args.draw.dry_run {
+        Model::check(&request.source, &request.config)?;
         return plan(&request, &scales, batch, json);
     }
     // A file that is missing matters more than the memory that it would take.
@@ -184,8 +185,9 @@ struct Plan<'a> {
 }
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
-    let Request { config, source, weights, sampling, device, .. } = request;
-    cost::memory(config, source, *weights, (scales, batch), sampling, device)
+    let Request { config, source, weights, sampling, device, prompts, .. } = request;
+    let words = prompts.iter().map(|prompt| cost::tokens(prompt)).max().unwrap_or(0);
+    cost::memory(config, source, *weights, Work { scales, images: batch, words, sampling }, device)
 }
 
 fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) -> Result<()> {
@@ -210,8 +212,9 @@ fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) 
     let Plan { model, images, seeds, size, codes, passes, .. } = &plan;
     let Memory { transformer, cache, activations, tokenizer, decode, program } = plan.memory;
     let text = format!(
-        "{images} x {size} with {model}, {}: {codes} codes in {} scales, {passes} passes\n\
+        "{images} x {size} with {}, {}: {codes} codes in {} scales, {passes} passes\n\
          memory {}: transformer {}, cache {}, image tokenizer {}, at work {}, program {}\n",
+        terminal::clean(model),
         told(seeds),
         scales.len(),
         mb(plan.peak_memory),

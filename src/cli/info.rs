@@ -10,7 +10,7 @@ use crate::chat::{self, ChatConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
 use crate::codec;
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, tokenflow};
+use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
 use crate::terminal;
 
 /// How many keys of a list are shown.
@@ -36,6 +36,9 @@ struct Info {
     #[serde(skip_serializing_if = "Option::is_none")]
     config: Option<serde_json::Value>,
     files: Vec<FileSummary>,
+    /// Words of a whole model's text tokenizer, null where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    words: Option<Option<usize>>,
     /// How the files compare with what the family's modules ask for; nothing for a family without any here.
     #[serde(skip_serializing_if = "Option::is_none")]
     fit: Option<Fit>,
@@ -49,6 +52,10 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         Some(path) => match config(path)? {
             Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
             Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
+            None if is_whole(path) => {
+                return Err(Error::model(format!("{} holds a model, but config.json is missing", path.display()))
+                    .hint(format!("copy it from its origin; nextflow info {}/{TRANSFORMER}", path.display())));
+            }
             _ => match Inventory::open(path)? {
                 none if none.files().is_empty() => {
                     return Err(Error::model(format!("{} holds no weights", path.display()))
@@ -72,6 +79,18 @@ fn config(folder: &Path) -> Result<Option<serde_json::Value>> {
     if source.has_file("config.json") { source.read_config().map(Some) } else { Ok(None) }
 }
 
+/// Whether a folder holds a transformer and an image tokenizer, as our models do.
+fn is_whole(folder: &Path) -> bool {
+    let source = Source::Folder(folder.into());
+    source.has(TRANSFORMER) && source.has(IMAGE_TOKENIZER)
+}
+
+/// Words of a model's text tokenizer, if it has one, at most so many.
+fn words(source: &Source, most: usize) -> Result<Option<Option<usize>>> {
+    let words = || source.text_of(most).map(|text| text.vocab_size());
+    source.has_text().then(words).transpose().map(Some)
+}
+
 /// Whether a config is ours, or stands for one.
 fn is_model(config: &serde_json::Value) -> bool {
     tokenflow::is_public(config) || config.get("backbone").is_some() && config.get("tokenizer").is_some()
@@ -81,17 +100,18 @@ fn is_model(config: &serde_json::Value) -> bool {
 fn of_qwen(source: &Source) -> Result<Info> {
     let config = ChatConfig::read(source)?;
     let (files, fit) = config.compare(source)?;
+    let words = words(source, config.backbone.vocab_size)?;
     let config = serde_json::json!({ "backbone": config.backbone });
-    Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, fit: Some(fit) })
+    Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, words, fit: Some(fit) })
 }
 
 /// A whole model by its config.
 fn of_model(source: &Source) -> Result<Info> {
     let config = ModelConfig::read(source)?;
     let (files, fit) = config.compare(source)?;
-    let family = format!("NextFlow model {}", config.name);
+    let (family, words) = (format!("NextFlow model {}", config.name), words(source, config.backbone.vocab_size)?);
     let config = serde_json::to_value(config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
-    Ok(Info { family, config: Some(config), files, fit: Some(fit) })
+    Ok(Info { family, config: Some(config), files, words, fit: Some(fit) })
 }
 
 /// Weights without a config of ours, by their keys.
@@ -104,6 +124,7 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
             family: format!("TokenFlow image tokenizer {}", preset.name),
             config: Some(config),
             files,
+            words: None,
             fit: Some(fit),
         });
     }
@@ -114,7 +135,7 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         _ if inventory.has("model.layers.0.self_attn.q_proj.weight") => "a language model of Llama's layout",
         _ => "weights of no family that is known here",
     };
-    Ok(Info { family: family.into(), config: None, files, fit: None })
+    Ok(Info { family: family.into(), config: None, files, words: None, fit: None })
 }
 
 impl Info {
@@ -143,6 +164,11 @@ impl Info {
             line(format!("  {}: {} tensors, {} parameters, {mib:.1} MiB", f.name, f.tensors, grouped(f.parameters)));
             line(format!("    stored as {}", dtypes.join(", ")));
         }
+        match self.words {
+            Some(Some(words)) => line(format!("  text tokenizer: {} words", grouped(words as u64))),
+            Some(None) => line("  no text tokenizer: tokenizer.json is missing".into()),
+            None => {}
+        }
         let Some(fit) = &self.fit else { return text };
         for (what, keys) in [("missing", &fit.missing), ("misshapen", &fit.misshapen), ("unknown", &fit.unknown)] {
             if !keys.is_empty() {
@@ -152,7 +178,7 @@ impl Info {
                 line(format!("  {} {what}: {shown}{more}", keys.len()));
             }
         }
-        if fit.is_complete() {
+        if fit.is_complete() && self.words != Some(None) {
             line("  complete".into());
         }
         text

@@ -6,10 +6,10 @@ use clap::Args;
 
 use super::ModelArgs;
 use crate::backbone::Backbone;
-use crate::chat::{self, ChatConfig};
+use crate::chat::{self, ChatConfig, ChatModel};
 use crate::checkpoint::{self, WeightType, Weights};
 use crate::error::Result;
-use crate::generate::ModelConfig;
+use crate::generate::{Model, ModelConfig};
 use crate::terminal;
 
 /// Flags of `nextflow quantize`.
@@ -34,10 +34,13 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     terminal::interrupts_after(checkpoint::abandon)?;
     let asked = Weights::inventory();
     if chat::is_qwen(&source.read_config()?) {
-        ChatConfig::read(&source)?.build(&asked)?;
+        let config = ChatConfig::read(&source)?;
+        ChatModel::check(&source, &config)?;
+        config.build(&asked)?;
         checkpoint::quantise_model(&source, &asked, args.weights, &[], &args.output)?;
     } else {
         let config = ModelConfig::read(&source)?;
+        Model::check(&source, &config)?;
         Backbone::load(&asked, &config.backbone)?;
         let others = config.tokenizer_file(&source);
         checkpoint::quantise_model(&source, &asked, args.weights, &[others], &args.output)?;

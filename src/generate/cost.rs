@@ -38,25 +38,38 @@ impl Memory {
 /// The program with its libraries, buffers and threads, as measured.
 pub const PROGRAM: u64 = 20 << 20;
 
-/// What so many images of the grids `scales` need that are drawn at once, with the weights as `source` has them or, where
-/// it is not GGUF, as `weights`.
+/// What is drawn at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Work<'a> {
+    /// Grids (height, width) of every image, coarse to fine.
+    pub scales: &'a [(usize, usize)],
+    /// Images.
+    pub images: usize,
+    /// Tokens of the longest prompt.
+    pub words: usize,
+    /// How codes are drawn.
+    pub sampling: &'a Sampling,
+}
+
+/// About how many tokens a text has.
+pub fn tokens(text: &str) -> usize {
+    text.len().div_ceil(3)
+}
+
+/// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
 ///
 /// Errors: a source whose header cannot be read.
 pub fn memory(
     config: &ModelConfig,
     source: &Source,
     weights: Option<WeightType>,
-    images: (&[(usize, usize)], usize),
-    sampling: &Sampling,
+    work: Work,
     device: &Device,
 ) -> Result<Memory> {
     let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
     let filters = config.filters(source, device, weights);
-    let mut memory = synthetic_memory(config, dtype, (matrices, filters), images, sampling)?;
-    if matrices == Matrices::Bytes && *source != Source::Embedded {
-        // As they were read, beside what is laid out for products.
-        memory.transformer *= 2;
-    }
+    let mut memory = synthetic_memory(config, dtype, (matrices, filters), work)?;
+    memory.transformer *= source.copies(matrices);
     memory.program += source.embedded_bytes();
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
@@ -69,9 +82,9 @@ pub fn synthetic_memory(
     config: &ModelConfig,
     dtype: DType,
     (matrices, filters): (Matrices, Matrices),
-    (scales, images): (&[(usize, usize)], usize),
-    sampling: &Sampling,
+    work: Work,
 ) -> Result<Memory> {
+    let Work { scales, images, words, sampling } = work;
     let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
     Backbone::load(&transformer, &config.backbone)?;
     ImageDecoder::load(&tokenizer, &config.tokenizer)?;
@@ -82,27 +95,31 @@ pub fn synthetic_memory(
     let rows = if guided { 2 * images } else { images };
     let codes: usize = scales.iter().map(|(h, w)| h * w).sum();
     let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
-    let prefix = config.prompt.padded_to.unwrap_or(0) + PREFIX;
+    let prefix = config.prompt.padded_to.unwrap_or(words) + OPENING;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
     Ok(Memory {
         transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
-        activations: drawing(c, largest, (images, guided), width),
+        activations: drawing(c, largest, (images, guided), width).max(pass(c, rows * prefix, width)),
         tokenizer: tokenizer.bytes(pixels, filters),
         decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })
 }
 
+/// Bytes that a block of the transformer holds at once for so many `tokens`, with numbers of `width` bytes: gate and up, each
+/// as it is computed and as it is laid out, beside the residual stream and its norm.
+fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
+    (tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * width) as u64
+}
+
 /// Bytes that a pass over a grid of so many `codes` holds at once, in every one of so many images, guided or not, with numbers
 /// of `width` bytes.
 pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool), width: usize) -> u64 {
     let rows = if guided { 2 * images } else { images };
-    // Gate and up, each as it is computed and as it is laid out, beside the residual stream and its norm.
-    let block = rows * codes * (4 * c.intermediate_size + 4 * c.hidden_size) * width;
     // Logits of both rows, the guided ones, and the copy that is filtered.
     let (copies, at_once) = (if guided { 6 } else { 4 }, codes.min(POSITIONS.div_ceil(images.max(1))));
-    block.max(copies * images * at_once * c.codebook_size * 4) as u64
+    pass(c, rows * codes, width).max((copies * images * at_once * c.codebook_size * 4) as u64)
 }
 
 /// Bytes that decoding the pixels of a grid of so many `codes` holds at once, with numbers of `width` bytes.
@@ -113,8 +130,8 @@ pub fn decoding(tokenizer: &TokenizerConfig, codes: usize, width: usize) -> u64 
     (DECODE * codes * side * side * first * width) as u64
 }
 
-/// Tokens of a prompt, with what opens an image, where their number is not known.
-const PREFIX: usize = 32;
+/// Tokens around a text, what opens an image among them.
+const OPENING: usize = 8;
 /// Feature maps of full size that the decoder holds at once.
 const DECODE: usize = 5;
 

@@ -224,17 +224,32 @@ pub struct Model {
 }
 
 impl Model {
+    /// Whether [`Model::load`] can load a checkpoint, as far as its words and the headers of its weights tell.
+    ///
+    /// Errors: those of [`Model::load`].
+    pub fn check(source: &Source, config: &ModelConfig) -> Result<()> {
+        Self::words(source, config)?;
+        source.check(TRANSFORMER, |w| Backbone::load(w, &config.backbone))?;
+        source.check(config.tokenizer_file(source), |w| ImageDecoder::load(w, &config.tokenizer))
+    }
+
+    /// The text tokenizer, and the tokens that open an image.
+    fn words(source: &Source, config: &ModelConfig) -> Result<(Text, Vec<u32>)> {
+        let text = source.text_of(config.backbone.vocab_size)?;
+        let opening = config.prompt.opening(&text, config.backbone.boi())?;
+        Ok((text, opening))
+    }
+
     /// Loads what drawing needs onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or
     /// as a GGUF file has it; the image tokenizer's half that draws as [`ModelConfig::load_tokenizer`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
+        let (text, opening) = Self::words(source, &config)?;
+        let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);
         let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| Backbone::load(&w.with_matrices(matrices), &config.backbone);
         let backbone = source.load(TRANSFORMER, dtype, device, build)?;
         let images = config.load_images(source, device, weights, ImageDecoder::load)?;
-        let text = source.text_of(config.backbone.vocab_size)?;
-        let opening = config.prompt.opening(&text, config.backbone.boi())?;
-        let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);
         Ok(Self { text, opening, unconditional, backbone, images, config })
     }
 

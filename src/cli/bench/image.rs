@@ -16,7 +16,8 @@ use crate::checkpoint::{Matrices, WeightType, Weights};
 use crate::error::Result;
 #[cfg(feature = "nano")]
 use crate::generate::TRANSFORMER;
-use crate::generate::{Batch, Event, ModelConfig, Prefix, cost, draw_behind, tokenflow};
+use crate::generate::cost::{self, Work};
+use crate::generate::{Batch, Event, ModelConfig, Prefix, draw_behind, tokenflow};
 use crate::size::Size;
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
 use crate::{device, memory, pixels, terminal};
@@ -95,8 +96,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
             (dtype, matrices, Matrices::Tensors)
         }
     };
-    let needed =
-        cost::synthetic_memory(&config, dtype, (matrices, filters), (&scales, args.batch as usize), &config.sampling)?;
+    let words = args.prompt.unwrap_or(16) as usize;
+    let work = Work { scales: &scales, images: args.batch as usize, words, sampling: &config.sampling };
+    let needed = cost::synthetic_memory(&config, dtype, (matrices, filters), work)?;
     memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
     let stop = terminal::interrupts()?;
 
@@ -109,7 +111,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 
     let seeds: Vec<u64> = (0..u64::from(args.batch)).collect();
     let batch = Batch { scales: &scales, sampling: &config.sampling, seeds: &seeds };
-    let prefixes = prefixes(&config, args.prompt.unwrap_or(16));
+    let prefixes = prefixes(&config, words);
     let prompts = vec![prefixes[0].clone(); args.batch as usize];
     let mut images = Vec::new();
     for _ in 0..args.images {
@@ -190,10 +192,10 @@ fn config(shape: Shape) -> Result<ModelConfig> {
 }
 
 /// A prompt of so many tokens, and what guidance sets against it.
-fn prefixes(config: &ModelConfig, tokens: u32) -> [Prefix; 2] {
+fn prefixes(config: &ModelConfig, tokens: usize) -> [Prefix; 2] {
     let prompt = &config.prompt;
     let opening: Vec<u32> = if prompt.image_start.is_empty() { vec![config.backbone.boi()] } else { vec![1, 2, 3] };
-    let text: Vec<u32> = (0..tokens).collect();
+    let text: Vec<u32> = (0..tokens as u32).collect();
     let unconditional = if prompt.negative.is_empty() { &[][..] } else { &text };
     [prompt.prefix(&text, &opening), prompt.prefix(unconditional, &opening)]
 }
