@@ -55,6 +55,15 @@ impl Request {
             let message = format!("seeds from {seed} on do not leave room for --count {}", args.count);
             return Err(Error::usage(message).hint(format!("--seed {}", u64::MAX - (args.count - 1))));
         }
+        let mut order = seeds.clone();
+        order.sort_unstable();
+        if let Some(pair) = order.windows(2).find(|pair| pair[1] - pair[0] < args.count) {
+            return Err(Error::usage(format!("seed {} would be drawn twice", pair[1])).hint(format!(
+                "--seed {},{}",
+                pair[0],
+                pair[0].saturating_add(args.count)
+            )));
+        }
         let prompts = prompts(words)?;
         let destination = destination(args, prompts.len() * seeds.len() > 1 || args.count > 1)?;
         let device = device::parse(&args.device)?;

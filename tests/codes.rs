@@ -86,6 +86,14 @@ fn codes_that_do_not_fit_are_refused() {
     refused(here, &decode, "codes of 0 scales");
     changed(&|v| v["more"] = 1.into());
     refused(here, &decode, "unknown field");
+    // Those of another model may still mean something.
+    changed(&|v| v["model"] = "other".into());
+    let output = nextflow(here, &["decode", "bad.json", "-o", "other.png"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.success() && stderr == "(these are codes of other, this is nano: another image)\n",
+        "{stderr}"
+    );
     std::fs::write(here.join("bad.json"), "").unwrap();
     refused(here, &decode, "is no file of codes");
     refused(here, &["decode", "none.json", "-o", "x.png"], "cannot read none.json");

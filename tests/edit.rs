@@ -134,7 +134,7 @@ fn a_conversation_draws_edits_and_looks() {
         "/edit $1 make it green",
         "/gen a yellow star",
         "/image a.png",
-        "what colour is the circle?",
+        "what colour is the circle? $1",
         "/regen",
         "$9 what is this?",
         "/seed x",
@@ -163,7 +163,10 @@ fn a_conversation_draws_edits_and_looks() {
         "there is no image to edit yet",
         "$9 is no image: there are ",
         "\"x\" is not a seed",
-        "[$1 a-red-circle-1.png]",
+        // An image that is named is none that was not there.
+        "you: [$1 a-red-circle-1.png]",
+        "model: [$1 a-red-circle-1.png]",
+        "you: [$5 a.png]",
     ] {
         assert!(stderr.contains(part), "{part}: {stderr}");
     }
@@ -173,7 +176,7 @@ fn a_conversation_draws_edits_and_looks() {
 fn thinking_comes_to_an_image() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
-    for (size, dimensions) in [("auto", (128, 128)), ("1:2", (96, 176))] {
+    for (size, dimensions) in [("auto", (128, 128)), ("1:2", (96, 192))] {
         let args = ["gen", "--think", "-p", "a red circle", "--seed", "1", "--size", size, "--json"];
         let line: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
         assert!(line["thought"].as_str().unwrap().contains("the final prompt is: "), "{line}");
@@ -190,6 +193,12 @@ fn one_command_is_a_conversation_of_its_own() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
     disc(&here.join("a.png"), (128, 128));
+    works(here, &["chat", "/exit"], "");
+    // A conversation is found from elsewhere, and goes elsewhere with its images.
+    ["one", "other"].iter().for_each(|name| fs::create_dir(here.join(name)).unwrap());
+    works(&here.join("one"), &["chat", "-q"], "/gen a red circle\n/save a.json");
+    fs::rename(here.join("one"), here.join("two")).unwrap();
+    works(&here.join("other"), &["chat", "-q"], "/load ../two/a.json");
     works(here, &["chat", "-i", "a.png", "/edit make it blue", "--seed", "1"], "");
     assert_eq!(open(&here.join("make-it-blue-1.png")).dimensions(), (128, 128));
     for (args, code, part) in [

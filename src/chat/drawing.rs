@@ -61,7 +61,7 @@ impl Session<'_> {
         let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
         let images =
             draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
-        let name = format!("${}", self.pictures().count() + 1);
+        let name = format!("${}", self.gallery().len() + 1);
         let picture = images.and_then(|mut images| {
             let codes = images.pop().unwrap_or_default();
             Picture::of_codes(&name, config, tokenizer.quantizer(), codes, scales)

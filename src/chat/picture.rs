@@ -68,7 +68,7 @@ impl Picture {
         Self { name: name.into(), id: NEXT.fetch_add(1, Ordering::Relaxed), seen }
     }
 
-    pub(super) fn id(&self) -> u64 {
+    pub(crate) fn id(&self) -> u64 {
         self.id
     }
 

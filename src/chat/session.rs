@@ -76,7 +76,18 @@ impl<'a> Session<'a> {
         &self.turns
     }
 
-    /// All images so far, in their order.
+    /// All images so far, each of them once, in the order in which they came: `$N` is the N-th.
+    pub fn gallery(&self) -> Vec<&Picture> {
+        let mut gallery: Vec<&Picture> = Vec::new();
+        for picture in self.pictures() {
+            if gallery.iter().all(|known| known.id() != picture.id()) {
+                gallery.push(picture);
+            }
+        }
+        gallery
+    }
+
+    /// All images so far, in the order in which they were shown, and as often.
     pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
         self.turns.iter().flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image)
     }

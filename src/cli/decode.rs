@@ -48,6 +48,9 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     let codec = args.model.codec()?;
     let mut codes = Codes::read(&args.codes)?;
     codes.check(&codec)?;
+    if codes.model != codec.name {
+        terminal::note(&format!("(these are codes of {}, this is {}: another image)", codes.model, codec.name));
+    }
     if let Some(scales) = args.scales {
         let held = codes.codes.len();
         if !(1..=held).contains(&scales) {

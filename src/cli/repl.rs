@@ -11,7 +11,7 @@ use super::lines::{self, Lines};
 use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
 use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
-use crate::terminal;
+use crate::{output, terminal};
 
 const HELP: &str = "\
 /image FILE    show an image with the next message
@@ -131,21 +131,21 @@ impl<'a> Repl<'a> {
     fn named(&self, text: &str) -> Result<(String, Vec<Picture>)> {
         let mut pictures = Vec::new();
         let mut words = Vec::new();
-        let count = self.session.pictures().count();
+        let gallery = self.session.gallery();
         for word in text.split_inclusive(char::is_whitespace) {
             let number = word.trim_end().trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
             match number.and_then(|digits| digits.parse::<usize>().ok()) {
                 None => words.push(word),
-                Some(_) if count == 0 => words.push(word),
+                Some(_) if gallery.is_empty() => words.push(word),
                 Some(n) => {
-                    let picture = n.checked_sub(1).and_then(|i| self.session.pictures().nth(i)).ok_or_else(|| {
-                        let images = match count {
+                    let picture = n.checked_sub(1).and_then(|i| gallery.get(i)).ok_or_else(|| {
+                        let images = match gallery.len() {
                             1 => "there is one image".into(),
                             n => format!("there are {n} images"),
                         };
                         Error::usage(format!("${n} is no image: {images}")).hint("/show lists them")
                     });
-                    pictures.push(picture?.clone());
+                    pictures.push((*picture?).clone());
                 }
             }
         }
@@ -228,6 +228,8 @@ impl<'a> Repl<'a> {
                 self.load(Path::new(file))?;
                 tell(&format!("{} messages from {file}", self.session.turns().len()));
             }
+            // A command by itself has nothing to leave.
+            ("exit", _) => {}
             _ => return Err(Error::usage(format!("there is no command /{name}")).hint("/help")),
         }
         Ok(())
@@ -255,7 +257,7 @@ impl<'a> Repl<'a> {
     }
 
     fn show(&self) {
-        let mut number = 0;
+        let gallery = self.session.gallery();
         terminal::note(&format!("system: {}", self.session.system()));
         for turn in self.session.turns() {
             let role = match turn.role {
@@ -264,7 +266,7 @@ impl<'a> Repl<'a> {
             };
             for part in &turn.parts {
                 if let Some(picture) = part.image() {
-                    number += 1;
+                    let number = gallery.iter().take_while(|known| known.id() != picture.id()).count() + 1;
                     terminal::note(&format!("{role}: [${number} {}]", picture.name));
                 }
                 part.text().unwrap_or_default().lines().for_each(|line| terminal::note(&format!("{role}: {line}")));
@@ -276,8 +278,14 @@ impl<'a> Repl<'a> {
         if path.exists() {
             return Err(Error::usage(format!("{} exists already", path.display())).hint("/save ANOTHER_FILE"));
         }
+        let folder = output::parent(path).canonicalize().unwrap_or_default();
+        // What lies beside the conversation may go elsewhere with it.
+        let file = |name: &str| {
+            let file = Path::new(name).canonicalize().unwrap_or_else(|_| name.into());
+            file.strip_prefix(&folder).unwrap_or(&file).display().to_string()
+        };
         let part = |part: &Part<Picture>| match part {
-            Part::Image(picture) => SavedPart::Image(picture.name.clone()),
+            Part::Image(picture) => SavedPart::Image(file(&picture.name)),
             Part::Text(text) | Part::Drawn(text, _) => SavedPart::Text(text.clone()),
         };
         let turns = self.session.turns().iter();
@@ -299,13 +307,21 @@ impl<'a> Repl<'a> {
             return Err(bad(format!("it is longer than {} MB", MAX_FILE >> 20)));
         }
         let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        let part = |part: &SavedPart| {
-            Ok::<_, Error>(match part {
-                SavedPart::Text(text) => Part::Text(text.clone()),
-                SavedPart::Image(file) => Part::Image(chat::picture(self.model, Path::new(file))?),
-            })
+        let (folder, mut gallery) = (path.parent().unwrap_or(Path::new("")), Vec::<Picture>::new());
+        let mut part = |part: &SavedPart| {
+            let file = match part {
+                SavedPart::Text(text) => return Ok::<_, Error>(Part::Text(text.clone())),
+                SavedPart::Image(file) => folder.join(file),
+            };
+            if let Some(known) = gallery.iter().find(|known| Path::new(&known.name) == file) {
+                return Ok(Part::Image(known.clone()));
+            }
+            let picture = chat::picture(self.model, &file)?;
+            gallery.push(picture.clone());
+            Ok(Part::Image(picture))
         };
-        let turns = saved.turns.iter().map(|turn| Ok((turn.role, turn.parts.iter().map(part).collect::<Result<_>>()?)));
+        let turns = saved.turns.iter();
+        let turns = turns.map(|turn| Ok((turn.role, turn.parts.iter().map(&mut part).collect::<Result<_>>()?)));
         let turns = turns.collect::<Result<Vec<(Role, Vec<Part<Picture>>)>>>()?;
         self.session.clear();
         self.asked = None;

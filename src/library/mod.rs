@@ -20,7 +20,8 @@ pub const SIDE: usize = 128;
 /// Bytes of one picture: `SIDE` x `SIDE` x RGBA.
 pub const BYTES: usize = SIDE * SIDE * 4;
 
-const HINT: &str = "run `sh src/train/fetch-data.sh`, then `nextflow train data`";
+const HINT: &str =
+    "in a checkout: sh src/train/fetch-data.sh data && cargo run --release --features train -- train data";
 
 /// A thing with a name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

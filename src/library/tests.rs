@@ -49,7 +49,7 @@ fn a_broken_or_missing_file_is_an_error_that_names_the_commands() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("library.safetensors");
     let error = |path: &Path| Library::load(path).err().unwrap();
-    assert!(error(&path).hint.unwrap().contains("nextflow train data"));
+    assert!(error(&path).hint.unwrap().contains("train -- train data"));
     library().save(&path).unwrap();
     let whole = std::fs::read(&path).unwrap();
     for cut in [0, 4, 100, whole.len() - 1] {
