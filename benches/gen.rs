@@ -29,7 +29,7 @@ fn generate(c: &mut Criterion) {
     let model = load();
     let scales = schedule::nearest(1.0).prefix(model.config().scales).to_vec();
     let sampling = model.config().sampling.clone();
-    let job = Job { prompt: "a red apple".into(), scales: scales.clone(), sampling, seed: 1 };
+    let job = Job { prompt: "a red apple".into(), negative: None, scales: scales.clone(), sampling, seed: 1 };
     c.bench_function("prefill", |b| b.iter_custom(|n| (0..n).map(|_| part(&model, &job, 0)).sum()));
     for (i, (h, w)) in scales.iter().enumerate() {
         let name = format!("scale {h}x{w}");

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,6 +21,27 @@ pub fn shown(path: &Path) -> String {
     if is_stdin(path) { "standard input".into() } else { path.display().to_string() }
 }
 
+/// The lines of a file, or of standard input, as they come.
+///
+/// Errors: usage, with `hint`: what cannot be opened, and standard input that was read before.
+pub fn lines(path: &Path, hint: &str) -> Result<Box<dyn BufRead>> {
+    if is_stdin(path) {
+        once()?;
+        return Ok(Box::new(io::stdin().lock()));
+    }
+    let failed = |e: io::Error| Error::usage(format!("cannot read {}: {e}", shown(path))).hint(hint);
+    Ok(Box::new(BufReader::new(File::open(path).map_err(failed)?)))
+}
+
+/// Standard input, if nothing has read it.
+fn once() -> Result<()> {
+    match READ.swap(true, Ordering::Relaxed) {
+        false => Ok(()),
+        true => Err(Error::usage("standard input can be read once, but - is named twice")
+            .hint("name a file in the place of one of them")),
+    }
+}
+
 /// The bytes of a file, or of standard input, of which there may be `most`.
 ///
 /// Errors: usage, with `hint`: what cannot be read or is longer, and standard input that was read before.
@@ -28,10 +49,7 @@ pub fn read(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let failed = |e: io::Error| Error::usage(format!("cannot read {}: {e}", shown(path))).hint(hint);
     if is_stdin(path) {
-        if READ.swap(true, Ordering::Relaxed) {
-            return Err(Error::usage("standard input can be read once, but - is named twice")
-                .hint("name a file in the place of one of them"));
-        }
+        once()?;
         io::stdin().lock().take(most + 1).read_to_end(&mut bytes).map_err(failed)?;
     } else {
         File::open(path).and_then(|file| file.take(most + 1).read_to_end(&mut bytes)).map_err(failed)?;

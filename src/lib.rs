@@ -16,6 +16,7 @@ pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod input;
+pub mod jobs;
 pub mod library;
 pub mod memory;
 pub mod ops;

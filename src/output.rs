@@ -42,6 +42,8 @@ impl Destination {
                 // Behind a link it is the file that is replaced, not the link.
                 let target =
                     if *force { fs::canonicalize(path).unwrap_or_else(|_| path.clone()) } else { path.clone() };
+                // It was there when the path was checked, unless the path was made up since.
+                fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, &e))?;
                 let temp = write_beside(&target, png).map_err(|e| cannot_write(path, &e))?;
                 let result = if *force { temp.persist(&target) } else { temp.persist_noclobber(&target) };
                 match result {

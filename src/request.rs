@@ -18,8 +18,10 @@ use crate::{device, text};
 
 /// What to draw, with what, and where to.
 pub struct Request {
-    /// Every one of them is drawn with every seed.
+    /// Every one of them is drawn with every seed; none where jobs have their own.
     pub prompts: Vec<String>,
+    /// What guidance leads away from, if that is not the model's own.
+    pub negative: Option<String>,
     /// With all of them; never empty.
     pub seeds: Vec<u64>,
     /// Images per prompt and seed; their seeds count up.
@@ -45,6 +47,15 @@ pub struct Request {
 impl Request {
     /// Checks the flags of `nextflow gen` or `nextflow edit`, and the files and folders that they name.
     pub fn new(words: &PromptArgs, args: &DrawArgs) -> Result<Self> {
+        Self::of(args, || prompts(words))
+    }
+
+    /// The same without prompts: every one of the [`crate::jobs`] brings its own.
+    pub fn of_jobs(args: &DrawArgs) -> Result<Self> {
+        Self::of(args, || Ok(Vec::new()))
+    }
+
+    fn of(args: &DrawArgs, prompts: impl FnOnce() -> Result<Vec<String>>) -> Result<Self> {
         check_sampler(args)?;
         let size: Size = args.size.parse()?;
         if args.count == 0 {
@@ -64,7 +75,7 @@ impl Request {
                 pair[0].saturating_add(args.count)
             )));
         }
-        let prompts = prompts(words)?;
+        let prompts = prompts()?;
         let destination = destination(args, prompts.len() * seeds.len() > 1 || args.count > 1)?;
         let device = device::parse(&args.device)?;
         destination.check()?;
@@ -74,7 +85,21 @@ impl Request {
         let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
         let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
         let count = args.count;
-        Ok(Self { prompts, seeds, count, size, sampling, destination, source, config, model, weights, device })
+        let negative = None;
+        Ok(Self {
+            prompts,
+            negative,
+            seeds,
+            count,
+            size,
+            sampling,
+            destination,
+            source,
+            config,
+            model,
+            weights,
+            device,
+        })
     }
 
     /// Images in all.
@@ -88,6 +113,7 @@ impl Request {
         self.prompts.iter().flat_map(move |prompt| {
             seeds().map(move |seed| Job {
                 prompt: prompt.clone(),
+                negative: self.negative.clone(),
                 scales: scales.into(),
                 sampling: self.sampling.clone(),
                 seed,
@@ -102,7 +128,7 @@ pub fn any_seed() -> u64 {
 }
 
 /// Refuses sampler values that mean nothing, whatever the model.
-fn check_sampler(args: &DrawArgs) -> Result<()> {
+pub(crate) fn check_sampler(args: &DrawArgs) -> Result<()> {
     let Some((flag, value, rule)) = sampling(args, Sampling::default()).fault() else { return Ok(()) };
     let example = match flag {
         "cfg" => "3",
@@ -113,8 +139,21 @@ fn check_sampler(args: &DrawArgs) -> Result<()> {
     Err(Error::usage(format!("--{flag} {value} is not {rule}")).hint(format!("--{flag} {example}")))
 }
 
+/// What guidance leads away from.
+///
+/// Errors: usage, for what is no prompt, and for guidance that is off.
+pub(crate) fn negative(text: Option<&[u8]>, cfg: f64) -> Result<Option<String>> {
+    let Some(text) = text else { return Ok(None) };
+    if cfg == 0.0 {
+        return Err(Error::usage("a negative prompt with guidance of 0 leads away from nothing")
+            .hint("leave out one of them, or --cfg 3"));
+    }
+    let located = |e: Error| Error { message: format!("negative: {}", e.message), ..e };
+    text::check_prompt(text).map(Some).map_err(located)
+}
+
 /// The model's own sampling with the given settings in its place.
-fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
+pub(crate) fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
     Sampling {
         cfg: args.cfg.unwrap_or(defaults.cfg),
         temperature: args.temperature.unwrap_or(defaults.temperature),

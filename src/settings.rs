@@ -14,6 +14,9 @@ use crate::generate::Job;
 pub struct Settings {
     /// What was asked for.
     pub prompt: String,
+    /// What guidance led away from, if that was not the model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub negative: Option<String>,
     /// Decides all randomness.
     pub seed: u64,
     /// WIDTHxHEIGHT in pixels.
@@ -57,6 +60,7 @@ impl Settings {
     pub fn new(job: &Job, model: &str, (width, height): (u32, u32)) -> Self {
         Self {
             prompt: job.prompt.clone(),
+            negative: job.negative.clone(),
             seed: job.seed,
             size: format!("{width}x{height}"),
             scales: job.scales.clone(),
@@ -85,13 +89,14 @@ impl Settings {
         let some = |key: &str, n: Option<usize>| n.map(|n| format!(", {key}: {n}")).unwrap_or_default();
         let top_k = some("Top-k", self.top_k);
         let passes = some("CFG until scale", self.cfg_until) + &some("Scales left out", self.draft);
+        let negative = self.negative.as_ref().map(|text| format!("Negative prompt: {text}\n")).unwrap_or_default();
         // A name with a separator in it is quoted, as A1111 does.
         let model = match self.model.contains([',', ':', '\n', '"']) {
             true => serde_json::Value::from(self.model.as_str()).to_string(),
             false => self.model.clone(),
         };
         format!(
-            "{}\nSteps: {}, Sampler: NextFlow, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, Temperature: {}{top_k}, \
+            "{}\n{negative}Steps: {}, Sampler: NextFlow, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, Temperature: {}{top_k}, \
              Top-p: {}{passes}, Version: nextflow {}",
             self.prompt,
             self.scales.len(),
@@ -150,7 +155,8 @@ mod tests {
 
     fn settings(prompt: &str) -> Settings {
         let sampling = Sampling { cfg: 2.5, top_k: Some(100), top_p: 0.95, ..Sampling::default() };
-        let job = Job { prompt: prompt.into(), scales: vec![(1, 1), (1, 2)], sampling, seed: 42 };
+        let (prompt, negative) = (prompt.into(), None);
+        let job = Job { prompt, negative, scales: vec![(1, 1), (1, 2)], sampling, seed: 42 };
         Settings::new(&job, "nano", (32, 16))
     }
 

@@ -1,5 +1,9 @@
 //! What people see: progress and errors on stderr, data alone on stdout, nothing raw from outside.
 
+mod picture;
+
+pub use picture::{Preview, show, shows};
+
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -8,7 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use image::{DynamicImage, RgbImage};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -76,22 +79,6 @@ pub fn emit_path(path: &Path) -> Result<ControlFlow<()>> {
     };
     line.push(b'\n');
     emit(&line)
-}
-
-/// Shows an image on a terminal, in the best way that it knows; elsewhere nothing.
-pub fn show(image: &RgbImage) {
-    if !io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some() {
-        return;
-    }
-    // A terminal is asked what it knows only where it is one that answers: the question waits for that.
-    let (term, is_set) = (std::env::var("TERM").unwrap_or_default(), |name| std::env::var_os(name).is_some());
-    let named = |names: &[&str]| names.iter().any(|name| term.contains(name));
-    let use_kitty = is_set("KITTY_WINDOW_ID") || named(&["kitty", "ghostty"]);
-    let use_sixel = ["XTERM_VERSION", "KONSOLE_VERSION", "WT_SESSION"].into_iter().any(is_set)
-        || named(&["foot", "mlterm", "contour", "sixel"]);
-    let config = viuer::Config { absolute_offset: false, width: Some(32), use_kitty, use_sixel, ..Default::default() };
-    // The file tells as much.
-    let _ = viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config);
 }
 
 /// Writes one JSON object as one line to stdout.

@@ -101,12 +101,12 @@ fn every_setting_is_in_the_png() {
     let args = ["-p", "a red apple", "--seed", "9", "--size", "16:9", "--cfg", "1.5", "--temperature", "0.5"];
     let output = gen_ok(folder.path(), &[&args[..], &["--top-k", "20", "--top-p", "0.8", "-o", "-"]].concat());
     let image = image::load_from_memory(&output.stdout).unwrap();
-    assert_eq!((image.width(), image.height()), (160, 96));
+    assert_eq!((image.width(), image.height()), (176, 96));
     let settings: serde_json::Value = serde_json::from_str(&text(&output.stdout, "nextflow")).unwrap();
     for (key, value) in [
         ("prompt", serde_json::json!("a red apple")),
         ("seed", 9.into()),
-        ("size", "160x96".into()),
+        ("size", "176x96".into()),
         ("cfg", 1.5.into()),
         ("temperature", 0.5.into()),
         ("top_k", 20.into()),
@@ -128,7 +128,14 @@ fn every_flag_changes_the_picture() {
         image::load_from_memory(&output.stdout).unwrap().to_rgb8()
     };
     let plain = pixels(&[]);
-    for more in [["--cfg", "0"], ["--temperature", "0"], ["--top-k", "1"], ["--top-p", "0.01"], ["--size", "9:16"]] {
+    for more in [
+        ["--cfg", "0"],
+        ["--temperature", "0"],
+        ["--top-k", "1"],
+        ["--top-p", "0.01"],
+        ["--size", "9:16"],
+        ["--negative", "a green apple"],
+    ] {
         assert!(pixels(&more) != plain, "{more:?}");
     }
     // The likeliest code, three ways, whatever the seed.
@@ -257,7 +264,7 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
     let set = ["--cfg", "2.5", "--temperature", "0.7", "--top-k", "40", "--top-p", "0.9", "--cfg-until", "6"];
-    let rest = ["--draft", "1", "--size", "192x96", "--seed", "5", "-o", "one.png"];
+    let rest = ["--draft", "1", "--size", "192x96", "-n", "a pale cup", "--seed", "5", "-o", "one.png"];
     gen_ok(here, &[&["-p", "un café"][..], &set, &rest].concat());
     gen_ok(here, &["--from", "one.png", "-o", "again.png"]);
     let read = |name: &str| fs::read(here.join(name)).unwrap();
@@ -272,7 +279,8 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
     for (key, value) in told {
         assert_eq!(settings[key], value, "{key}");
     }
-    assert!(settings["size"] == "192x96" && settings.get("draft").is_none());
+    assert!(settings["size"] == "192x96" && settings.get("draft").is_none() && settings.get("negative").is_none());
+    assert!(text(&read("one.png"), "parameters").starts_with("un café\nNegative prompt: a pale cup\nSteps: 8, "));
 
     image::RgbImage::new(4, 4).save(here.join("plain.png")).unwrap();
     gen_ok(here, &["--think", "-p", "a red circle", "--seed", "1", "-o", "thought.png"]);

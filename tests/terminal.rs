@@ -1,4 +1,4 @@
-//! `nextflow chat` on a terminal: a pseudo-terminal, with a person's keys.
+//! What shows on a terminal: a pseudo-terminal, with a person's keys.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 use std::fs::File;
@@ -32,6 +32,13 @@ impl Terminal {
     }
 
     fn with(args: &[&str], variables: &[(&str, &str)]) -> Self {
+        let mut terminal = Self::run(&[&["chat"], args].concat(), variables);
+        terminal.see(PROMPT);
+        terminal
+    }
+
+    /// With any command.
+    fn run(args: &[&str], variables: &[(&str, &str)]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let (mut master, mut slave) = (0, 0);
         let size = libc::winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
@@ -44,7 +51,7 @@ impl Terminal {
         #[allow(unsafe_code)]
         let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
         let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-        command.arg("chat").args(args).current_dir(state.path());
+        command.args(args).current_dir(state.path());
         // Nothing of the terminal in which the tests run.
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.env("TERM", "xterm").env("XDG_STATE_HOME", state.path()).envs(variables.iter().copied());
@@ -71,9 +78,7 @@ impl Terminal {
                 }
             }
         });
-        let mut terminal = Self { keys: master, screen, shown: String::new(), child, _state: state };
-        terminal.see(PROMPT);
-        terminal
+        Self { keys: master, screen, shown: String::new(), child, _state: state }
     }
 
     /// Types something, and waits until something is shown behind all that was shown before.
@@ -188,4 +193,20 @@ fn an_image_shows_in_sixels_where_they_are_known() {
     terminal.type_and_see("\u{1b}[?63;1;4c", "\u{1b}P");
     terminal.see(PROMPT);
     terminal.leave();
+}
+
+/// Every scale in the place of the one before it, and the whole image in the place of all.
+#[cfg(feature = "nano")]
+#[test]
+fn an_image_grows_on_a_terminal() {
+    for args in [&["gen", "a red circle"][..], &["gen", "a red circle", "--think"]] {
+        let mut terminal = Terminal::run(&[args, &["--seed", "1", "--preview"]].concat(), &[]);
+        let shown = terminal.see("a-red-circle-1.png");
+        assert_eq!(shown.matches("\u{1b}[16A\u{1b}[J").count(), 7, "{shown:?}");
+        assert!(shown.contains("\u{2584}") && shown.contains("seed 1 · 128x128"), "{shown:?}");
+        assert!(terminal.child.wait().unwrap().success());
+    }
+    let mut terminal = Terminal::run(&["gen", "a cat", "--preview"], &[("NO_COLOR", "1")]);
+    terminal.see("error: --preview needs standard output to be a terminal");
+    assert_eq!(terminal.child.wait().unwrap().code(), Some(2));
 }

@@ -180,10 +180,18 @@ impl ChatModel {
     ///
     /// Errors: an image that is not in codes.
     pub fn decode(&self, picture: &Picture) -> Result<RgbImage> {
-        let Some((tokenizer, codes)) = self.tokenizer.as_ref().zip(picture.codes()) else {
-            return Err(Error::usage(format!("{} is not in codes", picture.name)));
-        };
-        pixels::to_image(&tokenizer.decode(&codes.codes, &codes.scales)?)
+        match picture.codes() {
+            Some(codes) => self.pixels(&codes.codes, &codes.scales),
+            None => Err(Error::usage(format!("{} is not in codes", picture.name))),
+        }
+    }
+
+    /// The pixels of the codes of all scales, or of the first of them.
+    ///
+    /// Errors: usage, if the model does not draw.
+    pub fn pixels(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(Self::draws_nothing)?;
+        pixels::to_image(&tokenizer.decode(codes, scales)?)
     }
 
     /// The error of an image for a model without an image encoder.

@@ -320,7 +320,7 @@ impl Host {
                     let Some((codes, sampling)) = picture.codes().zip(manner.image.clone()) else {
                         return Ok(ControlFlow::Continue(()));
                     };
-                    let job = Job { prompt: text.into(), scales: codes.scales.clone(), sampling, seed };
+                    let job = Job { prompt: text.into(), negative: None, scales: codes.scales.clone(), sampling, seed };
                     let told = Settings { conversation: true, ..Settings::new(&job, name, image.dimensions()) };
                     let png = settings::encode(&image, &told)?;
                     console.clear();

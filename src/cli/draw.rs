@@ -1,8 +1,9 @@
 //! The flags that everything that draws has in common, and what is told of what was drawn.
 
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -13,10 +14,11 @@ use super::ModelArgs;
 use super::edit::EditArgs;
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::Job;
+use crate::generate::{Event, Job};
+use crate::output::Destination;
 use crate::request::Request;
 use crate::settings::{self, Settings};
-use crate::terminal::{self, Console, Level, Stop};
+use crate::terminal::{self, Console, Level, Preview, Stop};
 
 /// What to draw, in words.
 #[derive(Args, Clone, Debug, Default)]
@@ -90,6 +92,9 @@ pub struct DrawArgs {
     /// Print one JSON object per image to standard output
     #[arg(long)]
     pub json: bool,
+    /// Show the image in the terminal as it grows, scale by scale
+    #[arg(long, conflicts_with_all = ["json", "dry_run"])]
+    pub preview: bool,
 }
 
 /// A seed, as typed.
@@ -120,6 +125,17 @@ impl DrawArgs {
         }
     }
 
+    /// The place for images on the terminal, if they are to be shown.
+    ///
+    /// Errors: usage, where they cannot.
+    pub fn preview(&self) -> Result<Option<Preview>> {
+        match self.preview && !terminal::shows() {
+            true => Err(Error::usage("--preview needs standard output to be a terminal, and NO_COLOR not to be set")
+                .hint("leave out --preview")),
+            false => Ok(self.preview.then(Preview::default)),
+        }
+    }
+
     /// How much to say.
     pub fn level(&self) -> Level {
         match (self.quiet, self.verbose) {
@@ -132,8 +148,8 @@ impl DrawArgs {
 
 /// One line of `--json`.
 #[derive(Serialize)]
-struct Line<'a> {
-    path: &'a str,
+pub(super) struct Line<'a> {
+    path: Cow<'a, str>,
     seed: u64,
     size: &'a str,
     prompt: &'a str,
@@ -149,11 +165,32 @@ pub(super) struct Delivery<'a> {
     pub console: Console,
     pub stop: Stop,
     pub json: bool,
+    pub preview: Option<Preview>,
     /// What is changed, and how.
     pub edit: Option<&'a EditArgs>,
 }
 
 impl Delivery<'_> {
+    /// Tells of a step, and shows the first of the images as far as it is, of which `decode` makes pixels; `Break` when the
+    /// user asked to stop.
+    pub fn event(
+        &mut self,
+        event: &Event,
+        decode: impl FnOnce(&[Vec<u32>], &[(usize, usize)]) -> Result<RgbImage>,
+    ) -> ControlFlow<()> {
+        if let (Event::Scale { codes, scales }, Some(preview)) = (event, &mut self.preview) {
+            let first = codes.iter().map(|codes| codes.get(0)?.to_vec1()).collect::<candle_core::Result<Vec<_>>>();
+            // The last scale is the image itself.
+            let partial = first.ok().filter(|codes| codes.len() < scales.len());
+            if let Some(image) = partial.and_then(|codes| decode(&codes, scales).ok()) {
+                self.console.clear();
+                preview.grow(&image);
+            }
+        }
+        self.console.event(event);
+        self.stop.check()
+    }
+
     /// Keeps an image that it `took` so long to draw and tells of it; `Break` when nobody wants more.
     pub fn deliver(
         &mut self,
@@ -162,6 +199,23 @@ impl Delivery<'_> {
         thought: Option<&str>,
         took: Duration,
     ) -> Result<ControlFlow<()>> {
+        let kept = self.keep(job, image, thought, took, &self.request.destination.clone())?;
+        match &kept.path {
+            None => terminal::emit(&kept.png),
+            Some(path) if !self.json => terminal::emit_path(path),
+            Some(_) => terminal::emit_json(&kept.line(job, thought)),
+        }
+    }
+
+    /// Keeps an image somewhere and tells the user, but not what reads the output.
+    pub fn keep(
+        &mut self,
+        job: &Job,
+        image: &RgbImage,
+        thought: Option<&str>,
+        took: Duration,
+        to: &Destination,
+    ) -> Result<Kept> {
         let settings = Settings {
             thought: thought.map(String::from),
             sources: self.edit.iter().flat_map(|edit| &edit.images).map(|path| path.to_string_lossy().into()).collect(),
@@ -173,20 +227,36 @@ impl Delivery<'_> {
             return Err(terminal::interrupted());
         }
         let seconds = took.as_secs_f64();
-        let path = self.request.destination.save(&png, &job.prompt, job.seed)?;
+        let path = to.save(&png, &job.prompt, job.seed)?;
+        self.console.clear();
+        if let Some(preview) = &mut self.preview {
+            preview.end(image);
+        }
         let said = thought.map(|thought| format!("{thought} · ")).unwrap_or_default();
         self.console.finish(&format!("{said}seed {} · {} · {seconds:.2} s", job.seed, settings.size));
-        match path {
-            None => terminal::emit(&png),
-            Some(path) if !self.json => terminal::emit_path(&path),
-            Some(path) => terminal::emit_json(&Line {
-                path: &path.to_string_lossy(),
-                seed: job.seed,
-                size: &settings.size,
-                prompt: &job.prompt,
-                thought,
-                seconds: (seconds * 1e3).round() / 1e3,
-            }),
+        Ok(Kept { path, png, size: settings.size, seconds })
+    }
+}
+
+/// An image that was kept.
+pub(super) struct Kept {
+    /// Nothing for standard output, which is not written yet.
+    path: Option<PathBuf>,
+    png: Vec<u8>,
+    size: String,
+    seconds: f64,
+}
+
+impl Kept {
+    /// What `--json` tells of it.
+    pub fn line<'a>(&'a self, job: &'a Job, thought: Option<&'a str>) -> Line<'a> {
+        Line {
+            path: self.path.as_deref().map(Path::to_string_lossy).unwrap_or_default(),
+            seed: job.seed,
+            size: &self.size,
+            prompt: &job.prompt,
+            thought,
+            seconds: (self.seconds * 1e3).round() / 1e3,
         }
     }
 }

@@ -70,6 +70,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let memory =
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
     let (width, height) = frame.size();
+    let preview = args.draw.preview()?;
     if args.draw.dry_run {
         ChatModel::check(&request.source, &config)?;
         let (model, images, seeds) = (&*request.model, request.images(), &*request.seeds);
@@ -89,7 +90,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
     let mut session = Session::new(&model)?;
-    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json, edit: Some(args) };
+    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json, preview, edit: Some(args) };
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
         delivery.console.start(1);
@@ -101,10 +102,11 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
             guide_from_sources: !args.free,
         };
         let reply = session.draw(pictures.clone(), &job.prompt, &manner, Some(&frame.scales), &mut |heard| {
-            if let Heard::Drawing(event) = heard {
-                delivery.console.event(&event);
+            let pixels = |codes: &[Vec<u32>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
+            match heard {
+                Heard::Drawing(event) => delivery.event(&event, pixels),
+                _ => delivery.stop.check(),
             }
-            delivery.stop.check()
         })?;
         let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
         let image = frame.cut(&model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?);

@@ -107,7 +107,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let subject = Subject { tokenizer: &tokenizer, scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());
-        let job = Job { prompt, scales: scales.to_vec(), sampling, seed };
+        let job = Job { prompt, negative: None, scales: scales.to_vec(), sampling, seed };
         console.start(1);
         model.draw(&job, &mut |event| {
             console.event(&event);

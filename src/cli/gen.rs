@@ -1,5 +1,6 @@
 //! `nextflow gen`: draw images from prompts.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -7,6 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::draw::{Delivery, DrawArgs, PromptArgs, told};
+use super::jobs::{self, JobsArgs};
 use super::think;
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
@@ -14,7 +16,7 @@ use crate::generate::{Batch, Job, Model, TRANSFORMER, schedule};
 use crate::request::Request;
 use crate::settings::Settings;
 use crate::terminal::{self, Console, Level};
-use crate::{input, memory};
+use crate::{input, memory, request};
 
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
@@ -24,6 +26,7 @@ const MAX_BATCH: u64 = 1024;
 #[command(after_help = "Examples:\n  nextflow gen -p \"a red apple\" -o apple.png\n  \
                   nextflow gen -p \"三只蓝色的猫\" --count 4 --out-dir cats\n  \
                   nextflow gen --prompt-file prompts.txt --seed 7 --json\n  \
+                  nextflow gen --jsonl jobs.jsonl --out-dir pictures --resume\n  \
                   nextflow gen --from apple.png --seed 1,2,3           # the same, but for what is given")]
 pub struct GenArgs {
     /// What to draw.
@@ -32,6 +35,9 @@ pub struct GenArgs {
     /// Draw as this PNG of ours was drawn: its prompt, seed, size and settings, where none are given
     #[arg(long, value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
     pub from: Option<PathBuf>,
+    /// Guide away from this [default: from no words, or as the model has it]
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "think")]
+    pub negative: Option<OsString>,
     /// Let the model think in words first, and draw what it comes to
     #[arg(long)]
     pub think: bool,
@@ -41,6 +47,9 @@ pub struct GenArgs {
     /// Draw N images in one pass over every scale, which takes more memory; meant for GPUs
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "think", allow_negative_numbers = true)]
     pub batch: u64,
+    /// Many images, each in its own way.
+    #[command(flatten)]
+    pub jobs: JobsArgs,
     /// How to draw.
     #[command(flatten)]
     pub draw: DrawArgs,
@@ -84,6 +93,7 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
         draw.size = old.size.clone();
     }
     draw.cfg = draw.cfg.or(Some(old.cfg));
+    args.negative = args.negative.or(old.negative.clone().map(OsString::from).filter(|_| draw.cfg != Some(0.0)));
     draw.temperature = draw.temperature.or(Some(old.temperature));
     draw.top_k = draw.top_k.or(old.top_k);
     draw.top_p = draw.top_p.or(Some(old.top_p));
@@ -95,6 +105,9 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
 
 /// Runs `nextflow gen`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &GenArgs) -> Result<()> {
+    if let Some(file) = &args.jobs.jsonl {
+        return jobs::run(args, file);
+    }
     let (args, old) = match &args.from {
         Some(path) => filled(args, path).map(|(args, old)| (args, Some(old)))?,
         None => (args.clone(), None),
@@ -107,17 +120,15 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     if let Some(old) = old.filter(|old| old.model != request.model && !args.draw.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
+    request.negative = negative(args, &request)?;
     let scales = request.size.grids(&request.config)?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
     request.sampling.check(scales.len())?;
     args.draw.check_scales(scales.len())?;
-    if args.batch == 0 || args.batch > MAX_BATCH {
-        let what = if args.batch == 0 { "draws nothing".into() } else { format!("is more than {MAX_BATCH}") };
-        return Err(Error::usage(format!("--batch {} {what}", args.batch)).hint("--batch 4"));
-    }
-    let (json, batch) = (args.draw.json, args.batch.min(request.images()) as usize);
+    let preview = args.draw.preview()?;
+    let (json, batch) = (args.draw.json, batch(args, request.images() as usize)?);
     if args.draw.dry_run {
         Model::check(&request.source, &request.config)?;
         return plan(&request, &scales, batch, json);
@@ -132,7 +143,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     console.loading();
     if args.think {
-        return think::run(Delivery { request: &request, console, stop, json, edit: None }, &scales);
+        return think::run(Delivery { request: &request, console, stop, json, preview, edit: None }, &scales);
     }
     let started = Instant::now();
     let model = Model::load(&request.source, &request.device, request.weights)?;
@@ -146,7 +157,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
             ));
         }
     }
-    let mut delivery = Delivery { request: &request, console, stop, json, edit: None };
+    let mut delivery = Delivery { request: &request, console, stop, json, preview, edit: None };
     let mut jobs = request.jobs(&scales);
     loop {
         let jobs: Vec<Job> = jobs.by_ref().take(batch).collect();
@@ -157,9 +168,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         delivery.console.start(jobs.len() as u64);
         let (prompts, seeds): (Vec<&str>, Vec<u64>) = jobs.iter().map(|job| (&*job.prompt, job.seed)).unzip();
         let together = Batch { scales: &scales, sampling: &request.sampling, seeds: &seeds };
-        let images = model.draw_batch(&prompts, together, &mut |event| {
-            delivery.console.event(&event);
-            delivery.stop.check()
+        let images = model.draw_batch(&prompts, request.negative.as_deref(), together, &mut |event| {
+            delivery.event(&event, |codes, scales| model.decode(codes, scales))
         })?;
         let took = started.elapsed() / jobs.len() as u32;
         for (job, image) in jobs.iter().zip(&images) {
@@ -168,6 +178,21 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
             }
         }
     }
+}
+
+/// What guidance is to lead away from.
+pub(super) fn negative(args: &GenArgs, request: &Request) -> Result<Option<String>> {
+    request::negative(args.negative.as_deref().map(OsStr::as_encoded_bytes), request.sampling.cfg)
+}
+
+/// How many of so many images are drawn at once.
+pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
+    let what = match args.batch {
+        0 => "draws nothing".into(),
+        more if more > MAX_BATCH => format!("is more than {MAX_BATCH}"),
+        batch => return Ok(images.min(batch as usize)),
+    };
+    Err(Error::usage(format!("--batch {} {what}", args.batch)).hint("--batch 4"))
 }
 
 /// What `--dry-run` tells.
@@ -186,7 +211,7 @@ struct Plan<'a> {
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
     let Request { config, source, weights, sampling, device, prompts, .. } = request;
-    let words = prompts.iter().map(|prompt| cost::tokens(prompt)).max().unwrap_or(0);
+    let words = prompts.iter().chain(&request.negative).map(|prompt| cost::tokens(prompt)).max().unwrap_or(0);
     cost::memory(config, source, *weights, Work { scales, images: batch, words, sampling }, device)
 }
 

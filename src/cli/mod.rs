@@ -10,6 +10,7 @@ mod encode;
 mod eval;
 mod r#gen;
 mod info;
+mod jobs;
 mod lines;
 mod model;
 #[cfg(feature = "hub")]

@@ -22,11 +22,9 @@ pub(super) fn run(mut delivery: Delivery, scales: &[(usize, usize)]) -> Result<(
         let manner = Manner { words, longest: LONGEST, image, seed: job.seed, guide_from_sources: true };
         let mut session = Session::new(&model)?;
         let text = format!("{THINK}{}", job.prompt);
-        let reply = session.draw(Vec::new(), &text, &manner, Some(scales), &mut |heard| {
-            if let Heard::Drawing(event) = heard {
-                delivery.console.event(&event);
-            }
-            delivery.stop.check()
+        let reply = session.draw(Vec::new(), &text, &manner, Some(scales), &mut |heard| match heard {
+            Heard::Drawing(event) => delivery.event(&event, |codes, scales| model.pixels(codes, scales)),
+            _ => delivery.stop.check(),
         })?;
         let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
         let image = model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?;

@@ -111,6 +111,8 @@ impl Sampling {
 pub struct Job {
     /// What to draw, as plain text.
     pub prompt: String,
+    /// What guidance leads away from, if that is not the model's own.
+    pub negative: Option<String>,
     /// Grids (height, width) coarse to fine.
     pub scales: Vec<(usize, usize)>,
     /// How codes are drawn.

@@ -269,19 +269,34 @@ impl Model {
     /// model gives no finite numbers.
     pub fn draw(&self, job: &Job, observe: Observer) -> Result<RgbImage> {
         let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[job.seed] };
-        let mut images = self.draw_batch(&[&job.prompt], batch, observe)?;
+        let mut images = self.draw_batch(&[&job.prompt], job.negative.as_deref(), batch, observe)?;
         images.pop().ok_or_else(|| Error::new(Kind::Failure, "one seed draws one image"))
     }
 
-    /// Draws an image from each of the prompts, with the seed in its place, in one pass over every scale: their pixels are
-    /// those that they have alone, but for what the order of additions in larger products changes.
+    /// Draws an image from each of the prompts, with the seed in its place, in one pass over every scale, guided away from
+    /// `negative` or what the config has in its place: their pixels are those that they have alone, but for what the order of additions in larger products changes.
     ///
     /// Errors: as [`Model::draw`].
-    pub fn draw_batch(&self, prompts: &[&str], batch: Batch, observe: Observer) -> Result<Vec<RgbImage>> {
-        let prefix = |prompt: &&str| Ok(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
-        let prompts = prompts.iter().map(prefix).collect::<Result<Vec<_>>>()?;
+    pub fn draw_batch(
+        &self,
+        prompts: &[&str],
+        negative: Option<&str>,
+        batch: Batch,
+        observe: Observer,
+    ) -> Result<Vec<RgbImage>> {
+        let prefix =
+            |prompt: &str| Ok::<_, Error>(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
+        let prompts = prompts.iter().map(|prompt| prefix(prompt)).collect::<Result<Vec<_>>>()?;
+        let negative = negative.map(prefix).transpose()?;
         let quantizer = self.images.quantizer();
-        let images = draw_behind(&self.backbone, quantizer, &prompts, &self.unconditional, batch, observe)?;
+        let images = draw_behind(
+            &self.backbone,
+            quantizer,
+            &prompts,
+            negative.as_ref().unwrap_or(&self.unconditional),
+            batch,
+            observe,
+        )?;
         super::tell(observe, Event::Decode)?;
         images.iter().map(|codes| self.decode(codes, batch.scales)).collect()
     }

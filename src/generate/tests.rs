@@ -210,7 +210,7 @@ fn draw_batch(
 
 fn job(cfg: f64, seed: u64) -> Job {
     let sampling = Sampling { cfg, top_k: Some(20), top_p: 0.9, ..Sampling::default() };
-    Job { prompt: String::new(), scales: schedule::nearest(1.0).prefix(5).to_vec(), sampling, seed }
+    Job { prompt: String::new(), negative: None, scales: schedule::nearest(1.0).prefix(5).to_vec(), sampling, seed }
 }
 
 #[test]

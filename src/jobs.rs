@@ -1,0 +1,302 @@
+//! A file of images to draw: one JSON object a line, each with its own settings.
+
+use std::collections::HashSet;
+use std::io::{BufRead, Read};
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+
+use serde::Deserialize;
+
+use crate::cli::DrawArgs;
+use crate::error::{Error, Kind, Result};
+use crate::generate::Job;
+use crate::output::slug;
+use crate::request::{self, Request};
+use crate::size::Size;
+use crate::text;
+
+/// The longest line, in bytes: a prompt, escaped, and its settings.
+const MAX_LINE: u64 = 1 << 20;
+/// What a line looks like.
+const EXAMPLE: &str = r#"{"prompt": "a red apple", "out": "apple.png", "seed": 7}"#;
+
+/// What a line may say. What it does not is as the flags have it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    prompt: String,
+    negative: Option<String>,
+    id: Option<String>,
+    out: Option<String>,
+    seed: Option<u64>,
+    size: Option<String>,
+    cfg: Option<f64>,
+    cfg_until: Option<usize>,
+    temperature: Option<f64>,
+    top_k: Option<usize>,
+    top_p: Option<f64>,
+    draft: Option<usize>,
+}
+
+/// An image to draw.
+#[derive(Debug)]
+pub struct Task {
+    /// Number of its line, from 1 on.
+    pub line: usize,
+    /// What the file calls it.
+    pub id: Option<String>,
+    /// Its place below the folder of all images, if the file tells.
+    pub out: Option<PathBuf>,
+    /// How it is drawn.
+    pub job: Job,
+}
+
+impl Task {
+    /// Whether both can be drawn in one pass over every scale.
+    pub fn goes_with(&self, other: &Self) -> bool {
+        let (own, other) = (&self.job, &other.job);
+        own.scales == other.scales && own.sampling == other.sampling && own.negative == other.negative
+    }
+}
+
+/// A line of which nothing can be drawn.
+#[derive(Debug)]
+pub struct Fault {
+    /// Its number, from 1 on.
+    pub line: usize,
+    /// What the file calls it, if that much can be read.
+    pub id: Option<String>,
+    /// What is wrong; it names the line.
+    pub error: Error,
+}
+
+/// The K-th of N parts of a file: every N-th line from the K-th on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    part: usize,
+    parts: usize,
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)));
+        match numbers {
+            Some((part, parts)) if (1..=parts).contains(&part) => Ok(Self { part, parts }),
+            _ => Err("a part is K/N, as 1/4 to 4/4".into()),
+        }
+    }
+}
+
+/// How a file of jobs is read.
+#[derive(Clone, Copy)]
+pub struct Reading<'a> {
+    /// How messages call the file.
+    pub name: &'a str,
+    /// What the model is, and where images go.
+    pub request: &'a Request,
+    /// Settings of lines that tell none.
+    pub flags: &'a DrawArgs,
+    /// Scales that lines that do not tell leave out, in place of the model's.
+    pub draft: Option<usize>,
+    /// Images go below this folder.
+    pub folder: &'a Path,
+    /// Images that are there already are left out, not faults.
+    pub resume: bool,
+    /// The part of the file that is drawn.
+    pub shard: Option<Shard>,
+}
+
+/// The lines of a file, as they come.
+pub struct Jobs<'a> {
+    reading: Reading<'a>,
+    lines: Box<dyn BufRead + 'a>,
+    /// Lines so far, and those of them with a job.
+    read: (usize, usize),
+    /// Images that are left out because they are there.
+    there: usize,
+    ended: bool,
+    ids: HashSet<String>,
+    outs: HashSet<PathBuf>,
+}
+
+impl<'a> Jobs<'a> {
+    /// The jobs of some lines.
+    pub fn new(reading: Reading<'a>, lines: impl BufRead + 'a) -> Self {
+        let (ids, outs) = (HashSet::new(), HashSet::new());
+        Self { reading, lines: Box::new(lines), read: (0, 0), there: 0, ended: false, ids, outs }
+    }
+
+    /// Lines with a job so far, of all parts of the file.
+    pub fn seen(&self) -> usize {
+        self.read.1
+    }
+
+    /// Images so far that are left out because they are there.
+    pub fn there(&self) -> usize {
+        self.there
+    }
+
+    /// The next line that is not empty, of any part.
+    fn line(&mut self) -> Result<Option<Vec<u8>>> {
+        loop {
+            let mut line = Vec::new();
+            let read = (&mut self.lines).take(MAX_LINE + 1).read_until(b'\n', &mut line);
+            self.read.0 += 1;
+            read.map_err(|e| {
+                Error::usage(format!("cannot be read: {e}")).hint("--jsonl FILE, or - for standard input")
+            })?;
+            if line.len() as u64 > MAX_LINE {
+                let what = format!("is longer than {} MB", MAX_LINE >> 20);
+                return Err(Error::usage(what).hint(format!("one job a line: {EXAMPLE}")));
+            }
+            if line.is_empty() {
+                return Ok(None);
+            }
+            let bom = if self.read.0 == 1 { "\u{feff}".as_bytes() } else { b"" };
+            let text = line.strip_prefix(bom).unwrap_or(&line).trim_ascii();
+            if !text.is_empty() {
+                return Ok(Some(text.into()));
+            }
+        }
+    }
+
+    /// What a line asks for; nothing if it is left out.
+    fn task(&mut self, line: Line) -> Result<Option<Task>> {
+        let Reading { request, flags, draft, folder, resume, .. } = self.reading;
+        let out = target(line.out.as_deref(), line.id.as_deref())?;
+        if let Some(id) = line.id.as_ref().filter(|id| !self.ids.insert((*id).clone())) {
+            return Err(Error::usage(format!("the id {id:?} is there twice")).hint("give every line an id of its own"));
+        }
+        match &out {
+            None if resume => {
+                return Err(Error::usage("neither id nor out tells whether its image is there already")
+                    .hint(format!("name it, or leave out --resume: {EXAMPLE}")));
+            }
+            Some(out) if !self.outs.insert(out.clone()) => {
+                let message = format!("{} is the place of an earlier line's image", out.display());
+                return Err(Error::usage(message).hint("give every line an out of its own"));
+            }
+            _ => {}
+        }
+        let mut flags = flags.clone();
+        flags.size = line.size.unwrap_or(flags.size);
+        flags.cfg = line.cfg.or(flags.cfg);
+        flags.cfg_until = line.cfg_until.or(flags.cfg_until);
+        flags.temperature = line.temperature.or(flags.temperature);
+        flags.top_k = line.top_k.or(flags.top_k);
+        flags.top_p = line.top_p.or(flags.top_p);
+        request::check_sampler(&flags)?;
+        let scales = flags.size.parse::<Size>()?.grids(&request.config)?;
+        let usual = &request.config.sampling;
+        let mut sampling = request::sampling(&flags, usual.clone());
+        sampling.draft = line.draft.or(draft).unwrap_or(usual.draft);
+        sampling.check(scales.len())?;
+        flags.check_scales(scales.len())?;
+        let prompt = text::check_prompt(line.prompt.as_bytes())?;
+        let negative = request::negative(line.negative.as_deref().map(str::as_bytes), sampling.cfg)?
+            .or_else(|| request.negative.clone().filter(|_| sampling.cfg > 0.0));
+        if let Some(path) = out.as_ref().map(|out| folder.join(out)).filter(|path| path.symlink_metadata().is_ok()) {
+            if resume {
+                self.there += 1;
+                return Ok(None);
+            }
+            return Err(Error::usage(format!("{} already exists", path.display()))
+                .hint("--resume leaves out what is there, or --out-dir ANOTHER_FOLDER"));
+        }
+        let seed = line.seed.or(flags.seed.first().copied()).unwrap_or_else(request::any_seed);
+        Ok(Some(Task { line: self.read.0, id: line.id, out, job: Job { prompt, negative, scales, sampling, seed } }))
+    }
+
+    /// A fault of the line that was just read.
+    fn fault(&self, id: Option<String>, error: Error) -> Fault {
+        let line = self.read.0;
+        let message = format!("line {line} of {}: {}", self.reading.name, error.message);
+        Fault { line, id, error: Error { message, ..error } }
+    }
+}
+
+impl Iterator for Jobs<'_> {
+    type Item = Result<Task, Fault>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while !self.ended {
+            let line = match self.line() {
+                Ok(Some(line)) => line,
+                Ok(None) => break,
+                // Where the next line begins is not known.
+                Err(error) => {
+                    self.ended = true;
+                    return Some(Err(self.fault(None, error)));
+                }
+            };
+            self.read.1 += 1;
+            let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.read.1 % parts == part % parts);
+            let parsed = serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e));
+            let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
+            let task = parsed.and_then(|line| self.task(line));
+            match task {
+                // Those of the other parts are read to know what is there twice.
+                _ if !mine => {}
+                Ok(None) => {}
+                Ok(Some(task)) => return Some(Ok(task)),
+                Err(error) => return Some(Err(self.fault(id, error))),
+            }
+        }
+        self.ended = true;
+        None
+    }
+}
+
+/// The error of a line that is no job.
+fn unreadable(e: &serde_json::Error) -> Error {
+    let text = e.to_string();
+    let what = text.rsplit_once(" at line ").map_or(&*text, |(what, _)| what);
+    let place = if e.column() > 0 { format!(" (column {})", e.column()) } else { String::new() };
+    Error::new(Kind::Usage, format!("{what}{place}")).hint(format!("one job a line: {EXAMPLE}"))
+}
+
+/// Where an image goes below the folder of all: to `out`, or to a name made of `id`.
+fn target(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
+    let Some(out) = out else { return Ok(id.map(|id| format!("{}.png", slug(id)).into())) };
+    let path = Path::new(out);
+    let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(r#""out": "fruit/apple.png""#));
+    if out.is_empty()
+        || out.contains(['\0', '\\'])
+        || !path.components().all(|part| matches!(part, Component::Normal(_)))
+    {
+        return bad("is no place below the folder of the images");
+    }
+    if out.ends_with('/') || path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
+        return bad("is not the name of a PNG");
+    }
+    Ok(Some(path.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_stay_below_the_folder() {
+        let place = |out: &str| target(Some(out), Some("x")).map(|path| path.unwrap());
+        assert_eq!(place("a/b/c.png").unwrap(), Path::new("a/b/c.png"));
+        assert_eq!(target(None, Some("The 1st/../x")).unwrap().unwrap(), Path::new("the-1st-x.png"));
+        assert_eq!(target(None, None).unwrap(), None);
+        for out in
+            ["", "../x.png", "/etc/x.png", "a/../../x.png", "a\\b.png", "a\0.png", "./a.png", "a.jpg", "a", "a.png/"]
+        {
+            let error = place(out).unwrap_err();
+            assert_eq!((error.exit_code(), error.hint.is_some()), (2, true), "{out:?}");
+        }
+    }
+
+    #[test]
+    fn shards_are_parts() {
+        assert_eq!("2/3".parse::<Shard>().unwrap(), Shard { part: 2, parts: 3 });
+        for bad in ["", "1", "0/3", "4/3", "1/0", "-1/3", "a/b", "1/2/3"] {
+            assert!(bad.parse::<Shard>().is_err(), "{bad}");
+        }
+    }
+}

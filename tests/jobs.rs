@@ -1,0 +1,220 @@
+//! `nextflow gen --jsonl`: many images, each in its own way.
+#![cfg(feature = "nano")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn command(folder: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
+    command.arg("gen").args(args).current_dir(folder);
+    command.env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
+    command
+}
+
+/// The exit code, the lines of output, and what is told beside.
+fn run(folder: &Path, args: &[&str]) -> (i32, Vec<Value>, String) {
+    let Output { status, stdout, stderr } = command(folder, args).output().unwrap();
+    let lines = String::from_utf8(stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    (status.code().unwrap(), lines, String::from_utf8(stderr).unwrap())
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn every_line_is_drawn_as_by_its_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let lines = [
+        "\u{feff}{\"prompt\": \"a red apple\", \"out\": \"fruit/sweet/apple.png\", \"seed\": 3, \"id\": \"one\"}\r\n",
+        "\n",
+        "{\"prompt\": \"a cat\", \"size\": \"3:2\", \"cfg\": 3, \"cfg_until\": 4, \"top_k\": 20, \"negative\": \"a dog\"}\n",
+        "{\"prompt\": \"a cat\", \"id\": \"The 2nd\", \"temperature\": 0, \"top_p\": 0.5, \"draft\": 1, \"seed\": 18446744073709551615}",
+    ];
+    fs::write(here.join("jobs.jsonl"), lines.concat()).unwrap();
+    let (code, told, stderr) = run(here, &["--jsonl", "jobs.jsonl", "--out-dir", "new", "--seed", "5"]);
+    assert_eq!(code, 0, "{stderr}");
+    let places = ["fruit/sweet/apple.png", "a-cat-5.png", "the-2nd.png"];
+    let flags: [&[&str]; 3] = [
+        &["-p", "a red apple", "--seed", "3"],
+        &[
+            "-p",
+            "a cat",
+            "--size",
+            "3:2",
+            "--cfg",
+            "3",
+            "--cfg-until",
+            "4",
+            "--top-k",
+            "20",
+            "-n",
+            "a dog",
+            "--seed",
+            "5",
+        ],
+        &["-p", "a cat", "--temperature", "0", "--top-p", "0.5", "--draft", "1", "--seed", "18446744073709551615"],
+    ];
+    for (i, (place, flags)) in places.iter().zip(flags).enumerate() {
+        assert_eq!((&told[i]["line"], &told[i]["path"]), (&[1, 3, 4][i].into(), &format!("new/{place}").into()));
+        let alone = command(here, &[flags, &["-o", "-"]].concat()).output().unwrap().stdout;
+        assert!(fs::read(here.join("new").join(place)).unwrap() == alone, "{place}");
+    }
+    assert_eq!((&told[0]["id"], &told[1]["id"], &told[2]["id"]), (&"one".into(), &Value::Null, &"The 2nd".into()));
+    assert_eq!((&told[1]["size"], &told[2]["prompt"]), (&"144x96".into(), &"a cat".into()));
+    // Two in one pass are what they are alone.
+    let two = "{\"prompt\": \"a cat\", \"out\": \"a.png\"}\n{\"prompt\": \"a dog\", \"out\": \"b.png\"}\n";
+    fs::write(here.join("two.jsonl"), two).unwrap();
+    for (batch, folder) in [("1", "alone"), ("4", "together")] {
+        let args = ["--jsonl", "two.jsonl", "--out-dir", folder, "--seed", "5", "--batch", batch];
+        assert_eq!(run(here, &args).0, 0);
+    }
+    for name in ["a.png", "b.png"] {
+        assert!(
+            fs::read(here.join("alone").join(name)).unwrap() == fs::read(here.join("together").join(name)).unwrap()
+        );
+    }
+}
+
+#[test]
+fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let good = r#"{"prompt": "a cat", "out": "a.png", "id": "a"}"#;
+    for (line, part) in [
+        ("{", "EOF while parsing"),
+        ("a cat", "expected value (column 1)"),
+        ("\"a cat\"", "invalid type"),
+        (r#"{"out": "b.png"}"#, "missing field `prompt`"),
+        (r#"{"prompt": "x", "colour": 1}"#, "unknown field `colour`"),
+        (r#"{"prompt": "x", "prompt": "y"}"#, "duplicate field"),
+        (r#"{"prompt": ""}"#, "the prompt is empty"),
+        (r#"{"prompt": "\u001b[2J"}"#, "control character"),
+        (r#"{"prompt": "x", "seed": -1}"#, "invalid value"),
+        (r#"{"prompt": "x", "seed": 1.5}"#, "invalid type"),
+        (r#"{"prompt": "x", "cfg": 1e999}"#, "number out of range"),
+        (r#"{"prompt": "x", "cfg": -1}"#, "cfg -1 is not"),
+        (r#"{"prompt": "x", "top_k": 0}"#, "top-k 0 is not"),
+        (r#"{"prompt": "x", "cfg_until": 9}"#, "8 scales"),
+        (r#"{"prompt": "x", "negative": ""}"#, "negative: the prompt is empty"),
+        (r#"{"prompt": "x", "negative": "y", "cfg": 0}"#, "leads away from nothing"),
+        (r#"{"prompt": "x", "draft": 8}"#, "draft"),
+        (r#"{"prompt": "x", "size": "1x1"}"#, "1x1"),
+        (r#"{"prompt": "x", "size": "big"}"#, "big is not a size"),
+        (r#"{"prompt": "x", "out": "../b.png"}"#, "is no place below the folder"),
+        (r#"{"prompt": "x", "out": "/etc/b.png"}"#, "is no place below the folder"),
+        (r#"{"prompt": "x", "out": "b.jpg"}"#, "is not the name of a PNG"),
+        (r#"{"prompt": "x", "id": "a"}"#, "the id \"a\" is there twice"),
+        (r#"{"prompt": "x", "out": "a.png"}"#, "is the place of an earlier line's image"),
+        (r#"{"prompt": "x", "out": "there.png"}"#, "already exists"),
+    ] {
+        fs::write(here.join("there.png"), "mine").unwrap();
+        fs::write(here.join("bad.jsonl"), format!("{good}\n\n{line}\n")).unwrap();
+        let (code, told, stderr) = run(here, &["--jsonl", "bad.jsonl"]);
+        assert!(code == 2 && told.is_empty(), "{line}: {code} {stderr}");
+        assert!(stderr.contains("line 3 of bad.jsonl: ") && stderr.contains(part), "{line}: {stderr}");
+        assert!(stderr.contains("hint: ") && !stderr.contains('\u{1b}'), "{line}: {stderr}");
+    }
+    fs::write(here.join("bad.jsonl"), [good.as_bytes(), b"\n{\"prompt\": \"caf\xff\"}"].concat()).unwrap();
+    assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("line 2 of bad.jsonl: "));
+    fs::write(here.join("bad.jsonl"), format!("{{\"prompt\": \"{}\"}}", "x".repeat(2 << 20))).unwrap();
+    assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("longer than 1 MB"));
+    fs::write(here.join("bad.jsonl"), "\n \n").unwrap();
+    assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("holds no job"));
+    fs::write(here.join("bad.jsonl"), good).unwrap();
+    for (args, part) in [
+        (&["--jsonl", "none.jsonl"][..], "cannot read none.jsonl"),
+        (&["--jsonl", "bad.jsonl", "-p", "x"], "cannot be used with"),
+        (&["--jsonl", "bad.jsonl", "-o", "x.png"], "cannot be used with"),
+        (&["--jsonl", "bad.jsonl", "--think"], "cannot be used with"),
+        (&["--jsonl", "bad.jsonl", "--seed", "1,2"], "takes one --seed"),
+        (&["--jsonl", "bad.jsonl", "--shard", "3/2"], "1/4 to 4/4"),
+        (&["--jsonl", "bad.jsonl", "--batch", "0"], "--batch 0"),
+        (&["-p", "x", "--resume"], "--jsonl"),
+        (&["-p", "x", "--keep-going"], "--jsonl"),
+    ] {
+        let (code, _, stderr) = run(here, args);
+        assert!(code == 2 && stderr.contains(part), "{args:?}: {code} {stderr}");
+    }
+    assert_eq!(files(here), ["bad.jsonl", "there.png"]);
+    assert_eq!(fs::read(here.join("there.png")).unwrap(), b"mine");
+}
+
+#[test]
+fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let line = |i: usize| format!("{{\"prompt\": \"a cat\", \"seed\": {i}, \"id\": \"cat {i}\"}}");
+    let lines = |bad: &str| [line(1), bad.into(), line(3), line(4)].join("\n");
+    fs::write(here.join("jobs.jsonl"), lines("{\"prompt\": \"a cat\", \"id\": \"cat 2\", \"size\": \"x\"}")).unwrap();
+    let args = ["--jsonl", "jobs.jsonl", "--out-dir", "out", "--keep-going"];
+    let (code, _, stderr) = run(here, &[&args[..], &["--dry-run", "--json"]].concat());
+    assert!(code == 1 && stderr.contains("line 2 of jobs.jsonl: ") && !here.join("out").exists(), "{stderr}");
+    let (code, told, stderr) = run(here, &args);
+    assert!(code == 1 && stderr.contains("1 of 4 jobs failed"), "{stderr}");
+    assert_eq!(told.len(), 4);
+    assert_eq!((&told[1]["line"], &told[1]["id"], &told[1]["code"]), (&2.into(), &"cat 2".into(), &2.into()));
+    assert!(told[1]["error"].as_str().unwrap().contains("x is not a size") && told[1]["hint"].is_string());
+    assert_eq!(files(&here.join("out")), ["cat-1.png", "cat-3.png", "cat-4.png"]);
+    // Corrected, and one image lost: both are drawn, the others stay as they are.
+    fs::write(here.join("jobs.jsonl"), lines(&line(2))).unwrap();
+    fs::write(here.join("out/cat-1.png"), "mine").unwrap();
+    fs::remove_file(here.join("out/cat-4.png")).unwrap();
+    let again = ["--jsonl", "jobs.jsonl", "--out-dir", "out", "--resume"];
+    let plan = &run(here, &[&again[..], &["--dry-run", "--json"]].concat()).1[0];
+    assert_eq!((&plan["images"], &plan["there"], &plan["codes"]), (&2.into(), &2.into(), &408.into()));
+    let (code, told, stderr) = run(here, &again);
+    assert_eq!((code, told.len()), (0, 2), "{stderr}");
+    assert!(stderr.contains("(2 of 4 images are there already)"), "{stderr}");
+    assert_eq!(fs::read(here.join("out/cat-1.png")).unwrap(), b"mine");
+    assert_eq!(run(here, &again).1.len(), 0);
+    // An image that nothing names cannot be known again.
+    fs::write(here.join("jobs.jsonl"), "{\"prompt\": \"a cat\"}").unwrap();
+    assert!(run(here, &again).2.contains("line 1 of jobs.jsonl: neither id nor out"));
+}
+
+#[test]
+fn the_parts_of_a_file_are_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let lines: Vec<String> = (1..=5).map(|i| format!("{{\"prompt\": \"a cat\", \"out\": \"{i}.png\"}}\n\n")).collect();
+    fs::write(here.join("jobs.jsonl"), lines.concat()).unwrap();
+    let mut all = Vec::new();
+    for shard in ["1/3", "2/3", "3/3"] {
+        let (code, told, stderr) = run(here, &["--jsonl", "jobs.jsonl", "--shard", shard]);
+        assert_eq!(code, 0, "{stderr}");
+        all.extend(told.iter().map(|line| line["path"].as_str().unwrap().to_string()));
+    }
+    assert_eq!(all, ["1.png", "4.png", "2.png", "5.png", "3.png"]);
+    assert_eq!(run(here, &["--jsonl", "jobs.jsonl", "--shard", "7/9"]).0, 0, "a part may be empty");
+}
+
+#[test]
+fn a_pipe_has_its_answer_before_it_asks_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = command(dir.path(), &["--jsonl", "-", "-q", "--keep-going"]);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary");
+    let (mut ask, mut answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()).lines());
+    for (line, key) in [
+        (r#"{"prompt": "a cat", "out": "a.png"}"#, "path"),
+        ("nonsense", "error"),
+        (r#"{"prompt": "a dog", "out": "b.png"}"#, "path"),
+    ] {
+        writeln!(ask, "{line}").unwrap();
+        let answer: Value = serde_json::from_str(&answers.next().unwrap().unwrap()).unwrap();
+        assert!(answer[key].is_string(), "{line}: {answer}");
+    }
+    drop(ask);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(files(dir.path()), ["a.png", "b.png"]);
+}
