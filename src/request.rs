@@ -212,6 +212,10 @@ fn trim_newline(bytes: &[u8]) -> &[u8] {
 
 fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
     let Some(path) = &args.output else {
+        if args.force {
+            return Err(Error::usage("--force lets -o replace a file, and there is no -o")
+                .hint("-o FILE --force, or leave out --force: names in a folder are free ones"));
+        }
         return Ok(Destination::Folder(args.out_dir.clone().unwrap_or_default()));
     };
     if several {

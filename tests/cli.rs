@@ -78,7 +78,8 @@ fn flags_that_would_be_ignored() {
     refused(&["gen", "-p", "x", "-q", "-v"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "--think", "--batch", "2"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"], b"", 2, "cannot be used with", "");
-    refused(&["gen", "-p", "x", "--force"], b"", 2, "--output", "");
+    refused(&["gen", "-p", "x", "--force"], b"", 2, "there is no -o", "-o FILE --force");
+    refused(&["gen", "-p", "x", "--force", "--out-dir", "y"], b"", 2, "there is no -o", "-o FILE --force");
     refused(&["gen", "-p", "x", "-o", "a.png", "--count", "2"], b"", 2, "several images", "--out-dir");
     refused(&["gen", "--prompt-file", "-", "-o", "a.png"], b"x\ny\n", 2, "several images", "--out-dir");
     refused(&["gen", "-p", "x", "-o", "-", "--json"], b"", 2, "--json has no meaning", "-o FILE");

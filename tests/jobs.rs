@@ -138,8 +138,10 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (&["--jsonl", "bad.jsonl", "--seed", "1,2"], "takes one --seed"),
         (&["--jsonl", "bad.jsonl", "--shard", "3/2"], "1/4 to 4/4"),
         (&["--jsonl", "bad.jsonl", "--batch", "0"], "--batch 0"),
+        (&["--jsonl", "bad.jsonl", "--force"], "there is no -o"),
         (&["-p", "x", "--resume"], "--jsonl"),
         (&["-p", "x", "--keep-going"], "--jsonl"),
+        (&["--shard", "1/2"], "--jsonl"),
     ] {
         let (code, _, stderr) = run(here, args);
         assert!(code == 2 && stderr.contains(part), "{args:?}: {code} {stderr}");

@@ -69,7 +69,7 @@ pub struct DrawArgs {
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
     /// Let -o replace a file
-    #[arg(long, requires = "output")]
+    #[arg(long)]
     pub force: bool,
     /// Which model.
     #[command(flatten)]

@@ -105,6 +105,7 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
 
 /// Runs `nextflow gen`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &GenArgs) -> Result<()> {
+    args.jobs.check()?;
     if let Some(file) = &args.jobs.jsonl {
         return jobs::run(args, file);
     }

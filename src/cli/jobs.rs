@@ -27,14 +27,26 @@ pub struct JobsArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
     /// With --jsonl: leave out jobs whose image is there already
-    #[arg(long, requires = "jsonl")]
+    #[arg(long)]
     pub resume: bool,
     /// With --jsonl: go on after a job that fails
-    #[arg(long, requires = "jsonl")]
+    #[arg(long)]
     pub keep_going: bool,
     /// With --jsonl: draw the K-th of N parts only, for as many processes
-    #[arg(long, value_name = "K/N", requires = "jsonl")]
+    #[arg(long, value_name = "K/N")]
     pub shard: Option<Shard>,
+}
+
+impl JobsArgs {
+    /// Errors: usage, for what means something with a file of jobs only. (clap's `requires` is not asked where what is required
+    /// conflicts with another flag that is there.)
+    pub fn check(&self) -> Result<()> {
+        let flags = [(self.resume, "--resume"), (self.keep_going, "--keep-going"), (self.shard.is_some(), "--shard")];
+        match flags.into_iter().find(|(given, _)| *given && self.jsonl.is_none()) {
+            Some((_, flag)) => Err(Error::usage(format!("{flag} is for a file of jobs")).hint("--jsonl FILE")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A line of output for an image.
