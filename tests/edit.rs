@@ -196,13 +196,18 @@ fn one_command_is_a_conversation_of_its_own() {
     works(here, &["chat", "/exit"], "");
     // A conversation is found from elsewhere, and goes elsewhere with its images.
     ["one", "other"].iter().for_each(|name| fs::create_dir(here.join(name)).unwrap());
-    works(&here.join("one"), &["chat", "-q"], "/gen a red circle\n/save a.json");
+    let said = "/size 2:1\n/gen a red circle\n/edit make it blue\n/size auto\n/gen a star\n/save a.json";
+    works(&here.join("one"), &["chat", "-q", "--seed", "1"], said);
+    for (name, size) in [("a-red-circle-1", (192, 96)), ("make-it-blue-2", (192, 96)), ("a-star-3", (128, 128))] {
+        assert_eq!(open(&here.join(format!("one/{name}.png"))).dimensions(), size, "{name}");
+    }
     fs::rename(here.join("one"), here.join("two")).unwrap();
     works(&here.join("other"), &["chat", "-q"], "/load ../two/a.json");
     works(here, &["chat", "-i", "a.png", "/edit make it blue", "--seed", "1"], "");
     assert_eq!(open(&here.join("make-it-blue-1.png")).dimensions(), (128, 128));
     for (args, code, part) in [
         (&["chat", "/paint"][..], 2, "there is no command /paint"),
+        (&["chat", "/size 1x1"], 2, "cannot draw 1x1"),
         (&["chat", "a red circle", "--out-dir", "a.png"], 2, "a.png is not a folder"),
         (&["chat", "a \u{1b}[31mred circle"], 2, "control character"),
         (&["chat", "x", "--max-pixels", "1000"], 2, "leave out"),

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Job, TRANSFORMER, cost};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
+use crate::size::Size;
 use crate::terminal::{self, Console, Level, Stop};
 use crate::{device, input, memory, pixels, request};
 
@@ -50,16 +51,16 @@ pub struct ChatArgs {
     #[arg(long)]
     pub seed: Option<u64>,
     /// 0 is the likeliest word, always [default: the model's]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
     /// Keep the K likeliest words [default: the model's]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
     /// Keep the smallest set of words whose probabilities sum to P [default: the model's]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Above 1 words that were said already lose [default: the model's]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f64>,
     /// Write drawn images, under names that are free, into this folder [default: the current one]
     #[arg(long, value_name = "FOLDER")]
@@ -95,6 +96,8 @@ pub(super) struct Host {
     pub manner: Manner,
     /// The model's name, as it is stored with images.
     pub model: String,
+    /// How large images are.
+    pub size: Size,
     /// Where drawn images go.
     pub images: Destination,
     pub json: bool,
@@ -211,6 +214,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let host = Host {
         manner: Manner { words: sampling, longest, image, seed, guide_from_sources: true },
         model: model.config().drawing.as_ref().map_or("Qwen2.5-VL".into(), |config| config.name.clone()),
+        size: Size::Auto,
         images: folder,
         json: args.json,
         verbose: args.verbose,
@@ -296,6 +300,9 @@ impl Host {
         let (started, mut first, mut lost, mut paths) = (Instant::now(), None, None, Vec::new());
         let mut seed = self.manner.seed;
         let model = session.model();
+        // Of another size than the image that is changed, or than usual.
+        let asked = model.config().drawing.as_ref().filter(|_| self.size != Size::Auto);
+        let asked = asked.map(|config| self.size.grids(config)).transpose()?;
         let Self { manner, console, stop, .. } = self;
         console.start(1);
         let (json, name, images) = (self.json, &self.model, &self.images);
@@ -351,9 +358,10 @@ impl Host {
             Ask::Answer => session.say(pictures, text, manner, &mut listen),
             Ask::Image => {
                 let silent = Manner { longest: 0, ..manner.clone() };
-                session.draw_anew(pictures, text, &silent, &model.usual_scales()?, &mut listen)
+                let scales = asked.map_or_else(|| model.usual_scales(), Ok)?;
+                session.draw_anew(pictures, text, &silent, &scales, &mut listen)
             }
-            Ask::Edit => session.draw(pictures, text, manner, None, &mut listen),
+            Ask::Edit => session.draw(pictures, text, manner, asked.as_deref(), &mut listen),
         };
         if let Some(error) = lost {
             return Err(error);

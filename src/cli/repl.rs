@@ -11,11 +11,13 @@ use super::lines::{self, Lines};
 use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
 use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
+use crate::size::Size;
 use crate::{output, terminal};
 
 const HELP: &str = "\
 /image FILE    show an image with the next message
 /gen TEXT      draw an image; /edit TEXT changes the last one, or the one that $N names
+/size W:H      how large images are, in pixels (WxH) or as a ratio; auto: as the one that is changed
 /regen         take the last answer back and have another
 /seed N        what decides all randomness; $1, $2 ... in a message are the images so far
 /undo          take the last question and its answer back
@@ -201,6 +203,12 @@ impl<'a> Repl<'a> {
             ("seed", seed) => {
                 let bad = |_| Error::usage(format!("{seed:?} is not a seed")).hint("/seed 7");
                 self.host.manner.seed = seed.parse().map_err(bad)?;
+            }
+            ("size", text) => {
+                let config = self.model.config().drawing.as_ref().ok_or_else(ChatModel::draws_nothing)?;
+                let size: Size = text.parse()?;
+                size.grids(config)?;
+                self.host.size = size;
             }
             ("undo", _) => {
                 self.asked = None;

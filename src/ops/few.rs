@@ -1,6 +1,11 @@
 //! `x wᵀ` for a few inputs, as when one word is read: what counts is how fast weights come from memory.
 
+#[cfg(target_arch = "x86_64")]
+mod q8_0;
+
 use candle_core::Result;
+#[cfg(target_arch = "x86_64")]
+use candle_core::quantized::GgmlDType;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::blocks::dequantise;
@@ -34,7 +39,32 @@ pub(super) fn strips(inputs: &[f32], columns: usize) -> Vec<Strip> {
 ///
 /// Errors: blocks of another type, or that do not divide `columns`.
 pub(super) fn products(y: &mut [f32], w: Rows, inputs: &[Strip], columns: usize) -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    if let Rows::Blocks(w, GgmlDType::Q8_0) = w
+        && columns.is_multiple_of(32)
+        && q8_0::suits()
+    {
+        let inputs: Vec<&[[f32; 32]]> = inputs.chunks_exact(columns.div_ceil(STRIP)).map(blocks).collect();
+        for (y, w) in y.chunks_exact_mut(inputs.len()).zip(w.as_chunks().0.chunks_exact(columns / 32)) {
+            // SAFETY: the processor has been asked.
+            #[allow(unsafe_code)]
+            unsafe {
+                q8_0::row(y, w, &inputs)
+            };
+        }
+        return Ok(());
+    }
     Arch::new().dispatch(Products { y, w, inputs, columns })
+}
+
+/// The numbers of an input, in blocks.
+#[cfg(target_arch = "x86_64")]
+fn blocks(strips: &[Strip]) -> &[[f32; 32]] {
+    // SAFETY: a strip is nothing but its numbers, which fill its alignment.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts(strips.as_ptr().cast(), strips.len() * STRIP / 32)
+    }
 }
 
 struct Products<'a> {
@@ -91,4 +121,38 @@ fn add<S: Simd>(simd: S, mut sums: [S::f32s; CHAINS], w: &Strip, x: &Strip) -> [
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::blocks::quantise;
+    use super::super::check::random;
+    use super::*;
+    use candle_core::quantized::GgmlDType;
+
+    #[test]
+    fn blocks_give_what_their_numbers_give() {
+        let numbers = |shape, seed| random(shape, seed).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for dtype in [GgmlDType::BF16, GgmlDType::Q8_0] {
+            for (rows, columns, count) in [(3, 32, 1), (5, 96, 2), (2, 256, 3), (7, 320, 4), (1, 1088, 5), (4, 512, 8)]
+            {
+                let (values, inputs) = (numbers((rows, columns), 1), numbers((count, columns), 2));
+                let w = quantise(&values, (rows, columns), dtype, &Device::Cpu).unwrap().data().unwrap().into_owned();
+                let (mut dense, mut y) = (vec![0f32; rows * columns], vec![0f32; rows * count]);
+                dequantise(&w, dtype, &mut dense).unwrap();
+                products(&mut y, Rows::Blocks(&w, dtype), &strips(&inputs, columns), columns).unwrap();
+                for (i, y) in y.iter().enumerate() {
+                    let (w, x) = (&dense[i / count * columns..][..columns], &inputs[i % count * columns..][..columns]);
+                    let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                    let (want, most) = (terms().sum::<f64>(), 1e-6 * terms().map(f64::abs).sum::<f64>());
+                    assert!(
+                        (f64::from(*y) - want).abs() <= most,
+                        "{dtype:?} {rows}x{columns}, {count}: {y}, not {want}"
+                    );
+                }
+            }
+        }
+    }
 }

@@ -98,7 +98,7 @@ fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// Bytes that a user gave as a prompt, as text: UTF-8, not blank, at most [`MAX_PROMPT`] bytes, no control characters.
 pub fn check_prompt(bytes: &[u8]) -> Result<String> {
-    let say = |message: String| Err(Error::usage(message).hint("nextflow gen -p \"a red apple\""));
+    let say = |message: String| Err(Error::usage(message).hint("-p \"a red apple\""));
     if bytes.len() > MAX_PROMPT {
         return say(format!("the prompt has {} bytes, the limit is {MAX_PROMPT}", bytes.len()));
     }

@@ -11,6 +11,10 @@ use crate::ops::tiles::{MOST, Strides, in_registers, multiply, registers};
 
 /// Bytes of the keys and values of a head that are read for every panel: they stay in the second-level cache.
 const NEAR: usize = 1 << 18;
+/// Keys whose values are read at a time, a few channels of all and then the next: they stay in the second-level cache as well.
+const KEYS: usize = 256;
+/// Rows at once where a panel is one register.
+const HIGH: usize = 12;
 
 /// Whether [`attend`] is for so many queries of each of the heads of a group, over so many keys of size `d`.
 pub(super) fn suits(queries: usize, keys: usize, d: usize) -> bool {
@@ -40,11 +44,12 @@ pub(super) fn attend(
     scale: f32,
 ) {
     thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
-    let width = registers().0 * registers().1;
+    let (lanes, wide) = registers();
+    let all = group.rows.1 * group.heads.1;
+    let width = if all <= lanes { lanes } else { lanes * wide };
     SCRATCH.with_borrow_mut(|[queries, weights]| {
         queries.resize(width * group.q.d, 0.0);
         weights.resize(width * keys, 0.0);
-        let all = group.rows.1 * group.heads.1;
         for first in (0..all).step_by(width) {
             let panel = Panel { first, count: width.min(all - first), scale };
             let memory = Memory { out: &mut *out, stride, queries, weights };
@@ -84,7 +89,10 @@ impl WithSimd for Attend<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        in_registers!(S, panel(simd, self))
+        match self.memory.queries.len() == S::F32_LANES * self.group.q.d {
+            true => panel::<S, HIGH, 1>(simd, self),
+            false => in_registers!(S, panel(simd, self)),
+        }
     }
 }
 
@@ -105,7 +113,7 @@ fn panel<S: Simd, const HIGH: usize, const WIDE: usize>(simd: S, attend: Attend)
     let of_group = |x: Heads<'_>| batch * x.batch_stride + head / heads * d;
     let queries = S::as_simd_f32s(memory.queries).0.as_chunks::<WIDE>().0;
     let strides = Strides { row: k.stride, column: 1 };
-    products::<S, HIGH, WIDE>(simd, (&k.data[of_group(k)..], strides), queries, memory.weights, panel);
+    products::<S, HIGH, WIDE>(simd, (&k.data[of_group(k)..], strides), queries, memory.weights, panel, false);
 
     let mut largest = [f32::NEG_INFINITY; MOST];
     let mut sums = [0f32; MOST];
@@ -132,7 +140,10 @@ fn panel<S: Simd, const HIGH: usize, const WIDE: usize>(simd: S, attend: Attend)
     let weights = S::as_simd_f32s(memory.weights).0.as_chunks::<WIDE>().0;
     let strides = Strides { row: 1, column: v.stride };
     let by_channel = &mut memory.queries[..];
-    products::<S, HIGH, WIDE>(simd, (&v.data[of_group(v)..], strides), weights, by_channel, panel);
+    for (first, weights) in (0..).step_by(KEYS).zip(weights.chunks(KEYS)) {
+        let v = &v.data[of_group(v) + first * v.stride..];
+        products::<S, HIGH, WIDE>(simd, (v, strides), weights, by_channel, panel, first > 0);
+    }
     for (i, sum) in sums[..panel.count].iter().enumerate() {
         let ((r, h), norm) = (place(i), 1.0 / sum);
         let out = &mut memory.out[r * memory.stride + h * d..][..d];
@@ -142,7 +153,7 @@ fn panel<S: Simd, const HIGH: usize, const WIDE: usize>(simd: S, attend: Attend)
     }
 }
 
-/// The products of all rows of `w` with a panel: (rows, width) in `y`.
+/// The products of all rows of `w` with a panel: (rows, width) in `y`, or added to what is there.
 #[inline(always)]
 fn products<S: Simd, const HIGH: usize, const WIDE: usize>(
     simd: S,
@@ -150,16 +161,17 @@ fn products<S: Simd, const HIGH: usize, const WIDE: usize>(
     panel: &[[S::f32s; WIDE]],
     y: &mut [f32],
     Panel { count, .. }: Panel,
+    add: bool,
 ) {
     let y = S::as_mut_simd_f32s(y).0.as_chunks_mut::<WIDE>().0;
     let mut row = 0;
     while row < y.len() {
         let (w, y) = (&w[row * strides.row..], &mut y[row..]);
         row += match (y.len(), count.div_ceil(S::F32_LANES)) {
-            (left, 1) if left >= HIGH => some::<S, HIGH, 1, WIDE>(simd, w, strides, panel, y),
-            (left, _) if left >= HIGH => some::<S, HIGH, WIDE, WIDE>(simd, w, strides, panel, y),
-            (left, _) if left >= 4 => some::<S, 4, WIDE, WIDE>(simd, w, strides, panel, y),
-            _ => some::<S, 1, WIDE, WIDE>(simd, w, strides, panel, y),
+            (left, 1) if left >= HIGH => some::<S, HIGH, 1, WIDE>(simd, w, strides, panel, y, add),
+            (left, _) if left >= HIGH => some::<S, HIGH, WIDE, WIDE>(simd, w, strides, panel, y, add),
+            (left, _) if left >= 4 => some::<S, 4, WIDE, WIDE>(simd, w, strides, panel, y, add),
+            _ => some::<S, 1, WIDE, WIDE>(simd, w, strides, panel, y, add),
         };
     }
 }
@@ -171,10 +183,13 @@ fn some<S: Simd, const R: usize, const W: usize, const WIDE: usize>(
     strides: Strides,
     panel: &[[S::f32s; WIDE]],
     y: &mut [[S::f32s; WIDE]],
+    add: bool,
 ) -> usize {
     let sums: [[S::f32s; W]; R] = multiply(simd, (w, &[]), strides, panel, false);
     for (y, sums) in y.iter_mut().zip(&sums) {
-        y[..W].copy_from_slice(sums);
+        for (y, sum) in y.iter_mut().zip(sums) {
+            *y = if add { simd.add_f32s(*y, *sum) } else { *sum };
+        }
     }
     R
 }

@@ -24,6 +24,8 @@ fn matches_the_composition() -> Result<()> {
         (1, 70, 70, (2, 1, 9)),
         (1, 600, 610, (1, 1, 2)),
         (3, 1, 11, (6, 2, 8)),
+        (1, 1, 700, (7, 1, 24)),
+        (2, 3, 530, (6, 2, 10)),
     ] {
         let [q, k, v] = &inputs(b, t, s, heads);
         same(&[q, k, v], || attention(q, k, v, Mask::None, 0.4), || plain(q, k, v, None, 0.4));
