@@ -1,6 +1,6 @@
 //! A file of images to draw: one JSON object a line, each with its own settings.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, Read};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
@@ -10,15 +10,18 @@ use serde::Deserialize;
 use crate::cli::DrawArgs;
 use crate::error::{Error, Kind, Result};
 use crate::generate::Job;
-use crate::output::slug;
+use crate::output::{self, Destination, slug};
 use crate::request::{self, Request};
 use crate::size::Size;
-use crate::text;
+use crate::{terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
 const MAX_LINE: u64 = 1 << 20;
 /// What a line looks like.
 const EXAMPLE: &str = r#"{"prompt": "a red apple", "out": "apple.png", "seed": 7}"#;
+
+/// What is there stays.
+pub const NO_OVERWRITING: &str = "--resume leaves out what is there, or --out-dir ANOTHER_FOLDER";
 
 /// What a line may say. What it does not is as the flags have it.
 #[derive(Debug, Deserialize)]
@@ -38,7 +41,7 @@ struct Line {
     draft: Option<usize>,
 }
 
-/// An image to draw.
+/// An image to draw, or one that is there.
 #[derive(Debug)]
 pub struct Task {
     /// Number of its line, from 1 on.
@@ -49,13 +52,16 @@ pub struct Task {
     pub out: Option<PathBuf>,
     /// How it is drawn.
     pub job: Job,
+    /// Its image is there already, and [`Reading::resume`] leaves it out.
+    pub there: bool,
 }
 
 impl Task {
     /// Whether both can be drawn in one pass over every scale.
     pub fn goes_with(&self, other: &Self) -> bool {
         let (own, other) = (&self.job, &other.job);
-        own.scales == other.scales && own.sampling == other.sampling && own.negative == other.negative
+        let same = own.scales == other.scales && own.sampling == other.sampling && own.negative == other.negative;
+        same && !self.there
     }
 }
 
@@ -114,28 +120,32 @@ pub struct Jobs<'a> {
     lines: Box<dyn BufRead + 'a>,
     /// Lines so far, and those of them with a job.
     read: (usize, usize),
-    /// Images that are left out because they are there.
-    there: usize,
     ended: bool,
     ids: HashSet<String>,
-    outs: HashSet<PathBuf>,
+    /// Places of images, by the lines that named them; the folders that they are in; and those of them that can be written.
+    outs: HashMap<PathBuf, usize>,
+    folders: HashMap<PathBuf, usize>,
+    writable: HashSet<PathBuf>,
 }
 
 impl<'a> Jobs<'a> {
     /// The jobs of some lines.
     pub fn new(reading: Reading<'a>, lines: impl BufRead + 'a) -> Self {
-        let (ids, outs) = (HashSet::new(), HashSet::new());
-        Self { reading, lines: Box::new(lines), read: (0, 0), there: 0, ended: false, ids, outs }
+        Self {
+            reading,
+            lines: Box::new(lines),
+            read: (0, 0),
+            ended: false,
+            ids: HashSet::new(),
+            outs: HashMap::new(),
+            folders: HashMap::new(),
+            writable: HashSet::new(),
+        }
     }
 
     /// Lines with a job so far, of all parts of the file.
     pub fn seen(&self) -> usize {
         self.read.1
-    }
-
-    /// Images so far that are left out because they are there.
-    pub fn there(&self) -> usize {
-        self.there
     }
 
     /// The next line that is not empty, of any part.
@@ -145,10 +155,12 @@ impl<'a> Jobs<'a> {
             let read = (&mut self.lines).take(MAX_LINE + 1).read_until(b'\n', &mut line);
             self.read.0 += 1;
             read.map_err(|e| {
-                Error::usage(format!("cannot be read: {e}")).hint("--jsonl FILE, or - for standard input")
+                self.ended = true;
+                Error::usage(format!("it cannot be read: {e}")).hint("--jsonl FILE, or - for standard input")
             })?;
             if line.len() as u64 > MAX_LINE {
-                let what = format!("is longer than {} MB", MAX_LINE >> 20);
+                let _ = self.lines.skip_until(b'\n');
+                let what = format!("it is longer than {} MB", MAX_LINE >> 20);
                 return Err(Error::usage(what).hint(format!("one job a line: {EXAMPLE}")));
             }
             if line.is_empty() {
@@ -162,24 +174,18 @@ impl<'a> Jobs<'a> {
         }
     }
 
-    /// What a line asks for; nothing if it is left out.
-    fn task(&mut self, line: Line) -> Result<Option<Task>> {
+    /// What a line asks for.
+    fn task(&mut self, line: Line) -> Result<Task> {
         let Reading { request, flags, draft, folder, resume, .. } = self.reading;
         let out = target(line.out.as_deref(), line.id.as_deref())?;
         if let Some(id) = line.id.as_ref().filter(|id| !self.ids.insert((*id).clone())) {
             return Err(Error::usage(format!("the id {id:?} is there twice")).hint("give every line an id of its own"));
         }
-        match &out {
-            None if resume => {
-                return Err(Error::usage("neither id nor out tells whether its image is there already")
-                    .hint(format!("name it, or leave out --resume: {EXAMPLE}")));
-            }
-            Some(out) if !self.outs.insert(out.clone()) => {
-                let message = format!("{} is the place of an earlier line's image", out.display());
-                return Err(Error::usage(message).hint("give every line an out of its own"));
-            }
-            _ => {}
+        if out.is_none() && resume {
+            return Err(Error::usage("neither id nor out tells whether its image is there already")
+                .hint(format!("name it, or leave out --resume: {EXAMPLE}")));
         }
+        let there = out.as_ref().map_or(Ok(false), |out| self.place(out))?;
         let mut flags = flags.clone();
         flags.size = line.size.unwrap_or(flags.size);
         flags.cfg = line.cfg.or(flags.cfg);
@@ -195,25 +201,63 @@ impl<'a> Jobs<'a> {
         sampling.check(scales.len())?;
         flags.check_scales(scales.len())?;
         let prompt = text::check_prompt(line.prompt.as_bytes())?;
-        let negative = request::negative(line.negative.as_deref().map(str::as_bytes), sampling.cfg)?
-            .or_else(|| request.negative.clone().filter(|_| sampling.cfg > 0.0));
-        if let Some(path) = out.as_ref().map(|out| folder.join(out)).filter(|path| path.symlink_metadata().is_ok()) {
-            if resume {
-                self.there += 1;
-                return Ok(None);
-            }
-            return Err(Error::usage(format!("{} already exists", path.display()))
-                .hint("--resume leaves out what is there, or --out-dir ANOTHER_FOLDER"));
+        let negative = match &line.negative {
+            Some(text) => request::negative(Some(text.as_bytes()), &sampling, scales.len())?,
+            None => request.negative.clone().filter(|_| sampling.guided(scales.len()) > 0),
+        };
+        if there && !resume {
+            let path = folder.join(out.unwrap_or_default());
+            return Err(Error::usage(format!("{} already exists", path.display())).hint(NO_OVERWRITING));
         }
         let seed = line.seed.or(flags.seed.first().copied()).unwrap_or_else(request::any_seed);
-        Ok(Some(Task { line: self.read.0, id: line.id, out, job: Job { prompt, negative, scales, sampling, seed } }))
+        let job = Job { prompt, negative, scales, sampling, seed };
+        Ok(Task { line: self.read.0, id: line.id, out, job, there })
+    }
+
+    /// Takes a place below the folder of all images; whether there is an image already.
+    ///
+    /// Errors: usage, for one that is taken or cannot be written.
+    fn place(&mut self, out: &Path) -> Result<bool> {
+        let (line, path) = (self.read.0, self.reading.folder.join(out));
+        let taken = |what: &str, by: usize| {
+            let message = format!("its place, {}, is {what} line {by}", out.display());
+            Err(Error::usage(message).hint("give every line an out, or an id, of its own"))
+        };
+        let folders = || out.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
+        if let Some(&by) = self.outs.get(out) {
+            return taken("that of", by);
+        }
+        if let Some(&by) = self.folders.get(out) {
+            return taken("a folder of", by);
+        }
+        if let Some(&by) = folders().find_map(|folder| self.outs.get(folder)) {
+            return taken("below that of", by);
+        }
+        self.outs.insert(out.into(), line);
+        for folder in folders() {
+            self.folders.entry(folder.into()).or_insert(line);
+        }
+        match path.symlink_metadata() {
+            Err(_) => {}
+            Ok(_) if path.is_file() => return Ok(true),
+            Ok(_) => {
+                let message = format!("{} is there, and is no image", path.display());
+                return Err(Error::usage(message).hint(NO_OVERWRITING));
+            }
+        }
+        let folder = output::parent(&path);
+        if !self.writable.contains(folder) {
+            Destination::Folder(folder.into()).check()?;
+            self.writable.insert(folder.into());
+        }
+        Ok(false)
     }
 
     /// A fault of the line that was just read.
     fn fault(&self, id: Option<String>, error: Error) -> Fault {
         let line = self.read.0;
         let message = format!("line {line} of {}: {}", self.reading.name, error.message);
-        Fault { line, id, error: Error { message, ..error } }
+        Fault { line, id, error: Error { message, hint: error.hint.map(|hint| in_a_line(&hint)), ..error } }
     }
 }
 
@@ -225,22 +269,23 @@ impl Iterator for Jobs<'_> {
             let line = match self.line() {
                 Ok(Some(line)) => line,
                 Ok(None) => break,
-                // Where the next line begins is not known.
                 Err(error) => {
-                    self.ended = true;
+                    self.read.1 += 1;
                     return Some(Err(self.fault(None, error)));
                 }
             };
             self.read.1 += 1;
             let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.read.1 % parts == part % parts);
-            let parsed = serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e));
+            let parsed = match line.starts_with(b"{") {
+                true => serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e)),
+                false => Err(Error::usage("it is no JSON object").hint(format!("one job a line: {EXAMPLE}"))),
+            };
             let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
             let task = parsed.and_then(|line| self.task(line));
             match task {
-                // Those of the other parts are read to know what is there twice.
+                // Those of the other parts are read to know what is named twice.
                 _ if !mine => {}
-                Ok(None) => {}
-                Ok(Some(task)) => return Some(Ok(task)),
+                Ok(task) => return Some(Ok(task)),
                 Err(error) => return Some(Err(self.fault(id, error))),
             }
         }
@@ -257,21 +302,41 @@ fn unreadable(e: &serde_json::Error) -> Error {
     Error::new(Kind::Usage, format!("{what}{place}")).hint(format!("one job a line: {EXAMPLE}"))
 }
 
+/// A hint about a flag, for what a line says in its place: `"cfg": 3` for `--cfg 3`.
+fn in_a_line(hint: &str) -> String {
+    let Some((flag, value)) = hint.strip_prefix("--").and_then(|hint| hint.split_once(' ')) else {
+        // What `gen -p` is told of.
+        return if hint.starts_with("-p ") { format!("one job a line: {EXAMPLE}") } else { hint.into() };
+    };
+    match flag {
+        "size" => format!("\"size\": {:?}", value.split([' ', ',']).next().unwrap_or(value)),
+        "cfg" | "cfg-until" | "temperature" | "top-k" | "top-p" | "draft" => {
+            format!("\"{}\": {value}", flag.replace('-', "_"))
+        }
+        _ => hint.into(),
+    }
+}
+
+/// The longest name of a file, in bytes.
+const MAX_NAME: usize = 255;
+
 /// Where an image goes below the folder of all: to `out`, or to a name made of `id`.
 fn target(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
     let Some(out) = out else { return Ok(id.map(|id| format!("{}.png", slug(id)).into())) };
     let path = Path::new(out);
     let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(r#""out": "fruit/apple.png""#));
-    if out.is_empty()
-        || out.contains(['\0', '\\'])
-        || !path.components().all(|part| matches!(part, Component::Normal(_)))
-    {
+    let inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
+    if out.is_empty() || out.contains('\\') || terminal::clean(out) != out || !path.components().all(inside) {
         return bad("is no place below the folder of the images");
     }
     if out.ends_with('/') || path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
         return bad("is not the name of a PNG");
     }
-    Ok(Some(path.into()))
+    let parts = path.components().filter(|part| matches!(part, Component::Normal(_)));
+    if parts.clone().any(|part| part.as_os_str().len() > MAX_NAME) {
+        return bad("has a name of more than 255 bytes");
+    }
+    Ok(Some(parts.collect()))
 }
 
 #[cfg(test)]
@@ -282,11 +347,22 @@ mod tests {
     fn places_stay_below_the_folder() {
         let place = |out: &str| target(Some(out), Some("x")).map(|path| path.unwrap());
         assert_eq!(place("a/b/c.png").unwrap(), Path::new("a/b/c.png"));
+        assert_eq!(place("./a//b/./c.png").unwrap(), Path::new("a/b/c.png"));
+        assert!(place(&format!("{}.png", "x".repeat(252))).is_err());
         assert_eq!(target(None, Some("The 1st/../x")).unwrap().unwrap(), Path::new("the-1st-x.png"));
         assert_eq!(target(None, None).unwrap(), None);
-        for out in
-            ["", "../x.png", "/etc/x.png", "a/../../x.png", "a\\b.png", "a\0.png", "./a.png", "a.jpg", "a", "a.png/"]
-        {
+        for out in [
+            "",
+            "../x.png",
+            "/etc/x.png",
+            "a/../../x.png",
+            "a\\b.png",
+            "a\0.png",
+            "a\u{1b}[2J.png",
+            "a.jpg",
+            "a",
+            "a.png/",
+        ] {
             let error = place(out).unwrap_err();
             assert_eq!((error.exit_code(), error.hint.is_some()), (2, true), "{out:?}");
         }

@@ -159,7 +159,7 @@ fn cannot_write(path: &Path, e: &io::Error) -> Error {
 }
 
 /// The error in words; tempfile's would name the temporary file.
-fn reason(e: &io::Error) -> String {
+pub(crate) fn reason(e: &io::Error) -> String {
     if e.raw_os_error().is_some() { e.to_string() } else { e.kind().to_string() }
 }
 

@@ -70,7 +70,7 @@ impl Request {
         order.sort_unstable();
         if let Some(pair) = order.windows(2).find(|pair| pair[1] - pair[0] < args.count) {
             return Err(Error::usage(format!("seed {} would be drawn twice", pair[1])).hint(format!(
-                "--seed {},{}",
+                "name each once, so far apart: --seed {},{}",
                 pair[0],
                 pair[0].saturating_add(args.count)
             )));
@@ -141,12 +141,12 @@ pub(crate) fn check_sampler(args: &DrawArgs) -> Result<()> {
 
 /// What guidance leads away from.
 ///
-/// Errors: usage, for what is no prompt, and for guidance that is off.
-pub(crate) fn negative(text: Option<&[u8]>, cfg: f64) -> Result<Option<String>> {
-    let Some(text) = text else { return Ok(None) };
-    if cfg == 0.0 {
-        return Err(Error::usage("a negative prompt with guidance of 0 leads away from nothing")
-            .hint("leave out one of them, or --cfg 3"));
+/// Errors: usage, for what is no prompt, and where none of so many scales is guided.
+pub(crate) fn negative(text: Option<&[u8]>, sampling: &Sampling, scales: usize) -> Result<Option<String>> {
+    let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
+    if sampling.guided(scales) == 0 {
+        return Err(Error::usage("a negative prompt without guidance leads away from nothing")
+            .hint("leave out one of them, or set cfg to 3"));
     }
     let located = |e: Error| Error { message: format!("negative: {}", e.message), ..e };
     text::check_prompt(text).map(Some).map_err(located)

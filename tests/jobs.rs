@@ -91,8 +91,8 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
     let good = r#"{"prompt": "a cat", "out": "a.png", "id": "a"}"#;
     for (line, part) in [
         ("{", "EOF while parsing"),
-        ("a cat", "expected value (column 1)"),
-        ("\"a cat\"", "invalid type"),
+        ("a cat", "it is no JSON object"),
+        ("\"a cat\"", "it is no JSON object"),
         (r#"{"out": "b.png"}"#, "missing field `prompt`"),
         (r#"{"prompt": "x", "colour": 1}"#, "unknown field `colour`"),
         (r#"{"prompt": "x", "prompt": "y"}"#, "duplicate field"),
@@ -104,7 +104,8 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (r#"{"prompt": "x", "cfg": -1}"#, "cfg -1 is not"),
         (r#"{"prompt": "x", "top_k": 0}"#, "top-k 0 is not"),
         (r#"{"prompt": "x", "cfg_until": 9}"#, "8 scales"),
-        (r#"{"prompt": "x", "negative": ""}"#, "negative: the prompt is empty"),
+        (r#"{"prompt": "x", "negative": " "}"#, "negative: the prompt is empty"),
+        (r#"{"prompt": "x", "negative": "y", "cfg_until": 0}"#, "leads away from nothing"),
         (r#"{"prompt": "x", "negative": "y", "cfg": 0}"#, "leads away from nothing"),
         (r#"{"prompt": "x", "draft": 8}"#, "draft"),
         (r#"{"prompt": "x", "size": "1x1"}"#, "1x1"),
@@ -113,7 +114,9 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (r#"{"prompt": "x", "out": "/etc/b.png"}"#, "is no place below the folder"),
         (r#"{"prompt": "x", "out": "b.jpg"}"#, "is not the name of a PNG"),
         (r#"{"prompt": "x", "id": "a"}"#, "the id \"a\" is there twice"),
-        (r#"{"prompt": "x", "out": "a.png"}"#, "is the place of an earlier line's image"),
+        (r#"{"prompt": "x", "out": "a.png"}"#, "its place, a.png, is that of line 1"),
+        (r#"{"prompt": "x", "out": "./a.png/b.png"}"#, "its place, a.png/b.png, is below that of line 1"),
+        (r#"["x", null, null]"#, "it is no JSON object"),
         (r#"{"prompt": "x", "out": "there.png"}"#, "already exists"),
     ] {
         fs::write(here.join("there.png"), "mine").unwrap();
@@ -127,6 +130,11 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
     assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("line 2 of bad.jsonl: "));
     fs::write(here.join("bad.jsonl"), format!("{{\"prompt\": \"{}\"}}", "x".repeat(2 << 20))).unwrap();
     assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("longer than 1 MB"));
+    // What is too long is passed over where the rest goes on, and a hint is for a line, not for flags.
+    let long = format!("{{\"prompt\": \"{}\"}}\n{{\"prompt\": \"x\", \"cfg_until\": 9}}\n", "x".repeat(2 << 20));
+    fs::write(here.join("bad.jsonl"), long).unwrap();
+    let (_, told, _) = run(here, &["--jsonl", "bad.jsonl", "--keep-going"]);
+    assert_eq!((told.len(), &told[1]["line"], &told[1]["hint"]), (2, &2.into(), &"\"cfg_until\": 8".into()));
     fs::write(here.join("bad.jsonl"), "\n \n").unwrap();
     assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("holds no job"));
     fs::write(here.join("bad.jsonl"), good).unwrap();
@@ -138,6 +146,7 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (&["--jsonl", "bad.jsonl", "--seed", "1,2"], "takes one --seed"),
         (&["--jsonl", "bad.jsonl", "--shard", "3/2"], "1/4 to 4/4"),
         (&["--jsonl", "bad.jsonl", "--batch", "0"], "--batch 0"),
+        (&["--jsonl", "-", "--batch", "2"], "would wait"),
         (&["--jsonl", "bad.jsonl", "--force"], "there is no -o"),
         (&["-p", "x", "--resume"], "--jsonl"),
         (&["-p", "x", "--keep-going"], "--jsonl"),
@@ -174,10 +183,18 @@ fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
     let plan = &run(here, &[&again[..], &["--dry-run", "--json"]].concat()).1[0];
     assert_eq!((&plan["images"], &plan["there"], &plan["codes"]), (&2.into(), &2.into(), &408.into()));
     let (code, told, stderr) = run(here, &again);
-    assert_eq!((code, told.len()), (0, 2), "{stderr}");
+    assert_eq!((code, told.len()), (0, 4), "{stderr}");
+    let there: Vec<&Value> = told.iter().map(|line| &line["there"]).collect();
+    assert_eq!(there, [&true.into(), &Value::Null, &true.into(), &Value::Null]);
+    assert_eq!((&told[0]["id"], &told[0]["path"]), (&"cat 1".into(), &"out/cat-1.png".into()));
     assert!(stderr.contains("(2 of 4 images are there already)"), "{stderr}");
     assert_eq!(fs::read(here.join("out/cat-1.png")).unwrap(), b"mine");
-    assert_eq!(run(here, &again).1.len(), 0);
+    assert!(run(here, &again).1.iter().all(|line| line["there"] == true));
+    // What is no file is no image.
+    fs::remove_file(here.join("out/cat-3.png")).unwrap();
+    fs::create_dir(here.join("out/cat-3.png")).unwrap();
+    let (code, _, stderr) = run(here, &again);
+    assert!(code == 2 && stderr.contains("line 3 of jobs.jsonl: out/cat-3.png is there, and is no image"), "{stderr}");
     // An image that nothing names cannot be known again.
     fs::write(here.join("jobs.jsonl"), "{\"prompt\": \"a cat\"}").unwrap();
     assert!(run(here, &again).2.contains("line 1 of jobs.jsonl: neither id nor out"));

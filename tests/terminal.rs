@@ -206,6 +206,10 @@ fn an_image_grows_on_a_terminal() {
         assert!(shown.contains("\u{2584}") && shown.contains("seed 1 · 128x128"), "{shown:?}");
         assert!(terminal.child.wait().unwrap().success());
     }
+    // Verbose lines stay where they are, and so does every picture.
+    let mut terminal = Terminal::run(&["gen", "a red circle", "--seed", "1", "--preview", "-v"], &[]);
+    let shown = terminal.see("a-red-circle-1.png");
+    assert!(!shown.contains("A\u{1b}[J") && shown.contains("scale 3/8"), "{shown:?}");
     let mut terminal = Terminal::run(&["gen", "a cat", "--preview"], &[("NO_COLOR", "1")]);
     terminal.see("error: --preview needs standard output to be a terminal");
     assert_eq!(terminal.child.wait().unwrap().code(), Some(2));

@@ -322,9 +322,10 @@ pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<Has
 
 /// Writes a file; `path` has either its old content or all of the new.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let file = output::write_beside(path, bytes).map_err(|e| unwritten(path, &e))?;
-    file.as_file().sync_all().map_err(|e| unwritten(path, &e))?;
-    file.persist(path).map_err(|e| unwritten(path, &e.error))?;
+    let failed = |e: io::Error| unwritten(path, &output::reason(&e));
+    let file = output::write_beside(path, bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(path).map_err(|e| failed(e.error))?;
     Ok(())
 }
 

@@ -40,6 +40,9 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         true => Destination::Stdout,
         false => Destination::File { path: args.output.clone(), force: args.force },
     };
+    if args.force && destination == Destination::Stdout {
+        return Err(Error::usage("--force has no meaning with -o -").hint("drop --force, or use -o FILE"));
+    }
     destination.check()?;
     if destination == Destination::Stdout {
         request::no_terminal()?;

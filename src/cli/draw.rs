@@ -132,7 +132,7 @@ impl DrawArgs {
         match self.preview && !terminal::shows() {
             true => Err(Error::usage("--preview needs standard output to be a terminal, and NO_COLOR not to be set")
                 .hint("leave out --preview")),
-            false => Ok(self.preview.then(Preview::default)),
+            false => Ok(self.preview.then(|| Preview::new(!self.verbose))),
         }
     }
 

@@ -35,7 +35,7 @@ pub struct GenArgs {
     /// Draw as this PNG of ours was drawn: its prompt, seed, size and settings, where none are given
     #[arg(long, value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
     pub from: Option<PathBuf>,
-    /// Guide away from this [default: from no words, or as the model has it]
+    /// Guide away from this [default: from no words, or as the model has it, for which an empty TEXT stands as well]
     #[arg(short, long, value_name = "TEXT", conflicts_with = "think")]
     pub negative: Option<OsString>,
     /// Let the model think in words first, and draw what it comes to
@@ -121,8 +121,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     if let Some(old) = old.filter(|old| old.model != request.model && !args.draw.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
-    request.negative = negative(args, &request)?;
     let scales = request.size.grids(&request.config)?;
+    request.negative = negative(args, &request, scales.len())?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
@@ -182,8 +182,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
 }
 
 /// What guidance is to lead away from.
-pub(super) fn negative(args: &GenArgs, request: &Request) -> Result<Option<String>> {
-    request::negative(args.negative.as_deref().map(OsStr::as_encoded_bytes), request.sampling.cfg)
+pub(super) fn negative(args: &GenArgs, request: &Request, scales: usize) -> Result<Option<String>> {
+    request::negative(args.negative.as_deref().map(OsStr::as_encoded_bytes), &request.sampling, scales)
 }
 
 /// How many of so many images are drawn at once.

@@ -1,6 +1,7 @@
 //! `nextflow gen --jsonl`: the images of a file of jobs, with the model loaded once.
 
 use std::iter::Peekable;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -12,9 +13,10 @@ use super::r#gen::{self, GenArgs};
 use crate::error::{Error, Kind, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::{Batch, Model, TRANSFORMER, schedule};
-use crate::jobs::{Fault, Jobs, Reading, Shard, Task};
+use crate::jobs::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
 use crate::output::Destination;
 use crate::request::Request;
+use crate::size::Size;
 use crate::terminal::{self, Console};
 use crate::{input, memory};
 
@@ -56,7 +58,26 @@ struct Done<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a str>,
     #[serde(flatten)]
-    image: Line<'a>,
+    image: Drawn<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Drawn<'a> {
+    Now(Line<'a>),
+    Before { path: String, there: bool },
+}
+
+impl<'a> Done<'a> {
+    fn drawn(task: &'a Task, line: Line<'a>) -> Self {
+        Self { line: task.line, id: task.id.as_deref(), image: Drawn::Now(line) }
+    }
+
+    /// For an image that is left out because it is there.
+    fn there(task: &'a Task, folder: &Path) -> Self {
+        let path = folder.join(task.out.as_deref().unwrap_or(Path::new(""))).display().to_string();
+        Self { line: task.line, id: task.id.as_deref(), image: Drawn::Before { path, there: true } }
+    }
 }
 
 /// A line of output for a job that failed.
@@ -70,6 +91,9 @@ struct Failed<'a> {
     hint: Option<&'a str>,
     code: u8,
 }
+
+/// Grids (height, width) of an image, coarse to fine.
+type Grids = [(usize, usize)];
 
 /// What `--dry-run` tells.
 #[derive(Serialize)]
@@ -121,9 +145,14 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
             .hint(format!("\"seed\": {second} in a line")));
     }
     let mut request = Request::of_jobs(&args.draw)?;
-    request.negative = r#gen::negative(args, &request)?;
+    let usual = args.draw.size.parse::<Size>()?.grids(&request.config)?;
+    request.negative = r#gen::negative(args, &request, usual.len())?;
     let request = &request;
     let batch = r#gen::batch(args, usize::MAX)?;
+    if batch > 1 && input::is_stdin(file) {
+        return Err(Error::usage("--batch would wait for lines of standard input before it answers the first")
+            .hint("--jsonl FILE --batch 4"));
+    }
     let JobsArgs { resume, keep_going, shard, .. } = args.jobs;
     let name = input::shown(file);
     let folder = args.draw.out_dir.as_deref().unwrap_or(Path::new(""));
@@ -134,32 +163,35 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     // What a pipe brings is not waited for, unless it is only to be checked.
     let wait = !input::is_stdin(file) || args.draw.dry_run;
     let all: Vec<_> = if wait { jobs.by_ref().collect() } else { Vec::new() };
-    let (seen, there) = (jobs.seen(), jobs.there());
-    if wait && seen == 0 && all.is_empty() {
-        return Err(Error::usage(format!("{name} holds no job")).hint("one a line: {\"prompt\": \"a red apple\"}"));
+    let empty = || Error::usage(format!("{name} holds no job")).hint("one a line: {\"prompt\": \"a red apple\"}");
+    if wait && jobs.seen() == 0 {
+        return Err(empty());
     }
+    let there = all.iter().flatten().filter(|task| task.there).count();
     if !keep_going && all.iter().any(Result::is_err) {
         return all.into_iter().find_map(|next| next.err()).map_or(Ok(()), |fault| Err(fault.error));
     }
-    let work = forecast(request, &all, batch.min(all.len().max(1)), args)?;
+    let work = forecast(request, &all, batch.min(all.len().max(1)), &usual)?;
     if args.draw.dry_run {
         Model::check(&request.source, &request.config)?;
         plan(request, &all, there, work, args.draw.json)?;
-        for fault in all.iter().filter_map(|next| next.as_ref().err()) {
-            terminal::report(&fault.error);
-            failures.count += 1;
-        }
-        return failures.end(all.len());
+        let faults = || all.iter().filter_map(|next| next.as_ref().err());
+        faults().for_each(|fault| terminal::report(&fault.error));
+        return match faults().count() {
+            0 => Ok(()),
+            n => Err(Error::new(Kind::Failure, format!("{n} of {} jobs cannot be drawn", all.len()))
+                .hint("correct the lines above")),
+        };
     }
     if there > 0 && !args.draw.quiet {
-        terminal::note(&format!("({there} of {seen} images are there already)"));
+        terminal::note(&format!("({there} of {} images are there already)", all.len()));
     }
-    if wait && all.is_empty() {
-        return Ok(());
+    if wait && all.len() == there {
+        return all.iter().flatten().try_for_each(|task| tell(&Done::there(task, folder)).map(drop));
     }
     request.source.find(TRANSFORMER)?;
     memory::check(work.peak(), &request.device, "a smaller --batch, --quant q8_0, or --quant q4_K")?;
-    let mut console = Console::new(args.draw.level(), all.len().max(1) as u64);
+    let mut console = Console::new(args.draw.level(), (all.len() - there).max(1) as u64);
     let stop = terminal::interrupts()?;
     console.loading();
     let started = Instant::now();
@@ -174,6 +206,12 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     while let Some(next) = tasks.next() {
         tried += 1;
         let first = match next {
+            Ok(task) if task.there => {
+                if tell(&Done::there(&task, folder))?.is_break() {
+                    return Ok(());
+                }
+                continue;
+            }
             Ok(task) => task,
             Err(fault) => {
                 failures.add(fault)?;
@@ -182,11 +220,11 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         };
         let group = together(first, &mut tasks, batch);
         tried += group.len() - 1;
-        if !draw(&model, &group, folder, &name, &mut delivery, &mut failures)? {
+        if draw(&model, &group, &reading, &mut delivery, &mut failures)?.is_break() {
             return Ok(()); // The reader of our output has gone: nobody wants the rest.
         }
     }
-    failures.end(tried)
+    if tried == 0 && !wait { Err(empty()) } else { failures.end(tried) }
 }
 
 /// A job and those behind it that are drawn in the same pass, up to so many in all.
@@ -202,21 +240,20 @@ fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, 
     group
 }
 
-/// Draws some jobs in one pass over every scale and keeps what comes; whether anybody wants more.
+/// Draws some jobs in one pass over every scale and keeps what comes; `Break` when nobody wants more.
 fn draw(
     model: &Model,
     group: &[Task],
-    folder: &Path,
-    name: &str,
+    &Reading { name, folder, resume, .. }: &Reading,
     delivery: &mut Delivery,
     failures: &mut Failures,
-) -> Result<bool> {
+) -> Result<ControlFlow<()>> {
     let fault = |task: &Task, error: &Error| {
         let message = format!("line {} of {name}: {}", task.line, error.message);
         let error = Error { kind: error.kind, message, hint: error.hint.clone() };
         Fault { line: task.line, id: task.id.clone(), error }
     };
-    let Some(first) = group.first() else { return Ok(true) };
+    let Some(first) = group.first() else { return Ok(ControlFlow::Continue(())) };
     let started = Instant::now();
     delivery.console.start(group.len() as u64);
     let (prompts, seeds): (Vec<&str>, Vec<u64>) = group.iter().map(|task| (&*task.job.prompt, task.job.seed)).unzip();
@@ -230,7 +267,7 @@ fn draw(
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Err(error) => {
             group.iter().try_for_each(|task| failures.add(fault(task, &error)))?;
-            return Ok(true);
+            return Ok(ControlFlow::Continue(()));
         }
     };
     for (task, image) in group.iter().zip(&images) {
@@ -238,34 +275,46 @@ fn draw(
             Some(out) => Destination::File { path: folder.join(out), force: false },
             None => Destination::Folder(folder.into()),
         };
-        match delivery.keep(&task.job, image, None, took, &to) {
-            Ok(kept) => {
-                let done = Done { line: task.line, id: task.id.as_deref(), image: kept.line(&task.job, None) };
-                if terminal::emit_json(&done)?.is_break() {
-                    return Ok(false);
-                }
+        let flow = match delivery.keep(&task.job, image, None, took, &to) {
+            Ok(kept) => tell(&Done::drawn(task, kept.line(&task.job, None)))?,
+            Err(error) if error.kind == Kind::Interrupted => return Err(error),
+            // Another process has drawn the same meanwhile.
+            Err(_) if resume && is_file(&to) => tell(&Done::there(task, folder))?,
+            Err(error) => {
+                let error = if is_file(&to) { error.hint(NO_OVERWRITING) } else { error };
+                failures.add(fault(task, &error))?;
+                continue;
             }
-            Err(error) => failures.add(fault(task, &error))?,
+        };
+        if flow.is_break() {
+            return Ok(flow);
         }
     }
-    Ok(true)
+    Ok(ControlFlow::Continue(()))
+}
+
+fn is_file(place: &Destination) -> bool {
+    matches!(place, Destination::File { path, .. } if path.is_file())
+}
+
+fn tell(done: &Done) -> Result<ControlFlow<()>> {
+    terminal::emit_json(done)
 }
 
 /// Memory for the largest of the jobs, or for what the flags tell where they are still to come.
-fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, args: &GenArgs) -> Result<Memory> {
-    let tasks = || all.iter().flatten();
-    let usual = args.draw.size.parse::<crate::size::Size>()?.grids(&request.config)?;
-    let largest = tasks().map(|task| &task.job.scales).max_by_key(|scales| schedule::codes(scales));
+fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual: &Grids) -> Result<Memory> {
+    let tasks = || all.iter().flatten().filter(|task| !task.there);
+    let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));
     let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided(usual.len()));
     let texts = tasks().flat_map(|task| task.job.negative.iter().chain(Some(&task.job.prompt)));
     let words = texts.map(|text| cost::tokens(text)).max().unwrap_or(0);
-    let (scales, sampling) = (largest.unwrap_or(&usual), sampling.unwrap_or(&request.sampling));
+    let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
     let work = Work { scales, images, words, sampling };
     cost::memory(&request.config, &request.source, request.weights, work, &request.device)
 }
 
 fn plan(request: &Request, all: &[Result<Task, Fault>], there: usize, memory: Memory, json: bool) -> Result<()> {
-    let tasks = || all.iter().flatten().map(|task| &task.job);
+    let tasks = || all.iter().flatten().filter(|task| !task.there).map(|task| &task.job);
     let passes =
         tasks().map(|job| (0..job.scales.len() - job.sampling.draft).map(|si| job.sampling.passes(si)).sum::<usize>());
     let plan = Plan {

@@ -138,7 +138,7 @@ mod tests {
             &["gen", "--sed", "1"],
             &["gen", "-p", "x", "--prompt-file", "y"],
             &["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"],
-            &["gen", "-p", "x", "--force"],
+            &["gen", "-p", "x", "--jsonl", "y"],
             &["gen", "-p", "x", "-q", "-v"],
             &["paint"],
             &[],

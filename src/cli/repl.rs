@@ -124,6 +124,9 @@ impl<'a> Repl<'a> {
     /// Says something, with the images that wait and those that the text names.
     fn say(&mut self, text: &str, ask: Ask) -> Result<()> {
         let (text, named) = self.named(text)?;
+        if text.is_empty() && !named.is_empty() {
+            return Err(Error::usage("there are no words beside the image").hint("$1 what is it?"));
+        }
         let text = lines::check(text.as_bytes())?;
         let pictures = self.pictures.iter().cloned().chain(named).collect();
         self.ask(pictures, &text, ask)
@@ -133,12 +136,17 @@ impl<'a> Repl<'a> {
     fn named(&self, text: &str) -> Result<(String, Vec<Picture>)> {
         let mut pictures = Vec::new();
         let mut words = Vec::new();
-        let gallery = self.session.gallery();
+        let mut gallery = self.session.gallery();
+        let said = gallery.len();
+        // Those that wait for this message may be named as well; they go with it anyway.
+        gallery.extend(&self.pictures);
         for word in text.split_inclusive(char::is_whitespace) {
             let number = word.trim_end().trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
-            match number.and_then(|digits| digits.parse::<usize>().ok()) {
+            let digits = |text: &&str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            match number.filter(digits).map(|digits| digits.parse::<usize>().unwrap_or(usize::MAX)) {
                 None => words.push(word),
                 Some(_) if gallery.is_empty() => words.push(word),
+                Some(n) if (said..gallery.len()).contains(&n.wrapping_sub(1)) => {}
                 Some(n) => {
                     let picture = n.checked_sub(1).and_then(|i| gallery.get(i)).ok_or_else(|| {
                         let images = match gallery.len() {
@@ -285,6 +293,11 @@ impl<'a> Repl<'a> {
     fn save(&self, path: &Path) -> Result<()> {
         if path.exists() {
             return Err(Error::usage(format!("{} exists already", path.display())).hint("/save ANOTHER_FILE"));
+        }
+        if !output::parent(path).is_dir() {
+            let message =
+                format!("cannot write {}: there is no folder {}", path.display(), output::parent(path).display());
+            return Err(Error::usage(message).hint("/save FILE, in a folder that is there"));
         }
         let folder = output::parent(path).canonicalize().unwrap_or_default();
         // What lies beside the conversation may go elsewhere with it.

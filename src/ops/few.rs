@@ -1,11 +1,9 @@
 //! `x wᵀ` for a few inputs, as when one word is read: what counts is how fast weights come from memory.
 
 #[cfg(target_arch = "x86_64")]
-mod q8_0;
+mod avx2;
 
 use candle_core::Result;
-#[cfg(target_arch = "x86_64")]
-use candle_core::quantized::GgmlDType;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::blocks::dequantise;
@@ -40,30 +38,27 @@ pub(super) fn strips(inputs: &[f32], columns: usize) -> Vec<Strip> {
 /// Errors: blocks of another type, or that do not divide `columns`.
 pub(super) fn products(y: &mut [f32], w: Rows, inputs: &[Strip], columns: usize) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
-    if let Rows::Blocks(w, GgmlDType::Q8_0) = w
-        && columns.is_multiple_of(32)
-        && q8_0::suits()
+    if let Rows::Blocks(w, dtype) = w
+        && avx2::suits(dtype, columns)
     {
-        let inputs: Vec<&[[f32; 32]]> = inputs.chunks_exact(columns.div_ceil(STRIP)).map(blocks).collect();
-        for (y, w) in y.chunks_exact_mut(inputs.len()).zip(w.as_chunks().0.chunks_exact(columns / 32)) {
-            // SAFETY: the processor has been asked.
-            #[allow(unsafe_code)]
-            unsafe {
-                q8_0::row(y, w, &inputs)
-            };
-        }
+        let inputs: Vec<&[f32]> = inputs.chunks_exact(columns.div_ceil(STRIP)).map(numbers).collect();
+        // SAFETY: the processor has been asked.
+        #[allow(unsafe_code)]
+        unsafe {
+            avx2::products(y, w, dtype, &inputs, columns)
+        };
         return Ok(());
     }
     Arch::new().dispatch(Products { y, w, inputs, columns })
 }
 
-/// The numbers of an input, in blocks.
+/// The numbers of an input.
 #[cfg(target_arch = "x86_64")]
-fn blocks(strips: &[Strip]) -> &[[f32; 32]] {
+fn numbers(strips: &[Strip]) -> &[f32] {
     // SAFETY: a strip is nothing but its numbers, which fill its alignment.
     #[allow(unsafe_code)]
     unsafe {
-        std::slice::from_raw_parts(strips.as_ptr().cast(), strips.len() * STRIP / 32)
+        std::slice::from_raw_parts(strips.as_ptr().cast(), strips.len() * STRIP)
     }
 }
 
@@ -135,9 +130,13 @@ mod tests {
     #[test]
     fn blocks_give_what_their_numbers_give() {
         let numbers = |shape, seed| random(shape, seed).flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for dtype in [GgmlDType::BF16, GgmlDType::Q8_0] {
-            for (rows, columns, count) in [(3, 32, 1), (5, 96, 2), (2, 256, 3), (7, 320, 4), (1, 1088, 5), (4, 512, 8)]
+        for dtype in [GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4K] {
+            for (rows, columns, count) in
+                [(3, 32, 1), (5, 96, 2), (2, 256, 3), (7, 320, 4), (1, 1088, 5), (4, 512, 8), (3, 768, 1)]
             {
+                if columns % dtype.block_size() > 0 {
+                    continue;
+                }
                 let (values, inputs) = (numbers((rows, columns), 1), numbers((count, columns), 2));
                 let w = quantise(&values, (rows, columns), dtype, &Device::Cpu).unwrap().data().unwrap().into_owned();
                 let (mut dense, mut y) = (vec![0f32; rows * columns], vec![0f32; rows * count]);

@@ -5,12 +5,15 @@ use std::io::{self, IsTerminal, Write};
 use image::{DynamicImage, RgbImage};
 use viuer::Config;
 
-/// Columns of an image.
+/// Columns of an image, where there are as many.
 const WIDTH: u32 = 32;
+/// Lines of a terminal that are not for an image that grows: what is told below it.
+const BELOW: u32 = 2;
 
 /// Whether stdout is a terminal that shows images.
 pub fn shows() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    io::stdout().is_terminal() && set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// Shows an image on a terminal, in the best way that it knows; elsewhere nothing.
@@ -18,34 +21,54 @@ pub fn show(image: &RgbImage) {
     if !shows() {
         return;
     }
-    // A terminal is asked what it knows only where it is one that answers: the question waits for that.
-    let (term, is_set) = (std::env::var("TERM").unwrap_or_default(), |name| std::env::var_os(name).is_some());
+    // A terminal is asked what it knows only where it is one that answers: the question waits for that. What else runs in one
+    // has its variables, but a TERM of its own.
+    let term = std::env::var("TERM").unwrap_or_default();
+    let is_set = |name| term.starts_with("xterm") && std::env::var_os(name).is_some();
     let named = |names: &[&str]| names.iter().any(|name| term.contains(name));
     let use_kitty = is_set("KITTY_WINDOW_ID") || named(&["kitty", "ghostty"]);
     let use_sixel = ["XTERM_VERSION", "KONSOLE_VERSION", "WT_SESSION"].into_iter().any(is_set)
         || named(&["foot", "mlterm", "contour", "sixel"]);
-    print(image, Config { use_kitty, use_sixel, ..Default::default() });
+    print(image, WIDTH.min(size().0), Config { use_kitty, use_sixel, ..Default::default() });
+}
+
+/// Columns and lines of the terminal.
+fn size() -> (u32, u32) {
+    let (columns, lines) = viuer::terminal_size();
+    (columns.into(), lines.into())
 }
 
 /// Prints an image where the cursor is; how many lines it takes. The file tells as much, so nothing is lost if that fails.
-fn print(image: &RgbImage, way: Config) -> u32 {
-    let config = Config { absolute_offset: false, width: Some(WIDTH), ..way };
+fn print(image: &RgbImage, width: u32, way: Config) -> u32 {
+    let config = Config { absolute_offset: false, width: Some(width), ..way };
     viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config).map_or(0, |(_, lines)| lines)
 }
 
-/// An image that is shown again and again in the same place, as it grows.
-#[derive(Debug, Default)]
+/// An image that is shown again and again as it grows.
+#[derive(Debug)]
 pub struct Preview {
+    /// In the same place.
+    in_place: bool,
     /// Above the cursor.
     lines: u32,
 }
 
 impl Preview {
-    /// Shows how far the image is: in half blocks, which are known to take as many lines as they say.
+    /// One that stays in its place, or goes down with what else is told.
+    pub fn new(in_place: bool) -> Self {
+        Self { in_place, lines: 0 }
+    }
+
+    /// Shows how far the image is: in half blocks, which are known to take as many lines as they say; or nothing, where it would
+    /// not fit.
     pub fn grow(&mut self, image: &RgbImage) {
         self.clear();
-        self.lines =
-            print(image, Config { use_kitty: false, use_iterm: false, use_sixel: false, ..Default::default() });
+        let ((columns, lines), (w, h)) = (size(), image.dimensions());
+        // A character is as high as two columns are wide.
+        let width = WIDTH.min(columns).min(2 * lines.saturating_sub(BELOW) * w / h.max(1));
+        let half_blocks = Config { use_kitty: false, use_iterm: false, use_sixel: false, ..Default::default() };
+        let lines = if width > 0 { print(image, width, half_blocks) } else { 0 };
+        self.lines = if self.in_place { lines } else { 0 };
     }
 
     /// Shows the whole image. The next one has a place of its own.

@@ -1,0 +1,202 @@
+//! Products of a few inputs with blocks in the registers of AVX2: weights go from memory into sums, and are not put down between.
+
+use std::arch::x86_64::*;
+
+use candle_core::quantized::GgmlDType;
+
+/// Numbers in a register.
+const LANES: usize = 8;
+/// Numbers that share a scale.
+const GROUP: usize = 32;
+/// Numbers of a block of Q4_K, its groups, and its bytes.
+const K: usize = 256;
+const GROUPS: usize = K / GROUP;
+const Q4_K: usize = 144;
+/// Bytes by which weights are asked for ahead: those of the rows that follow as well, for they lie behind.
+const AHEAD: usize = 2048;
+
+/// Whether there is a kernel for these blocks, and rows of so many columns.
+pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
+    let divide = match dtype {
+        GgmlDType::Q8_0 => columns.is_multiple_of(GROUP),
+        GgmlDType::Q4K => columns.is_multiple_of(K),
+        _ => false,
+    };
+    divide && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// The products of every row of `w`, `columns` long, with every one of the inputs, each at least as long: (rows, inputs) in `y`.
+///
+/// # Safety
+///
+/// [`suits`] must hold.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[allow(unsafe_code)]
+pub(super) unsafe fn products(y: &mut [f32], w: &[u8], dtype: GgmlDType, inputs: &[&[f32]], columns: usize) {
+    let rows = y.chunks_exact_mut(inputs.len());
+    if dtype == GgmlDType::Q8_0 {
+        for (y, w) in rows.zip(w.as_chunks().0.chunks_exact(columns / GROUP)) {
+            for (y, inputs) in y.chunks_mut(4).zip(inputs.chunks(4)) {
+                match *inputs {
+                    [a] => y.copy_from_slice(&q8_0(w, [a])),
+                    [a, b] => y.copy_from_slice(&q8_0(w, [a, b])),
+                    [a, b, c] => y.copy_from_slice(&q8_0(w, [a, b, c])),
+                    [a, b, c, d] => y.copy_from_slice(&q8_0(w, [a, b, c, d])),
+                    _ => unreachable!("more inputs than are in a piece"),
+                }
+            }
+        }
+        return;
+    }
+    let sums: Vec<Vec<[f32; GROUPS]>> = inputs.iter().map(|x| of_groups(&x[..columns])).collect();
+    for (y, w) in rows.zip(w.as_chunks().0.chunks_exact(columns / K)) {
+        for ((y, inputs), sums) in y.chunks_mut(2).zip(inputs.chunks(2)).zip(sums.chunks(2)) {
+            match (inputs, sums) {
+                (&[a], [x]) => y.copy_from_slice(&q4_k(w, [a], [x])),
+                (&[a, b], [x, z]) => y.copy_from_slice(&q4_k(w, [a, b], [x, z])),
+                _ => unreachable!("more inputs than are in a piece"),
+            }
+        }
+    }
+}
+
+/// The sums of the groups of an input.
+fn of_groups(x: &[f32]) -> Vec<[f32; GROUPS]> {
+    let groups = |x: &[f32; K]| {
+        let mut sums = [0f32; GROUPS];
+        sums.iter_mut().zip(x.as_chunks::<GROUP>().0).for_each(|(sum, x)| *sum = x.iter().sum());
+        sums
+    };
+    x.as_chunks().0.iter().map(groups).collect()
+}
+
+/// Blocks of a scale (f16) and 32 signed bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q8_0<const N: usize>(w: &[[u8; 2 + GROUP]], inputs: [&[f32]; N]) -> [f32; N] {
+    let mut x: [&[[f32; GROUP]]; N] = [&[]; N];
+    for (x, input) in x.iter_mut().zip(inputs) {
+        *x = &input.as_chunks().0[..w.len()];
+    }
+    let mut totals = [_mm256_setzero_ps(); N];
+    for (at, block) in w.iter().enumerate() {
+        _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD).cast());
+        let scale = _mm256_set1_ps(half([block[0], block[1]]));
+        let mut weights = [_mm256_setzero_ps(); GROUP / LANES];
+        for (weights, bytes) in weights.iter_mut().zip(block[2..].as_chunks::<LANES>().0) {
+            *weights = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(bytes)));
+        }
+        for (total, x) in totals.iter_mut().zip(&x) {
+            let mut sum = _mm256_setzero_ps();
+            for (weights, x) in weights.iter().zip(x[at].as_chunks::<LANES>().0) {
+                sum = _mm256_fmadd_ps(*weights, load(x), sum);
+            }
+            *total = _mm256_fmadd_ps(sum, scale, *total);
+        }
+    }
+    let mut y = [0f32; N];
+    for (y, total) in y.iter_mut().zip(totals) {
+        *y = across(total);
+    }
+    y
+}
+
+/// Blocks of two scales (f16), eight pairs of 6-bit factors in 12 bytes, and 256 numbers of 4 bits in groups of 32: the number
+/// times the first scale and factor, minus the second scale and factor, which a group's sum of the input is multiplied with.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn q4_k<const N: usize>(w: &[[u8; Q4_K]], inputs: [&[f32]; N], sums: [&Vec<[f32; GROUPS]>; N]) -> [f32; N] {
+    let mut x: [&[[f32; K]]; N] = [&[]; N];
+    for (x, input) in x.iter_mut().zip(inputs) {
+        *x = &input.as_chunks().0[..w.len()];
+    }
+    let low = _mm256_set1_epi32(15);
+    let (mut totals, mut offsets) = ([_mm256_setzero_ps(); N], [_mm256_setzero_ps(); N]);
+    for (at, block) in w.iter().enumerate() {
+        for line in [0, 64, 128] {
+            _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD + line).cast());
+        }
+        let word = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+        let (times, minus, both) = (word(4), word(8), word(12));
+        // The first four factors of either kind have their 6 bits together, the others 4 and 2.
+        let first = |bits: u32| u64::from(bits & 0x3f3f_3f3f);
+        let others = |four: u32, two: u32| u64::from(four & 0x0f0f_0f0f | (two >> 6 & 0x0303_0303) << 4) << 32;
+        let times = (first(times) | others(both, times)).to_le_bytes();
+        let minus = (first(minus) | others(both >> 4, minus)).to_le_bytes();
+        let scaled = |factors: &[u8; 8], scale: f32| {
+            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(factors))), _mm256_set1_ps(scale))
+        };
+        let mut times_of = [0f32; GROUPS];
+        store(&mut times_of, scaled(&times, half([block[0], block[1]])));
+        let minus = scaled(&minus, half([block[2], block[3]]));
+        for (offset, sums) in offsets.iter_mut().zip(sums) {
+            *offset = _mm256_fmadd_ps(minus, load(&sums[at]), *offset);
+        }
+        for (pair, bytes) in block[16..].as_chunks::<GROUP>().0.iter().enumerate() {
+            let mut parts = [[_mm256_setzero_ps(); 2]; N];
+            for (i, bytes) in bytes.as_chunks::<LANES>().0.iter().enumerate() {
+                let bits = _mm256_cvtepu8_epi32(eight(bytes));
+                let numbers = [_mm256_and_si256(bits, low), _mm256_srli_epi32::<4>(bits)];
+                for (n, part) in parts.iter_mut().enumerate() {
+                    let x = x[n][at].as_chunks::<LANES>().0;
+                    for g in 0..2 {
+                        let x = load(&x[(2 * pair + g) * (GROUP / LANES) + i]);
+                        part[g] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(numbers[g]), x, part[g]);
+                    }
+                }
+            }
+            for (total, part) in totals.iter_mut().zip(&parts) {
+                for (g, part) in part.iter().enumerate() {
+                    *total = _mm256_fmadd_ps(*part, _mm256_set1_ps(times_of[2 * pair + g]), *total);
+                }
+            }
+        }
+    }
+    let mut y = [0f32; N];
+    for (y, (total, offset)) in y.iter_mut().zip(totals.into_iter().zip(offsets)) {
+        *y = across(total) - across(offset);
+    }
+    y
+}
+
+/// The value of an f16.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn half(bytes: [u8; 2]) -> f32 {
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(bytes)))))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn eight(bytes: &[u8; 8]) -> __m128i {
+    _mm_cvtsi64_si128(i64::from_le_bytes(*bytes))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(x: &[f32; LANES]) -> __m256 {
+    // SAFETY: a register is loaded from as many numbers.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm256_loadu_ps(x.as_ptr())
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store(to: &mut [f32; LANES], x: __m256) {
+    // SAFETY: a register is stored to as many numbers.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm256_storeu_ps(to.as_mut_ptr(), x);
+    }
+}
+
+/// The sum of the numbers of a register.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn across(x: __m256) -> f32 {
+    let half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps::<1>(quarter, quarter)))
+}
