@@ -38,7 +38,7 @@ pub(super) fn strips(inputs: &[f32], columns: usize) -> Vec<Strip> {
 /// Errors: blocks of another type, or that do not divide `columns`.
 pub(super) fn products(y: &mut [f32], w: Rows, inputs: &[Strip], columns: usize) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
-    if let Rows::Blocks(w, dtype) = w
+    if let (w, dtype) = w.bytes()
         && avx2::suits(dtype, columns)
     {
         let inputs: Vec<&[f32]> = inputs.chunks_exact(columns.div_ceil(STRIP)).map(numbers).collect();
@@ -130,9 +130,9 @@ mod tests {
     #[test]
     fn blocks_give_what_their_numbers_give() {
         let numbers = |shape, seed| random(shape, seed).flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for dtype in [GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4K] {
+        for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4K] {
             for (rows, columns, count) in
-                [(3, 32, 1), (5, 96, 2), (2, 256, 3), (7, 320, 4), (1, 1088, 5), (4, 512, 8), (3, 768, 1)]
+                [(3, 32, 1), (5, 96, 2), (2, 256, 3), (7, 320, 4), (1, 1088, 5), (4, 512, 8), (3, 768, 1), (3, 77, 3)]
             {
                 if columns % dtype.block_size() > 0 {
                     continue;

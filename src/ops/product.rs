@@ -34,7 +34,7 @@ pub(super) enum Rows<'a> {
 impl<'a> Rows<'a> {
     /// As they lie in memory, and as what.
     #[cfg(target_arch = "x86_64")]
-    fn bytes(self) -> (&'a [u8], GgmlDType) {
+    pub(super) fn bytes(self) -> (&'a [u8], GgmlDType) {
         match self {
             Self::Plain(w) => (cast_slice(w), GgmlDType::F32),
             Self::Blocks(w, dtype) => (w, dtype),

@@ -1,4 +1,5 @@
-//! Products of a few inputs with blocks in the registers of AVX2: weights go from memory into sums, and are not put down between.
+//! Products of a few inputs with numbers of any type in the registers of AVX2: weights go from memory into sums, and are not put
+//! down between.
 
 use std::arch::x86_64::*;
 
@@ -15,11 +16,12 @@ const Q4_K: usize = 144;
 /// Bytes by which weights are asked for ahead: those of the rows that follow as well, for they lie behind.
 const AHEAD: usize = 2048;
 
-/// Whether there is a kernel for these blocks, and rows of so many columns.
+/// Whether there is a kernel for these weights, and rows of so many columns.
 pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
     let divide = match dtype {
         GgmlDType::Q8_0 => columns.is_multiple_of(GROUP),
         GgmlDType::Q4K => columns.is_multiple_of(K),
+        GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => true,
         _ => false,
     };
     divide && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -34,6 +36,22 @@ pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
 #[allow(unsafe_code)]
 pub(super) unsafe fn products(y: &mut [f32], w: &[u8], dtype: GgmlDType, inputs: &[&[f32]], columns: usize) {
     let rows = y.chunks_exact_mut(inputs.len());
+    if dtype.block_size() == 1 {
+        for (y, w) in rows.zip(w.chunks_exact(columns * dtype.type_size())) {
+            for (y, inputs) in y.chunks_mut(2).zip(inputs.chunks(2)) {
+                match (inputs, dtype) {
+                    (&[a], GgmlDType::F32) => y.copy_from_slice(&f32s(w, [a])),
+                    (&[a], GgmlDType::F16) => y.copy_from_slice(&f16s(w, [a])),
+                    (&[a], _) => y.copy_from_slice(&bf16s(w, [a])),
+                    (&[a, b], GgmlDType::F32) => y.copy_from_slice(&f32s(w, [a, b])),
+                    (&[a, b], GgmlDType::F16) => y.copy_from_slice(&f16s(w, [a, b])),
+                    (&[a, b], _) => y.copy_from_slice(&bf16s(w, [a, b])),
+                    _ => unreachable!("more inputs than are in a piece"),
+                }
+            }
+        }
+        return;
+    }
     if dtype == GgmlDType::Q8_0 {
         for (y, w) in rows.zip(w.as_chunks().0.chunks_exact(columns / GROUP)) {
             for (y, inputs) in y.chunks_mut(4).zip(inputs.chunks(4)) {
@@ -59,6 +77,51 @@ pub(super) unsafe fn products(y: &mut [f32], w: &[u8], dtype: GgmlDType, inputs:
         }
     }
 }
+
+/// A kernel for numbers of a type, of which so many bytes make a register.
+macro_rules! plain {
+    ($name:ident, $bytes:literal, $read:expr) => {
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn $name<const N: usize>(w: &[u8], inputs: [&[f32]; N]) -> [f32; N] {
+            /// Sums that do not wait for each other.
+            const CHAINS: usize = 4;
+            let (pieces, rest) = w.as_chunks::<{ CHAINS * $bytes }>();
+            // Inputs end in zeros, so this may as well.
+            let mut last = [0u8; CHAINS * $bytes];
+            last[..rest.len()].copy_from_slice(rest);
+            let count = pieces.len() + usize::from(!rest.is_empty());
+            let mut x: [&[[f32; CHAINS * LANES]]; N] = [&[]; N];
+            for (x, input) in x.iter_mut().zip(inputs) {
+                *x = &input.as_chunks().0[..count];
+            }
+            let mut sums = [[_mm256_setzero_ps(); CHAINS]; N];
+            for (at, piece) in pieces.iter().chain((!rest.is_empty()).then_some(&last)).enumerate() {
+                for line in (0..CHAINS * $bytes).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(piece.as_ptr().wrapping_add(AHEAD + line).cast());
+                }
+                for (i, bytes) in piece.as_chunks::<$bytes>().0.iter().enumerate() {
+                    // SAFETY: as many bytes are loaded.
+                    #[allow(unsafe_code)]
+                    let w = unsafe { $read(bytes.as_ptr()) };
+                    for (sums, x) in sums.iter_mut().zip(&x) {
+                        sums[i] = _mm256_fmadd_ps(w, load(&x[at].as_chunks().0[i]), sums[i]);
+                    }
+                }
+            }
+            let mut y = [0f32; N];
+            for (y, [a, b, c, d]) in y.iter_mut().zip(sums) {
+                *y = across(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)));
+            }
+            y
+        }
+    };
+}
+plain!(f32s, 32, |w: *const u8| _mm256_loadu_ps(w.cast()));
+plain!(f16s, 16, |w: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(w.cast())));
+plain!(bf16s, 16, |w: *const u8| {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(w.cast()))))
+});
 
 /// The sums of the groups of an input.
 fn of_groups(x: &[f32]) -> Vec<[f32; GROUPS]> {
