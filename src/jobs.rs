@@ -158,7 +158,7 @@ impl<'a> Jobs<'a> {
                 self.ended = true;
                 Error::usage(format!("it cannot be read: {e}")).hint("--jsonl FILE, or - for standard input")
             })?;
-            if line.len() as u64 > MAX_LINE {
+            if line.len() as u64 > MAX_LINE && !line.ends_with(b"\n") {
                 let _ = self.lines.skip_until(b'\n');
                 let what = format!("it is longer than {} MB", MAX_LINE >> 20);
                 return Err(Error::usage(what).hint(format!("one job a line: {EXAMPLE}")));
@@ -266,20 +266,13 @@ impl Iterator for Jobs<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         while !self.ended {
-            let line = match self.line() {
-                Ok(Some(line)) => line,
-                Ok(None) => break,
-                Err(error) => {
-                    self.read.1 += 1;
-                    return Some(Err(self.fault(None, error)));
-                }
-            };
+            let Some(line) = self.line().transpose() else { break };
             self.read.1 += 1;
             let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.read.1 % parts == part % parts);
-            let parsed = match line.starts_with(b"{") {
+            let parsed = line.and_then(|line| match line.starts_with(b"{") {
                 true => serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e)),
                 false => Err(Error::usage("it is no JSON object").hint(format!("one job a line: {EXAMPLE}"))),
-            };
+            });
             let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
             let task = parsed.and_then(|line| self.task(line));
             match task {

@@ -62,7 +62,7 @@ fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     if !folder.as_os_str().is_empty() {
         fs::create_dir_all(folder).map_err(|e| cannot_write(folder, &e))?;
     }
-    let mut temp = write_beside(&folder.join(stem), png).map_err(|e| cannot_write(folder, &e))?;
+    let mut temp = write_temp(here(folder), png).map_err(|e| cannot_write(folder, &e))?;
     for n in 1u64.. {
         let name = if n == 1 { format!("{stem}.png") } else { format!("{stem}-{n}.png") };
         let path = folder.join(name);
@@ -75,9 +75,18 @@ fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     Err(exists(folder))
 }
 
-/// A file beside its final place, since only a rename within one file system is atomic, with the permissions of the file whose
-/// place it may take, or those of any new one.
+/// A file beside its final place, with the permissions of the file that it is to replace, if there is one.
 pub(crate) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
+    let mut file = write_temp(parent(path), b"")?;
+    if let Ok(old) = fs::metadata(path) {
+        file.as_file().set_permissions(old.permissions())?;
+    }
+    file.write_all(bytes)?;
+    Ok(file)
+}
+
+/// A new file in the folder of its final place: only a rename within one file system is atomic.
+fn write_temp(folder: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".nextflow-").suffix(".tmp");
     #[cfg(unix)]
@@ -86,10 +95,7 @@ pub(crate) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFil
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    let mut file = builder.tempfile_in(parent(path))?;
-    if let Ok(old) = fs::metadata(path) {
-        file.as_file().set_permissions(old.permissions())?;
-    }
+    let mut file = builder.tempfile_in(folder)?;
     file.write_all(bytes)?;
     Ok(file)
 }
@@ -133,7 +139,7 @@ fn check_folder(folder: &Path) -> Result<()> {
         let message = format!("{} is not a folder", there.display());
         return Err(Error::usage(message).hint("choose another --out-dir"));
     }
-    write_beside(&there.join("image.png"), b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
+    write_temp(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
 }
 
 /// The folder of `path`.

@@ -135,6 +135,11 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
     fs::write(here.join("bad.jsonl"), long).unwrap();
     let (_, told, _) = run(here, &["--jsonl", "bad.jsonl", "--keep-going"]);
     assert_eq!((told.len(), &told[1]["line"], &told[1]["hint"]), (2, &2.into(), &"\"cfg_until\": 8".into()));
+    // The longest line that there may be, and another.
+    let line = format!("{{\"prompt\": \"x\", {}\"cfg\": -1}}", " ".repeat((1 << 20) - 26));
+    assert_eq!(line.len(), 1 << 20);
+    fs::write(here.join("bad.jsonl"), format!("{line}\n{line}\n")).unwrap();
+    assert_eq!(run(here, &["--jsonl", "bad.jsonl", "--keep-going"]).1.len(), 2);
     fs::write(here.join("bad.jsonl"), "\n \n").unwrap();
     assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("holds no job"));
     fs::write(here.join("bad.jsonl"), good).unwrap();

@@ -199,7 +199,7 @@ impl Delivery<'_> {
         thought: Option<&str>,
         took: Duration,
     ) -> Result<ControlFlow<()>> {
-        let kept = self.keep(job, image, thought, took, &self.request.destination.clone())?;
+        let kept = self.keep(job, image, thought, took, &self.request.destination)?;
         match &kept.path {
             None => terminal::emit(&kept.png),
             Some(path) if !self.json => terminal::emit_path(path),
