@@ -4,6 +4,8 @@
 mod avx2;
 
 use candle_core::Result;
+#[cfg(target_arch = "x86_64")]
+use candle_core::quantized::GgmlDType;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::blocks::dequantise;
@@ -22,51 +24,74 @@ const CHAINS: usize = 4;
 #[repr(align(64))]
 pub(super) struct Strip([f32; STRIP]);
 
-/// Inputs, `columns` long, in strips, the last of each filled up with zeros: a loop of a fixed length is twice as fast.
-pub(super) fn strips(inputs: &[f32], columns: usize) -> Vec<Strip> {
-    let strips = inputs.chunks_exact(columns).flat_map(|x| x.chunks(STRIP));
-    let strips = strips.map(|x| {
-        let mut strip = Strip([0.0; STRIP]);
-        strip.0[..x.len()].copy_from_slice(x);
-        strip
-    });
-    strips.collect()
+/// Some inputs as the kernels read them.
+pub(super) struct Inputs {
+    /// Of every input in turn, the last strip filled up with zeros: a loop of a fixed length is twice as fast.
+    strips: Vec<Strip>,
+    /// The sums of the groups of 32 of every strip, where blocks of Q4_K ask for them.
+    #[cfg(target_arch = "x86_64")]
+    sums: Vec<[f32; STRIP / 32]>,
+    columns: usize,
 }
 
-/// The products of every row of `w`, `columns` long, with every one of the [`strips`] of inputs: (rows, inputs) in `y`.
+impl Inputs {
+    /// Inputs, `columns` long, for products with `w`.
+    pub(super) fn new(inputs: &[f32], columns: usize, w: Rows) -> Self {
+        let strips = inputs.chunks_exact(columns).flat_map(|x| x.chunks(STRIP));
+        let strips = strips.map(|x| {
+            let mut strip = Strip([0.0; STRIP]);
+            strip.0[..x.len()].copy_from_slice(x);
+            strip
+        });
+        let strips: Vec<Strip> = strips.collect();
+        #[cfg(target_arch = "x86_64")]
+        let sums = match w {
+            Rows::Blocks(_, GgmlDType::Q4K) => strips.iter().map(avx2::of_groups).collect(),
+            _ => Vec::new(),
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = w;
+        Self {
+            strips,
+            #[cfg(target_arch = "x86_64")]
+            sums,
+            columns,
+        }
+    }
+
+    /// Strips of an input.
+    fn of_each(&self) -> usize {
+        self.columns.div_ceil(STRIP)
+    }
+
+    /// How many they are.
+    fn count(&self) -> usize {
+        self.strips.len() / self.of_each()
+    }
+}
+
+/// The products of every row of `w` with every one of the inputs: (rows, inputs) in `y`.
 ///
-/// Errors: blocks of another type, or that do not divide `columns`.
-pub(super) fn products(y: &mut [f32], w: Rows, inputs: &[Strip], columns: usize) -> Result<()> {
+/// Errors: blocks of another type, or that do not divide the columns.
+pub(super) fn products(y: &mut [f32], w: Rows, inputs: &Inputs) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
     if let (w, dtype) = w.bytes()
-        && avx2::suits(dtype, columns)
+        && avx2::suits(dtype, inputs.columns)
     {
-        let inputs: Vec<&[f32]> = inputs.chunks_exact(columns.div_ceil(STRIP)).map(numbers).collect();
         // SAFETY: the processor has been asked.
         #[allow(unsafe_code)]
         unsafe {
-            avx2::products(y, w, dtype, &inputs, columns)
+            avx2::products(y, w, dtype, inputs)
         };
         return Ok(());
     }
-    Arch::new().dispatch(Products { y, w, inputs, columns })
-}
-
-/// The numbers of an input.
-#[cfg(target_arch = "x86_64")]
-fn numbers(strips: &[Strip]) -> &[f32] {
-    // SAFETY: a strip is nothing but its numbers, which fill its alignment.
-    #[allow(unsafe_code)]
-    unsafe {
-        std::slice::from_raw_parts(strips.as_ptr().cast(), strips.len() * STRIP)
-    }
+    Arch::new().dispatch(Products { y, w, inputs })
 }
 
 struct Products<'a> {
     y: &'a mut [f32],
     w: Rows<'a>,
-    inputs: &'a [Strip],
-    columns: usize,
+    inputs: &'a Inputs,
 }
 
 impl WithSimd for Products<'_> {
@@ -74,11 +99,11 @@ impl WithSimd for Products<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Result<()> {
-        let Self { y, w, inputs, columns } = self;
-        let strips = columns.div_ceil(STRIP);
+        let Self { y, w, inputs } = self;
+        let (strips, columns) = (inputs.of_each(), inputs.columns);
         let mut unpacked = Strip([0.0; STRIP]);
         let mut sums = [[simd.splat_f32s(0.0); CHAINS]; FEW];
-        for (row, y) in y.chunks_exact_mut(inputs.len() / strips).enumerate() {
+        for (row, y) in y.chunks_exact_mut(inputs.count()).enumerate() {
             let w = w.narrow(row, 1, columns);
             for strip in 0..strips {
                 let at = strip * STRIP;
@@ -94,7 +119,7 @@ impl WithSimd for Products<'_> {
                         }
                     }
                 }
-                for (sums, x) in sums.iter_mut().zip(inputs[strip..].iter().step_by(strips)) {
+                for (sums, x) in sums.iter_mut().zip(inputs.strips[strip..].iter().step_by(strips)) {
                     *sums = add(simd, *sums, &unpacked, x);
                 }
             }
@@ -141,7 +166,8 @@ mod tests {
                 let w = quantise(&values, (rows, columns), dtype, &Device::Cpu).unwrap().data().unwrap().into_owned();
                 let (mut dense, mut y) = (vec![0f32; rows * columns], vec![0f32; rows * count]);
                 dequantise(&w, dtype, &mut dense).unwrap();
-                products(&mut y, Rows::Blocks(&w, dtype), &strips(&inputs, columns), columns).unwrap();
+                let w = Rows::Blocks(&w, dtype);
+                products(&mut y, w, &Inputs::new(&inputs, columns, w)).unwrap();
                 for (i, y) in y.iter().enumerate() {
                     let (w, x) = (&dense[i / count * columns..][..columns], &inputs[i % count * columns..][..columns]);
                     let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));

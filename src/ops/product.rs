@@ -71,10 +71,10 @@ pub(super) fn product(
         return Ok(vec![0.0; count * rows]);
     }
     if count <= FEW {
-        let inputs = few::strips(inputs, columns);
+        let inputs = few::Inputs::new(inputs, columns, w);
         let products = |y: &mut Columns| {
             let mut transposed = vec![0f32; y.width() * count];
-            few::products(&mut transposed, w.narrow(y.first(), y.width(), columns), &inputs, columns)?;
+            few::products(&mut transposed, w.narrow(y.first(), y.width(), columns), &inputs)?;
             y.put_transposed(&transposed, bias);
             Ok(())
         };

@@ -5,12 +5,14 @@ use std::arch::x86_64::*;
 
 use candle_core::quantized::GgmlDType;
 
+use super::{Inputs, STRIP, Strip};
+
 /// Numbers in a register.
 const LANES: usize = 8;
 /// Numbers that share a scale.
 const GROUP: usize = 32;
 /// Numbers of a block of Q4_K, its groups, and its bytes.
-const K: usize = 256;
+const K: usize = STRIP;
 const GROUPS: usize = K / GROUP;
 const Q4_K: usize = 144;
 /// Bytes by which weights are asked for ahead: those of the rows that follow as well, for they lie behind.
@@ -27,55 +29,50 @@ pub(super) fn suits(dtype: GgmlDType, columns: usize) -> bool {
     divide && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
-/// The products of every row of `w`, `columns` long, with every one of the inputs, each at least as long: (rows, inputs) in `y`.
+/// The products of every row of `w` with every one of the inputs: (rows, inputs) in `y`.
 ///
 /// # Safety
 ///
 /// [`suits`] must hold.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[allow(unsafe_code)]
-pub(super) unsafe fn products(y: &mut [f32], w: &[u8], dtype: GgmlDType, inputs: &[&[f32]], columns: usize) {
-    let rows = y.chunks_exact_mut(inputs.len());
-    if dtype.block_size() == 1 {
-        for (y, w) in rows.zip(w.chunks_exact(columns * dtype.type_size())) {
-            for (y, inputs) in y.chunks_mut(2).zip(inputs.chunks(2)) {
-                match (inputs, dtype) {
-                    (&[a], GgmlDType::F32) => y.copy_from_slice(&f32s(w, [a])),
-                    (&[a], GgmlDType::F16) => y.copy_from_slice(&f16s(w, [a])),
-                    (&[a], _) => y.copy_from_slice(&bf16s(w, [a])),
-                    (&[a, b], GgmlDType::F32) => y.copy_from_slice(&f32s(w, [a, b])),
-                    (&[a, b], GgmlDType::F16) => y.copy_from_slice(&f16s(w, [a, b])),
-                    (&[a, b], _) => y.copy_from_slice(&bf16s(w, [a, b])),
-                    _ => unreachable!("more inputs than are in a piece"),
-                }
-            }
-        }
-        return;
-    }
-    if dtype == GgmlDType::Q8_0 {
-        for (y, w) in rows.zip(w.as_chunks().0.chunks_exact(columns / GROUP)) {
-            for (y, inputs) in y.chunks_mut(4).zip(inputs.chunks(4)) {
-                match *inputs {
-                    [a] => y.copy_from_slice(&q8_0(w, [a])),
-                    [a, b] => y.copy_from_slice(&q8_0(w, [a, b])),
-                    [a, b, c] => y.copy_from_slice(&q8_0(w, [a, b, c])),
-                    [a, b, c, d] => y.copy_from_slice(&q8_0(w, [a, b, c, d])),
-                    _ => unreachable!("more inputs than are in a piece"),
-                }
-            }
-        }
-        return;
-    }
-    let sums: Vec<Vec<[f32; GROUPS]>> = inputs.iter().map(|x| of_groups(&x[..columns])).collect();
-    for (y, w) in rows.zip(w.as_chunks().0.chunks_exact(columns / K)) {
-        for ((y, inputs), sums) in y.chunks_mut(2).zip(inputs.chunks(2)).zip(sums.chunks(2)) {
-            match (inputs, sums) {
-                (&[a], [x]) => y.copy_from_slice(&q4_k(w, [a], [x])),
-                (&[a, b], [x, z]) => y.copy_from_slice(&q4_k(w, [a, b], [x, z])),
-                _ => unreachable!("more inputs than are in a piece"),
+pub(super) unsafe fn products(y: &mut [f32], w: &[u8], dtype: GgmlDType, inputs: &Inputs) {
+    let row = inputs.columns / dtype.block_size() * dtype.type_size();
+    for (y, w) in y.chunks_exact_mut(inputs.count()).zip(w.chunks_exact(row)) {
+        for (at, y) in (0..).step_by(2).zip(y.chunks_mut(2)) {
+            let (x, one) = (|i: usize| numbers(inputs, at + i), y.len() == 1);
+            let sums = |i: usize| &inputs.sums[(at + i) * inputs.of_each()..];
+            match dtype {
+                GgmlDType::F32 if one => y.copy_from_slice(&f32s(w, [x(0)])),
+                GgmlDType::F32 => y.copy_from_slice(&f32s(w, [x(0), x(1)])),
+                GgmlDType::F16 if one => y.copy_from_slice(&f16s(w, [x(0)])),
+                GgmlDType::F16 => y.copy_from_slice(&f16s(w, [x(0), x(1)])),
+                GgmlDType::BF16 if one => y.copy_from_slice(&bf16s(w, [x(0)])),
+                GgmlDType::BF16 => y.copy_from_slice(&bf16s(w, [x(0), x(1)])),
+                GgmlDType::Q8_0 if one => y.copy_from_slice(&q8_0(w.as_chunks().0, [x(0)])),
+                GgmlDType::Q8_0 => y.copy_from_slice(&q8_0(w.as_chunks().0, [x(0), x(1)])),
+                _ if one => y.copy_from_slice(&q4_k(w.as_chunks().0, [x(0)], [sums(0)])),
+                _ => y.copy_from_slice(&q4_k(w.as_chunks().0, [x(0), x(1)], [sums(0), sums(1)])),
             }
         }
     }
+}
+
+/// The numbers of the input of an index, and the zeros behind them.
+fn numbers(inputs: &Inputs, index: usize) -> &[f32] {
+    let strips = &inputs.strips[index * inputs.of_each()..][..inputs.of_each()];
+    // SAFETY: a strip is nothing but its numbers, which fill its alignment.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts(strips.as_ptr().cast(), strips.len() * STRIP)
+    }
+}
+
+/// The sums of the groups of a strip.
+pub(super) fn of_groups(strip: &Strip) -> [f32; GROUPS] {
+    let mut sums = [0f32; GROUPS];
+    sums.iter_mut().zip(strip.0.as_chunks::<GROUP>().0).for_each(|(sum, x)| *sum = x.iter().sum());
+    sums
 }
 
 /// A kernel for numbers of a type, of which so many bytes make a register.
@@ -123,16 +120,6 @@ plain!(bf16s, 16, |w: *const u8| {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(w.cast()))))
 });
 
-/// The sums of the groups of an input.
-fn of_groups(x: &[f32]) -> Vec<[f32; GROUPS]> {
-    let groups = |x: &[f32; K]| {
-        let mut sums = [0f32; GROUPS];
-        sums.iter_mut().zip(x.as_chunks::<GROUP>().0).for_each(|(sum, x)| *sum = x.iter().sum());
-        sums
-    };
-    x.as_chunks().0.iter().map(groups).collect()
-}
-
 /// Blocks of a scale (f16) and 32 signed bytes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -168,7 +155,7 @@ fn q8_0<const N: usize>(w: &[[u8; 2 + GROUP]], inputs: [&[f32]; N]) -> [f32; N] 
 /// times the first scale and factor, minus the second scale and factor, which a group's sum of the input is multiplied with.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn q4_k<const N: usize>(w: &[[u8; Q4_K]], inputs: [&[f32]; N], sums: [&Vec<[f32; GROUPS]>; N]) -> [f32; N] {
+fn q4_k<const N: usize>(w: &[[u8; Q4_K]], inputs: [&[f32]; N], sums: [&[[f32; GROUPS]]; N]) -> [f32; N] {
     let mut x: [&[[f32; K]]; N] = [&[]; N];
     for (x, input) in x.iter_mut().zip(inputs) {
         *x = &input.as_chunks().0[..w.len()];
