@@ -118,13 +118,17 @@ pub struct Reading<'a> {
 pub struct Jobs<'a> {
     reading: Reading<'a>,
     lines: Box<dyn BufRead + 'a>,
-    /// Lines so far, and those of them with a job.
-    read: (usize, usize),
+    /// Lines so far.
+    read: usize,
+    /// Those of them that are not empty.
+    seen: usize,
     ended: bool,
     ids: HashSet<String>,
-    /// Places of images, by the lines that named them; the folders that they are in; and those of them that can be written.
+    /// Places of images, with the lines that named them.
     outs: HashMap<PathBuf, usize>,
+    /// The folders that they are in, with the first lines that did.
     folders: HashMap<PathBuf, usize>,
+    /// Folders that can be written.
     writable: HashSet<PathBuf>,
 }
 
@@ -134,7 +138,8 @@ impl<'a> Jobs<'a> {
         Self {
             reading,
             lines: Box::new(lines),
-            read: (0, 0),
+            read: 0,
+            seen: 0,
             ended: false,
             ids: HashSet::new(),
             outs: HashMap::new(),
@@ -145,7 +150,7 @@ impl<'a> Jobs<'a> {
 
     /// Lines with a job so far, of all parts of the file.
     pub fn seen(&self) -> usize {
-        self.read.1
+        self.seen
     }
 
     /// The next line that is not empty, of any part.
@@ -153,7 +158,7 @@ impl<'a> Jobs<'a> {
         loop {
             let mut line = Vec::new();
             let read = (&mut self.lines).take(MAX_LINE + 1).read_until(b'\n', &mut line);
-            self.read.0 += 1;
+            self.read += 1;
             read.map_err(|e| {
                 self.ended = true;
                 Error::usage(format!("it cannot be read: {e}")).hint("--jsonl FILE, or - for standard input")
@@ -166,7 +171,7 @@ impl<'a> Jobs<'a> {
             if line.is_empty() {
                 return Ok(None);
             }
-            let bom = if self.read.0 == 1 { "\u{feff}".as_bytes() } else { b"" };
+            let bom = if self.read == 1 { "\u{feff}".as_bytes() } else { b"" };
             let text = line.strip_prefix(bom).unwrap_or(&line).trim_ascii();
             if !text.is_empty() {
                 return Ok(Some(text.into()));
@@ -211,14 +216,14 @@ impl<'a> Jobs<'a> {
         }
         let seed = line.seed.or(flags.seed.first().copied()).unwrap_or_else(request::any_seed);
         let job = Job { prompt, negative, scales, sampling, seed };
-        Ok(Task { line: self.read.0, id: line.id, out, job, there })
+        Ok(Task { line: self.read, id: line.id, out, job, there })
     }
 
     /// Takes a place below the folder of all images; whether there is an image already.
     ///
     /// Errors: usage, for one that is taken or cannot be written.
     fn place(&mut self, out: &Path) -> Result<bool> {
-        let (line, path) = (self.read.0, self.reading.folder.join(out));
+        let (line, path) = (self.read, self.reading.folder.join(out));
         let taken = |what: &str, by: usize| {
             let message = format!("its place, {}, is {what} line {by}", out.display());
             Err(Error::usage(message).hint("give every line an out, or an id, of its own"))
@@ -255,7 +260,7 @@ impl<'a> Jobs<'a> {
 
     /// A fault of the line that was just read.
     fn fault(&self, id: Option<String>, error: Error) -> Fault {
-        let line = self.read.0;
+        let line = self.read;
         let message = format!("line {line} of {}: {}", self.reading.name, error.message);
         Fault { line, id, error: Error { message, hint: error.hint.map(|hint| in_a_line(&hint)), ..error } }
     }
@@ -267,8 +272,8 @@ impl Iterator for Jobs<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         while !self.ended {
             let Some(line) = self.line().transpose() else { break };
-            self.read.1 += 1;
-            let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.read.1 % parts == part % parts);
+            self.seen += 1;
+            let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.seen % parts == part % parts);
             let parsed = line.and_then(|line| match line.starts_with(b"{") {
                 true => serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e)),
                 false => Err(Error::usage("it is no JSON object").hint(format!("one job a line: {EXAMPLE}"))),

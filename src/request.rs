@@ -225,13 +225,15 @@ fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
         return Ok(Destination::File { path: PathBuf::from(path), force: args.force });
     }
     if args.json || args.force {
-        let flag = if args.json { "--json" } else { "--force" };
-        return Err(
-            Error::usage(format!("{flag} has no meaning with -o -")).hint(format!("drop {flag}, or use -o FILE"))
-        );
+        return Err(for_files(if args.json { "--json" } else { "--force" }));
     }
     no_terminal()?;
     Ok(Destination::Stdout)
+}
+
+/// The error of a flag that means something for files only.
+pub(crate) fn for_files(flag: &str) -> Error {
+    Error::usage(format!("{flag} has no meaning with -o -")).hint(format!("drop {flag}, or use -o FILE"))
 }
 
 /// Refuses to send a PNG to a terminal.

@@ -212,9 +212,13 @@ impl Console {
         Self { level, redraw: level == Level::Normal && can_redraw(), images, drawn: [0; 2], started: Instant::now() }
     }
 
-    /// The weights are being read.
-    pub fn loading(&mut self) {
+    /// Loads a model of this name, and tells so.
+    pub fn load<T>(&mut self, name: &str, load: impl FnOnce() -> Result<T>) -> Result<T> {
         self.progress("loading the model");
+        let started = Instant::now();
+        let model = load()?;
+        self.detail(&format!("loaded {name} in {:.2} s", started.elapsed().as_secs_f64()));
+        Ok(model)
     }
 
     /// So many more images begin, which are drawn together.

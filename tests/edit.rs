@@ -1,6 +1,8 @@
 //! `nextflow edit`, `gen --think` and `nextflow chat` with the embedded model, from the flags to the files.
 #![cfg(feature = "nano")]
 
+mod common;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -10,8 +12,7 @@ use image::{Rgb, RgbImage};
 use serde_json::Value;
 
 fn nextflow(folder: &Path, args: &[&str], input: &[u8]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-    command.args(args).current_dir(folder).env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
+    let mut command = common::command(folder, args);
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary");
     // A program that refuses its flags reads nothing.

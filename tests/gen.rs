@@ -1,16 +1,15 @@
 //! `nextflow gen` with the embedded model, from the flags to the bytes.
 #![cfg(feature = "nano")]
 
+mod common;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 fn command(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-    command.arg("gen").args(args).current_dir(folder);
-    command.env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
-    command
+    common::command(folder, &[&["gen"], args].concat())
 }
 
 #[track_caller]

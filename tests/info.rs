@@ -1,12 +1,12 @@
 //! What `nextflow info` tells of files of weights, and what is refused by their headers alone.
 
+mod common;
+
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 fn nextflow(folder: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-    command.args(args).current_dir(folder).env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
-    command.output().unwrap()
+    common::command(folder, args).output().unwrap()
 }
 
 #[track_caller]

@@ -1,6 +1,8 @@
 //! `nextflow gen --jsonl`: many images, each in its own way.
 #![cfg(feature = "nano")]
 
+mod common;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -9,10 +11,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 fn command(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-    command.arg("gen").args(args).current_dir(folder);
-    command.env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
-    command
+    common::command(folder, &[&["gen"], args].concat())
 }
 
 /// The exit code, the lines of output, and what is told beside.

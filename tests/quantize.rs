@@ -1,9 +1,11 @@
 //! Weights in few bits: at load, in a GGUF file, and what memory they are said to take.
 #![cfg(feature = "nano")]
 
+mod common;
+
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 use candle_core::{DType, Device, Tensor};
 use nextflow::backbone::{Backbone, Context, Rope, sequence::Layout};
@@ -11,9 +13,7 @@ use nextflow::checkpoint::{Matrices, Source, WeightType, Weights};
 use nextflow::generate::ModelConfig;
 
 fn nextflow(folder: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nextflow"));
-    command.args(args).current_dir(folder).env_remove("NEXTFLOW_MODEL").env_remove("NEXTFLOW_DEVICE");
-    command.output().unwrap()
+    common::command(folder, args).output().unwrap()
 }
 
 #[track_caller]

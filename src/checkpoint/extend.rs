@@ -10,7 +10,8 @@ use safetensors::tensor::{Dtype, View, serialize_to_file};
 use super::Source;
 use super::archive::Archive;
 use super::header::{Stored, dims};
-use super::weights::{Asked, Init, Weights, initial};
+use super::trainable::initial;
+use super::weights::{Asked, Init, Weights};
 use crate::error::{Error, Kind, Result};
 
 /// Spread of new rows in a table that has others: the initializer_range of Qwen2.5.

@@ -29,6 +29,7 @@ mod pickle;
 mod shards;
 mod source;
 mod synthetic;
+mod trainable;
 mod weight_type;
 mod weights;
 

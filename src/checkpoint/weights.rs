@@ -12,9 +12,9 @@ use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::synthetic;
+use super::trainable::Trainable;
 use super::weight_type::Matrices;
 use crate::ops::{ByteFilters, Bytes, Filters, WeightMatrix};
-use crate::rng::{Rng, Stream, fnv1a};
 
 /// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
 const MAX_PROBLEMS: usize = 100_000;
@@ -77,12 +77,6 @@ pub(super) struct Asked {
     pub(super) matrix: bool,
     /// What it would begin with.
     pub(super) init: Init,
-}
-
-#[derive(Debug)]
-struct Trainable {
-    known: BTreeMap<String, Tensor>,
-    vars: BTreeMap<String, Var>,
 }
 
 /// Why a tensor cannot be had.
@@ -378,32 +372,4 @@ impl Problems {
             None => Err(Error::Msg("too much is wrong".into())),
         }
     }
-}
-
-impl Trainable {
-    fn get(&mut self, key: String, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
-        if let Some(var) = self.vars.get(&key) {
-            return Ok(var.as_tensor().clone());
-        }
-        let var = match self.known.get(&key).filter(|t| t.shape() == &shape) {
-            Some(known) => Var::from_tensor(known)?,
-            None => Var::from_tensor(&initial(&key, shape, init, seed, device)?)?,
-        };
-        let tensor = var.as_tensor().clone();
-        self.vars.insert(key, var);
-        Ok(tensor)
-    }
-}
-
-/// Initial values are a function of seed and key alone, so the order in which layers are built does not matter.
-pub(super) fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
-    let rng = Rng::new(seed, fnv1a(key), Stream::Train, 0);
-    let draw = |f: &dyn Fn(u64) -> f64| (0..shape.elem_count() as u64).map(|i| f(i) as f32).collect::<Vec<f32>>();
-    let values = match init {
-        Init::Zeros => draw(&|_| 0.0),
-        Init::Ones => draw(&|_| 1.0),
-        Init::Normal { std } => draw(&|i| rng.normal(i) * std),
-        Init::Uniform { bound } => draw(&|i| (2.0 * rng.uniform(i) - 1.0) * bound),
-    };
-    Tensor::from_vec(values, shape, device)
 }

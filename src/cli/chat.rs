@@ -188,10 +188,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     };
     let stop = terminal::interrupts()?;
     let mut console = Console::new(level, 1);
-    let started = Instant::now();
-    console.loading();
-    let model = ChatModel::load(&source, config, &device, args.quant)?;
-    console.detail(&format!("loaded the model in {:.2} s", started.elapsed().as_secs_f64()));
+    let model = console.load("the model", || ChatModel::load(&source, config, &device, args.quant))?;
     let pictures = args.images.iter().zip(&images).map(|(path, image)| {
         let started = Instant::now();
         let picture = model.picture(&path.display().to_string(), image)?;

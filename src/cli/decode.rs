@@ -41,7 +41,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         false => Destination::File { path: args.output.clone(), force: args.force },
     };
     if args.force && destination == Destination::Stdout {
-        return Err(Error::usage("--force has no meaning with -o -").hint("drop --force, or use -o FILE"));
+        return Err(request::for_files("--force"));
     }
     destination.check()?;
     if destination == Destination::Stdout {

@@ -65,7 +65,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     args.draw.check_scales(frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
-    let words = request.prompts.iter().map(|prompt| cost::tokens(prompt)).max().unwrap_or(0);
+    let words = cost::longest(&request.prompts);
     let tokens = read.sum::<Result<usize>>()? + words + AROUND + THOUGHT + schedule::codes(&frame.scales);
     let memory =
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
@@ -81,10 +81,8 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     memory::check(memory.peak(), &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
     let mut console = Console::new(args.draw.level(), request.images());
     let stop = terminal::interrupts()?;
-    console.loading();
-    let started = Instant::now();
-    let model = ChatModel::load(&request.source, config, &request.device, request.weights)?;
-    console.detail(&format!("loaded {} in {:.2} s", request.model, started.elapsed().as_secs_f64()));
+    let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
+    let model = console.load(&request.model, load)?;
     let mut pictures = vec![model.encode("$1", &frame.fit(first), &frame.scales)?];
     for (n, image) in sources.iter().enumerate().skip(1) {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);

@@ -100,8 +100,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
     let mut console = Console::new(Level::Normal, (composed + concepts) as u64);
     let stop = terminal::interrupts()?;
-    console.loading();
-    let model = Model::load(&source, &device, args.quant)?;
+    let model = console.load("the model", || Model::load(&source, &device, args.quant))?;
     let scales = &Size::Auto.grids(model.config())?[..];
     let tokenizer = model.config().load_tokenizer(&source, &device, args.quant)?;
     let subject = Subject { tokenizer: &tokenizer, scales, device: &device };

@@ -142,13 +142,11 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     let level = args.draw.level();
     let mut console = Console::new(level, request.images());
     let stop = terminal::interrupts()?;
-    console.loading();
     if args.think {
         return think::run(Delivery { request: &request, console, stop, json, preview, edit: None }, &scales);
     }
-    let started = Instant::now();
-    let model = Model::load(&request.source, &request.device, request.weights)?;
-    console.detail(&format!("loaded {} in {:.2} s", request.model, started.elapsed().as_secs_f64()));
+    let load = || Model::load(&request.source, &request.device, request.weights);
+    let model = console.load(&request.model, load)?;
     if level == Level::Verbose {
         let unknown = request.config.compare(&request.source)?.1.unknown;
         if let Some(first) = unknown.first() {
@@ -212,7 +210,7 @@ struct Plan<'a> {
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
     let Request { config, source, weights, sampling, device, prompts, .. } = request;
-    let words = prompts.iter().chain(&request.negative).map(|prompt| cost::tokens(prompt)).max().unwrap_or(0);
+    let words = cost::longest(prompts.iter().chain(&request.negative));
     cost::memory(config, source, *weights, Work { scales, images: batch, words, sampling }, device)
 }
 
@@ -227,7 +225,7 @@ fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) 
         size: format!("{}x{}", w * cell, h * cell),
         scales,
         codes: schedule::codes(scales),
-        passes: (0..scales.len() - request.sampling.draft).map(|si| request.sampling.passes(si)).sum(),
+        passes: request.sampling.all_passes(scales.len()),
         peak_memory: memory.peak(),
         memory,
     };

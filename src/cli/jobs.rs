@@ -162,14 +162,16 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
 
     // What a pipe brings is not waited for, unless it is only to be checked.
     let wait = !input::is_stdin(file) || args.draw.dry_run;
-    let all: Vec<_> = if wait { jobs.by_ref().collect() } else { Vec::new() };
+    let mut all: Vec<_> = if wait { jobs.by_ref().collect() } else { Vec::new() };
     let empty = || Error::usage(format!("{name} holds no job")).hint("one a line: {\"prompt\": \"a red apple\"}");
     if wait && jobs.seen() == 0 {
         return Err(empty());
     }
     let there = all.iter().flatten().filter(|task| task.there).count();
-    if !keep_going && all.iter().any(Result::is_err) {
-        return all.into_iter().find_map(|next| next.err()).map_or(Ok(()), |fault| Err(fault.error));
+    if let Some(at) = all.iter().position(Result::is_err).filter(|_| !keep_going)
+        && let Err(fault) = all.swap_remove(at)
+    {
+        return Err(fault.error);
     }
     let work = forecast(request, &all, batch.min(all.len().max(1)), &usual)?;
     if args.draw.dry_run {
@@ -187,16 +189,14 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         terminal::note(&format!("({there} of {} images are there already)", all.len()));
     }
     if wait && all.len() == there {
-        return all.iter().flatten().try_for_each(|task| tell(&Done::there(task, folder)).map(drop));
+        return all.iter().flatten().try_for_each(|task| terminal::emit_json(&Done::there(task, folder)).map(drop));
     }
     request.source.find(TRANSFORMER)?;
     memory::check(work.peak(), &request.device, "a smaller --batch, --quant q8_0, or --quant q4_K")?;
     let mut console = Console::new(args.draw.level(), (all.len() - there).max(1) as u64);
     let stop = terminal::interrupts()?;
-    console.loading();
-    let started = Instant::now();
-    let model = Model::load(&request.source, &request.device, request.weights)?;
-    console.detail(&format!("loaded {} in {:.2} s", request.model, started.elapsed().as_secs_f64()));
+    let load = || Model::load(&request.source, &request.device, request.weights);
+    let model = console.load(&request.model, load)?;
     if !wait {
         console.clear();
     }
@@ -207,7 +207,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         tried += 1;
         let first = match next {
             Ok(task) if task.there => {
-                if tell(&Done::there(&task, folder))?.is_break() {
+                if terminal::emit_json(&Done::there(&task, folder))?.is_break() {
                     return Ok(());
                 }
                 continue;
@@ -276,10 +276,10 @@ fn draw(
             None => Destination::Folder(folder.into()),
         };
         let flow = match delivery.keep(&task.job, image, None, took, &to) {
-            Ok(kept) => tell(&Done::drawn(task, kept.line(&task.job, None)))?,
+            Ok(kept) => terminal::emit_json(&Done::drawn(task, kept.line(&task.job, None)))?,
             Err(error) if error.kind == Kind::Interrupted => return Err(error),
             // Another process has drawn the same meanwhile.
-            Err(_) if resume && is_file(&to) => tell(&Done::there(task, folder))?,
+            Err(_) if resume && is_file(&to) => terminal::emit_json(&Done::there(task, folder))?,
             Err(error) => {
                 let error = if is_file(&to) { error.hint(NO_OVERWRITING) } else { error };
                 failures.add(fault(task, &error))?;
@@ -297,17 +297,12 @@ fn is_file(place: &Destination) -> bool {
     matches!(place, Destination::File { path, .. } if path.is_file())
 }
 
-fn tell(done: &Done) -> Result<ControlFlow<()>> {
-    terminal::emit_json(done)
-}
-
 /// Memory for the largest of the jobs, or for what the flags tell where they are still to come.
 fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual: &Grids) -> Result<Memory> {
     let tasks = || all.iter().flatten().filter(|task| !task.there);
     let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));
     let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided(usual.len()));
-    let texts = tasks().flat_map(|task| task.job.negative.iter().chain(Some(&task.job.prompt)));
-    let words = texts.map(|text| cost::tokens(text)).max().unwrap_or(0);
+    let words = cost::longest(tasks().flat_map(|task| task.job.negative.iter().chain(Some(&task.job.prompt))));
     let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
     let work = Work { scales, images, words, sampling };
     cost::memory(&request.config, &request.source, request.weights, work, &request.device)
@@ -315,15 +310,13 @@ fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual
 
 fn plan(request: &Request, all: &[Result<Task, Fault>], there: usize, memory: Memory, json: bool) -> Result<()> {
     let tasks = || all.iter().flatten().filter(|task| !task.there).map(|task| &task.job);
-    let passes =
-        tasks().map(|job| (0..job.scales.len() - job.sampling.draft).map(|si| job.sampling.passes(si)).sum::<usize>());
     let plan = Plan {
         model: &request.model,
         images: tasks().count(),
         there,
         faults: all.iter().filter(|next| next.is_err()).count(),
         codes: tasks().map(|job| schedule::codes(&job.scales)).sum(),
-        passes: passes.sum(),
+        passes: tasks().map(|job| job.sampling.all_passes(job.scales.len())).sum(),
         memory,
         peak_memory: memory.peak(),
     };

@@ -13,7 +13,9 @@ const LONGEST: usize = 256;
 /// Thinks about every prompt and draws. Stops at the first error; the images before it stay.
 pub(super) fn run(mut delivery: Delivery, scales: &[(usize, usize)]) -> Result<()> {
     let request = delivery.request;
-    let model = ChatModel::load(&request.source, ChatConfig::read(&request.source)?, &request.device, request.weights)?;
+    let config = ChatConfig::read(&request.source)?;
+    let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
+    let model = delivery.console.load(&request.model, load)?;
     let words = model.config().sampling;
     for job in request.jobs(scales) {
         let started = Instant::now();

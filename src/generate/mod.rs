@@ -94,6 +94,11 @@ impl Sampling {
         if self.cfg > 0.0 { self.cfg_until.unwrap_or(scales).min(scales) } else { 0 }
     }
 
+    /// Passes over all of so many scales that are drawn.
+    pub fn all_passes(&self, scales: usize) -> usize {
+        (0..scales.saturating_sub(self.draft)).map(|scale| self.passes(scale)).sum()
+    }
+
     /// Passes over the scale of an index.
     pub fn passes(&self, scale: usize) -> usize {
         if scale == 0 { 1 } else { 1 + self.refine.len() }

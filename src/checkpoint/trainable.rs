@@ -1,0 +1,43 @@
+//! Weights that are trained: they are made when they are asked for, and kept.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Result, Shape, Tensor, Var};
+
+use super::weights::Init;
+use crate::rng::{Rng, Stream, fnv1a};
+
+/// What was asked for so far, and what it begins with where that is known.
+#[derive(Debug)]
+pub(super) struct Trainable {
+    pub(super) known: BTreeMap<String, Tensor>,
+    pub(super) vars: BTreeMap<String, Var>,
+}
+
+impl Trainable {
+    pub(super) fn get(&mut self, key: String, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
+        if let Some(var) = self.vars.get(&key) {
+            return Ok(var.as_tensor().clone());
+        }
+        let var = match self.known.get(&key).filter(|t| t.shape() == &shape) {
+            Some(known) => Var::from_tensor(known)?,
+            None => Var::from_tensor(&initial(&key, shape, init, seed, device)?)?,
+        };
+        let tensor = var.as_tensor().clone();
+        self.vars.insert(key, var);
+        Ok(tensor)
+    }
+}
+
+/// Initial values are a function of seed and key alone, so the order in which layers are built does not matter.
+pub(super) fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
+    let rng = Rng::new(seed, fnv1a(key), Stream::Train, 0);
+    let draw = |f: &dyn Fn(u64) -> f64| (0..shape.elem_count() as u64).map(|i| f(i) as f32).collect::<Vec<f32>>();
+    let values = match init {
+        Init::Zeros => draw(&|_| 0.0),
+        Init::Ones => draw(&|_| 1.0),
+        Init::Normal { std } => draw(&|i| rng.normal(i) * std),
+        Init::Uniform { bound } => draw(&|i| (2.0 * rng.uniform(i) - 1.0) * bound),
+    };
+    Tensor::from_vec(values, shape, device)
+}
