@@ -227,6 +227,16 @@ mod tests {
             assert_eq!(fs::read(&names[i]).unwrap(), [i as u8]);
         }
         assert_eq!(fs::read_dir(folder.path().join("new/sub")).unwrap().count(), 3, "no temporary file stays");
+        // A file whose name is the beginning of an image's has nothing to do with it.
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let private = folder.path().join("new/sub/a-dog-7");
+            fs::write(&private, "mine").unwrap();
+            fs::set_permissions(&private, fs::Permissions::from_mode(0o600)).unwrap();
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode(&to.save(&[9], "A dog", 7).unwrap().unwrap()), mode(&names[0]));
+        }
     }
 
     #[test]

@@ -218,6 +218,10 @@ fn the_parts_of_a_file_are_the_whole() {
     }
     assert_eq!(all, ["1.png", "4.png", "2.png", "5.png", "3.png"]);
     assert_eq!(run(here, &["--jsonl", "jobs.jsonl", "--shard", "7/9"]).0, 0, "a part may be empty");
+    // What is wrong with a line is told in its own part.
+    fs::write(here.join("bad.jsonl"), format!("{{\"prompt\": \"a cat\"}}\n{}\n", "x".repeat(2 << 20))).unwrap();
+    let dry_run = |shard| run(here, &["--jsonl", "bad.jsonl", "--shard", shard, "--dry-run", "--json"]).0;
+    assert_eq!((dry_run("1/2"), dry_run("2/2")), (0, 2));
 }
 
 #[test]
