@@ -3,7 +3,7 @@
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
-use super::super::check::random;
+use super::super::check;
 use super::super::{
     Mask, WeightMatrix, add_conv2d, add_linear, attention, attention_rows, conv2d, group_norm, linear, project_heads,
     quantise, rms_norm, rope, swiglu, upsampled_conv2d,
@@ -21,6 +21,11 @@ fn both(shape: impl Into<Shape>, seed: u64) -> Result<[Tensor; 2]> {
     let gpu = gpu()?;
     let half = random(shape, seed).to_dtype(DType::BF16)?;
     Ok([half.to_dtype(DType::F32)?, half.to_device(&gpu)?])
+}
+
+/// No variable: the kernels take none.
+fn random(shape: impl Into<Shape>, seed: u64) -> Tensor {
+    check::random(shape, seed).as_detached_tensor()
 }
 
 fn gpu() -> Result<Device> {
