@@ -19,10 +19,14 @@ fn proc_bytes(file: &str, key: &str) -> Option<u64> {
 pub fn keep() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
+        /// More threads than this wait for each other at one arena.
+        const FEW: usize = 4;
         const MB: libc::c_int = 1 << 20;
+        let few = std::thread::available_parallelism().is_ok_and(|threads| threads.get() <= FEW);
         // One arena: what one thread frees another may have.
-        let settings = [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, 256 * MB), (libc::M_TRIM_THRESHOLD, 512 * MB)];
-        for (setting, value) in settings {
+        let arenas = few.then_some((libc::M_ARENA_MAX, 1));
+        let sizes = [(libc::M_MMAP_THRESHOLD, 256 * MB), (libc::M_TRIM_THRESHOLD, 512 * MB)];
+        for (setting, value) in arenas.into_iter().chain(sizes) {
             // SAFETY: it takes numbers, any of them, and refuses those that it does not like.
             #[allow(unsafe_code)]
             unsafe {
