@@ -1,5 +1,6 @@
 //! The machine's memory: what is free, what was used, and whether a forecast fits.
 
+mod cgroup;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 
@@ -46,9 +47,9 @@ pub fn peak(device: &Device) -> Option<u64> {
     }
 }
 
-/// Bytes that are free or can be freed; unknown but on Linux.
+/// Bytes that are free or can be freed, of the machine or of what a container may take; unknown but on Linux.
 fn available() -> Option<u64> {
-    proc_bytes("/proc/meminfo", "MemAvailable")
+    [proc_bytes("/proc/meminfo", "MemAvailable"), cgroup::left()].into_iter().flatten().min()
 }
 
 /// Bytes of a device's memory that are free, or can be; as far as that is known.
