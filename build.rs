@@ -7,7 +7,7 @@ use std::process::Command;
 const ANY: &str = "compute_80";
 /// With the instructions of Hopper, which no other GPU has.
 const HOPPER: &str = "compute_90a";
-const KERNELS: [(&str, &str); 7] = [
+const KERNELS: [(&str, &str); 8] = [
     ("attention", ANY),
     ("attention_hopper", HOPPER),
     ("blocks", ANY),
@@ -15,6 +15,7 @@ const KERNELS: [(&str, &str); 7] = [
     ("conv_hopper", HOPPER),
     ("sample", ANY),
     ("step", ANY),
+    ("training", ANY),
 ];
 
 fn main() {

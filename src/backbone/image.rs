@@ -73,7 +73,7 @@ impl ImageEnds {
         let text = usize::from(self.code_positions.is_some());
         let (table, device) = (&self.scale_embed, self.scale_embed.device());
         let ids: Vec<u32> = indices.iter().map(|&i| (i + text) as u32).collect();
-        let rows = table.index_select(&Tensor::new(ids, device)?, 0)?;
+        let rows = ops::select(table, &Tensor::new(ids, device)?)?;
         if !self.scale_length {
             return Ok(rows);
         }

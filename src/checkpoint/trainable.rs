@@ -20,7 +20,7 @@ impl Trainable {
             return Ok(var.as_tensor().clone());
         }
         let var = match self.known.get(&key).filter(|t| t.shape() == &shape) {
-            Some(known) => Var::from_tensor(known)?,
+            Some(known) => Var::from_tensor(&known.to_device(device)?)?,
             None => Var::from_tensor(&initial(&key, shape, init, seed, device)?)?,
         };
         let tensor = var.as_tensor().clone();

@@ -6,11 +6,12 @@ use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
 
 use crate::checkpoint::Weights;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::library::{Library, SIDE, Style};
 use crate::text::Text;
-use crate::tokenizer::ImageTokenizer;
+use crate::tokenizer::{ImageTokenizer, Quantizer};
 use crate::train::pool::{Pool, PoolSizes};
 use crate::train::run::Run;
 use crate::train::sampler::Sampler;
@@ -27,6 +28,9 @@ pub struct TrainArgs {
     /// The picture library
     #[arg(long, default_value = "data/library.safetensors", global = true)]
     data: PathBuf,
+    /// What trains: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", global = true)]
+    device: String,
     #[command(subcommand)]
     step: Step,
 }
@@ -123,7 +127,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         eprintln!("{summary:?}");
         return Ok(());
     }
-    let run = Run::open(&args.run)?;
+    let run = Run::open(&args.run, device::parse(&args.device)?)?;
     if let Step::Export { out } = &args.step {
         return train::export::export(&run, out, sampling());
     }
@@ -151,9 +155,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             if pool.is_empty() {
                 return Err(Error::usage("there is nothing to learn from").hint("--scenes 3000"));
             }
+            let codebook = tokenizer.quantizer();
+            let quantizer = Quantizer::from_table(codebook.config(), codebook.table().to_vec(), &Device::Cpu)?;
             let lesson = Lesson {
                 run: &run,
                 tokenizer: &tokenizer,
+                quantizer: &quantizer,
                 pool: &pool,
                 scales: *scales,
                 dialogues: dialogues.then_some((&sampler, &text)),
@@ -165,6 +172,6 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 
 /// The run's tokenizer as its second stage left it: the third changes nothing that the transformer sees.
 fn tokenizer(run: &Run) -> Result<ImageTokenizer> {
-    let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &Device::Cpu)?;
+    let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &run.device)?;
     Ok(ImageTokenizer::load(&weights, &run.recipe.tokenizer)?)
 }

@@ -1,9 +1,9 @@
 //! Element-wise activations.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::cpu::erf::erf_f32;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, backend::BackendStorage};
 use rayon::prelude::*;
 
 use super::exp::exp;
@@ -14,7 +14,7 @@ const CHUNK: usize = 1 << 15;
 
 /// GELU in its tanh approximation, of x's shape and dtype.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    match slice::fused(&[x]) {
+    match slice::trained(&[x]) {
         true => x.contiguous()?.apply_op1(Gelu::Tanh),
         false => x.gelu(),
     }
@@ -22,7 +22,7 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
 
 /// GELU by the error function, of x's shape and dtype.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
-    match slice::fused(&[x]) {
+    match slice::trained(&[x]) {
         true => x.contiguous()?.apply_op1(Gelu::Erf),
         false => x.gelu_erf(),
     }
@@ -30,7 +30,7 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
 
 /// `x * sigmoid(1.702 x)`, CLIP's stand-in for GELU, of x's shape and dtype.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    match slice::fused(&[x]) {
+    match slice::trained(&[x]) {
         true => x.contiguous()?.apply_op1(Gelu::Quick),
         false => plain_quick_gelu(x),
     }
@@ -91,6 +91,7 @@ fn map2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
     out
 }
 
+/// In the order of `gelu` in training.cu.
 #[derive(Clone, Copy)]
 enum Gelu {
     Tanh,
@@ -128,7 +129,16 @@ impl CustomOp1 for Gelu {
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout) -> Result<(CudaStorage, Shape)> {
+        super::cuda::training::gelu((s1, l1), *self as i32)
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::training::gelu_back(x, dy, *self as i32).map(Some);
+        }
         let dy = dy.contiguous()?;
         let (bx, bdy) = (Borrowed::of(x), Borrowed::of(&dy));
         let (xs, dys) = (bx.slice()?, bdy.slice()?);
@@ -182,10 +192,18 @@ impl CustomOp2 for SwiGlu {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        super::cuda::swiglu((s1, l1), (s2, l2))
+        match s1.dtype() {
+            DType::F32 => super::cuda::training::swiglu((s1, l1), (s2, l2)),
+            _ => super::cuda::swiglu((s1, l1), (s2, l2)),
+        }
     }
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if gate.device().is_cuda() {
+            let (dgate, dup) = super::cuda::training::swiglu_back(gate, up, dy)?;
+            return Ok((Some(dgate), Some(dup)));
+        }
         let dy = dy.contiguous()?;
         let (bgate, bup, bdy) = (Borrowed::of(gate), Borrowed::of(up), Borrowed::of(&dy));
         let (gates, ups, dys) = (bgate.slice::<f32>()?, bup.slice::<f32>()?, bdy.slice::<f32>()?);

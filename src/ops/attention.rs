@@ -2,6 +2,8 @@
 
 mod panels;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -56,20 +58,18 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
         let rows: Vec<(Tensor, Tensor)> = (0..b).map(row).collect::<Result<_>>()?;
         return super::cuda::attention(q, &rows, mask.is_causal(), scale);
     }
-    if !slice::fused(&[q, k, v]) {
-        let kept = match mask {
-            Mask::None => None,
-            Mask::Causal => Some(causal(t, s, q.device())?),
-            Mask::Kept(mask) => Some(mask.clone()),
-        };
+    let kept = match mask {
+        Mask::None => None,
+        Mask::Causal if slice::fused(&[q, k, v]) => None,
+        Mask::Causal => Some(causal(t, s, q.device())?),
+        Mask::Kept(mask) => Some(mask.contiguous()?),
+    };
+    if !slice::trained(&[q, k, v]) {
         return plain(q, k, v, kept.as_ref(), scale);
     }
-    let (mask, causal) = match mask {
-        Mask::None => (None, false),
-        Mask::Causal => (None, t > 1),
-        Mask::Kept(mask) => (Some(mask.contiguous()?), false),
-    };
-    q.contiguous()?.apply_op3(&heads_contiguous(k)?, &heads_contiguous(v)?, Attention { mask, causal, scale })
+    let lying = if q.device().is_cpu() { heads_contiguous } else { Tensor::contiguous };
+    let op = Attention { causal: kept.is_none() && mask.is_causal() && t > 1, mask: kept, scale };
+    q.contiguous()?.apply_op3(&lying(k)?, &lying(v)?, op)
 }
 
 /// [`attention`] of every row of q (R, T, H, D) over keys and values of its own, each (1, S, KV, D): (R, T, H, D).
@@ -325,6 +325,19 @@ impl CustomOp3 for Attention {
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        super::cuda::training::attention((s1, l1), (s2, l2), (s3, l3), self.mask.as_ref(), self.scale)
+    }
+
     fn bwd(
         &self,
         q: &Tensor,
@@ -333,6 +346,11 @@ impl CustomOp3 for Attention {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            let [dq, dk, dv] = super::cuda::training::attention_back([q, k, v, dy], self.mask.as_ref(), self.scale)?;
+            return Ok((Some(dq), Some(dk), Some(dv)));
+        }
         let dy = dy.contiguous()?;
         let (b, t, h, d) = q.dims4()?;
         let (_, s, kv, _) = k.dims4()?;

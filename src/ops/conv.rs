@@ -7,6 +7,8 @@ pub use filters::Filters;
 
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -17,7 +19,7 @@ use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
 
 /// Floats of unfolded patches per thread: what bounds memory and stays near the caches.
 const PATCHES: usize = 1 << 20;
-/// Numbers of unfolded patches at a time where candle does it.
+/// Numbers of unfolded patches at a time on a GPU, and where candle does it.
 const UNFOLDED: usize = 1 << 28;
 
 /// Convolves x (B, C, H, W) with w (O, C, K, K) and adds b (O), at `stride` and with zero padding of `[top, bottom,
@@ -30,7 +32,9 @@ pub fn conv2d(x: &Tensor, w: &Tensor, b: Option<&Tensor>, stride: usize, padding
     if let Some(b) = b.filter(|b| super::cuda::convolves(x, w, b, stride, padding)) {
         return super::cuda::conv2d(x, w, b, false, None);
     }
-    if !slice::fused(&[x, w, b.unwrap_or(w)]) {
+    let patches = x.elem_count() * w.dims()[2] * w.dims()[2] / (stride * stride);
+    let fits = x.device().is_cpu() || patches <= UNFOLDED;
+    if !fits || !slice::trained(&[x, w, b.unwrap_or(w)]) {
         return plain(x, w, b, stride, padding);
     }
     let b = b.map_or_else(|| Tensor::zeros(o, x.dtype(), x.device()), Tensor::contiguous)?;
@@ -112,17 +116,17 @@ struct Conv {
 }
 
 /// The sizes of one convolution.
-struct Geometry {
-    c: usize,
-    h: usize,
-    w: usize,
-    o: usize,
-    k: usize,
-    stride: usize,
-    top: usize,
-    left: usize,
-    out_h: usize,
-    out_w: usize,
+pub(super) struct Geometry {
+    pub(super) c: usize,
+    pub(super) h: usize,
+    pub(super) w: usize,
+    pub(super) o: usize,
+    pub(super) k: usize,
+    pub(super) stride: usize,
+    pub(super) top: usize,
+    pub(super) left: usize,
+    pub(super) out_h: usize,
+    pub(super) out_w: usize,
 }
 
 impl Geometry {
@@ -135,11 +139,11 @@ impl Geometry {
     }
 
     /// Elements of one patch, the inner dimension of the product.
-    fn patch(&self) -> usize {
+    pub(super) fn patch(&self) -> usize {
         self.c * self.k * self.k
     }
 
-    fn out_area(&self) -> usize {
+    pub(super) fn out_area(&self) -> usize {
         self.out_h * self.out_w
     }
 
@@ -267,6 +271,19 @@ impl CustomOp3 for Conv {
         Ok((CpuStorage::F32(y), Shape::from((batch, g.o, g.out_h, g.out_w))))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        super::cuda::training::conv2d(&Geometry::new(self, l1.shape(), l2.shape())?, (s1, l1), (s2, l2), (s3, l3))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -275,8 +292,13 @@ impl CustomOp3 for Conv {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
         let g = Geometry::new(self, x.shape(), w.shape())?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let [dx, dw, db] = super::cuda::training::conv2d_back(&g, x, w, b, dy)?;
+            return Ok((dx, dw, db));
+        }
+        let dy = dy.contiguous()?;
         let (bx, bw, bdy) = (Borrowed::of(x), Borrowed::of(w), Borrowed::of(&dy));
         let (xs, ws, dys) = (bx.slice::<f32>()?, bw.slice::<f32>()?, bdy.slice::<f32>()?);
         let (n, area, image) = (g.patch(), g.out_area(), g.c * g.h * g.w);
@@ -320,71 +342,4 @@ impl CustomOp3 for Conv {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::check::{random, same};
-    use super::*;
-
-    #[test]
-    fn matches_the_composition() {
-        let x = random((3, 5, 9, 7), 1);
-        for (k, stride, padding) in [(3, 1, [1; 4]), (3, 2, [0, 1, 0, 1]), (1, 1, [0; 4]), (1, 2, [0; 4])] {
-            let (w, b) = (random((4, 5, k, k), 2), random(4, 3));
-            let kernel = || conv2d(&x, &w, Some(&b), stride, padding);
-            same(&[&x, &w, &b], kernel, || plain(&x, &w, Some(&b), stride, padding));
-            same(&[&x, &w], || conv2d(&x, &w, None, stride, padding), || plain(&x, &w, None, stride, padding));
-        }
-    }
-
-    #[test]
-    fn places_are_those_of_the_composition() {
-        for (shape, o, k, padding) in [
-            ((2, 5, 9, 7), 8, 3, [1; 4]),
-            ((1, 32, 16, 16), 24, 3, [1; 4]),
-            ((1, 3, 8, 8), 16, 1, [0; 4]),
-            ((2, 4, 3, 11), 8, 3, [2, 0, 1, 1]),
-            ((1, 2, 3, 3), 8, 3, [0; 4]),
-            ((1, 3, 5, 130), 11, 3, [1; 4]),
-            ((1, 2, 40, 9), 3, 5, [2; 4]),
-        ] {
-            let (x, w, b) = (random(shape, 1), random((o, shape.1, k, k), 2), random(o, 3));
-            let kernel = || conv2d(&x, &w, Some(&b), 1, padding);
-            same(&[&x, &w, &b], kernel, || plain(&x, &w, Some(&b), 1, padding));
-        }
-    }
-
-    #[test]
-    fn one_large_image_goes_in_bands() {
-        let (x, w) = (random((1, 64, 40, 64), 1), random((3, 64, 3, 3), 2));
-        for (stride, padding) in [(1, [1; 4]), (1, [3, 0, 0, 4]), (2, [0, 1, 0, 1])] {
-            same(&[&x, &w], || conv2d(&x, &w, None, stride, padding), || plain(&x, &w, None, stride, padding));
-        }
-    }
-
-    #[test]
-    fn strips_are_the_whole() {
-        let (x, w) = (random((2, 5, 23, 9), 1), random((4, 5, 3, 3), 2));
-        for (stride, rows) in [(1, 1), (1, 6), (2, 4), (2, 100)] {
-            same(&[&x, &w], || in_strips(&x, &w, stride, rows), || x.conv2d(&w, 0, stride, 1, 1));
-        }
-    }
-
-    #[test]
-    fn what_is_around_a_convolution_is_its_composition() {
-        let (x, base) = (random((2, 3, 6, 5), 1), random((2, 4, 6, 5), 4));
-        for k in [1, 3] {
-            let (w, b) = (random((4, 3, k, k), 2), random(4, 3));
-            let conv = |x: &Tensor| conv2d(x, &w, Some(&b), 1, [k / 2; 4]);
-            same(&[&base, &x, &w, &b], || add_conv2d(&base, &x, &w, &b), || base.as_tensor() + conv(&x)?);
-            let repeated = || x.upsample_nearest2d(12, 10);
-            same(&[&w, &b], || upsampled_conv2d(&x, &w, &b), || conv(&repeated()?));
-        }
-    }
-
-    #[test]
-    fn rejects_what_does_not_fit() {
-        let (x, w) = (random((1, 2, 2, 2), 1), random((3, 2, 3, 3), 2));
-        assert!(conv2d(&x, &w, None, 1, [0; 4]).is_err());
-        assert!(conv2d(&x, &w, None, 0, [1; 4]).is_err());
-        assert!(conv2d(&x, &random((3, 1, 1, 1), 2), None, 1, [0; 4]).is_err());
-    }
-}
+mod tests;

@@ -1,4 +1,5 @@
-//! Kernels for CUDA, in bf16 with f32 inside: launches of what `build.rs` compiles from the folder of this name.
+//! Kernels for CUDA: launches of what `build.rs` compiles from the folder of this name. What draws is in bf16 with f32 inside,
+//! what [trains](training) in f32.
 //!
 //! They run on GPUs of compute capability 8.0 and later. Where they do not take an operand, the plain composition does.
 
@@ -10,6 +11,7 @@ mod sample;
 mod step;
 #[cfg(test)]
 mod tests;
+pub(super) mod training;
 
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceSlice, LaunchConfig};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};

@@ -1,5 +1,7 @@
 //! Group normalisation with an optional SiLU behind it.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -20,7 +22,7 @@ pub fn group_norm(x: &Tensor, w: &Tensor, b: &Tensor, groups: usize, eps: f64, s
     if super::cuda::normalises(x, w, b, groups) {
         return super::cuda::group_norm(x, w, b, (groups, eps as f32, silu));
     }
-    if x.rank() < 3 || !slice::fused(&[x, w, b]) {
+    if x.rank() < 3 || !slice::trained(&[x, w, b]) {
         return plain(x, w, b, groups, eps, silu);
     }
     let op = GroupNorm { groups, eps: eps as f32, silu };
@@ -84,6 +86,20 @@ impl CustomOp3 for GroupNorm {
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let choices = (self.groups, self.eps, self.silu);
+        super::cuda::training::group_norm((s1, l1), (s2, l2), (s3, l3), choices)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -92,6 +108,12 @@ impl CustomOp3 for GroupNorm {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let choices = (self.groups, self.eps, self.silu);
+            let [dx, dw, db] = super::cuda::training::group_norm_back([x, w, b, dy], choices)?;
+            return Ok((Some(dx), Some(dw), Some(db)));
+        }
         let dy = dy.contiguous()?;
         let (bx, bw, bb, bdy) = (Borrowed::of(x), Borrowed::of(w), Borrowed::of(b), Borrowed::of(&dy));
         let (xs, ws, bs, dys) = (bx.slice::<f32>()?, bw.slice::<f32>()?, bb.slice::<f32>()?, bdy.slice::<f32>()?);

@@ -1,5 +1,7 @@
 //! The linear layer.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 #[cfg(target_arch = "x86_64")]
 use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
@@ -46,7 +48,7 @@ fn rounds(out: usize, inner: usize) -> bool {
 }
 
 fn apply(x: &Tensor, w: &Tensor, b: Option<&Tensor>, linear: Linear) -> Result<Tensor> {
-    if !slice::fused(&[x, w, b.unwrap_or(w)]) {
+    if !slice::trained(&[x, w, b.unwrap_or(w)]) {
         return plain(x, w, b);
     }
     // An op has a fixed number of operands: no bias is an empty one.
@@ -97,6 +99,19 @@ impl CustomOp3 for Linear {
         Ok((CpuStorage::F32(y), Shape::from(dims)))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        super::cuda::training::linear((s1, l1), (s2, l2), (s3, l3))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -105,6 +120,11 @@ impl CustomOp3 for Linear {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let [dx, dw, db] = super::cuda::training::linear_back(x, w, b, dy)?;
+            return Ok((dx, dw, db));
+        }
         let dy = dy.contiguous()?;
         let (out, inner) = w.dims2()?;
         let rows = x.elem_count() / inner;

@@ -12,6 +12,7 @@ use super::blocks::dequantise;
 use super::bytes::{self, Bytes};
 use super::linear::{linear, mixed_linear};
 use super::product::{Rows, gated, product};
+use super::select::select;
 use super::slice::{self, Borrowed};
 
 /// The weights (rows, columns) of a linear layer, or a table of rows.
@@ -83,7 +84,7 @@ impl WeightMatrix {
     /// The rows `ids` (u32, N): (N, columns).
     pub fn select(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(tensor) | Self::Mixed(tensor) => tensor.index_select(ids, 0),
+            Self::Dense(tensor) | Self::Mixed(tensor) => select(tensor, ids),
             Self::Bytes(bytes) => {
                 let (ids, mut out) = (ids.to_vec1::<u32>()?, Vec::new());
                 ids.iter().try_for_each(|&id| bytes.read(id as usize, &mut out))?;

@@ -1,8 +1,8 @@
 //! The network's kernels: fused, multi-threaded f32 on the CPU, each with its backward pass.
 //!
 //! Every function takes any device and dtype. On the CPU in f32 it runs as one candle custom op that borrows its
-//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. With `--features cuda` what
-//! counts there has kernels for bf16, forward only. Elsewhere it is the plain
+//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. With `--features cuda` so it does
+//! on a GPU, and what counts there when a model draws has kernels for bf16, forward only. Elsewhere it is the plain
 //! composition of candle's own differentiable operations, with softmax, norms and losses in f32; the tests hold the
 //! kernels to that composition, values and gradients.
 
@@ -33,6 +33,7 @@ mod panels;
 mod product;
 mod resize;
 mod rope;
+mod select;
 mod slice;
 mod tiles;
 
@@ -45,9 +46,10 @@ pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
 pub use linear::linear;
-pub use loss::{cross_entropy, cross_entropy_rows};
+pub use loss::cross_entropy;
 pub use matrix::{WeightMatrix, add_linear, gated_linear, linear_each};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::{adamw_step, muon_step};
+pub use optim::{adamw_step, adamw_stepped, muon_step, muon_stepped};
 pub use resize::{pixel_shuffle, pixel_unshuffle};
 pub use rope::{project_heads, rope};
+pub use select::select;

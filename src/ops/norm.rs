@@ -1,8 +1,8 @@
 //! Normalisation over the last dimension.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, backend::BackendStorage};
 use rayon::prelude::*;
 
 use super::slice::{self, Borrowed};
@@ -28,7 +28,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     check("layer_norm", x, w)?;
     check("layer_norm", x, b)?;
-    match slice::fused(&[x, w, b]) {
+    match slice::trained(&[x, w, b]) {
         true => x.contiguous()?.apply_op3(&w.contiguous()?, &b.contiguous()?, LayerNorm { eps: eps as f32 }),
         false => plain_layer(x, w, b, eps),
     }
@@ -132,10 +132,18 @@ impl CustomOp2 for RmsNorm {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        super::cuda::rms_norm((s1, l1), (s2, l2), self.eps)
+        match s1.dtype() {
+            DType::F32 => super::cuda::training::rms_norm((s1, l1), (s2, l2), self.eps),
+            _ => super::cuda::rms_norm((s1, l1), (s2, l2), self.eps),
+        }
     }
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (dx, dw) = super::cuda::training::rms_norm_back(x, w, dy, self.eps)?;
+            return Ok((Some(dx), Some(dw)));
+        }
         let dy = dy.contiguous()?;
         let (bx, bw, bdy) = (Borrowed::of(x), Borrowed::of(w), Borrowed::of(&dy));
         let ws = bw.slice::<f32>()?;
@@ -179,6 +187,19 @@ impl CustomOp3 for LayerNorm {
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        super::cuda::training::layer_norm((s1, l1), (s2, l2), (s3, l3), self.eps)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -187,6 +208,11 @@ impl CustomOp3 for LayerNorm {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (dx, dw, db) = super::cuda::training::layer_norm_back(x, w, dy, self.eps)?;
+            return Ok((Some(dx), Some(dw), Some(db)));
+        }
         let dy = dy.contiguous()?;
         let (bx, bw, bdy) = (Borrowed::of(x), Borrowed::of(w), Borrowed::of(&dy));
         let ws = bw.slice::<f32>()?;

@@ -1,5 +1,6 @@
 //! The optimizers' steps.
 
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::slice::{self, Into, Matrix, MatrixMut, gemm};
@@ -36,6 +37,27 @@ pub fn adamw_step(
     });
 }
 
+/// As [`adamw_step`] of tensors of one shape, on any device, with both decays of the moments: the parameters and both moments
+/// behind it. Gradients are clipped already.
+#[expect(clippy::too_many_arguments, reason = "as above")]
+pub fn adamw_stepped(
+    params: &Tensor,
+    grads: &Tensor,
+    (m, v): (&Tensor, &Tensor),
+    lr: f32,
+    [beta1, beta2]: [f32; 2],
+    eps: f32,
+    decay: f32,
+    step: usize,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let mixed = |old: &Tensor, new: &Tensor, beta: f32| (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?;
+    let (m, v) = (mixed(m, grads, beta1)?, mixed(v, &grads.sqr()?, beta2)?);
+    let bias = |beta: f32| 1.0 / f64::from(1.0 - beta.powi(step as i32));
+    let deviation = ((&v * bias(beta2))?.sqrt()? + f64::from(eps))?;
+    let update = ((&m * (bias(beta1) * f64::from(lr)))? / deviation)?;
+    Ok((((params * f64::from(1.0 - lr * decay))? - update)?, m, v))
+}
+
 /// What Muon keeps of its momentum.
 const MOMENTUM: f32 = 0.95;
 /// Newton-Schulz iterations, and the coefficients of their quintic (Jordan et al., 2024): singular values end between
@@ -57,8 +79,40 @@ pub fn muon_step(params: &mut [f32], grads: &[f32], m: &mut [f32], rows: usize, 
         MOMENTUM * *m + (1.0 - MOMENTUM) * g
     });
     let direction = orthogonal(ahead.collect(), rows, cols);
-    let step = lr * UPDATE_RMS * (rows.max(cols) as f32).sqrt();
+    let step = lr * update_scale(rows, cols);
     params.iter_mut().zip(&direction).for_each(|(p, d)| *p -= step * d + lr * decay * *p);
+}
+
+/// As [`muon_step`] of several matrices (N, rows, cols) on any device: the parameters and the momentum behind it. Gradients are
+/// clipped already.
+pub fn muon_stepped(params: &Tensor, grads: &Tensor, m: &Tensor, lr: f32, decay: f32) -> Result<(Tensor, Tensor)> {
+    let (_, rows, cols) = params.dims3()?;
+    let new = (grads * f64::from(1.0 - MOMENTUM))?;
+    let m = ((m * f64::from(MOMENTUM))? + &new)?;
+    let direction = orthogonal_each(&((&m * f64::from(MOMENTUM))? + new)?)?;
+    let update = (direction * f64::from(lr * update_scale(rows, cols)))?;
+    Ok((((params * f64::from(1.0 - lr * decay))? - update)?, m))
+}
+
+/// What an orthogonal matrix is multiplied with so that it is a usual update.
+fn update_scale(rows: usize, cols: usize) -> f32 {
+    UPDATE_RMS * (rows.max(cols) as f32).sqrt()
+}
+
+/// As [`orthogonal`] of each of the matrices (N, rows, cols).
+fn orthogonal_each(x: &Tensor) -> Result<Tensor> {
+    let (_, rows, cols) = x.dims3()?;
+    let norm = (x.sqr()?.sum_keepdim((1, 2))?.sqrt()? + 1e-12)?;
+    let mut x = x.broadcast_div(&norm)?;
+    let [a, b, c] = QUINTIC.map(f64::from);
+    for _ in 0..ITERATIONS {
+        let across = x.t()?;
+        let gram = if rows <= cols { x.matmul(&across)? } else { across.matmul(&x)? };
+        let poly = ((&gram * b)? + (gram.matmul(&gram)? * c)?)?;
+        let product = if rows <= cols { poly.matmul(&x)? } else { x.matmul(&poly)? };
+        x = ((x * a)? + product)?;
+    }
+    Ok(x)
 }
 
 /// The (rows, cols) matrix with its singular values brought near 1, by Newton-Schulz.

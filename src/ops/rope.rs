@@ -1,8 +1,8 @@
 //! Rotary position embedding.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, backend::BackendStorage};
 use rayon::prelude::*;
 
 use super::slice::{self, Borrowed};
@@ -108,7 +108,10 @@ impl CustomOp3 for Rope {
         s3: &CudaStorage,
         l3: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        super::cuda::rope((s1, l1), (s2, l2), (s3, l3))
+        match s1.dtype() {
+            DType::F32 => super::cuda::training::rope((s1, l1), (s2, l2), (s3, l3)),
+            _ => super::cuda::rope((s1, l1), (s2, l2), (s3, l3)),
+        }
     }
 
     fn bwd(
@@ -119,6 +122,10 @@ impl CustomOp3 for Rope {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return Ok((Some(super::cuda::training::rope_back(dy, cos, sin)?), None, None));
+        }
         let (_, _, heads, d) = x.dims4()?;
         let dy = dy.contiguous()?;
         let (bcos, bsin, bdy) = (Borrowed::of(cos), Borrowed::of(sin), Borrowed::of(&dy));

@@ -8,13 +8,22 @@ pub(super) fn fused(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && t.elem_count() > 0)
 }
 
-/// Whether there are kernels for these operands: as [`fused`], or for CUDA.
+/// The same on a CPU or a GPU: whether there are kernels for these operands that have a backward pass.
+pub(super) fn trained(tensors: &[&Tensor]) -> bool {
+    #[cfg(feature = "cuda")]
+    if super::cuda::training::trains(tensors) {
+        return true;
+    }
+    fused(tensors)
+}
+
+/// Whether there are kernels for these operands: as [`trained`], or for bf16 on a GPU.
 pub(super) fn kernels(tensors: &[&Tensor]) -> bool {
     #[cfg(feature = "cuda")]
     if super::cuda::takes(tensors) {
         return true;
     }
-    fused(tensors)
+    trained(tensors)
 }
 
 /// The elements of a contiguous operand.

@@ -1,7 +1,7 @@
 //! Images already encoded: the transformer's training material, as the tokenizer's features before quantisation, so
 //! that self-correction can draw other codes every time.
 
-use candle_core::Device;
+use rayon::prelude::*;
 
 use super::sampler::{Sample, Sampler};
 use crate::error::Result;
@@ -66,7 +66,7 @@ pub struct Pool {
 }
 
 /// Images encoded at once.
-const BATCH: usize = 16;
+const BATCH: usize = 64;
 /// Height over width of the other aspect ratios that are trained: what lies between and beyond is left to the
 /// positions, which are relative to the image's extent.
 const RATIOS: [f64; 8] = [0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0];
@@ -88,16 +88,17 @@ impl Pool {
             let stride = tokenizer.config().encoder.stride();
             let (h, w) = grids.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
             let everyday = sizes.things(sampler);
-            let singles = (0..if everyday.is_empty() { 0 } else { sizes.oblong / 2 }).map(|n| {
+            let singles = if everyday.is_empty() { 0 } else { sizes.oblong / 2 };
+            let single = |n: usize| {
                 let background = BACKGROUNDS.get(n % (2 * BACKGROUNDS.len()));
                 sampler.single(everyday[(n * RATIOS.len() + i) % everyday.len()], background, w, h)
-            });
-            let scenes = (0..sizes.oblong / 2).map(|n| sampler.scene((1 << 32 | i << 24 | n) as u64, w, h));
+            };
+            let scene = |n: usize| sampler.scene((1 << 32 | i << 24 | n) as u64, w, h);
             Ok(Shelf {
                 grids,
-                plain: encode(singles, tokenizer, text)?,
+                plain: encode(singles, single, tokenizer, text)?,
                 coloured: Vec::new(),
-                scenes: encode(scenes, tokenizer, text)?,
+                scenes: encode(sizes.oblong / 2, scene, tokenizer, text)?,
                 several: Vec::new(),
             })
         });
@@ -137,19 +138,20 @@ impl Shelf {
     ) -> Result<Self> {
         let side = crate::library::SIDE;
         let everyday = sizes.things(sampler);
-        let plain = everyday.iter().map(|&p| sampler.single(p, None, side, side));
-        let coloured = (0..sizes.backgrounds).flat_map(|i| {
-            everyday.iter().enumerate().map(move |(n, &p)| {
-                let background = &BACKGROUNDS[(n * 7 + i * 3) % BACKGROUNDS.len()];
-                sampler.single(p, Some(background), side, side)
-            })
-        });
+        let plain = |n: usize| sampler.single(everyday[n], None, side, side);
+        let coloured = |i: usize| {
+            let (i, n) = (i / everyday.len(), i % everyday.len());
+            let background = &BACKGROUNDS[(n * 7 + i * 3) % BACKGROUNDS.len()];
+            sampler.single(everyday[n], Some(background), side, side)
+        };
+        let scene = |i: usize| sampler.scene(i as u64, side, side);
+        let several = |i: usize| sampler.several(everyday, i as u64);
         Ok(Self {
             grids: schedule::nearest(1.0).prefix(scales),
-            plain: encode(plain, tokenizer, text)?,
-            coloured: encode(coloured, tokenizer, text)?,
-            scenes: encode((0..sizes.scenes as u64).map(|i| sampler.scene(i, side, side)), tokenizer, text)?,
-            several: encode((0..sizes.several as u64).map(|i| sampler.several(everyday, i)), tokenizer, text)?,
+            plain: encode(everyday.len(), plain, tokenizer, text)?,
+            coloured: encode(sizes.backgrounds * everyday.len(), coloured, tokenizer, text)?,
+            scenes: encode(sizes.scenes, scene, tokenizer, text)?,
+            several: encode(sizes.several, several, tokenizer, text)?,
         })
     }
 
@@ -171,19 +173,27 @@ impl Shelf {
     }
 }
 
-fn encode(samples: impl Iterator<Item = Sample>, tokenizer: &ImageTokenizer, text: &Text) -> Result<Vec<Item>> {
-    let samples: Vec<Sample> = samples.collect();
-    let mut items = Vec::with_capacity(samples.len());
-    for batch in samples.chunks(BATCH) {
-        let rows: Vec<&[u8]> = batch.iter().map(|s| s.canvas.rgb.as_slice()).collect();
-        let (height, width) = (batch[0].canvas.height, batch[0].canvas.width);
-        let f = tokenizer.features(&pixels::to_tensor(&rows, height, width, &Device::Cpu)?)?;
-        let image = f.elem_count() / batch.len();
+/// Renders and encodes `count` images of one size.
+fn encode(
+    count: usize,
+    sample: impl Fn(usize) -> Sample + Sync,
+    tokenizer: &ImageTokenizer,
+    text: &Text,
+) -> Result<Vec<Item>> {
+    let mut items = Vec::with_capacity(count);
+    for first in (0..count).step_by(BATCH) {
+        let samples: Vec<Sample> = (first..count.min(first + BATCH)).into_par_iter().map(&sample).collect();
+        let rows: Vec<&[u8]> = samples.iter().map(|s| s.canvas.rgb.as_slice()).collect();
+        let (height, width) = (samples[0].canvas.height, samples[0].canvas.width);
+        let f = tokenizer.features(&pixels::to_tensor(&rows, height, width, tokenizer.quantizer().device())?)?;
+        let image = f.elem_count() / samples.len();
         let f = f.flatten_all()?.to_vec1::<f32>()?;
-        for (sample, features) in batch.iter().zip(f.chunks_exact(image)) {
+        let item = |(sample, features): (&Sample, &[f32])| {
             let captions = sample.captions.iter().map(|c| text.encode(c)).collect::<Result<_>>()?;
-            items.push(Item { features: features.to_vec(), captions });
-        }
+            Ok(Item { features: features.to_vec(), captions })
+        };
+        let more: Vec<Item> = samples.par_iter().zip(f.par_chunks_exact(image)).map(item).collect::<Result<_>>()?;
+        items.extend(more);
     }
     Ok(items)
 }

@@ -39,11 +39,16 @@ pub struct Run {
     folder: PathBuf,
     /// What is trained.
     pub recipe: Recipe,
+    /// What trains.
+    pub device: Device,
 }
 
 impl Run {
-    /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's.
-    pub fn open(folder: &Path) -> Result<Self> {
+    /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's, to train on a device.
+    pub fn open(folder: &Path, device: Device) -> Result<Self> {
+        // As exact as the bf16 that products of mixed precision take on a CPU, and more.
+        #[cfg(feature = "cuda")]
+        candle_core::cuda_backend::set_gemm_reduced_precision_f32(true);
         std::fs::create_dir_all(folder)?;
         let path = folder.join("recipe.json");
         if !path.exists() {
@@ -51,7 +56,7 @@ impl Run {
         }
         let recipe = serde_json::from_str(&std::fs::read_to_string(&path)?)
             .map_err(|e| Error::usage(format!("{}: {e}", path.display())).hint("remove the file to train nano"))?;
-        Ok(Self { folder: folder.to_path_buf(), recipe })
+        Ok(Self { folder: folder.to_path_buf(), recipe, device })
     }
 
     /// A file of the run.
@@ -66,6 +71,6 @@ impl Run {
         for file in files.iter().filter(|f| f.exists()) {
             known.extend(crate::checkpoint::load(file)?);
         }
-        Ok(Weights::trainable_from(known, self.recipe.seed, &Device::Cpu))
+        Ok(Weights::trainable_from(known, self.recipe.seed, &self.device))
     }
 }

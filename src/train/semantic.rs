@@ -1,6 +1,6 @@
 //! The semantic encoder learns what pictures are called: sigmoid contrastive loss on captions (SigLIP).
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::optimizer::{Optimizer, Schedule};
@@ -64,14 +64,14 @@ pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Sch
         let samples: Vec<_> = (0..batch).into_par_iter().map(|i| sampler.captioned((first + i) as u64)).collect();
         let rows: Vec<&[u8]> = samples.iter().map(|s| s.0.as_slice()).collect();
         let captions = samples.iter().map(|s| text.encode(&s.1)).collect::<error::Result<Vec<_>>>()?;
-        let images = encoder.embed(&pixels::to_tensor(&rows, SIDE, SIDE, &Device::Cpu)?)?;
+        let images = encoder.embed(&pixels::to_tensor(&rows, SIDE, SIDE, &run.device)?)?;
         let logits = images.matmul(&tower.embed(&captions)?.t()?)?;
         // exp(ln 10 * s) starts at SigLIP's 10. Its bias of -10 fits batches of 32,768 pairs: -4 is the log-odds of ours.
         let scale = (&tower.log_scale * std::f64::consts::LN_10)?.exp()?;
         let logits = logits.broadcast_mul(&scale)?.broadcast_add(&((&tower.bias - 1.0)? * 4.0)?)?;
         let same = |i: usize, j: usize| if samples[i].2 == samples[j].2 { 1f32 } else { -1.0 };
         let signs = (0..batch).flat_map(|i| (0..batch).map(move |j| (i, j))).map(|(i, j)| same(i, j));
-        let signs = Tensor::from_iter(signs, &Device::Cpu)?.reshape((batch, batch))?;
+        let signs = Tensor::from_iter(signs, &run.device)?.reshape((batch, batch))?;
         // -log sigmoid(s z) = softplus(-s z), in the form that does not overflow.
         let x = (logits.clone() * signs)?.neg()?;
         let loss = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;

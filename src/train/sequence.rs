@@ -1,6 +1,6 @@
 //! Sequences of words and images to learn from, and batches of them.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, BackboneConfig, Context, Position, Rope};
@@ -109,50 +109,75 @@ pub struct Measured {
     pub words: f64,
 }
 
+/// The losses of all targets of a batch, which a GPU may still be at work on.
+pub struct Losses {
+    /// Of codes, and the scale of each.
+    codes: Option<(Tensor, Vec<usize>)>,
+    words: Option<Tensor>,
+    /// Scales of a whole image.
+    count: usize,
+}
+
+impl Losses {
+    /// Their means.
+    pub fn means(&self) -> Result<Measured> {
+        let mut measured = Measured { scales: vec![f64::NAN; self.count], words: f64::NAN };
+        if let Some((losses, scales)) = &self.codes {
+            let losses = losses.to_vec1::<f32>()?;
+            for (scale, mean) in measured.scales.iter_mut().enumerate() {
+                *mean = self::mean(scales.iter().zip(&losses).filter(|(s, _)| **s == scale).map(|(_, &loss)| loss));
+            }
+        }
+        if let Some(losses) = &self.words {
+            measured.words = mean(losses.to_vec1::<f32>()?.into_iter());
+        }
+        Ok(measured)
+    }
+}
+
 /// Sequences side by side, padded on the right to one length: what nobody attends to and predicts nothing.
 pub struct Batch<'a>(pub &'a [Sequence]);
 
 impl Batch<'_> {
-    /// The loss, a scalar, averaged over the sequences. `count` is the number of scales of a whole image.
-    pub fn loss(&self, backbone: &Backbone, count: usize) -> Result<(Tensor, Measured)> {
+    /// The loss, a scalar, averaged over the sequences, and those of all targets. `count` is the number of scales of a whole
+    /// image.
+    pub fn loss(&self, backbone: &Backbone, count: usize) -> Result<(Tensor, Losses)> {
         let size = self.0.len();
         let length = self.0.iter().map(|s| s.layout.len()).max().unwrap_or(0);
         let hidden = self.hidden(backbone, count, length)?;
         let select = |targets: &[(usize, &Target)]| {
             let rows: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
-            hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+            ops::select(&hidden, &Tensor::new(rows, hidden.device())?)
         };
         let loss = |logits: &Tensor, targets: &[(usize, &Target)], weights: Vec<f32>| {
-            let ids = Tensor::from_iter(targets.iter().map(|(_, t)| t.id), &Device::Cpu)?;
-            let weights = (Tensor::new(weights, &Device::Cpu)? / size as f64)?;
-            let rows = ops::cross_entropy_rows(&logits.detach(), &ids)?;
-            Ok::<_, candle_core::Error>((ops::cross_entropy(logits, &ids, &weights)?, rows))
+            let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
+            let losses = ops::cross_entropy(logits, &ids)?;
+            let weights = (Tensor::new(weights, logits.device())? / size as f64)?;
+            Ok::<_, candle_core::Error>(((&losses * weights)?.sum_all()?, losses.detach()))
         };
         let rows = || self.0.iter().enumerate();
         let codes: Vec<_> = rows().flat_map(|(row, s)| s.code_targets.iter().map(move |t| (row, t))).collect();
         let words: Vec<_> = rows().flat_map(|(row, s)| s.word_targets.iter().map(move |t| (row, t))).collect();
         let mut total = Tensor::zeros((), hidden.dtype(), hidden.device())?;
-        let mut measured = Measured { scales: vec![f64::NAN; count], words: f64::NAN };
+        let mut all = Losses { codes: None, words: None, count };
         if !codes.is_empty() {
             let weights = codes.iter().map(|(_, t)| t.weight).collect();
             let (part, rows) = loss(&backbone.code_logits(&select(&codes)?)?, &codes, weights)?;
             total = (total + part)?;
-            for (scale, mean) in measured.scales.iter_mut().enumerate() {
-                *mean = self::mean(codes.iter().zip(&rows).filter(|((_, t), _)| t.scale == scale).map(|(_, &r)| r));
-            }
+            all.codes = Some((rows, codes.iter().map(|(_, t)| t.scale).collect()));
         }
         if !words.is_empty() {
             let weights = words.iter().map(|&(row, _)| WORDS / self.0[row].word_targets.len() as f32).collect();
             let (part, rows) = loss(&backbone.text_logits(&select(&words)?)?, &words, weights)?;
             total = (total + part)?;
-            measured.words = mean(rows.iter().copied());
+            all.words = Some(rows);
         }
-        Ok((total, measured))
+        Ok((total, all))
     }
 
     /// Hidden states of all tokens and pads, (size * length, hidden).
     fn hidden(&self, backbone: &Backbone, count: usize, length: usize) -> Result<Tensor> {
-        let (size, config) = (self.0.len(), backbone.config());
+        let (size, config, device) = (self.0.len(), backbone.config(), backbone.device());
         let words: Vec<u32> = self.0.iter().flat_map(|s| s.words.iter().map(|w| w.1)).collect();
         let scales: Vec<usize> = self.0.iter().flat_map(|s| s.codes.iter().map(|c| c.1)).collect();
         let features: Vec<f32> = self.0.iter().flat_map(|s| &s.features).copied().collect();
@@ -161,24 +186,22 @@ impl Batch<'_> {
         let of_words = self.0.iter().enumerate().flat_map(|(row, s)| s.words.iter().map(move |w| (row, w.0)));
         let of_codes = self.0.iter().enumerate().flat_map(|(row, s)| s.codes.iter().map(move |c| (row, c.0)));
         of_words.chain(of_codes).enumerate().for_each(|(i, (row, at))| order[row * length + at] = i as u32);
-        let text = backbone.embed_text(&Tensor::new(words, &Device::Cpu)?.unsqueeze(0)?)?.squeeze(0)?;
+        let text = backbone.embed_text(&Tensor::new(words, device)?.unsqueeze(0)?)?.squeeze(0)?;
         let tokens = if scales.is_empty() {
             text
         } else {
-            let features = Tensor::from_vec(features, (scales.len(), config.code_dim), &Device::Cpu)?;
+            let features = Tensor::from_vec(features, (scales.len(), config.code_dim), device)?;
             let codes = (backbone.connect(&features)? + backbone.scale_rows(&scales, count)?)?;
             Tensor::cat(&[text, codes], 0)?
         };
-        let x = tokens.index_select(&Tensor::new(order, &Device::Cpu)?, 0)?.reshape((size, length, ()))?;
+        let x = ops::select(&tokens, &Tensor::new(order, device)?)?.reshape((size, length, ()))?;
         let rows = self.0.iter().map(|s| padded(&s.layout.positions, length, [0.0; 3]));
         let positions: Vec<Vec<Position>> = rows.collect();
         let positions: Vec<&[Position]> = positions.iter().map(Vec::as_slice).collect();
-        let rope = Rope::new(config, &positions, &Device::Cpu)?;
-        let mask = self.0.iter().flat_map(|s| {
-            let ends = padded(&s.layout.ends, length, 1);
-            ends.into_iter().flat_map(move |end| (0..length).map(move |j| u8::from(j < end)))
-        });
-        let mask = Tensor::from_iter(mask, &Device::Cpu)?.reshape((size, length, length))?;
+        let rope = Rope::new(config, &positions, device)?;
+        let ends = self.0.iter().flat_map(|s| padded(&s.layout.ends, length, 1)).map(|end| end as u32);
+        let ends = Tensor::from_iter(ends, device)?.reshape((size, length, 1))?;
+        let mask = Tensor::arange(0, length as u32, device)?.broadcast_lt(&ends)?;
         backbone.forward(&x, &rope, Context::Masked(&mask))?.flatten_to(1)
     }
 }

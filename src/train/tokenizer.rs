@@ -82,7 +82,7 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
         let images: Vec<Vec<u8>> =
             (0..batch).into_par_iter().map(|i| sampler.picture((step * batch + i) as u64)).collect();
         let rows: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
-        let images = pixels::to_tensor(&rows, SIDE, SIDE, &Device::Cpu)?;
+        let images = pixels::to_tensor(&rows, SIDE, SIDE, &run.device)?;
         let continuous = stage == Stage::Pixel && step < CONTINUOUS;
         if stage == Stage::Pixel && step == CONTINUOUS {
             settle(&tokenizer, &mut codebook, sampler, batch)?;
@@ -114,7 +114,7 @@ fn settle(tokenizer: &ImageTokenizer, codebook: &mut Codebook, sampler: &Sampler
         let images: Vec<Vec<u8>> =
             (0..batch as u64).into_par_iter().map(|i| sampler.picture(1 << 40 | (round * batch as u64 + i))).collect();
         let rows: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
-        let images = pixels::to_tensor(&rows, SIDE, SIDE, &Device::Cpu)?;
+        let images = pixels::to_tensor(&rows, SIDE, SIDE, tokenizer.quantizer().device())?;
         let (f, _) = features(tokenizer, &images, Stage::Pixel)?;
         let (_, h, w, dim) = f.dims4()?;
         let f = f.flatten_all()?.to_vec1::<f32>()?;
@@ -151,7 +151,7 @@ fn save(path: &Path, vars: &BTreeMap<String, Var>, book: &Codebook, config: &Tok
         ("quantize.embedding_vqkd.weight", table.narrow(1, 0, split)?),
         ("quantize.embedding_vqgan.weight", table.narrow(1, split, dim - split)?),
     ] {
-        vars[key].set(&half.contiguous()?)?;
+        vars[key].set(&half.contiguous()?.to_device(vars[key].device())?)?;
     }
     let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
     crate::checkpoint::save(path, tensors, None)

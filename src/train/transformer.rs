@@ -1,8 +1,8 @@
 //! The transformer learns: cross-entropy over the codes of every scale and over words, with the paper's scale
 //! reweighting and self-correction. First to draw what captions say, then in dialogues, on the model's part only.
 
-use candle_core::Device;
 use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::dialogue::{Length, Turns, dialogue};
@@ -21,7 +21,7 @@ use crate::library::Canvas;
 use crate::pixels;
 use crate::rng::{Rng, Stream};
 use crate::text::Text;
-use crate::tokenizer::ImageTokenizer;
+use crate::tokenizer::{ImageTokenizer, Quantizer};
 
 /// Share of the samples that are drawn from an empty prompt, for guidance.
 const CAPTION_DROP: f64 = 0.1;
@@ -32,6 +32,8 @@ pub struct Lesson<'a> {
     pub run: &'a Run,
     /// The images' tokenizer, whose weights are fixed.
     pub tokenizer: &'a ImageTokenizer,
+    /// Its quantiser, on the CPU: sequences are made there.
+    pub quantizer: &'a Quantizer,
     /// Encoded images with captions.
     pub pool: &'a Pool,
     /// The first so many scales are learnt.
@@ -57,22 +59,16 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
     progress.say(&format!("{} parameters, {} images in the pool", optimizer.count(), lesson.pool.len()));
     let square = &schedule::nearest(1.0).prefix(run.recipe.scales)[..lesson.scales];
     let names: Vec<String> = square.iter().map(|(h, w)| format!("{h}x{w}")).collect();
+    let groups = |step: usize| if step < plan.steps { lesson.groups(batch, step) } else { Ok(Vec::new()) };
+    let mut next = groups(optimizer.step)?;
     while optimizer.step < plan.steps {
-        let sequences = lesson.sequences(batch, optimizer.step)?;
-        let (mut loss, means) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
-        let mut said = Vec::new();
-        if let Some((sampler, text)) = lesson.dialogues {
-            for (name, length) in [("words", Length::Words), ("look", Length::Look)] {
-                let sequences = lesson.dialogues(sampler, text, batch / 4, optimizer.step, length)?;
-                let (part, measured) = Batch(&sequences).loss(&backbone, run.recipe.scales)?;
-                loss = (loss + part)?;
-                said.push((name, measured.words));
-            }
-        }
-        let norm = optimizer.descend(&loss, plan)?;
-        let mut measured = vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)];
-        measured.extend(said);
-        measured.extend(names.iter().map(String::as_str).zip(means.scales));
+        // Processors make the next sequences while a GPU learns from these.
+        let (these, step) = (next, optimizer.step + 1);
+        let learn = || learn(&backbone, &mut optimizer, &these, run.recipe.scales, plan);
+        let (learnt, more) = rayon::join(learn, || groups(step));
+        let (mut measured, scales) = learnt?;
+        next = more?;
+        measured.extend(names.iter().map(String::as_str).zip(scales));
         progress.step(&measured);
         if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
             let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
@@ -83,9 +79,51 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
     Ok(())
 }
 
+/// What is measured on a batch, by name.
+type Measured = Vec<(&'static str, f64)>;
+
+/// One step down the loss of all groups of sequences. What was measured, and the mean loss of each scale of the first group.
+fn learn(
+    backbone: &Backbone,
+    optimizer: &mut Optimizer,
+    groups: &[(&'static str, Vec<Sequence>)],
+    scales: usize,
+    plan: &Schedule,
+) -> Result<(Measured, Vec<f64>)> {
+    let mut loss = Tensor::zeros((), DType::F32, backbone.device())?;
+    let mut parts = Vec::new();
+    for (name, sequences) in groups {
+        let (part, losses) = Batch(sequences).loss(backbone, scales)?;
+        loss = (loss + part)?;
+        parts.push((*name, losses));
+    }
+    let norm = optimizer.descend(&loss, plan)?;
+    let (mut measured, mut means) = (vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)], Vec::new());
+    for (i, (name, losses)) in parts.into_iter().enumerate() {
+        let of_part = losses.means()?;
+        match i {
+            0 => means = of_part.scales,
+            _ => measured.push((name, of_part.words)),
+        }
+    }
+    Ok((measured, means))
+}
+
 impl Lesson<'_> {
-    /// The sequences of a step, but for those that end where images would begin. With dialogues every other step has long ones, half as many,
-    /// and the others some short ones, so that sequences of a batch are about as long as each other.
+    /// The sequences of a step, in groups that are padded to one length each: images first, then those of dialogues that
+    /// end where images would begin, by what is measured on them.
+    fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
+        let mut groups = vec![("images", self.sequences(size, step)?)];
+        if let Some((sampler, text)) = self.dialogues {
+            for (name, length) in [("words", Length::Words), ("look", Length::Look)] {
+                groups.push((name, self.dialogues(sampler, text, size / 4, step, length)?));
+            }
+        }
+        Ok(groups)
+    }
+
+    /// The sequences with images. With dialogues every other step has long ones, half as many, and the others some short ones,
+    /// so that sequences of a batch are about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let shelf = self.pool.shelf(step / 2);
         let Some((sampler, text)) = self.dialogues else {
@@ -164,7 +202,7 @@ impl Lesson<'_> {
         let canvases: Vec<&Canvas> = parts.filter_map(Part::image).collect();
         let Some(first) = canvases.first() else { return Ok(Vec::new()) };
         let rows: Vec<&[u8]> = canvases.iter().map(|c| c.rgb.as_slice()).collect();
-        let f = self.tokenizer.features(&pixels::to_tensor(&rows, first.height, first.width, &Device::Cpu)?)?;
+        let f = self.tokenizer.features(&pixels::to_tensor(&rows, first.height, first.width, &self.run.device)?)?;
         let image = f.elem_count() / canvases.len();
         Ok(f.flatten_all()?.to_vec1::<f32>()?.chunks_exact(image).map(<[f32]>::to_vec).collect())
     }
@@ -234,7 +272,7 @@ impl Lesson<'_> {
         learn: Learn,
         context: bool,
     ) -> Result<()> {
-        let (recipe, quantizer) = (&self.run.recipe, self.tokenizer.quantizer());
+        let (recipe, quantizer) = (&self.run.recipe, self.quantizer);
         let correction = match learn {
             Learn::Corrections(noise) => Some((&recipe.self_correction, noise)),
             Learn::Nothing | Learn::Codes => None,

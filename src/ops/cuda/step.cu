@@ -1,24 +1,10 @@
 // What lies between matrix products. Bound by memory: every thread moves 16 bytes at a time, so
 // rows are whole multiples of 8 numbers. Where the plain composition rounds to bf16 between its steps, so do these.
 
+#include "block.cuh"
 #include "rows.cuh"
 
-constexpr int THREADS = 256;
-
 __device__ inline float rounded(float x) { return __uint_as_float(pack(x, 0.0f) << 16); }
-
-// The sum over all threads of a block, for all of them.
-__device__ float block_sum(float x) {
-  __shared__ float warps[THREADS / 32];
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0.0f;
-  for (int warp = 0; warp < THREADS / 32; warp++) sum += warps[warp];
-  // Before the next sum takes their place.
-  __syncthreads();
-  return sum;
-}
 
 // out = x / sqrt(mean(x^2) + eps) * weight: one block per row.
 extern "C" __global__ void __launch_bounds__(THREADS)

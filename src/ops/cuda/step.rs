@@ -3,7 +3,7 @@
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut};
-use candle_core::{CpuStorage, CudaStorage, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 use half::bf16;
 
 use super::{THREADS, VECTOR, aligned, blocks, kernel, launch, operand, room, takes};
@@ -44,7 +44,10 @@ fn row_stride(layout: &Layout) -> Option<usize> {
 
 /// Whether [`swiglu`] takes an operand as it lies.
 pub(in crate::ops) fn in_rows(x: &Tensor) -> bool {
-    x.device().is_cuda() && aligned(x) && row_stride(x.layout()).is_some_and(|apart| apart.is_multiple_of(VECTOR))
+    x.device().is_cuda()
+        && x.dtype() == DType::BF16
+        && aligned(x)
+        && row_stride(x.layout()).is_some_and(|apart| apart.is_multiple_of(VECTOR))
 }
 
 /// [`swiglu`](crate::ops::swiglu), of parts of wider rows as well.

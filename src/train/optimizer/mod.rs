@@ -1,13 +1,15 @@
 //! Muon for the matrices inside the network and AdamW for everything else, with gradient clipping and a cosine
 //! schedule, and the exact state to resume from.
 
-use std::collections::BTreeMap;
+mod gpu;
+mod host;
+
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{Result, Tensor, Var};
-use rayon::prelude::*;
+use candle_core::{Device, Result, Tensor, Var};
 
-use crate::ops;
+use crate::error::{self, Error};
 
 /// Knobs of one stage.
 #[derive(Clone, Copy, Debug)]
@@ -37,23 +39,41 @@ impl Schedule {
     }
 }
 
-struct Param {
-    name: String,
-    var: Var,
-    value: Vec<f32>,
-    m: Vec<f32>,
-    /// Second moments; Muon has none.
-    v: Vec<f32>,
+/// What all parameters of a step have in common.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Learning rate.
+    lr: f32,
+    /// Weight decay of matrices.
+    decay: f32,
+    beta2: f32,
+    /// Steps, with this one.
+    step: usize,
+    /// Largest norm of all gradients.
+    clip: f64,
 }
+
+/// Added to the norm before it divides.
+const TINY: f64 = 1e-6;
+
+const BETA1: f32 = 0.9;
+const EPS: f32 = 1e-8;
 
 /// Whether Muon trains a parameter: matrices and kernels that take features to features, not tables of vectors.
 fn muon(name: &str, var: &Var) -> bool {
     var.rank() > 1 && !["embed", "lm_head"].iter().any(|table| name.contains(table))
 }
 
+/// The trained parameters and their moments, where they are.
+enum Trained {
+    Host(Vec<host::Param>),
+    Gpu(Vec<gpu::Group>),
+}
+
 /// The trained parameters and their moments.
 pub struct Optimizer {
-    params: Vec<Param>,
+    trained: Trained,
+    count: usize,
     /// Steps taken.
     pub step: usize,
 }
@@ -61,80 +81,111 @@ pub struct Optimizer {
 impl Optimizer {
     /// Trains those of `vars` whose key `select` accepts.
     pub fn new(vars: &BTreeMap<String, Var>, select: impl Fn(&str) -> bool) -> Result<Self> {
-        let params = vars.iter().filter(|(name, _)| select(name)).map(|(name, var)| {
-            let value = var.as_tensor().flatten_all()?.to_vec1::<f32>()?;
-            let m = vec![0.0; value.len()];
-            let v = if muon(name, var) { Vec::new() } else { m.clone() };
-            Ok(Param { name: name.clone(), var: var.clone(), value, m, v })
-        });
-        Ok(Self { params: params.collect::<Result<_>>()?, step: 0 })
+        let chosen: Vec<(&String, &Var)> = vars.iter().filter(|(name, _)| select(name)).collect();
+        let count = chosen.iter().map(|(_, var)| var.elem_count()).sum();
+        let trained = match chosen.first().is_none_or(|(_, var)| var.device().is_cpu()) {
+            true => Trained::Host(chosen.iter().map(|(name, var)| host::Param::new(name, var)).collect::<Result<_>>()?),
+            false => Trained::Gpu(gpu::Group::all(&chosen)?),
+        };
+        Ok(Self { trained, count, step: 0 })
     }
 
     /// Parameters trained.
     pub fn count(&self) -> usize {
-        self.params.iter().map(|p| p.value.len()).sum()
+        self.count
     }
 
     /// One step down the gradient of `loss` (a scalar). Returns the gradient's norm before clipping; a norm that is
     /// not finite skips the update.
     pub fn descend(&mut self, loss: &Tensor, schedule: &Schedule) -> Result<f64> {
         let grads = loss.backward()?;
-        let grads = self
-            .params
-            .iter()
-            .map(|p| grads.get(p.var.as_tensor()).map(|g| g.flatten_all()?.to_vec1::<f32>()).transpose())
-            .collect::<Result<Vec<_>>>()?;
-        let square: f64 =
-            grads.par_iter().flatten().map(|g| g.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()).sum();
-        let norm = square.sqrt();
-        let rate = schedule.at(self.step);
+        let lr = schedule.at(self.step) as f32;
         self.step += 1;
-        if !norm.is_finite() {
-            return Ok(norm);
+        let (decay, beta2) = (schedule.weight_decay as f32, schedule.beta2 as f32);
+        let pace = Pace { lr, decay, beta2, step: self.step, clip: schedule.clip };
+        match &mut self.trained {
+            Trained::Host(params) => host::descend(params, &grads, pace),
+            Trained::Gpu(groups) => gpu::descend(groups, &grads, pace),
         }
-        let scale = (schedule.clip / (norm + 1e-6)).min(1.0) as f32;
-        let (step, lr, beta2) = (self.step, rate as f32, schedule.beta2 as f32);
-        self.params.par_iter_mut().zip(&grads).try_for_each(|(p, grad)| {
-            let Some(grad) = grad else { return Ok(()) };
-            let decay = if p.var.rank() > 1 { schedule.weight_decay as f32 } else { 0.0 };
-            match p.v.is_empty() {
-                true => ops::muon_step(&mut p.value, grad, &mut p.m, p.var.dims()[0], lr, decay, scale),
-                false => {
-                    ops::adamw_step(&mut p.value, grad, &mut p.m, &mut p.v, lr, 0.9, beta2, 1e-8, decay, step, scale)
-                }
-            }
-            p.var.set(&Tensor::from_slice(&p.value, p.var.shape(), p.var.device())?)
-        })?;
-        Ok(norm)
     }
 
     /// Writes moments and step; the values themselves are in the weights' own file.
-    pub fn save(&self, path: &Path) -> crate::error::Result<()> {
-        let mut tensors = BTreeMap::new();
-        for p in &self.params {
-            for (kind, data) in [("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
-                let tensor = Tensor::from_slice(data, p.var.shape(), p.var.device())?;
-                tensors.insert(format!("{kind}.{}", p.name), tensor);
-            }
-        }
-        let step = std::collections::HashMap::from([("step".to_string(), self.step.to_string())]);
+    pub fn save(&self, path: &Path) -> error::Result<()> {
+        let tensors = match &self.trained {
+            Trained::Host(params) => host::moments(params)?,
+            Trained::Gpu(groups) => gpu::moments(groups)?,
+        };
+        let step = HashMap::from([("step".to_string(), self.step.to_string())]);
         crate::checkpoint::save(path, tensors, Some(step))
     }
 
     /// Reads what [`Optimizer::save`] wrote.
-    pub fn restore(&mut self, path: &Path) -> crate::error::Result<()> {
+    pub fn restore(&mut self, path: &Path) -> error::Result<()> {
         let bytes = std::fs::read(path)?;
-        let corrupt = |what: String| crate::error::Error::model(format!("{}: {what}", path.display()));
+        let corrupt = |what: String| Error::model(format!("{}: {what}", path.display()));
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| corrupt(e.to_string()))?;
         let step = header.metadata().as_ref().and_then(|m| m.get("step")).and_then(|s| s.parse().ok());
         self.step = step.ok_or_else(|| corrupt("no step".into()))?;
-        let tensors = candle_core::safetensors::load_buffer(&bytes, &candle_core::Device::Cpu)?;
-        for p in &mut self.params {
-            for (kind, data) in [("m", &mut p.m), ("v", &mut p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
-                let key = format!("{kind}.{}", p.name);
-                let tensor = tensors.get(&key).ok_or_else(|| corrupt(format!("no {key}")))?;
-                *data = tensor.flatten_all()?.to_vec1()?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        let moment = |kind: &str, name: &str| {
+            let key = format!("{kind}.{name}");
+            tensors.get(&key).cloned().ok_or_else(|| corrupt(format!("no {key}")))
+        };
+        match &mut self.trained {
+            Trained::Host(params) => params.iter_mut().try_for_each(|param| param.restore(moment)),
+            Trained::Gpu(groups) => groups.iter_mut().try_for_each(|group| group.restore(moment)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::linear;
+
+    /// One run of steps on the host, one with the groups of a GPU (of the CPU, here), each from the same values and through
+    /// a save and a restore.
+    #[test]
+    fn a_gpu_takes_the_steps_of_the_host() -> error::Result<()> {
+        let schedule = Schedule { lr: 0.02, warmup: 2, steps: 8, clip: 0.5, weight_decay: 0.1, beta2: 0.98 };
+        let run = |grouped: bool| -> error::Result<Vec<Vec<f32>>> {
+            let keys = [("a.weight", (6, 4)), ("b.weight", (6, 4)), ("c.weight", (4, 6)), ("embed.weight", (5, 4))];
+            let mut vars = BTreeMap::new();
+            for (i, (name, shape)) in keys.into_iter().enumerate() {
+                let values = Tensor::arange(0f32, (shape.0 * shape.1) as f32, &Device::Cpu)?;
+                let values = ((values * (0.37 + i as f64))?.sin()? * 0.5)?.reshape(shape)?;
+                vars.insert(name.to_string(), Var::from_tensor(&values)?);
             }
+            vars.insert("a.bias".into(), Var::zeros(6, DType::F32, &Device::Cpu)?);
+            let make = || -> Result<Optimizer> {
+                let mut optimizer = Optimizer::new(&vars, |_| true)?;
+                if grouped {
+                    let chosen: Vec<(&String, &Var)> = vars.iter().collect();
+                    optimizer.trained = Trained::Gpu(gpu::Group::all(&chosen)?);
+                }
+                Ok(optimizer)
+            };
+            let mut optimizer = make()?;
+            let folder = tempfile::tempdir()?;
+            for step in 0..8 {
+                if step == 4 {
+                    optimizer.save(&folder.path().join("state"))?;
+                    optimizer = make()?;
+                    optimizer.restore(&folder.path().join("state"))?;
+                }
+                let x = vars["embed.weight"].as_tensor();
+                let y = linear(x, &vars["a.weight"], Some(&vars["a.bias"]))?.tanh()?;
+                let z = linear(&linear(&y, &vars["c.weight"], None)?, &vars["b.weight"], None)?;
+                let loss = (z.sum_all()? + (x * 3.0)?.sqr()?.sum_all()?)?;
+                optimizer.descend(&loss, &schedule)?;
+            }
+            let values = vars.values().map(|var| var.flatten_all()?.to_vec1::<f32>());
+            Ok(values.collect::<Result<_>>()?)
+        };
+        for (host, gpu) in run(false)?.iter().flatten().zip(run(true)?.iter().flatten()) {
+            assert!((host - gpu).abs() < 2e-4, "{host} {gpu}");
         }
         Ok(())
     }

@@ -1,0 +1,80 @@
+//! Parameters on a CPU, each by itself.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, Var};
+use rayon::prelude::*;
+
+use super::{BETA1, EPS, Pace, TINY, muon};
+use crate::{error, ops};
+
+/// A parameter and its moments.
+pub(super) struct Param {
+    name: String,
+    var: Var,
+    value: Vec<f32>,
+    m: Vec<f32>,
+    /// Second moments; Muon has none.
+    v: Vec<f32>,
+}
+
+impl Param {
+    pub(super) fn new(name: &str, var: &Var) -> Result<Self> {
+        let value = var.as_tensor().flatten_all()?.to_vec1::<f32>()?;
+        let m = vec![0.0; value.len()];
+        let v = if muon(name, var) { Vec::new() } else { m.clone() };
+        Ok(Self { name: name.into(), var: var.clone(), value, m, v })
+    }
+
+    pub(super) fn restore(&mut self, moment: impl Fn(&str, &str) -> error::Result<Tensor>) -> error::Result<()> {
+        for (kind, data) in [("m", &mut self.m), ("v", &mut self.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
+            *data = moment(kind, &self.name)?.flatten_all()?.to_vec1()?;
+        }
+        Ok(())
+    }
+
+    /// `scale` multiplies the gradient first.
+    fn step(&mut self, grad: &[f32], scale: f32, pace: Pace) -> Result<()> {
+        let Pace { lr, beta2, step, .. } = pace;
+        let decay = if self.var.rank() > 1 { pace.decay } else { 0.0 };
+        let (value, m) = (&mut self.value, &mut self.m);
+        match self.v.is_empty() {
+            true => ops::muon_step(value, grad, m, self.var.dims()[0], lr, decay, scale),
+            false => ops::adamw_step(value, grad, m, &mut self.v, lr, BETA1, beta2, EPS, decay, step, scale),
+        }
+        self.var.set(&Tensor::from_slice(value, self.var.shape(), self.var.device())?)
+    }
+}
+
+/// One step of all, unless the norm of their gradients is not finite. Returns that norm.
+pub(super) fn descend(params: &mut [Param], grads: &GradStore, pace: Pace) -> Result<f64> {
+    let grads = params
+        .iter()
+        .map(|p| grads.get(p.var.as_tensor()).map(|g| g.flatten_all()?.to_vec1::<f32>()).transpose())
+        .collect::<Result<Vec<_>>>()?;
+    let square: f64 =
+        grads.par_iter().flatten().map(|g| g.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()).sum();
+    let norm = square.sqrt();
+    if norm.is_finite() {
+        let scale = (pace.clip / (norm + TINY)).min(1.0) as f32;
+        let step = |(param, grad): (&mut Param, &Option<Vec<f32>>)| match grad {
+            Some(grad) => param.step(grad, scale, pace),
+            None => Ok(()),
+        };
+        params.par_iter_mut().zip(&grads).try_for_each(step)?;
+    }
+    Ok(norm)
+}
+
+/// First and second moments by `m.` and `v.` and the parameter's name.
+pub(super) fn moments(params: &[Param]) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for p in params {
+        for (kind, data) in [("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
+            let tensor = Tensor::from_slice(data, p.var.shape(), p.var.device())?;
+            tensors.insert(format!("{kind}.{}", p.name), tensor);
+        }
+    }
+    Ok(tensors)
+}
