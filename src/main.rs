@@ -5,10 +5,12 @@ use std::process::ExitCode;
 use nextflow::{cli, memory, terminal};
 
 fn main() -> ExitCode {
-    memory::keep();
     // A thread of the pool shares work with the others at once; any other thread would fall asleep and be woken for every
     // product of matrices.
-    let run = |command| rayon::scope(|_| cli::run(command));
+    let run = |command| {
+        memory::keep(cli::trains(&command));
+        rayon::scope(|_| cli::run(command))
+    };
     match cli::parse().and_then(|command| command.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -16,16 +16,18 @@ fn proc_bytes(file: &str, key: &str) -> Option<u64> {
 }
 
 /// Lets this process keep memory that was freed for what it allocates next, where glibc gives it out: every layer needs
-/// as much as the one before, and to get it from the system anew each time takes a third of the time of a prompt.
-pub fn keep() {
+/// as much as the one before, and to get it from the system anew each time takes a third of the time of a prompt. With `apart`
+/// many threads may each have memory of their own, as they do that make what a GPU trains on.
+#[cfg_attr(not(all(target_os = "linux", target_env = "gnu")), allow(unused_variables))]
+pub fn keep(apart: bool) {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         /// More threads than this wait for each other at one arena.
         const FEW: usize = 4;
         const MB: libc::c_int = 1 << 20;
-        let few = std::thread::available_parallelism().is_ok_and(|threads| threads.get() <= FEW);
+        let many = std::thread::available_parallelism().is_ok_and(|threads| threads.get() > FEW);
         // One arena: what one thread frees another may have.
-        let arenas = few.then_some((libc::M_ARENA_MAX, 1));
+        let arenas = (!apart || !many).then_some((libc::M_ARENA_MAX, 1));
         let sizes = [(libc::M_MMAP_THRESHOLD, 256 * MB), (libc::M_TRIM_THRESHOLD, 512 * MB)];
         for (setting, value) in arenas.into_iter().chain(sizes) {
             // SAFETY: it takes numbers, any of them, and refuses those that it does not like.

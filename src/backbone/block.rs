@@ -133,7 +133,7 @@ impl<const N: usize> Projections<N> {
         let mut weights = Vec::new();
         for part in &parts {
             match &part.weight {
-                WeightMatrix::Dense(weight) if weight.device().is_cuda() => weights.push(weight),
+                WeightMatrix::Dense(weight) if weight.device().is_cuda() && !weight.track_op() => weights.push(weight),
                 _ => return Ok(Self::Apart(parts)),
             }
         }

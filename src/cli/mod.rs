@@ -83,6 +83,15 @@ pub fn parse() -> Result<Option<Command>> {
     }
 }
 
+/// Whether a command trains.
+#[cfg_attr(not(feature = "train"), allow(unused_variables))]
+pub fn trains(command: &Command) -> bool {
+    #[cfg(feature = "train")]
+    return matches!(command, Command::Train(_));
+    #[cfg(not(feature = "train"))]
+    false
+}
+
 /// Runs a command to its end.
 pub fn run(command: Command) -> Result<()> {
     match command {

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::library::{Library, SIDE, Style};
 use crate::text::Text;
-use crate::tokenizer::{ImageTokenizer, Quantizer};
+use crate::tokenizer::ImageTokenizer;
 use crate::train::pool::{Pool, PoolSizes};
 use crate::train::run::Run;
 use crate::train::sampler::Sampler;
@@ -127,10 +127,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         eprintln!("{summary:?}");
         return Ok(());
     }
-    let run = Run::open(&args.run, device::parse(&args.device)?)?;
     if let Step::Export { out } = &args.step {
-        return train::export::export(&run, out, sampling());
+        return train::export::export(&Run::open(&args.run, Device::Cpu)?, out, sampling());
     }
+    let device = if matches!(args.step, Step::Text) { Device::Cpu } else { trainer(&args.device)? };
+    let run = Run::open(&args.run, device)?;
     let library = Library::load(&args.data)?;
     let sampler = Sampler::new(&library, run.recipe.seed, Style::ThreeD);
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
@@ -155,8 +156,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             if pool.is_empty() {
                 return Err(Error::usage("there is nothing to learn from").hint("--scenes 3000"));
             }
-            let codebook = tokenizer.quantizer();
-            let quantizer = Quantizer::from_table(codebook.config(), codebook.table().to_vec(), &Device::Cpu)?;
+            let quantizer = tokenizer.quantizer().to_device(&Device::Cpu)?;
             let lesson = Lesson {
                 run: &run,
                 tokenizer: &tokenizer,
@@ -168,6 +168,18 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             train::transformer::train(&lesson, part, plan.batch, &plan.schedule())
         }
     }
+}
+
+/// A CPU or an NVIDIA GPU, and a line that says which: for others there are no kernels with a backward pass.
+fn trainer(name: &str) -> Result<Device> {
+    let device = match device::parse(name)? {
+        Device::Metal(_) if name == "auto" => Device::Cpu,
+        Device::Metal(_) => return Err(Error::usage("--device metal does not train").hint("--device cpu")),
+        device => device,
+    };
+    let named = if device.is_cpu() { "the CPU" } else { "an NVIDIA GPU" };
+    eprintln!("training on {named}");
+    Ok(device)
 }
 
 /// The run's tokenizer as its second stage left it: the third changes nothing that the transformer sees.

@@ -13,10 +13,11 @@ mod step;
 mod tests;
 pub(super) mod training;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceSlice, LaunchConfig};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, DevicePtr, DeviceRepr, DeviceSlice, LaunchConfig,
+};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
 use candle_core::{DType, Device, Layout, Result, Tensor, bail};
-use half::bf16;
 
 pub(super) use attention::{HEAD_DIMS, attention, project_heads};
 pub(super) use blocks::to_bf16;
@@ -73,7 +74,7 @@ fn operand<'a, T: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Resul
     }
 }
 
-fn room(device: &CudaDevice, count: usize) -> Result<CudaSlice<bf16>> {
+fn room<T: DeviceRepr>(device: &CudaDevice, count: usize) -> Result<CudaSlice<T>> {
     // SAFETY: every kernel writes all of its output before anything reads it.
     #[allow(unsafe_code)]
     unsafe {

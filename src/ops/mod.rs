@@ -1,8 +1,8 @@
 //! The network's kernels: fused, multi-threaded f32 on the CPU, each with its backward pass.
 //!
 //! Every function takes any device and dtype. On the CPU in f32 it runs as one candle custom op that borrows its
-//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. With `--features cuda` so it does
-//! on a GPU, and what counts there when a model draws has kernels for bf16, forward only. Elsewhere it is the plain
+//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. With `--features cuda` the same holds
+//! for f32 on a GPU; in bf16, what counts when a model draws has kernels there, forward only. Elsewhere it is the plain
 //! composition of candle's own differentiable operations, with softmax, norms and losses in f32; the tests hold the
 //! kernels to that composition, values and gradients.
 

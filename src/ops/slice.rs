@@ -8,7 +8,7 @@ pub(super) fn fused(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && t.elem_count() > 0)
 }
 
-/// The same on a CPU or a GPU: whether there are kernels for these operands that have a backward pass.
+/// The same on a CPU or with CUDA: whether there are kernels for these operands that have a backward pass.
 pub(super) fn trained(tensors: &[&Tensor]) -> bool {
     #[cfg(feature = "cuda")]
     if super::cuda::training::trains(tensors) {

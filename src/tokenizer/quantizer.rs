@@ -119,6 +119,11 @@ impl Quantizer {
         Tensor::from_vec(f, (1, grid.0, grid.1, self.config.dim()), self.device())
     }
 
+    /// The same for a tokenizer on another device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Self { rows: self.rows.to_device(device)?, ..self.clone() })
+    }
+
     /// The tokenizer's device.
     pub fn device(&self) -> &Device {
         self.rows.device()

@@ -27,7 +27,7 @@ recipe() {
 }
 
 train() {
-    "$nextflow" train --run "$run" "$@" 2>> "$run/log"
+    "$nextflow" train --run "$run" --device cpu "$@" 2>> "$run/log"
 }
 
 # take NAME SEED: fails if that has been done, or another process does it.

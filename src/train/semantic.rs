@@ -10,6 +10,7 @@ use super::sampler::Sampler;
 use crate::checkpoint::{Init, Weights};
 use crate::error;
 use crate::library::SIDE;
+use crate::ops;
 use crate::pixels;
 use crate::text::Text;
 use crate::tokenizer::SemanticEncoder;
@@ -34,11 +35,15 @@ impl TextTower {
 
     /// Unit vectors, (B, width).
     fn embed(&self, captions: &[Vec<u32>]) -> Result<Tensor> {
-        let rows = captions.iter().map(|ids| {
-            let ids = Tensor::new(ids.as_slice(), self.embedding.device())?;
-            self.embedding.index_select(&ids, 0)?.mean(0)
+        let device = self.embedding.device();
+        let words = ops::select(&self.embedding, &Tensor::new(captions.concat(), device)?)?;
+        // The mean over the words of each caption.
+        let shares = captions.iter().enumerate().flat_map(|(row, _)| {
+            captions.iter().enumerate().flat_map(move |(of, ids)| {
+                std::iter::repeat_n(if of == row { 1.0 / ids.len() as f32 } else { 0.0 }, ids.len())
+            })
         });
-        let x = Tensor::stack(&rows.collect::<Result<Vec<_>>>()?, 0)?;
+        let x = Tensor::from_iter(shares, device)?.reshape((captions.len(), ()))?.matmul(&words)?;
         let x = (&x + x.matmul(&self.hidden)?.gelu()?)?;
         x.broadcast_div(&(x.sqr()?.sum_keepdim(1)? + 1e-12)?.sqrt()?)
     }

@@ -66,21 +66,21 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
         let (these, step) = (next, optimizer.step + 1);
         let learn = || learn(&backbone, &mut optimizer, &these, run.recipe.scales, plan);
         let (learnt, more) = rayon::join(learn, || groups(step));
-        let (mut measured, scales) = learnt?;
-        next = more?;
-        measured.extend(names.iter().map(String::as_str).zip(scales));
-        progress.step(&measured);
+        let (mut told, scales) = learnt?;
+        told.extend(names.iter().map(String::as_str).zip(scales));
+        progress.step(&told);
         if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
             let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
             crate::checkpoint::save(&file, tensors, None)?;
             optimizer.save(&state)?;
         }
+        next = more?;
     }
     Ok(())
 }
 
-/// What is measured on a batch, by name.
-type Measured = Vec<(&'static str, f64)>;
+/// What the log tells of a step, by name.
+type Told = Vec<(&'static str, f64)>;
 
 /// One step down the loss of all groups of sequences. What was measured, and the mean loss of each scale of the first group.
 fn learn(
@@ -89,7 +89,7 @@ fn learn(
     groups: &[(&'static str, Vec<Sequence>)],
     scales: usize,
     plan: &Schedule,
-) -> Result<(Measured, Vec<f64>)> {
+) -> Result<(Told, Vec<f64>)> {
     let mut loss = Tensor::zeros((), DType::F32, backbone.device())?;
     let mut parts = Vec::new();
     for (name, sequences) in groups {
@@ -98,20 +98,20 @@ fn learn(
         parts.push((*name, losses));
     }
     let norm = optimizer.descend(&loss, plan)?;
-    let (mut measured, mut means) = (vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)], Vec::new());
+    let (mut told, mut means) = (vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)], Vec::new());
     for (i, (name, losses)) in parts.into_iter().enumerate() {
         let of_part = losses.means()?;
         match i {
             0 => means = of_part.scales,
-            _ => measured.push((name, of_part.words)),
+            _ => told.push((name, of_part.words)),
         }
     }
-    Ok((measured, means))
+    Ok((told, means))
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step, in groups that are padded to one length each: images first, then those of dialogues that
-    /// end where images would begin, by what is measured on them.
+    /// The sequences of a step, in groups that are padded to one length each: those with images, then those of dialogues
+    /// that end where images would begin, each by the name that the log has for the loss of its words.
     fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
         let mut groups = vec![("images", self.sequences(size, step)?)];
         if let Some((sampler, text)) = self.dialogues {

@@ -107,7 +107,7 @@ pub(in crate::ops) fn attention(q: &Tensor, rows: &[(Tensor, Tensor)], causal: b
     let (storage, layout) = q.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("queries are not on a GPU") };
     let q = operand::<bf16>(storage, layout)?;
-    let mut out = room(&device, r * t * heads * d)?;
+    let mut out = room::<bf16>(&device, r * t * heads * d)?;
     let (tokens, heads_of, kv_of, causal) = (t as i32, heads as i32, kv as i32, i32::from(causal));
     let most = if hopper { MOST_BOXES } else { MOST_ROWS };
     for (i, rows) in rows.chunks(most).enumerate() {
@@ -165,7 +165,7 @@ pub(in crate::ops) fn project_heads(
     let layouts = borrowed.each_ref().map(|(_, l)| *l);
     let (x, more) = (operand::<bf16>(x, layouts[0])?, operand::<bf16>(more, layouts[3])?);
     let (cos, sin) = (operand::<f32>(cos, layouts[1])?, operand::<f32>(sin, layouts[2])?);
-    let mut out = room(&device, r * t * heads * d)?;
+    let mut out = room::<bf16>(&device, r * t * heads * d)?;
     let function = kernel!(device, STEP, "heads_bf16");
     let (heads_of, kv_of, head_dim) = (heads as i32, kv as i32, d as i32);
     // A null pointer where there is none.

@@ -4,6 +4,7 @@ use candle_core::cuda_backend::CudaStorage;
 use candle_core::op::BackpropOp;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Result, Storage, Tensor};
+use half::bf16;
 
 use super::{THREADS, VECTOR, blocks, kernel, launch, room};
 
@@ -19,7 +20,7 @@ pub(in crate::ops) fn to_bf16(x: &QTensor) -> Result<Option<Tensor>> {
     let Device::Cuda(device) = x.device() else { return Ok(None) };
     let count = x.shape().elem_count();
     let (bytes, vectors) = (x.device_ptr()? as u64, (count / VECTOR) as i64);
-    let mut out = room(&device, count)?;
+    let mut out = room::<bf16>(&device, count)?;
     let blocks = blocks(((count / VECTOR).div_ceil(THREADS as usize), 1, 1), THREADS, 0);
     launch!(kernel!(device, BLOCKS, name), blocks, &bytes, &mut out, &vectors);
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device));

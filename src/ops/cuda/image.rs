@@ -64,7 +64,7 @@ pub(in crate::ops) fn conv2d(
     let (x, w) = (operand::<bf16>(x, layouts[0])?, operand::<bf16>(w, layouts[1])?);
     let (b, more) = (operand::<bf16>(b, layouts[2])?, operand::<bf16>(more, layouts[3])?);
     let pixels = batch * height * width;
-    let mut out = room(&device, pixels * outputs)?;
+    let mut out = room::<bf16>(&device, pixels * outputs)?;
     let [h, wide, c, o, of, double] = [height, width, channels, outputs, side, up].map(|n| n as i32);
     // A null pointer where the result is added to nothing.
     let base = if base.is_some() { address(&more) } else { 0 };
@@ -124,7 +124,7 @@ pub(in crate::ops) fn group_norm(
     let (x, w, b) = (operand::<bf16>(x, layouts[0])?, operand::<bf16>(w, layouts[1])?, operand::<bf16>(b, layouts[2])?);
     let area = height * width;
     let mut sums = device.alloc_zeros::<f64>(batch * groups * 2)?;
-    let mut out = room(&device, batch * area * channels)?;
+    let mut out = room::<bf16>(&device, batch * area * channels)?;
     let pixels = SUMMED / VECTOR * (THREADS as usize / (channels / VECTOR));
     let blocks = blocks((area.div_ceil(pixels), batch, 1), THREADS, 0);
     let [area, channels, size, pixels] = [area, channels, channels / groups, pixels].map(|n| n as i32);

@@ -19,7 +19,7 @@ pub(in crate::ops) fn rms_norm(
     let (device, hidden) = (&x.device, lw.shape().elem_count());
     let count = lx.shape().elem_count();
     let (x, w) = (operand::<bf16>(x, lx)?, operand::<bf16>(w, lw)?);
-    let mut out = room(device, count)?;
+    let mut out = room::<bf16>(device, count)?;
     let (grid, hidden) = ((count / hidden, 1, 1), hidden as i32);
     launch!(kernel!(device, STEP, "rms_norm_bf16"), blocks(grid, THREADS, 0), &x, &w, &mut out, &hidden, &eps);
     Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), lx.shape().clone()))
@@ -62,7 +62,7 @@ pub(in crate::ops) fn swiglu(
     };
     let (gate, up) = (gate.as_cuda_slice::<bf16>()?, up.as_cuda_slice::<bf16>()?);
     let (gate, up) = (gate.slice(lg.start_offset()..), up.slice(lu.start_offset()..));
-    let mut out = room(device, count)?;
+    let mut out = room::<bf16>(device, count)?;
     let (vectors, columns) = ((count / VECTOR) as i64, columns as i32);
     let (gate_stride, up_stride) = (gate_stride as i64, up_stride as i64);
     let grid = ((count / VECTOR).div_ceil(THREADS as usize), 1, 1);
@@ -89,7 +89,7 @@ pub(in crate::ops) fn rope(
     let (device, (b, t, heads, d)) = (&x.device, lx.shape().dims4()?);
     let positions = (lc.shape().elem_count() / (d / 2)) as i32;
     let (x, cos, sin) = (operand::<bf16>(x, lx)?, operand::<f32>(cos, lc)?, operand::<f32>(sin, ls)?);
-    let mut out = room(device, lx.shape().elem_count())?;
+    let mut out = room::<bf16>(device, lx.shape().elem_count())?;
     let (grid, heads, d) = ((b * t, 1, 1), heads as i32, d as i32);
     let rope = kernel!(device, STEP, "rope_bf16");
     launch!(rope, blocks(grid, THREADS, 0), &x, &cos, &sin, &mut out, &positions, &heads, &d);

@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     sum += x[i];
   }
   sum = warp_sum(sum);
-  for (int i = lane; i < keys; i += 32) x[i] = sum > 0.0f ? x[i] / sum : 0.0f;
+  for (int i = lane; i < keys; i += 32) x[i] = sum == 0.0f ? 0.0f : x[i] / sum;
 }
 
 // From the gradients of such weights, in their place, those of x before.

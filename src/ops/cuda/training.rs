@@ -12,7 +12,7 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
-use super::{THREADS, address, blocks, kernel, launch, operand};
+use super::{THREADS, address, blocks, kernel, launch, operand, room};
 
 pub(in crate::ops) use attention::{attention, attention_back, linear, linear_back};
 pub(in crate::ops) use image::{conv2d, conv2d_back, group_norm, group_norm_back};
@@ -23,7 +23,7 @@ pub(in crate::ops) use rows::{
 
 const TRAINING: (&str, &str) = ("training", include_str!(concat!(env!("OUT_DIR"), "/training.ptx")));
 
-/// Rows that a block of a kernel takes which gives a warp to each.
+/// Rows of a block, where each has a warp.
 const WARPS: usize = THREADS as usize / 32;
 
 /// What an op gets: numbers and how they lie.
@@ -55,14 +55,6 @@ fn start<T: CudaDType>(t: &Tensor) -> Result<u64> {
     match &*storage {
         Storage::Cuda(storage) => Ok(address(&operand::<T>(storage, layout)?)),
         _ => bail!("a kernel for a GPU got a tensor of another device"),
-    }
-}
-
-fn room(device: &CudaDevice, count: usize) -> Result<CudaSlice<f32>> {
-    // SAFETY: every kernel writes all of its output before anything reads it.
-    #[allow(unsafe_code)]
-    unsafe {
-        device.alloc(count)
     }
 }
 

@@ -38,8 +38,8 @@ impl Kind {
 pub(super) struct Group {
     kind: Kind,
     params: Vec<(String, Var)>,
-    value: Tensor,
-    m: Tensor,
+    pub(super) value: Tensor,
+    pub(super) m: Tensor,
     /// Second moments; Muon has none.
     v: Option<Tensor>,
 }
@@ -73,25 +73,40 @@ impl Group {
         Ok(())
     }
 
-    /// The gradients; of what has none, zeros.
-    fn gradients(&self, grads: &GradStore) -> Result<Tensor> {
-        let grad = |(_, var): &(String, Var)| grads.get(var.as_tensor()).cloned().map_or_else(|| var.zeros_like(), Ok);
-        joined(self.kind, &self.params.iter().map(grad).collect::<Result<Vec<_>>>()?)
+    /// The gradients, zeros for what has none; and, if there is such, ones for what has one.
+    fn gradients(&self, grads: &GradStore) -> Result<(Tensor, Option<Tensor>)> {
+        // candle lets a gradient remember what it was computed from.
+        let grad = |(_, var): &(String, Var)| grads.get(var.as_tensor()).map(Tensor::detach);
+        let all: Vec<Option<Tensor>> = self.params.iter().map(grad).collect();
+        let there = |(grad, (_, var)): (&Option<Tensor>, &(String, Var))| match grad {
+            Some(_) => var.ones_like(),
+            None => var.zeros_like(),
+        };
+        let missing = all.iter().any(Option::is_none);
+        let there = missing.then(|| all.iter().zip(&self.params).map(there).collect::<Result<Vec<_>>>()).transpose()?;
+        let there = there.map(|there| joined(self.kind, &there)).transpose()?;
+        let filled =
+            all.into_iter().zip(&self.params).map(|(grad, (_, var))| grad.map_or_else(|| var.zeros_like(), Ok));
+        Ok((joined(self.kind, &filled.collect::<Result<Vec<_>>>()?)?, there))
     }
 
-    /// Values and moments behind a step.
-    fn stepped(&self, grad: &Tensor, pace: Pace) -> Result<(Tensor, Tensor, Option<Tensor>)> {
+    /// Values and moments behind a step of what is `there`.
+    fn stepped(&self, grad: &Tensor, there: Option<&Tensor>, pace: Pace) -> Result<(Tensor, Tensor, Option<Tensor>)> {
         let Pace { lr, beta2, step, .. } = pace;
+        let only = |old: &Tensor, new: Tensor| match there {
+            Some(there) => old + ((new - old)? * there)?,
+            None => Ok(new),
+        };
         match (self.kind, &self.v) {
-            (Kind::AdamW { decays }, Some(v)) => {
-                let (decay, moments) = (if decays { pace.decay } else { 0.0 }, (&self.m, v));
+            (Kind::AdamW { decays }, Some(second)) => {
+                let (decay, moments) = (if decays { pace.decay } else { 0.0 }, (&self.m, second));
                 let (value, m, v) =
                     ops::adamw_stepped(&self.value, grad, moments, lr, [BETA1, beta2], EPS, decay, step)?;
-                Ok((value, m, Some(v)))
+                Ok((only(&self.value, value)?, only(&self.m, m)?, Some(only(second, v)?)))
             }
             _ => {
                 let (value, m) = ops::muon_stepped(&self.value, grad, &self.m, lr, pace.decay)?;
-                Ok((value, m, None))
+                Ok((only(&self.value, value)?, only(&self.m, m)?, None))
             }
         }
     }
@@ -122,10 +137,12 @@ fn joined(kind: Kind, tensors: &[Tensor]) -> Result<Tensor> {
 /// step is under way.
 pub(super) fn descend(groups: &mut [Group], grads: &GradStore, pace: Pace) -> Result<f64> {
     let grads = groups.iter().map(|group| group.gradients(grads)).collect::<Result<Vec<_>>>()?;
-    let squares = grads.iter().map(|grad| grad.sqr()?.sum_all()).collect::<Result<Vec<_>>>()?;
+    let squares = grads.iter().map(|(grad, _)| grad.sqr()?.sum_all()).collect::<Result<Vec<_>>>()?;
     let norm = Tensor::stack(&squares, 0)?.sum_all()?.sqrt()?;
     let scale = ((&norm + TINY)?.recip()? * pace.clip)?.minimum(1f32)?;
-    let step = |(group, grad): (&Group, &Tensor)| group.stepped(&grad.broadcast_mul(&scale)?, pace);
+    let step = |(group, (grad, there)): (&Group, &(Tensor, Option<Tensor>))| {
+        group.stepped(&grad.broadcast_mul(&scale)?, there.as_ref(), pace)
+    };
     let stepped = groups.iter().zip(&grads).map(step).collect::<Result<Vec<_>>>()?;
     let norm = f64::from(norm.to_scalar::<f32>()?);
     if norm.is_finite() {

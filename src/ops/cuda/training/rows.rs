@@ -1,11 +1,13 @@
 //! Numbers each by itself, and rows.
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaStorage, Result, Shape, Tensor};
 
 use super::{
-    Operand, THREADS, TRAINING, WARPS, blocks, column_sums, each, gpu, kernel, launch, operand, room, start, stored,
-    tensor,
+    Operand, THREADS, TRAINING, WARPS, address, blocks, column_sums, each, gpu, kernel, launch, operand, room, start,
+    stored, tensor,
 };
 
 /// [`swiglu`](crate::ops::swiglu).
@@ -100,28 +102,34 @@ fn norm_back(name: &str, x: &Tensor, w: &Tensor, dy: &Tensor, eps: f32) -> Resul
 
 /// [`rope`](crate::ops::rope()) of x (B, T, H, D).
 pub(in crate::ops) fn rope((x, lx): Operand, (cos, lc): Operand, (sin, ls): Operand) -> Result<(CudaStorage, Shape)> {
-    let (device, (_, _, heads, d)) = (x.device(), lx.shape().dims4()?);
-    let positions = (lc.shape().elem_count() / (d / 2)) as i32;
+    let (device, shape) = (x.device(), lx.shape().clone());
     let (x, cos, sin) = (operand::<f32>(x, lx)?, operand::<f32>(cos, lc)?, operand::<f32>(sin, ls)?);
-    let (count, mut y) = (lx.shape().elem_count() / 2, room(device, lx.shape().elem_count())?);
-    let (all, heads, d, sign) = (count as i64, heads as i32, d as i32, 1f32);
-    let function = kernel!(device, TRAINING, "rope_f32");
-    let blocks = blocks(each(count), THREADS, 0);
-    launch!(function, blocks, &x, &cos, &sin, &mut y, &all, &positions, &heads, &d, &sign);
-    Ok((stored(y, device), lx.shape().clone()))
+    let y = rotated(device, [&x, &cos, &sin].map(address), &shape, lc.shape(), 1.0)?;
+    Ok((stored(y, device), shape))
 }
 
 /// The gradient of x: dy turned back.
 pub(in crate::ops) fn rope_back(dy: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let (device, (_, _, heads, d), dy) = (gpu(dy)?, dy.dims4()?, dy.contiguous()?);
-    let positions = (cos.elem_count() / (d / 2)) as i32;
-    let (from, cos, sin) = (start::<f32>(&dy)?, start::<f32>(cos)?, start::<f32>(sin)?);
-    let (count, mut dx) = (dy.elem_count() / 2, room(&device, dy.elem_count())?);
-    let (all, heads, d, sign) = (count as i64, heads as i32, d as i32, -1f32);
-    let function = kernel!(device, TRAINING, "rope_f32");
-    let blocks = blocks(each(count), THREADS, 0);
-    launch!(function, blocks, &from, &cos, &sin, &mut dx, &all, &positions, &heads, &d, &sign);
+    let (device, dy) = (gpu(dy)?, dy.contiguous()?);
+    let dx =
+        rotated(&device, [start::<f32>(&dy)?, start::<f32>(cos)?, start::<f32>(sin)?], dy.shape(), cos.shape(), -1.0)?;
     Ok(tensor(dx, &device, dy.shape()))
+}
+
+/// The heads at the first address, (B, T, H, D), rotated by the cosines and sines at the others, or back with `sign` -1.
+fn rotated(
+    device: &CudaDevice,
+    [x, cos, sin]: [u64; 3],
+    heads: &Shape,
+    angles: &Shape,
+    sign: f32,
+) -> Result<CudaSlice<f32>> {
+    let (_, _, h, d) = heads.dims4()?;
+    let (count, mut y) = (heads.elem_count() / 2, room(device, heads.elem_count())?);
+    let (all, positions, h, d) = (count as i64, (angles.elem_count() / (d / 2)) as i32, h as i32, d as i32);
+    let function = kernel!(device, TRAINING, "rope_f32");
+    launch!(function, blocks(each(count), THREADS, 0), &x, &cos, &sin, &mut y, &all, &positions, &h, &d, &sign);
+    Ok(y)
 }
 
 /// The rows `ids` (N) of x (rows, width): (N, width).
