@@ -43,6 +43,14 @@ pub struct Run {
     pub device: Device,
 }
 
+impl Recipe {
+    /// The recipe of the embedded model.
+    #[cfg(test)]
+    pub(super) fn nano() -> Self {
+        serde_json::from_str(NANO).expect("nano's recipe")
+    }
+}
+
 impl Run {
     /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's, to train on a device.
     pub fn open(folder: &Path, device: Device) -> Result<Self> {

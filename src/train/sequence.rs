@@ -1,6 +1,8 @@
 //! Sequences of words and images to learn from, and batches of them.
 
-use candle_core::{Result, Tensor};
+use std::cmp::Reverse;
+
+use candle_core::{DType, Result, Tensor};
 
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, BackboneConfig, Context, Position, Rope};
@@ -111,9 +113,9 @@ pub struct Measured {
 
 /// The losses of all targets of a batch, which a GPU may still be at work on.
 pub struct Losses {
-    /// Of codes, and the scale of each.
-    codes: Option<(Tensor, Vec<usize>)>,
-    words: Option<Tensor>,
+    /// Of codes, and the scale of each, by parts of the batch.
+    codes: Vec<(Tensor, Vec<usize>)>,
+    words: Vec<Tensor>,
     /// Scales of a whole image.
     count: usize,
 }
@@ -121,30 +123,52 @@ pub struct Losses {
 impl Losses {
     /// Their means.
     pub fn means(&self) -> Result<Measured> {
-        let mut measured = Measured { scales: vec![f64::NAN; self.count], words: f64::NAN };
-        if let Some((losses, scales)) = &self.codes {
-            let losses = losses.to_vec1::<f32>()?;
-            for (scale, mean) in measured.scales.iter_mut().enumerate() {
-                *mean = self::mean(scales.iter().zip(&losses).filter(|(s, _)| **s == scale).map(|(_, &loss)| loss));
-            }
+        let mut scales = vec![(0.0, 0); self.count];
+        for (losses, scale_of) in &self.codes {
+            losses.to_vec1::<f32>()?.iter().zip(scale_of).for_each(|(&loss, &scale)| add(&mut scales[scale], loss));
         }
-        if let Some(losses) = &self.words {
-            measured.words = mean(losses.to_vec1::<f32>()?.into_iter());
+        let mut words = (0.0, 0);
+        for losses in &self.words {
+            losses.to_vec1::<f32>()?.iter().for_each(|&loss| add(&mut words, loss));
         }
-        Ok(measured)
+        Ok(Measured { scales: scales.into_iter().map(mean).collect(), words: mean(words) })
     }
 }
 
-/// Sequences side by side, padded on the right to one length: what nobody attends to and predicts nothing.
+/// Sequences of a part of a batch have this share of the tokens of its longest, or more: the rest are pads, which cost as much
+/// as tokens.
+const ALIKE: f64 = 0.75;
+
+/// Sequences to learn from together.
 pub struct Batch<'a>(pub &'a [Sequence]);
 
 impl Batch<'_> {
     /// The loss, a scalar, averaged over the sequences, and those of all targets. `count` is the number of scales of a whole
     /// image.
     pub fn loss(&self, backbone: &Backbone, count: usize) -> Result<(Tensor, Losses)> {
-        let size = self.0.len();
+        let mut sequences: Vec<&Sequence> = self.0.iter().collect();
+        sequences.sort_by_key(|s| Reverse(s.layout.len()));
+        let mut total = Tensor::zeros((), DType::F32, backbone.device())?;
+        let mut losses = Losses { codes: Vec::new(), words: Vec::new(), count };
+        let mut rest = sequences.as_slice();
+        while let Some(longest) = rest.first().map(|s| s.layout.len() as f64) {
+            let alike = rest.iter().take_while(|s| s.layout.len() as f64 >= ALIKE * longest).count();
+            let (part, others) = rest.split_at(alike);
+            total = (total + Part(part).loss(backbone, &mut losses)?)?;
+            rest = others;
+        }
+        Ok(((total / self.0.len() as f64)?, losses))
+    }
+}
+
+/// Sequences side by side, padded on the right to one length: what nobody attends to and predicts nothing.
+struct Part<'a>(&'a [&'a Sequence]);
+
+impl Part<'_> {
+    /// The sum of the losses of the sequences, a scalar; those of all targets go to `all`.
+    fn loss(&self, backbone: &Backbone, all: &mut Losses) -> Result<Tensor> {
         let length = self.0.iter().map(|s| s.layout.len()).max().unwrap_or(0);
-        let hidden = self.hidden(backbone, count, length)?;
+        let hidden = self.hidden(backbone, all.count, length)?;
         let select = |targets: &[(usize, &Target)]| {
             let rows: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
             ops::select(&hidden, &Tensor::new(rows, hidden.device())?)
@@ -152,27 +176,26 @@ impl Batch<'_> {
         let loss = |logits: &Tensor, targets: &[(usize, &Target)], weights: Vec<f32>| {
             let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
             let losses = ops::cross_entropy(logits, &ids)?;
-            let weights = (Tensor::new(weights, logits.device())? / size as f64)?;
+            let weights = Tensor::new(weights, logits.device())?;
             Ok::<_, candle_core::Error>(((&losses * weights)?.sum_all()?, losses.detach()))
         };
         let rows = || self.0.iter().enumerate();
         let codes: Vec<_> = rows().flat_map(|(row, s)| s.code_targets.iter().map(move |t| (row, t))).collect();
         let words: Vec<_> = rows().flat_map(|(row, s)| s.word_targets.iter().map(move |t| (row, t))).collect();
         let mut total = Tensor::zeros((), hidden.dtype(), hidden.device())?;
-        let mut all = Losses { codes: None, words: None, count };
         if !codes.is_empty() {
             let weights = codes.iter().map(|(_, t)| t.weight).collect();
             let (part, rows) = loss(&backbone.code_logits(&select(&codes)?)?, &codes, weights)?;
             total = (total + part)?;
-            all.codes = Some((rows, codes.iter().map(|(_, t)| t.scale).collect()));
+            all.codes.push((rows, codes.iter().map(|(_, t)| t.scale).collect()));
         }
         if !words.is_empty() {
             let weights = words.iter().map(|&(row, _)| WORDS / self.0[row].word_targets.len() as f32).collect();
             let (part, rows) = loss(&backbone.text_logits(&select(&words)?)?, &words, weights)?;
             total = (total + part)?;
-            all.words = Some(rows);
+            all.words.push(rows);
         }
-        Ok((total, all))
+        Ok(total)
     }
 
     /// Hidden states of all tokens and pads, (size * length, hidden).
@@ -210,7 +233,83 @@ fn padded<T: Copy>(values: &[T], length: usize, pad: T) -> Vec<T> {
     values.iter().copied().chain(std::iter::repeat_n(pad, length - values.len())).collect()
 }
 
-fn mean(values: impl Iterator<Item = f32>) -> f64 {
-    let (sum, count) = values.fold((0.0, 0), |(sum, count), v| (sum + f64::from(v), count + 1));
+fn add((sum, count): &mut (f64, u32), loss: f32) {
+    *sum += f64::from(loss);
+    *count += 1;
+}
+
+fn mean((sum, count): (f64, u32)) -> f64 {
     sum / f64::from(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::checkpoint::Weights;
+    use crate::generate::schedule;
+    use crate::rng::{Rng, Stream};
+    use crate::train::run::Recipe;
+
+    /// Sequences of words, of an image to draw, and of one that is looked at: together they lose what each loses alone.
+    #[test]
+    fn padding_and_parts_change_nothing() -> crate::error::Result<()> {
+        let recipe = Recipe::nano();
+        let config = BackboneConfig { num_hidden_layers: 2, ..recipe.backbone };
+        let codebook = &recipe.tokenizer.codebook;
+        let rng = Rng::new(3, 0, Stream::Train, 0);
+        let normals =
+            |first: usize, count: usize| (first..first + count).map(|i| rng.normal(i as u64) as f32).collect();
+        let quantizer = Quantizer::from_table(codebook, normals(0, codebook.size * codebook.dim()), &Device::Cpu)?;
+        let grids = schedule::nearest(1.0).prefix(4);
+        let image = |sequence: &mut Sequence, context: bool, alpha: Option<f64>, seed: usize| {
+            let features: Vec<f32> = normals(100_000 + 1000 * seed, grids[3].0 * grids[3].1 * codebook.dim());
+            let encoded = quantizer.encode(&features, grids, None, |_, _, _| {});
+            sequence.push_image(&config, &quantizer, &Picture { grids, encoded: &encoded, context, alpha })
+        };
+        let words = |sequence: &mut Sequence, count: u32| {
+            for id in 0..count {
+                if id > 0 {
+                    sequence.expect_word(7 * id);
+                }
+                sequence.push_words(&[7 * id]);
+            }
+        };
+        let mut sequences: Vec<Sequence> = (0..5).map(|_| Sequence::default()).collect();
+        words(&mut sequences[0], 3);
+        words(&mut sequences[1], 50);
+        words(&mut sequences[2], 9);
+        image(&mut sequences[2], false, Some(0.9), 1)?;
+        image(&mut sequences[3], true, None, 2)?;
+        words(&mut sequences[3], 20);
+        words(&mut sequences[4], 5);
+        image(&mut sequences[4], true, Some(0.9), 3)?;
+
+        let weights = Weights::trainable(5, &Device::Cpu);
+        let backbone = Backbone::load(&weights, &config)?;
+        let vars = weights.vars();
+        let run = |batches: &[&[Sequence]]| -> Result<(f64, Vec<Tensor>, Vec<Measured>)> {
+            let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+            let mut measured = Vec::new();
+            for batch in batches {
+                let (part, losses) = Batch(batch).loss(&backbone, grids.len())?;
+                loss = (loss + (part * (batch.len() as f64 / 5.0))?)?;
+                measured.push(losses.means()?);
+            }
+            let grads = loss.backward()?;
+            let grads = vars.values().map(|var: &Var| grads.get(var).cloned().map_or_else(|| var.zeros_like(), Ok));
+            Ok((f64::from(loss.to_scalar::<f32>()?), grads.collect::<Result<_>>()?, measured))
+        };
+        let (together, grads, measured) = run(&[&sequences])?;
+        let each: Vec<&[Sequence]> = sequences.chunks(1).collect();
+        let (alone, grads_alone, _) = run(&each)?;
+        assert!((together - alone).abs() < 1e-5 * alone, "{together} {alone}");
+        for (a, b) in grads.iter().zip(&grads_alone) {
+            let norm = |t: &Tensor| t.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>();
+            assert!(norm(&(a - b)?)? <= 1e-4 * norm(b)?.max(1e-6), "{:?}", a.dims());
+        }
+        assert!(measured[0].scales.iter().chain([&measured[0].words]).all(|mean| mean.is_finite() && *mean > 1.0));
+        Ok(())
+    }
 }
