@@ -180,8 +180,8 @@ mod tests {
                 }
                 let x = vars["embed.weight"].as_tensor();
                 let y = linear(x, &vars["a.weight"], Some(&vars["a.bias"]))?.tanh()?;
-                // Of candle's own product, whose gradients are not detached.
-                let z = linear(&y.matmul(&vars["c.weight"].t()?)?, &vars["b.weight"], None)?;
+                // candle's own product does not detach the gradients that it gives to variables.
+                let z = y.matmul(&vars["b.weight"])?.matmul(&vars["c.weight"])?;
                 let loss = (z.sum_all()? + (x * 3.0)?.sqr()?.sum_all()?)?;
                 optimizer.descend(&loss, &schedule)?;
                 if let Trained::Gpu(groups) = &optimizer.trained {
