@@ -1,6 +1,6 @@
-//! A readable log line: means since the last one, speed and time left.
+//! A readable log line: means since the last one, speed and time left; and when to write a checkpoint.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Averages what is measured and prints a line every so often to stderr.
 pub struct Progress {
@@ -12,15 +12,29 @@ pub struct Progress {
     sums: Vec<(String, f64, usize)>,
     since: usize,
     last: Instant,
+    /// When the last checkpoint was due.
+    saved: Instant,
 }
 
 /// Steps between two lines.
 const EVERY: usize = 50;
+/// Between two checkpoints: what an end before the next one costs.
+const SAVED: Duration = Duration::from_secs(60);
 
 impl Progress {
     /// A log for `steps` steps of `batch` samples, of which `done` are behind us.
     pub fn new(stage: &str, steps: usize, done: usize, batch: usize) -> Self {
-        Self { stage: stage.into(), steps, step: done, batch, sums: Vec::new(), since: 0, last: Instant::now() }
+        let now = Instant::now();
+        Self { stage: stage.into(), steps, step: done, batch, sums: Vec::new(), since: 0, last: now, saved: now }
+    }
+
+    /// Whether a checkpoint is due behind this step: behind the last one, and once a minute.
+    pub fn is_due(&mut self) -> bool {
+        let due = self.step >= self.steps || self.saved.elapsed() >= SAVED;
+        if due {
+            self.saved = Instant::now();
+        }
+        due
     }
 
     /// A line of its own.

@@ -89,7 +89,7 @@ pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Sch
             ("top1", right as f64 / batch as f64),
             ("grad", norm),
         ]);
-        if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
+        if progress.is_due() {
             let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
             crate::checkpoint::save(&file, tensors, None)?;
             optimizer.save(&state)?;

@@ -99,7 +99,7 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
             ("grad", norm),
             ("codes", codebook.in_use() as f64),
         ]);
-        if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
+        if progress.is_due() {
             save(&file, &vars, &codebook, &config)?;
             optimizer.save(&state)?;
             codebook.save(&state.with_extension("codebook"))?;

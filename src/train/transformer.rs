@@ -69,7 +69,7 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
         let (mut told, scales) = learnt?;
         told.extend(names.iter().map(String::as_str).zip(scales));
         progress.step(&told);
-        if optimizer.step % 200 == 0 || optimizer.step == plan.steps {
+        if progress.is_due() {
             let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
             crate::checkpoint::save(&file, tensors, None)?;
             optimizer.save(&state)?;
