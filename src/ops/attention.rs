@@ -252,12 +252,12 @@ fn last_kept(mask: &[u8], keys: usize) -> usize {
     mask.chunks_exact(keys).map(last).max().unwrap_or(1)
 }
 
-/// In place; a row of nothing but negative infinity becomes zeros.
+/// In place; a row of nothing but negative infinity becomes zeros, and what is NaN stays so.
 #[inline(always)]
 fn softmax(row: &mut [f32]) {
     let max = slice::max(row);
     if max == f32::NEG_INFINITY {
-        return row.fill(0.0);
+        return row.iter_mut().filter(|x| !x.is_nan()).for_each(|x| *x = 0.0);
     }
     for x in row.iter_mut() {
         *x = exp(*x - max);

@@ -47,6 +47,19 @@ fn rows_that_see_nothing_are_zero() -> Result<()> {
 }
 
 #[test]
+fn what_is_not_a_number_shows() -> Result<()> {
+    for (t, s) in [(4, 5), (60, 1200)] {
+        let [q, k, v] = inputs(1, t, s, (2, 1, 64));
+        let q = (q.as_tensor() * f64::NAN)?;
+        for mask in [Mask::None, Mask::Causal, Mask::Kept(&Tensor::ones((t, s), DType::U8, &Device::Cpu)?)] {
+            let y = attention(&q, &k, &v, mask, 1.0)?.flatten_all()?.to_vec1::<f32>()?;
+            assert!(y.iter().all(|y| y.is_nan()), "{t} queries, {mask:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn reads_views_of_a_cache() {
     let [q, k, v] = &inputs(2, 3, 12, (4, 2, 5));
     let view = |x: &Var| x.narrow(1, 2, 6);
