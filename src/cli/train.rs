@@ -1,5 +1,6 @@
 //! `nextflow train`: the steps from packages to a checkpoint, in order.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
@@ -60,9 +61,9 @@ enum Step {
         /// Names this part of the training: a later part goes on from the weights of an earlier one
         #[arg(long, default_value = "all")]
         part: String,
-        /// Learn the first N scales only
-        #[arg(long, default_value_t = 8)]
-        scales: usize,
+        /// Learn the first N scales only, without dialogues [default: all]
+        #[arg(long, value_name = "N")]
+        scales: Option<usize>,
         /// Everyday things in the pool: the first N [default: all]
         #[arg(long, value_name = "N")]
         things: Option<usize>,
@@ -96,7 +97,7 @@ struct Plan {
     steps: usize,
     /// Samples a step
     #[arg(long)]
-    batch: usize,
+    batch: NonZeroUsize,
     /// Peak learning rate
     #[arg(long)]
     lr: f64,
@@ -107,6 +108,9 @@ struct Plan {
     #[arg(long, default_value_t = 0.05)]
     weight_decay: f64,
 }
+
+/// Samples of a step with dialogues, at least: a quarter of them are of one kind.
+const LEAST_WITH_DIALOGUES: usize = 4;
 
 impl Plan {
     fn schedule(&self) -> Schedule {
@@ -133,7 +137,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let device = if matches!(args.step, Step::Text) { Device::Cpu } else { trainer(&args.device)? };
     let run = Run::open(&args.run, device)?;
     let library = Library::load(&args.data)?;
-    let sampler = Sampler::new(&library, run.recipe.seed, Style::ThreeD);
+    let seed = match &args.step {
+        Step::Tokenizer { stage, .. } => run.seed(&stage.name()),
+        Step::Transformer { part, .. } => run.seed(part),
+        _ => run.recipe.seed,
+    };
+    let sampler = Sampler::new(&library, seed, Style::ThreeD);
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
         Step::Data { .. } | Step::Export { .. } => Ok(()),
@@ -144,11 +153,21 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let captions = concepts.chain(scenes).chain(several);
             crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
         }
-        Step::Semantic(plan) => train::semantic::train(&run, &sampler, &text()?, plan.batch, &plan.schedule()),
+        Step::Semantic(plan) => train::semantic::train(&run, &sampler, &text()?, plan.batch.get(), &plan.schedule()),
         Step::Tokenizer { stage, plan } => {
-            train::tokenizer::train(&run, &sampler, *stage, plan.batch, &plan.schedule())
+            train::tokenizer::train(&run, &sampler, *stage, plan.batch.get(), &plan.schedule())
         }
         Step::Transformer { part, scales, things, scenes, several, oblong, dialogues, plan } => {
+            let (all, batch) = (run.recipe.scales, plan.batch.get());
+            let scales = scales.unwrap_or(all);
+            if !(1..=all).contains(&scales) || *dialogues && scales < all {
+                let message = format!("--scales {scales}: images have {all} scales, and dialogues whole images");
+                return Err(Error::usage(message).hint(format!("--scales {all}")));
+            }
+            if *dialogues && batch < LEAST_WITH_DIALOGUES {
+                let message = format!("--batch {batch} is too few for some dialogues of every kind");
+                return Err(Error::usage(message).hint(format!("--batch {LEAST_WITH_DIALOGUES}")));
+            }
             let (tokenizer, text) = (tokenizer(&run)?, text()?);
             let things = things.unwrap_or(usize::MAX);
             let sizes = PoolSizes { things, backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
@@ -159,13 +178,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let quantizer = tokenizer.quantizer().to_device(&Device::Cpu)?;
             let lesson = Lesson {
                 run: &run,
+                part,
                 tokenizer: &tokenizer,
                 quantizer: &quantizer,
                 pool: &pool,
-                scales: *scales,
+                scales,
                 dialogues: dialogues.then_some((&sampler, &text)),
             };
-            train::transformer::train(&lesson, part, plan.batch, &plan.schedule())
+            train::transformer::train(&lesson, batch, &plan.schedule())
         }
     }
 }

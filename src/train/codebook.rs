@@ -1,8 +1,6 @@
 //! The codebook learns as online k-means: every entry is a moving average of the residuals it was nearest to.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
@@ -79,7 +77,9 @@ impl Codebook {
         self.sums.iter_mut().for_each(|s| *s *= DECAY);
         let mut seen: Vec<&[f32]> = Vec::new();
         for assignments in batch {
-            for (&code, z) in assignments.codes.iter().zip(assignments.residuals.chunks_exact(dim)) {
+            let all = assignments.codes.iter().zip(assignments.residuals.chunks_exact(dim));
+            // The optimizer leaves out a step that is not finite, and so do the averages, which would never forget it.
+            for (&code, z) in all.filter(|(_, z)| z.iter().all(|x| x.is_finite())) {
                 self.counts[code as usize] += 1.0 - DECAY;
                 let sum = &mut self.sums[code as usize * dim..][..dim];
                 sum.iter_mut().zip(z).for_each(|(s, v)| *s += (1.0 - DECAY) * v);
@@ -100,23 +100,22 @@ impl Codebook {
         }
     }
 
-    /// Writes the averages, to resume from exactly.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    /// What it resumes from: the averages.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let (size, dim) = (self.config.size, self.config.dim());
-        let mut tensors = BTreeMap::new();
-        for (key, data, width) in [("table", &self.table, dim), ("sums", &self.sums, dim), ("counts", &self.counts, 1)]
-        {
-            tensors.insert(key.to_string(), Tensor::from_slice(data, (size, width), &Device::Cpu)?);
-        }
-        crate::checkpoint::save(path, tensors, None)
+        let all = [("table", &self.table, dim), ("sums", &self.sums, dim), ("counts", &self.counts, 1)];
+        let tensor = |(key, data, width): (&str, &Vec<f32>, usize)| {
+            Ok((format!("codebook.{key}"), Tensor::from_slice(data, (size, width), &Device::Cpu)?))
+        };
+        all.into_iter().map(tensor).collect()
     }
 
-    /// Reads what [`Codebook::save`] wrote.
-    pub fn restore(&mut self, path: &Path) -> Result<()> {
-        let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(path, &Device::Cpu)?;
+    /// Goes on from a [`state`](Self::state).
+    pub fn restore(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         for (key, data) in [("table", &mut self.table), ("sums", &mut self.sums), ("counts", &mut self.counts)] {
-            let missing = || Error::model(format!("{} has no {key}", path.display()));
-            *data = tensors.get(key).ok_or_else(missing)?.flatten_all()?.to_vec1()?;
+            let tensor = state.get(&format!("codebook.{key}")).filter(|tensor| tensor.elem_count() == data.len());
+            let missing = || Error::model(format!("the state has no codebook.{key} of {} numbers", data.len()));
+            *data = tensor.ok_or_else(missing)?.flatten_all()?.to_vec1()?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::run::Run;
+use super::tokenizer::Stage;
 use crate::checkpoint::{load, quantise};
 use crate::error::{Error, Result};
 use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling};
@@ -30,7 +31,7 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
         crate::checkpoint::save(&out.join(name), small, None)?;
     }
     let mut tokenizer = run.recipe.tokenizer.clone();
-    if run.file("tokenizer-decoder.state").exists() {
+    if Stage::Decoder.state(run).exists() {
         tokenizer.decoder = run.recipe.decoder_final.clone();
     }
     let backbone = run.recipe.backbone.clone();

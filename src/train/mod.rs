@@ -15,4 +15,7 @@ mod sequence;
 pub mod tokenizer;
 pub mod transformer;
 
+#[cfg(test)]
+mod tests;
+
 pub use optimizer::Schedule;

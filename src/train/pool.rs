@@ -146,12 +146,13 @@ impl Shelf {
         };
         let scene = |i: usize| sampler.scene(i as u64, side, side);
         let several = |i: usize| sampler.several(everyday, i as u64);
+        let groups = if everyday.is_empty() { 0 } else { sizes.several };
         Ok(Self {
             grids: schedule::nearest(1.0).prefix(scales),
             plain: encode(everyday.len(), plain, tokenizer, text)?,
             coloured: encode(sizes.backgrounds * everyday.len(), coloured, tokenizer, text)?,
             scenes: encode(sizes.scenes, scene, tokenizer, text)?,
-            several: encode(sizes.several, several, tokenizer, text)?,
+            several: encode(groups, several, tokenizer, text)?,
         })
     }
 

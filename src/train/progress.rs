@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::error::Result;
+
 /// Averages what is measured and prints a line every so often to stderr.
 pub struct Progress {
     stage: String,
@@ -12,29 +14,30 @@ pub struct Progress {
     sums: Vec<(String, f64, usize)>,
     since: usize,
     last: Instant,
-    /// When the last checkpoint was due.
-    saved: Instant,
+    /// When the next checkpoint is due.
+    due: Instant,
 }
 
 /// Steps between two lines.
 const EVERY: usize = 50;
-/// Between two checkpoints: what an end before the next one costs.
-const SAVED: Duration = Duration::from_secs(60);
+/// Between two checkpoints, but ten times as long as one takes at least: what an end before the next one costs.
+const BETWEEN: Duration = Duration::from_secs(60);
 
 impl Progress {
     /// A log for `steps` steps of `batch` samples, of which `done` are behind us.
     pub fn new(stage: &str, steps: usize, done: usize, batch: usize) -> Self {
         let now = Instant::now();
-        Self { stage: stage.into(), steps, step: done, batch, sums: Vec::new(), since: 0, last: now, saved: now }
+        Self { stage: stage.into(), steps, step: done, batch, sums: Vec::new(), since: 0, last: now, due: now + BETWEEN }
     }
 
-    /// Whether a checkpoint is due behind this step: behind the last one, and once a minute.
-    pub fn is_due(&mut self) -> bool {
-        let due = self.step >= self.steps || self.saved.elapsed() >= SAVED;
-        if due {
-            self.saved = Instant::now();
+    /// Writes a checkpoint if one is due behind this step: behind the last one, and once a minute.
+    pub fn checkpoint(&mut self, write: impl FnOnce() -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        if self.step >= self.steps || start >= self.due {
+            write()?;
+            self.due = start + BETWEEN.max(10 * start.elapsed());
         }
-        due
+        Ok(())
     }
 
     /// A line of its own.

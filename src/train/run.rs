@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{Device, Var};
 use serde::{Deserialize, Serialize};
 
 use crate::backbone::BackboneConfig;
 use crate::checkpoint::Weights;
 use crate::error::{Error, Result};
+use crate::rng::fnv1a;
 use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
 
 /// What is trained: shapes and choices of every part.
@@ -67,6 +68,11 @@ impl Run {
         Ok(Self { folder: folder.to_path_buf(), recipe, device })
     }
 
+    /// The seed of the draws of a part of the training: no two parts learn from the same samples.
+    pub fn seed(&self, part: &str) -> u64 {
+        self.recipe.seed ^ fnv1a(part)
+    }
+
     /// A file of the run.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)
@@ -80,5 +86,11 @@ impl Run {
             known.extend(crate::checkpoint::load(file)?);
         }
         Ok(Weights::trainable_from(known, self.recipe.seed, &self.device))
+    }
+
+    /// Writes weights to a file of the run.
+    pub fn save(&self, name: &str, vars: &BTreeMap<String, Var>) -> Result<()> {
+        let tensors = vars.iter().map(|(key, var)| (key.clone(), var.as_tensor().clone())).collect();
+        crate::checkpoint::save(&self.file(name), tensors, None)
     }
 }

@@ -1,5 +1,7 @@
 //! The semantic encoder learns what pictures are called: sigmoid contrastive loss on captions (SigLIP).
 
+use std::collections::BTreeMap;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
@@ -51,9 +53,9 @@ impl TextTower {
 
 /// Trains the semantic encoder for `plan.steps` steps of `batch` captioned pictures.
 pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Schedule) -> error::Result<()> {
-    let file = run.file("semantic.safetensors");
+    const FILE: &str = "semantic.safetensors";
     let config = &run.recipe.tokenizer.semantic;
-    let weights = run.trainable(&[&file])?;
+    let weights = run.trainable(&[&run.file(FILE)])?;
     let encoder = SemanticEncoder::load(&weights.pp("encoder_vqkd.vision_model"), config)?;
     let tower = TextTower::load(&weights.pp("text_tower"), run.recipe.backbone.vocab_size, config.hidden_size)?;
     let vars = weights.vars();
@@ -89,11 +91,10 @@ pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Sch
             ("top1", right as f64 / batch as f64),
             ("grad", norm),
         ]);
-        if progress.is_due() {
-            let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
-            crate::checkpoint::save(&file, tensors, None)?;
-            optimizer.save(&state)?;
-        }
+        progress.checkpoint(|| {
+            run.save(FILE, &vars)?;
+            optimizer.save(&state, BTreeMap::new())
+        })?;
     }
     Ok(())
 }

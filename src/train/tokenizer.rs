@@ -2,7 +2,7 @@
 //! semantic encoder fixed; the pixel decoder alone, at twice its capacity, for fixed codes.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use clap::ValueEnum;
@@ -13,7 +13,7 @@ use super::optimizer::{Optimizer, Schedule};
 use super::progress::Progress;
 use super::run::Run;
 use super::sampler::Sampler;
-use crate::error;
+use crate::error::{self, Error};
 use crate::generate::schedule;
 use crate::library::SIDE;
 use crate::pixels;
@@ -21,7 +21,7 @@ use crate::rng::{Rng, Stream};
 use crate::tokenizer::{ImageTokenizer, Quantizer, TokenizerConfig};
 
 /// Which parts learn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Stage {
     /// Pixel encoder, decoder and the pixel half of the codebook.
     Pixel,
@@ -31,7 +31,20 @@ pub enum Stage {
     Decoder,
 }
 
+/// The weights of the image tokenizer in the run's folder.
+const FILE: &str = "image_tokenizer.safetensors";
+
 impl Stage {
+    /// Names the stage and its state.
+    pub fn name(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+
+    /// What the stage resumes from.
+    pub fn state(self, run: &Run) -> PathBuf {
+        run.file(&format!("tokenizer-{}.state", self.name()))
+    }
+
     /// The keys that learn by gradient; the codebook learns by moving averages.
     fn learns(self, key: &str) -> bool {
         let among = |prefixes: &[&str]| prefixes.iter().any(|p| key.starts_with(p));
@@ -63,19 +76,21 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
     if stage == Stage::Decoder {
         config.decoder = run.recipe.decoder_final.clone();
     }
-    let file = run.file("image_tokenizer.safetensors");
-    let semantic = run.file("semantic.safetensors");
-    let weights = run.trainable(&[&file, &semantic])?;
+    let weights = run.trainable(&[&run.file(FILE), &run.file("semantic.safetensors")])?;
     let tokenizer = ImageTokenizer::load(&weights, &config)?;
     let vars = weights.vars();
     let mut optimizer = Optimizer::new(&vars, |key| stage.learns(key))?;
     let mut codebook = Codebook::new(&stage_codebook(&config, stage), tokenizer.quantizer().table().to_vec());
-    let state = run.file(&format!("tokenizer-{stage:?}.state").to_lowercase());
+    let state = stage.state(run);
     if state.exists() {
-        optimizer.restore(&state)?;
-        codebook.restore(&state.with_extension("codebook"))?;
+        codebook.restore(&optimizer.restore(&state)?)?;
     }
-    let mut progress = Progress::new(&format!("tokenizer {stage:?}"), plan.steps, optimizer.step, batch);
+    let later = Stage::value_variants().iter().filter(|other| **other > stage).map(|later| later.state(run));
+    if let Some(later) = later.filter(|state| state.exists()).next_back().filter(|_| optimizer.step < plan.steps) {
+        let message = format!("{} goes on from what this stage would change", later.display());
+        return Err(Error::usage(message).hint(format!("rm {}", later.display())));
+    }
+    let mut progress = Progress::new(&format!("tokenizer {}", stage.name()), plan.steps, optimizer.step, batch);
     progress.say(&format!("{} parameters, {} codes", optimizer.count(), config.codebook.size));
     while optimizer.step < plan.steps {
         let step = optimizer.step;
@@ -99,13 +114,13 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
             ("grad", norm),
             ("codes", codebook.in_use() as f64),
         ]);
-        if progress.is_due() {
-            save(&file, &vars, &codebook, &config)?;
-            optimizer.save(&state)?;
-            codebook.save(&state.with_extension("codebook"))?;
-        }
+        progress.checkpoint(|| {
+            set_codebook(&vars, &codebook, &config)?;
+            run.save(FILE, &vars)?;
+            optimizer.save(&state, codebook.state()?)
+        })?;
     }
-    save(&file, &vars, &codebook, &config)
+    Ok(())
 }
 
 /// Spreads the codebook over the features as they are, by k-means on some batches.
@@ -144,7 +159,8 @@ fn stage_codebook(config: &TokenizerConfig, stage: Stage) -> crate::tokenizer::C
     codebook
 }
 
-fn save(path: &Path, vars: &BTreeMap<String, Var>, book: &Codebook, config: &TokenizerConfig) -> error::Result<()> {
+/// Puts the codebook, which learns by itself, where the other weights are.
+fn set_codebook(vars: &BTreeMap<String, Var>, book: &Codebook, config: &TokenizerConfig) -> Result<()> {
     let (size, split, dim) = (config.codebook.size, config.codebook.semantic_dim, config.codebook.dim());
     let table = Tensor::from_slice(book.table(), (size, dim), &Device::Cpu)?;
     for (key, half) in [
@@ -153,8 +169,7 @@ fn save(path: &Path, vars: &BTreeMap<String, Var>, book: &Codebook, config: &Tok
     ] {
         vars[key].set(&half.contiguous()?.to_device(vars[key].device())?)?;
     }
-    let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
-    crate::checkpoint::save(path, tensors, None)
+    Ok(())
 }
 
 /// The features to quantise, (B, h, w, D), and the semantic encoder's tokens.

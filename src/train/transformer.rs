@@ -1,6 +1,8 @@
 //! The transformer learns: cross-entropy over the codes of every scale and over words, with the paper's scale
 //! reweighting and self-correction. First to draw what captions say, then in dialogues, on the model's part only.
 
+use std::collections::BTreeMap;
+
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -30,6 +32,8 @@ const CAPTION_DROP: f64 = 0.1;
 pub struct Lesson<'a> {
     /// The run.
     pub run: &'a Run,
+    /// Names this part of the training and its state: a later part goes on from the weights of an earlier one.
+    pub part: &'a str,
     /// The images' tokenizer, whose weights are fixed.
     pub tokenizer: &'a ImageTokenizer,
     /// Its quantiser, on the CPU: sequences are made there.
@@ -42,12 +46,11 @@ pub struct Lesson<'a> {
     pub dialogues: Option<(&'a Sampler<'a>, &'a Text)>,
 }
 
-/// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder. `part` names this part
-/// of the training and its state.
-pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Result<()> {
-    let run = lesson.run;
-    let file = run.file("model.safetensors");
-    let weights = run.trainable(&[&file])?;
+/// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
+pub fn train(lesson: &Lesson, batch: usize, plan: &Schedule) -> Result<()> {
+    const FILE: &str = "model.safetensors";
+    let (run, part) = (lesson.run, lesson.part);
+    let weights = run.trainable(&[&run.file(FILE)])?;
     let backbone = Backbone::load(&weights.with_matrices(Matrices::Blocks(GgmlDType::BF16)), &run.recipe.backbone)?;
     let vars = weights.vars();
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
@@ -69,11 +72,10 @@ pub fn train(lesson: &Lesson, part: &str, batch: usize, plan: &Schedule) -> Resu
         let (mut told, scales) = learnt?;
         told.extend(names.iter().map(String::as_str).zip(scales));
         progress.step(&told);
-        if progress.is_due() {
-            let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
-            crate::checkpoint::save(&file, tensors, None)?;
-            optimizer.save(&state)?;
-        }
+        progress.checkpoint(|| {
+            run.save(FILE, &vars)?;
+            optimizer.save(&state, BTreeMap::new())
+        })?;
         next = more?;
     }
     Ok(())
@@ -110,8 +112,8 @@ fn learn(
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step, in groups that are padded to one length each: those with images, then those of dialogues
-    /// that end where images would begin, each by the name that the log has for the loss of its words.
+    /// The sequences of a step, in groups of which each counts as much: those with images, then those of dialogues that end
+    /// where images would begin, each by the name that the log has for the loss of its words.
     fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
         let mut groups = vec![("images", self.sequences(size, step)?)];
         if let Some((sampler, text)) = self.dialogues {
@@ -123,7 +125,7 @@ impl Lesson<'_> {
     }
 
     /// The sequences with images. With dialogues every other step has long ones, half as many, and the others some short ones,
-    /// so that sequences of a batch are about as long as each other.
+    /// so that steps take about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let shelf = self.pool.shelf(step / 2);
         let Some((sampler, text)) = self.dialogues else {
@@ -141,17 +143,21 @@ impl Lesson<'_> {
         }
     }
 
+    /// The draws of one sequence, for one purpose.
+    fn rng(&self, index: u64, purpose: u64) -> Rng {
+        Rng::new(self.run.seed(self.part), index, Stream::Train, purpose)
+    }
+
     /// Captions and the images behind them.
     fn captioned(&self, shelf: &Shelf, size: usize, step: usize) -> Result<Vec<Sequence>> {
-        let recipe = &self.run.recipe;
+        let draws = |i: usize, purpose: u64| self.rng(i as u64, purpose << 32 | step as u64);
         let sequences = (0..size).into_par_iter().map(|i| {
-            let rng = Rng::new(recipe.seed, i as u64, Stream::Train, 1 << 32 | step as u64);
+            let (rng, noise) = (draws(i, 1), draws(i, 2));
             let item = shelf.draw(&rng);
             let mut sequence = Sequence::default();
             if rng.uniform(100) >= CAPTION_DROP {
                 sequence.push_words(item.caption(&rng));
             }
-            let noise = Rng::new(recipe.seed, i as u64, Stream::Train, 2 << 32 | step as u64);
             self.push_image(&mut sequence, &item.features, shelf.grids, Learn::Corrections(&noise), false)?;
             Ok(sequence)
         });
@@ -215,7 +221,7 @@ impl Lesson<'_> {
         turns: &[(Role, Vec<Part<Vec<f32>>>)],
         short: bool,
     ) -> Result<Sequence> {
-        let rng = Rng::new(self.run.recipe.seed, index, Stream::Train, 3 << 32);
+        let rng = self.rng(index, 3 << 32);
         let config = &self.run.recipe.backbone;
         let drawn = turns.last().is_some_and(|(_, parts)| parts.iter().any(|p| p.image().is_some()));
         // Without words, for guidance.
@@ -244,7 +250,7 @@ impl Lesson<'_> {
                     }
                 }
                 Piece::Image(features) => {
-                    let noise = Rng::new(self.run.recipe.seed, index, Stream::Train, 4 << 32 | i as u64);
+                    let noise = self.rng(index, 4 << 32 | i as u64);
                     if said {
                         sequence.expect_word(config.boi());
                     }

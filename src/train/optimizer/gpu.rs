@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Result, Shape, Tensor, Var};
 
 use super::{BETA1, EPS, Pace, TINY, muon};
 use crate::{error, ops};
@@ -61,16 +61,20 @@ impl Group {
         kinds.into_iter().map(group).collect()
     }
 
-    pub(super) fn restore(&mut self, moment: impl Fn(&str, &str) -> error::Result<Tensor>) -> error::Result<()> {
+    /// Reads its parameters' parts by kind, name and shape.
+    pub(super) fn restore(
+        &mut self,
+        part: impl Fn(&str, &str, &Shape) -> error::Result<Tensor>,
+    ) -> error::Result<()> {
         let device = self.value.device().clone();
         let all = |kind: &str| -> error::Result<Tensor> {
-            let moments: Vec<Tensor> =
-                self.params.iter().map(|(name, _)| moment(kind, name)).collect::<error::Result<_>>()?;
-            Ok(joined(self.kind, &moments)?.to_device(&device)?)
+            let part = |(name, var): &(String, Var)| part(kind, name, var.shape());
+            let parts = self.params.iter().map(part).collect::<error::Result<Vec<_>>>()?;
+            Ok(joined(self.kind, &parts)?.to_device(&device)?)
         };
-        let (m, v) = (all("m")?, self.v.is_some().then(|| all("v")).transpose()?);
-        (self.m, self.v) = (m, v);
-        Ok(())
+        let v = self.v.is_some().then(|| all("v")).transpose()?;
+        let state = (all("value")?, all("m")?, v);
+        Ok(self.set(state)?)
     }
 
     /// The gradients, zeros for what has none; and, if there is such, ones for what has one.
@@ -151,14 +155,14 @@ pub(super) fn descend(groups: &mut [Group], grads: &GradStore, pace: Pace) -> Re
     Ok(norm)
 }
 
-/// First and second moments by `m.` and `v.` and the parameter's name.
-pub(super) fn moments(groups: &[Group]) -> Result<BTreeMap<String, Tensor>> {
+/// Values, first and second moments by `value.`, `m.` and `v.` and the parameter's name.
+pub(super) fn state(groups: &[Group]) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for group in groups {
-        for (kind, all) in [("m", Some(&group.m)), ("v", group.v.as_ref())] {
+        for (kind, all) in [("value", Some(&group.value)), ("m", Some(&group.m)), ("v", group.v.as_ref())] {
             let Some(all) = all else { continue };
-            for (moment, (name, _)) in group.parts(all)?.into_iter().zip(&group.params) {
-                tensors.insert(format!("{kind}.{name}"), moment);
+            for (part, (name, _)) in group.parts(all)?.into_iter().zip(&group.params) {
+                tensors.insert(format!("{kind}.{name}"), part);
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 
 use super::{BETA1, EPS, Pace, TINY, muon};
@@ -27,11 +27,20 @@ impl Param {
         Ok(Self { name: name.into(), var: var.clone(), value, m, v })
     }
 
-    pub(super) fn restore(&mut self, moment: impl Fn(&str, &str) -> error::Result<Tensor>) -> error::Result<()> {
-        for (kind, data) in [("m", &mut self.m), ("v", &mut self.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
-            *data = moment(kind, &self.name)?.flatten_all()?.to_vec1()?;
+    /// Reads its parts by kind, name and shape.
+    pub(super) fn restore(
+        &mut self,
+        part: impl Fn(&str, &str, &Shape) -> error::Result<Tensor>,
+    ) -> error::Result<()> {
+        let all = [("value", &mut self.value), ("m", &mut self.m), ("v", &mut self.v)];
+        for (kind, data) in all.into_iter().filter(|(_, data)| !data.is_empty()) {
+            *data = part(kind, &self.name, self.var.shape())?.flatten_all()?.to_vec1()?;
         }
-        Ok(())
+        Ok(self.set()?)
+    }
+
+    fn set(&self) -> Result<()> {
+        self.var.set(&Tensor::from_slice(&self.value, self.var.shape(), self.var.device())?)
     }
 
     /// `scale` multiplies the gradient first.
@@ -43,7 +52,7 @@ impl Param {
             true => ops::muon_step(value, grad, m, self.var.dims()[0], lr, decay, scale),
             false => ops::adamw_step(value, grad, m, &mut self.v, lr, BETA1, beta2, EPS, decay, step, scale),
         }
-        self.var.set(&Tensor::from_slice(value, self.var.shape(), self.var.device())?)
+        self.set()
     }
 }
 
@@ -67,11 +76,11 @@ pub(super) fn descend(params: &mut [Param], grads: &GradStore, pace: Pace) -> Re
     Ok(norm)
 }
 
-/// First and second moments by `m.` and `v.` and the parameter's name.
-pub(super) fn moments(params: &[Param]) -> Result<BTreeMap<String, Tensor>> {
+/// Values, first and second moments by `value.`, `m.` and `v.` and the parameter's name.
+pub(super) fn state(params: &[Param]) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for p in params {
-        for (kind, data) in [("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
+        for (kind, data) in [("value", &p.value), ("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
             let tensor = Tensor::from_slice(data, p.var.shape(), p.var.device())?;
             tensors.insert(format!("{kind}.{}", p.name), tensor);
         }

@@ -7,7 +7,7 @@ mod host;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Result, Shape, Tensor, Var};
 
 use crate::error::{self, Error};
 
@@ -109,32 +109,37 @@ impl Optimizer {
         }
     }
 
-    /// Writes moments and step; the values themselves are in the weights' own file.
-    pub fn save(&self, path: &Path) -> error::Result<()> {
-        let tensors = match &self.trained {
-            Trained::Host(params) => host::moments(params)?,
-            Trained::Gpu(groups) => gpu::moments(groups)?,
+    /// Writes values, moments and step, and what `more` a part resumes from, in one file: all of the same step.
+    pub fn save(&self, path: &Path, more: BTreeMap<String, Tensor>) -> error::Result<()> {
+        let mut tensors = match &self.trained {
+            Trained::Host(params) => host::state(params)?,
+            Trained::Gpu(groups) => gpu::state(groups)?,
         };
+        tensors.extend(more);
         let step = HashMap::from([("step".to_string(), self.step.to_string())]);
         crate::checkpoint::save(path, tensors, Some(step))
     }
 
-    /// Reads what [`Optimizer::save`] wrote.
-    pub fn restore(&mut self, path: &Path) -> error::Result<()> {
+    /// Reads what [`Optimizer::save`] wrote, and gives all of its tensors.
+    ///
+    /// Errors when a tensor is missing or of another shape: then the recipe has been changed.
+    pub fn restore(&mut self, path: &Path) -> error::Result<HashMap<String, Tensor>> {
         let bytes = std::fs::read(path)?;
         let corrupt = |what: String| Error::model(format!("{}: {what}", path.display()));
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| corrupt(e.to_string()))?;
         let step = header.metadata().as_ref().and_then(|m| m.get("step")).and_then(|s| s.parse().ok());
         self.step = step.ok_or_else(|| corrupt("no step".into()))?;
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
-        let moment = |kind: &str, name: &str| {
+        let part = |kind: &str, name: &str, shape: &Shape| {
             let key = format!("{kind}.{name}");
-            tensors.get(&key).cloned().ok_or_else(|| corrupt(format!("no {key}")))
+            let tensor = tensors.get(&key).filter(|tensor| tensor.shape() == shape);
+            tensor.cloned().ok_or_else(|| corrupt(format!("no {key} of shape {:?}", shape.dims())))
         };
         match &mut self.trained {
-            Trained::Host(params) => params.iter_mut().try_for_each(|param| param.restore(moment)),
-            Trained::Gpu(groups) => groups.iter_mut().try_for_each(|group| group.restore(moment)),
+            Trained::Host(params) => params.iter_mut().try_for_each(|param| param.restore(part))?,
+            Trained::Gpu(groups) => groups.iter_mut().try_for_each(|group| group.restore(part))?,
         }
+        Ok(tensors)
     }
 }
 
@@ -174,7 +179,8 @@ mod tests {
             let folder = tempfile::tempdir()?;
             for step in 0..8 {
                 if step == 4 {
-                    optimizer.save(&folder.path().join("state"))?;
+                    optimizer.save(&folder.path().join("state"), BTreeMap::new())?;
+                    vars["c.weight"].set(&vars["c.weight"].zeros_like()?)?;
                     optimizer = make()?;
                     optimizer.restore(&folder.path().join("state"))?;
                 }

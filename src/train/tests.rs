@@ -1,0 +1,175 @@
+//! Parts of the training that end and go on.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{Device, Tensor};
+
+use super::Schedule;
+use super::pool::{Pool, PoolSizes};
+use super::run::{Recipe, Run};
+use super::sampler::Sampler;
+use super::tokenizer::Stage;
+use super::transformer::Lesson;
+use crate::checkpoint::Weights;
+use crate::error::Result;
+use crate::library::{BYTES, Concept, Library, Picture, SIDE, Style};
+use crate::text::Text;
+use crate::tokenizer::ImageTokenizer;
+
+/// Warm-up beyond the last step: then the learning rate of a step is the same whatever the number of steps.
+const WARMUP: usize = 100;
+
+fn plan(steps: usize) -> Schedule {
+    Schedule { lr: 0.05, warmup: WARMUP, steps, clip: 1.0, weight_decay: 0.05, beta2: 0.98 }
+}
+
+/// Two discs, one in each of the styles that the transformer and the tokenizer know.
+fn library() -> Library {
+    let concept = |name: &str, zh: &str| Concept {
+        hexcode: name.into(),
+        label: name.into(),
+        names: vec![name.into()],
+        label_zh: zh.into(),
+        tags: vec![],
+        tags_zh: vec![],
+        group: 4,
+        subgroup: 42,
+        everyday: true,
+        held_out: false,
+    };
+    let disc = |colour: [u8; 3]| {
+        (0..BYTES / 4).flat_map(move |i| {
+            let (x, y) = (i % SIDE, i / SIDE);
+            let inside = x.abs_diff(64).pow(2) + y.abs_diff(64).pow(2) < 48 * 48;
+            [colour[0], colour[1], colour[2], if inside { 255 } else { 0 }]
+        })
+    };
+    let picture = |concept| Picture { concept, style: Style::ThreeD };
+    let rgba = disc([200, 30, 40]).chain(disc([30, 40, 200])).collect();
+    Library::new(vec![concept("plum", "李子"), concept("coin", "硬币")], vec![picture(0), picture(1)], rgba).unwrap()
+}
+
+/// Nano's recipe, as small as may be.
+fn recipe() -> Recipe {
+    let mut recipe = Recipe::nano();
+    let (semantic, codebook) = (&mut recipe.tokenizer.semantic, &mut recipe.tokenizer.codebook);
+    (semantic.hidden_size, semantic.intermediate_size, semantic.num_hidden_layers) = (16, 24, 1);
+    (semantic.num_attention_heads, codebook.size) = (2, 32);
+    for cnn in [&mut recipe.tokenizer.encoder, &mut recipe.tokenizer.decoder, &mut recipe.decoder_final] {
+        (cnn.ch, cnn.z_channels, cnn.groups) = (8, 8, 4);
+    }
+    let backbone = &mut recipe.backbone;
+    (backbone.hidden_size, backbone.intermediate_size, backbone.num_hidden_layers) = (64, 48, 1);
+    (backbone.num_attention_heads, backbone.num_key_value_heads, backbone.codebook_size) = (2, 1, 32);
+    recipe
+}
+
+/// A run in a folder of its own.
+fn run(folder: &tempfile::TempDir) -> Result<Run> {
+    std::fs::write(folder.path().join("recipe.json"), serde_json::to_vec(&recipe()).unwrap())?;
+    Run::open(folder.path(), Device::Cpu)
+}
+
+fn text() -> Result<Text> {
+    Text::from_bytes(include_bytes!("../../assets/nano/tokenizer.json"))
+}
+
+/// All parts in order, every one first for some steps and then for the rest.
+fn train(run: &Run, stops: &[usize]) -> Result<()> {
+    let (library, text) = (library(), text()?);
+    let sampler = |part: &str| Sampler::new(&library, run.seed(part), Style::ThreeD);
+    for &steps in stops {
+        super::semantic::train(run, &sampler("semantic"), &text, 4, &plan(steps))?;
+    }
+    for stage in [Stage::Pixel, Stage::Joint] {
+        for &steps in stops {
+            super::tokenizer::train(run, &sampler(&stage.name()), stage, 2, &plan(steps))?;
+        }
+    }
+    for part in ["one", "two"] {
+        for &steps in stops {
+            transformer(run, part, &sampler(part), &text, steps)?;
+        }
+    }
+    for &steps in stops {
+        super::tokenizer::train(run, &sampler("decoder"), Stage::Decoder, 2, &plan(steps))?;
+    }
+    Ok(())
+}
+
+fn transformer(run: &Run, part: &str, sampler: &Sampler, text: &Text, steps: usize) -> Result<()> {
+    let weights = run.trainable(&[&run.file("image_tokenizer.safetensors")])?;
+    let tokenizer = ImageTokenizer::load(&weights, &run.recipe.tokenizer)?;
+    let sizes = PoolSizes { things: 2, backgrounds: 1, scenes: 4, several: 2, oblong: 2 };
+    let pool = Pool::build(sampler, &tokenizer, text, sizes, run.recipe.scales)?;
+    let dialogues = (part == "two").then_some((sampler, text));
+    let (quantizer, scales) = (tokenizer.quantizer(), run.recipe.scales);
+    let lesson = Lesson { run, part, tokenizer: &tokenizer, quantizer, pool: &pool, scales, dialogues };
+    super::transformer::train(&lesson, 4, &plan(steps))
+}
+
+const WEIGHTS: [&str; 3] = ["semantic.safetensors", "image_tokenizer.safetensors", "model.safetensors"];
+
+fn weights(run: &Run) -> Result<BTreeMap<String, Tensor>> {
+    let all = WEIGHTS.map(|name| candle_core::safetensors::load(run.file(name), &Device::Cpu));
+    let all: Vec<HashMap<String, Tensor>> = all.into_iter().collect::<candle_core::Result<_>>()?;
+    Ok(all.into_iter().flatten().collect())
+}
+
+#[test]
+fn what_was_interrupted_ends_as_what_was_not() -> Result<()> {
+    let folders = [tempfile::tempdir()?, tempfile::tempdir()?];
+    let [whole, resumed] = [run(&folders[0])?, run(&folders[1])?];
+    train(&whole, &[4])?;
+    train(&resumed, &[2, 4])?;
+    let (want, got) = (weights(&whole)?, weights(&resumed)?);
+    assert_eq!(want.keys().collect::<Vec<_>>(), got.keys().collect::<Vec<_>>());
+    let start = Weights::trainable(whole.recipe.seed, &Device::Cpu);
+    ImageTokenizer::load(&start, &whole.recipe.tokenizer)?;
+    let start = start.vars();
+    let mut moved = 0;
+    for (key, want) in &want {
+        let apart = |other: &Tensor| (want - other)?.abs()?.max_all()?.to_scalar::<f32>();
+        assert!(apart(&got[key])? < 1e-4, "{key} is {} apart", apart(&got[key])?);
+        moved += usize::from(start.get(key).is_some_and(|start| apart(start).is_ok_and(|apart| apart > 1e-3)));
+    }
+    assert!(moved > 20, "no more than {moved} tensors were trained");
+    Ok(())
+}
+
+#[test]
+fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let run = run(&folder)?;
+    let bytes = || WEIGHTS.map(|name| std::fs::read(run.file(name)).unwrap());
+    train(&run, &[1])?;
+    let before = bytes();
+    train(&run, &[1])?;
+    assert!(before == bytes());
+    let (library, more) = (library(), plan(2));
+    let error = super::tokenizer::train(&run, &Sampler::new(&library, 1, Style::ThreeD), Stage::Joint, 2, &more);
+    let error = error.unwrap_err();
+    assert!(error.message.contains("tokenizer-decoder.state"), "{}", error.message);
+    assert!(before == bytes());
+    // Another recipe is not another start.
+    let mut other = recipe();
+    other.decoder_final.ch = 16;
+    std::fs::write(run.file("recipe.json"), serde_json::to_vec(&other).unwrap())?;
+    let run = Run::open(folder.path(), Device::Cpu)?;
+    let decoder = super::tokenizer::train(&run, &Sampler::new(&library, 1, Style::ThreeD), Stage::Decoder, 2, &more);
+    assert!(decoder.unwrap_err().message.contains("of shape"));
+    assert!(before == bytes());
+    Ok(())
+}
+
+#[test]
+fn parts_draw_samples_of_their_own() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let run = run(&folder)?;
+    let library = library();
+    let [one, two] = ["talk", "talk2"].map(|part| Sampler::new(&library, run.seed(part), Style::ThreeD));
+    assert!((0..8).all(|i| one.picture(i) == one.picture(i)));
+    assert!((0..8).any(|i| one.picture(i) != two.picture(i)));
+    assert!((0..8).any(|i| one.scene(i, SIDE, SIDE).canvas != two.scene(i, SIDE, SIDE).canvas));
+    Ok(())
+}
