@@ -1,6 +1,5 @@
 //! What decided an image, as text in its PNG.
 
-use std::collections::HashMap;
 use std::io;
 
 use image::RgbImage;
@@ -81,7 +80,7 @@ impl Settings {
 
     /// Those in the bytes of a PNG that [`encode`] made; nothing in others.
     pub fn of_png(png: &[u8]) -> Option<Self> {
-        serde_json::from_str(texts(png)?.get("nextflow")?).ok()
+        serde_json::from_str(&text(png, "nextflow")?).ok()
     }
 
     /// The same in the form that other tools read: the prompt, then one line of `Key: value` pairs (A1111).
@@ -140,12 +139,20 @@ fn is_latin1(text: &str) -> bool {
     text.chars().all(|c| matches!(c, '\n' | ' '..='~' | '\u{a0}'..='\u{ff}'))
 }
 
-/// The text chunks before the pixels of a PNG, by their keywords; nothing of what is none.
-fn texts(png: &[u8]) -> Option<HashMap<String, String>> {
+/// The most bytes of a text.
+const MAX_TEXT: usize = 1 << 20;
+
+/// The text of a keyword before the pixels of a PNG, if there is one and it is not longer than [`MAX_TEXT`].
+fn text(png: &[u8], keyword: &str) -> Option<String> {
     let reader = png::Decoder::new(io::Cursor::new(png)).read_info().ok()?;
-    let latin1 = reader.info().uncompressed_latin1_text.iter().map(|t| (t.keyword.clone(), t.text.clone()));
-    let utf8 = reader.info().utf8_text.iter().filter_map(|t| Some((t.keyword.clone(), t.get_text().ok()?)));
-    Some(latin1.chain(utf8).collect())
+    let latin1 = || reader.info().uncompressed_latin1_text.iter().rfind(|chunk| chunk.keyword == keyword);
+    // Others are left compressed: a few megabytes may hold some billions.
+    let Some(utf8) = reader.info().utf8_text.iter().rfind(|chunk| chunk.keyword == keyword) else {
+        return latin1().map(|chunk| chunk.text.clone());
+    };
+    let mut utf8 = utf8.clone();
+    utf8.decompress_text_with_limit(MAX_TEXT).ok()?;
+    utf8.get_text().ok()
 }
 
 #[cfg(test)]
@@ -169,11 +176,24 @@ mod tests {
             assert_eq!(png, encode(&image, &settings).unwrap());
             assert_eq!(image::load_from_memory(&png).unwrap().to_rgb8(), image);
             assert_eq!(Settings::of_png(&png).unwrap(), settings);
-            let parameters = texts(&png).unwrap().remove("parameters").unwrap();
+            let parameters = text(&png, "parameters").unwrap();
             let rest = "\nSteps: 2, Sampler: NextFlow, CFG scale: 2.5, Seed: 42, Size: 32x16, Model: nano, ";
             assert!(parameters.starts_with(&format!("{prompt}{rest}")), "{parameters}");
         }
         assert!(Settings::of_png(b"no PNG").is_none());
+        // What is compressed is read up to a megabyte.
+        for (length, read) in [(1 << 16, true), (1 << 24, false)] {
+            let mut settings = settings("");
+            settings.prompt = "猫".repeat(length / 3);
+            let mut png = Vec::new();
+            let mut writer = png::Encoder::new(&mut png, 1, 1).write_header().unwrap();
+            let mut chunk = png::text_metadata::ITXtChunk::new("nextflow", serde_json::to_string(&settings).unwrap());
+            chunk.compressed = true;
+            writer.write_text_chunk(&chunk).unwrap();
+            writer.write_image_data(&[0]).unwrap();
+            writer.finish().unwrap();
+            assert_eq!(Settings::of_png(&png).is_some(), read);
+        }
         let mut plain = Vec::new();
         image.write_to(&mut io::Cursor::new(&mut plain), image::ImageFormat::Png).unwrap();
         assert!(Settings::of_png(&plain).is_none());

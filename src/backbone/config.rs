@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// More layers than any transformer has: a larger number is damage.
-const MAX_LAYERS: usize = 10_000;
+pub(crate) const MAX_LAYERS: usize = 10_000;
 
 /// What the transformer sees of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -182,7 +182,8 @@ impl BackboneConfig {
         if heads == 0 || kv == 0 || hidden_size % heads != 0 || heads % kv != 0 {
             return Err(format!("{heads} heads over {kv} key-value heads do not divide a width of {hidden_size}"));
         }
-        if 2 * self.mrope_section.iter().sum::<usize>() != self.head_dim() {
+        let half = self.mrope_section.iter().try_fold(0usize, |sum, n| sum.checked_add(*n));
+        if half.and_then(|half| half.checked_mul(2)) != Some(self.head_dim()) {
             return Err(format!("mrope_section {:?} is not half of head_dim {}", self.mrope_section, self.head_dim()));
         }
         if self.codebook_size > 0 && self.spatial_extent.is_some() == self.code_positions.is_some() {

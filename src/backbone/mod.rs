@@ -1,4 +1,4 @@
-//! The decoder-only transformer: its blocks, rotary positions, and the image ends around them. NextFlow,
+//! The decoder-only transformer: its blocks, rotary positions, and the input and output layers for image codes. NextFlow,
 //! TokenFlow-t2i and Qwen2.5-VL are configurations of it.
 
 mod block;
@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 pub use block::{Context, Step};
 pub use cache::Cache;
+pub(crate) use config::MAX_LAYERS;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 pub use rope::{Position, Rope};
 

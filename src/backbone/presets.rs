@@ -85,11 +85,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn damaged_numbers_of_layers_are_refused() {
+    fn damaged_numbers_are_refused() {
         for layers in [0, 1_000_000_000] {
             let damaged = BackboneConfig { num_hidden_layers: layers, ..QWEN2_5_0_5B };
             assert!(damaged.check().is_err_and(|message| message.contains("layers")));
         }
+        // Their sum is that of sound ones, but for the bits that a word has no room for.
+        let damaged = BackboneConfig { mrope_section: [usize::MAX - 7, 24, 16], ..QWEN2_5_0_5B };
+        assert!(damaged.check().is_err_and(|message| message.contains("mrope_section")));
     }
 
     #[test]

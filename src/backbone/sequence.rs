@@ -94,18 +94,11 @@ impl Layout {
         self.ends.push(self.positions.len());
     }
 
-    /// The block-causal mask (T, T) row-major, where the first `padding` tokens are nobody's to see.
-    pub fn mask(&self, padding: usize) -> Vec<u8> {
+    /// The block-causal mask, (T, T) row-major.
+    #[cfg(test)]
+    pub(crate) fn mask(&self) -> Vec<u8> {
         let tokens = self.len();
-        self.ends.iter().flat_map(|&end| (0..tokens).map(move |j| u8::from(j >= padding && j < end))).collect()
-    }
-
-    /// The same sequence behind `padding` tokens that keep position 0.
-    pub fn padded(mut self, padding: usize) -> Self {
-        self.positions.splice(0..0, std::iter::repeat_n(text_position(0), padding));
-        self.ends.iter_mut().for_each(|e| *e += padding);
-        self.ends.splice(0..0, 1..=padding);
-        self
+        self.ends.iter().flat_map(|&end| (0..tokens).map(move |j| u8::from(j < end))).collect()
     }
 }
 
@@ -153,17 +146,5 @@ mod tests {
         layout.push_text(1);
         assert_eq!(layout.positions[2..], [[2., 2., 2.], [2., 2., 3.], [2., 2., 4.], [5., 5., 5.]]);
         assert_eq!(layout.ends, [1, 2, 3, 4, 5, 6]);
-    }
-
-    #[test]
-    fn padding_is_seen_by_nobody() {
-        let mut layout = Layout::new();
-        layout.push_text(1);
-        layout.push_image(&[(1, 1), (1, 2)], Some(64.0));
-        let layout = layout.padded(2);
-        let mask = layout.mask(2);
-        assert_eq!(layout.len(), 6);
-        assert!((0..6).all(|i| mask[i * 6] == 0 && mask[i * 6 + 1] == 0));
-        assert_eq!(&mask[4 * 6..5 * 6], [0, 0, 1, 1, 1, 1]);
     }
 }

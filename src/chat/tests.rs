@@ -208,7 +208,7 @@ fn an_edit_is_what_the_masked_pass_says() {
         let x = session.embed(&script.tokens).unwrap();
         let tokens = script.layout.len();
         let rope = Rope::new(config, &[&script.layout.positions], &Device::Cpu).unwrap();
-        let mask = Tensor::from_vec(script.layout.mask(0), (tokens, tokens), &Device::Cpu).unwrap();
+        let mask = Tensor::from_vec(script.layout.mask(), (tokens, tokens), &Device::Cpu).unwrap();
         let hidden = model.backbone.forward(&x, &rope, Context::Masked(&mask)).unwrap();
         model.backbone.code_logits(&hidden.get(0).unwrap().narrow(0, first, 1 + inputs).unwrap()).unwrap()
     });

@@ -99,7 +99,7 @@ fn full(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
     let x = Tensor::cat(&x, 1).unwrap();
     let tokens = layout.len();
     let rope = Rope::new(config, &[&layout.positions], &Device::Cpu).unwrap();
-    let mask = Tensor::from_vec(layout.mask(0), (tokens, tokens), &Device::Cpu).unwrap();
+    let mask = Tensor::from_vec(layout.mask(), (tokens, tokens), &Device::Cpu).unwrap();
     backbone.forward(&x, &rope, Context::Masked(&mask)).unwrap()
 }
 

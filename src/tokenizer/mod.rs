@@ -46,6 +46,9 @@ pub struct TokenizerConfig {
     pub image_size: Option<usize>,
 }
 
+/// The most pixels along a side of images that are resized.
+const MAX_SIDE: usize = 1 << 14;
+
 impl TokenizerConfig {
     /// Errors: sizes that fit no tokenizer.
     pub fn check(&self) -> Result<()> {
@@ -56,6 +59,9 @@ impl TokenizerConfig {
         let (grid, pixels) = (self.encoder.stride(), self.decoder.stride());
         if grid != pixels || self.codebook.size == 0 || self.codebook.dim() == 0 || self.image_size == Some(0) {
             bail!("a tokenizer needs codes, and one stride: its encoder's is {grid}, its decoder's {pixels}");
+        }
+        if self.image_size > Some(MAX_SIDE) {
+            bail!("an image_size above {MAX_SIDE}");
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use crate::checkpoint::{Init, Weights};
 use crate::pixels::GridResampling;
 use crate::rng::Rng;
 
-/// Guards divisions by a norm, as the reference.
+/// Guards divisions by a norm, as the reference does.
 const EPS: f32 = 1e-12;
 /// Numbers in a codebook; a config that asks for more is nonsense.
 const MAX_ELEMENTS: usize = 1 << 27;
@@ -119,7 +119,7 @@ impl Quantizer {
         Tensor::from_vec(f, (1, grid.0, grid.1, self.config.dim()), self.device())
     }
 
-    /// The same for a tokenizer on another device.
+    /// A copy of this quantizer for a tokenizer on another device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         Ok(Self { rows: self.rows.to_device(device)?, ..self.clone() })
     }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
 use super::vit::{PositionResampling, VitConfig, positions_at};
+use crate::backbone::MAX_LAYERS;
 use crate::checkpoint::{Init, Weights};
 
 const EPS: f64 = 1e-6;
@@ -27,9 +28,12 @@ pub struct SemanticDecoderConfig {
 }
 
 impl SemanticDecoderConfig {
-    /// Errors: heads that do not divide the encoder's width.
+    /// Errors: more than [`MAX_LAYERS`] blocks, and heads that do not divide the encoder's width.
     pub(super) fn check(&self, encoder: &VitConfig) -> Result<()> {
         match self.num_attention_heads {
+            _ if self.depth > MAX_LAYERS => {
+                bail!("{} blocks of a semantic decoder are more than {MAX_LAYERS}", self.depth)
+            }
             Some(heads) if heads == 0 || !encoder.hidden_size.is_multiple_of(heads) => {
                 bail!("{heads} heads do not divide the semantic decoder's width of {}", encoder.hidden_size)
             }

@@ -311,6 +311,9 @@ fn impossible_configs_are_refused() {
     assert!(refused(|c| c.semantic.num_attention_heads = 7));
     assert!(refused(|c| c.semantic.patch_size = 0));
     assert!(refused(|c| c.semantic.num_hidden_layers = 0));
+    assert!(refused(|c| c.semantic.num_hidden_layers = 1 << 60));
+    assert!(refused(|c| c.semantic_decoder.depth = 1 << 60));
+    assert!(refused(|c| c.image_size = Some(1 << 60)));
     assert!(refused(|c| c.semantic_decoder.num_attention_heads = Some(0)));
     assert!(refused(|c| c.encoder.ch_mult.clear()));
     assert!(refused(|c| c.decoder.patch = 0));

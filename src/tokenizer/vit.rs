@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
+use crate::backbone::MAX_LAYERS;
 use crate::checkpoint::{Init, Weights};
 use crate::pixels::{GridResampling, Resampling};
 
@@ -81,8 +82,8 @@ impl VitConfig {
         if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             bail!("{} heads do not divide a width of {}", self.num_attention_heads, self.hidden_size);
         }
-        if self.patch_size == 0 || self.native_grid == 0 || self.num_hidden_layers == 0 {
-            bail!("a semantic encoder needs patches, a grid and layers");
+        if self.patch_size == 0 || self.native_grid == 0 || !(1..=MAX_LAYERS).contains(&self.num_hidden_layers) {
+            bail!("a semantic encoder needs patches, a grid and 1 to {MAX_LAYERS} layers");
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 pub use image::{ImageProcessor, Patches};
 
+use crate::backbone::MAX_LAYERS;
 use crate::checkpoint::{Init, Weights};
 use crate::ops::{self, Mask, WeightMatrix};
 use windows::Windows;
@@ -70,6 +71,9 @@ impl VisionConfig {
             || !(1..=16).contains(&self.temporal_patch_size)
         {
             return Err("the sizes of patches make no sense".into());
+        }
+        if !(1..=MAX_LAYERS).contains(&self.depth) {
+            return Err(format!("{} layers are not 1 to {MAX_LAYERS}", self.depth));
         }
         if window_size / (patch_size * merge) == 0 {
             return Err(format!("a window of {window_size} pixels is smaller than {merge} patches of {patch_size}"));
