@@ -1,7 +1,7 @@
 //! The codebook learns as online k-means: every entry is a moving average of the residuals it was nearest to.
 
-use std::collections::{BTreeMap, HashMap};
 use candle_core::{Device, Tensor};
+use std::collections::{BTreeMap, HashMap};
 
 use crate::error::{Error, Result};
 use crate::rng::{Rng, Stream};

@@ -27,7 +27,16 @@ impl Progress {
     /// A log for `steps` steps of `batch` samples, of which `done` are behind us.
     pub fn new(stage: &str, steps: usize, done: usize, batch: usize) -> Self {
         let now = Instant::now();
-        Self { stage: stage.into(), steps, step: done, batch, sums: Vec::new(), since: 0, last: now, due: now + BETWEEN }
+        Self {
+            stage: stage.into(),
+            steps,
+            step: done,
+            batch,
+            sums: Vec::new(),
+            since: 0,
+            last: now,
+            due: now + BETWEEN,
+        }
     }
 
     /// Writes a checkpoint if one is due behind this step: behind the last one, and once a minute.

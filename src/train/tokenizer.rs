@@ -85,8 +85,10 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
     if state.exists() {
         codebook.restore(&optimizer.restore(&state)?)?;
     }
-    let later = Stage::value_variants().iter().filter(|other| **other > stage).map(|later| later.state(run));
-    if let Some(later) = later.filter(|state| state.exists()).next_back().filter(|_| optimizer.step < plan.steps) {
+    let mut later = Stage::value_variants().iter().filter(|other| **other > stage).map(|later| later.state(run));
+    if optimizer.step < plan.steps
+        && let Some(later) = later.rfind(|state| state.exists())
+    {
         let message = format!("{} goes on from what this stage would change", later.display());
         return Err(Error::usage(message).hint(format!("rm {}", later.display())));
     }

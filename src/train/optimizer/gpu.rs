@@ -62,10 +62,7 @@ impl Group {
     }
 
     /// Reads its parameters' parts by kind, name and shape.
-    pub(super) fn restore(
-        &mut self,
-        part: impl Fn(&str, &str, &Shape) -> error::Result<Tensor>,
-    ) -> error::Result<()> {
+    pub(super) fn restore(&mut self, part: impl Fn(&str, &str, &Shape) -> error::Result<Tensor>) -> error::Result<()> {
         let device = self.value.device().clone();
         let all = |kind: &str| -> error::Result<Tensor> {
             let part = |(name, var): &(String, Var)| part(kind, name, var.shape());

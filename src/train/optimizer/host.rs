@@ -28,10 +28,7 @@ impl Param {
     }
 
     /// Reads its parts by kind, name and shape.
-    pub(super) fn restore(
-        &mut self,
-        part: impl Fn(&str, &str, &Shape) -> error::Result<Tensor>,
-    ) -> error::Result<()> {
+    pub(super) fn restore(&mut self, part: impl Fn(&str, &str, &Shape) -> error::Result<Tensor>) -> error::Result<()> {
         let all = [("value", &mut self.value), ("m", &mut self.m), ("v", &mut self.v)];
         for (kind, data) in all.into_iter().filter(|(_, data)| !data.is_empty()) {
             *data = part(kind, &self.name, self.var.shape())?.flatten_all()?.to_vec1()?;
@@ -80,7 +77,9 @@ pub(super) fn descend(params: &mut [Param], grads: &GradStore, pace: Pace) -> Re
 pub(super) fn state(params: &[Param]) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for p in params {
-        for (kind, data) in [("value", &p.value), ("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty()) {
+        for (kind, data) in
+            [("value", &p.value), ("m", &p.m), ("v", &p.v)].into_iter().filter(|(_, data)| !data.is_empty())
+        {
             let tensor = Tensor::from_slice(data, p.var.shape(), p.var.device())?;
             tensors.insert(format!("{kind}.{}", p.name), tensor);
         }
