@@ -7,7 +7,7 @@ use image::RgbImage;
 
 use crate::checkpoint::{Fit, Inventory, Source, Weights, copy_weights, load_file};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, ModelConfig, schedule};
+use crate::generate::{IMAGE_TOKENIZER, ModelConfig};
 use crate::pixels;
 use crate::size::Size;
 use crate::tokenizer::{ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
@@ -50,8 +50,7 @@ impl Codec {
     /// Whether images have these grids (height, width), coarse to fine.
     pub fn has_scales(&self, scales: &[(usize, usize)]) -> bool {
         match &self.place {
-            Place::Model(_, config) if !config.grids.is_empty() => config.grids == scales,
-            Place::Model(_, config) => schedule::table().iter().any(|entry| entry.prefix(config.scales) == scales),
+            Place::Model(_, config) => config.has_scales(scales),
             Place::File(_, preset) => preset.scales == scales,
         }
     }
@@ -63,9 +62,8 @@ impl Codec {
         match &self.place {
             Place::Model(_, config) => {
                 let scales = size.or_of(config, image.dimensions()).grids(config)?;
-                let cell = config.tokenizer.cell();
-                let (h, w) = scales.last().map_or((0, 0), |&(h, w)| (h * cell, w * cell));
-                Ok((pixels::cover(image, w as u32, h as u32), scales))
+                let (width, height) = config.pixels(&scales);
+                Ok((pixels::cover(image, width, height), scales))
             }
             Place::File(_, preset) => {
                 if size != Size::Auto {

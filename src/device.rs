@@ -10,7 +10,8 @@ use crate::error::{Error, Kind, Result};
 /// Errors: usage if the name is unknown, its backend is not compiled in, or there is no such device.
 pub fn parse(name: &str) -> Result<Device> {
     match name {
-        "auto" => Ok(auto()),
+        // A variable that is set to nothing counts as one that is not set.
+        "auto" | "" => Ok(auto()),
         "cpu" => Ok(Device::Cpu),
         "metal" if metal_is_available() => Device::new_metal(0).map_err(|e| absent(name, e)),
         "metal" => Err(not_compiled(name, "metal")),
@@ -90,7 +91,7 @@ mod tests {
 
     #[test]
     fn unknown_names_are_usage_errors_that_say_so() {
-        for name in ["", "gpu", "CPU", "cuda:", "cuda:x", "cuda:+1", "cuda:-1", "cuda0", "cuda:99999999999999999999"] {
+        for name in ["gpu", "CPU", "cuda:", "cuda:x", "cuda:+1", "cuda:-1", "cuda0", "cuda:99999999999999999999"] {
             let error = parse(name).unwrap_err();
             assert_eq!(error.exit_code(), 2);
             assert!(error.message.contains(&format!("--device {name} is none of")), "{error}");

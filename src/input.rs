@@ -21,6 +21,26 @@ pub fn shown(path: &Path) -> String {
     if is_stdin(path) { "standard input".into() } else { path.display().to_string() }
 }
 
+/// A path as a shell reads it, for commands that are to be copied.
+pub fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+=:@%,".contains(c);
+    // What begins with a hyphen would be a flag.
+    let text = if text.starts_with('-') { format!("./{text}") } else { text };
+    if !text.is_empty() && text.chars().all(plain) {
+        return text;
+    }
+    if !text.chars().any(char::is_control) {
+        return format!("'{}'", text.replace('\'', "'\\''"));
+    }
+    let spelt = |c: char| match c {
+        '\'' | '\\' => format!("\\{c}"),
+        c if c.is_control() => format!("\\u{:04x}", c as u32),
+        c => c.to_string(),
+    };
+    format!("$'{}'", text.chars().map(spelt).collect::<String>())
+}
+
 /// The lines of a file, or of standard input, as they come.
 ///
 /// Errors: usage, with `hint`: what cannot be opened, and standard input that was read before.
@@ -70,5 +90,31 @@ pub fn piped(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     match read(path, most, hint)? {
         bytes if bytes.is_empty() && is_stdin(path) => Err(Error::usage("standard input is empty").hint(hint)),
         bytes => Ok(bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_quoted_paths_as_they_are() {
+        for (path, quoted_as) in [
+            ("a/b-1.png", "a/b-1.png"),
+            ("猫.png", "猫.png"),
+            ("my pics", "'my pics'"),
+            ("it's", "'it'\\''s'"),
+            ("-o", "./-o"),
+            ("$(rm x)", "'$(rm x)'"),
+            ("a\nb'c", "$'a\\u000ab\\'c'"),
+        ] {
+            assert_eq!(quoted(Path::new(path)), quoted_as);
+            #[cfg(unix)]
+            {
+                let echo = format!("printf %s {}", quoted(Path::new(path)));
+                let Ok(said) = std::process::Command::new("bash").args(["-c", &echo]).output() else { continue };
+                assert_eq!(String::from_utf8_lossy(&said.stdout).trim_start_matches("./"), path);
+            }
+        }
     }
 }

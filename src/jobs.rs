@@ -204,7 +204,7 @@ impl<'a> Jobs<'a> {
         let mut sampling = request::sampling(&flags, usual.clone());
         sampling.draft = line.draft.or(draft).unwrap_or(usual.draft);
         sampling.check(scales.len())?;
-        flags.check_scales(scales.len())?;
+        flags.check_scales(&sampling, scales.len())?;
         let prompt = text::check_prompt(line.prompt.as_bytes())?;
         let negative = match &line.negative {
             Some(text) => request::negative(Some(text.as_bytes()), &sampling, scales.len())?,

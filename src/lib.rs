@@ -1,5 +1,8 @@
 //! NextFlow: one decoder-only transformer that reads and writes text and images in one sequence.
 //!
+//! [`generate::Model`] draws: `Model::load`, then `Model::draw`. [`chat::Session`] converses.
+//! [`ops`] has the kernels of all of it. [`cli`] is the program's own and may change at any time.
+//!
 //! Data flows one way: [`cli`] -> [`request`] -> [`checkpoint`] -> ([`text`] | [`pixels`] ->
 //! [`tokenizer`]) -> [`generate`] over the [`backbone`] -> [`tokenizer`] -> [`output`].
 

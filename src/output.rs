@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Kind, Result};
+use crate::input::quoted;
 
 /// Where the images of a run go.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,9 +40,7 @@ impl Destination {
         match self {
             Self::Stdout => Ok(None),
             Self::File { path, force } => {
-                // Behind a link it is the file that is replaced, not the link.
-                let target =
-                    if *force { fs::canonicalize(path).unwrap_or_else(|_| path.clone()) } else { path.clone() };
+                let target = target(path, *force);
                 // It was there when the path was checked, unless the path was made up since.
                 fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, &e))?;
                 let temp = write_beside(&target, png).map_err(|e| cannot_write(path, &e))?;
@@ -55,6 +54,11 @@ impl Destination {
             Self::Folder(folder) => save_free(folder, png, &format!("{}-{seed}", slug(prompt))).map(Some),
         }
     }
+}
+
+/// What is written: behind a link it is the file that is replaced, not the link.
+fn target(path: &Path, force: bool) -> PathBuf {
+    Some(path).filter(|_| force).and_then(|path| fs::canonicalize(path).ok()).unwrap_or_else(|| path.into())
 }
 
 /// Writes `{stem}.png`, or the first of `{stem}-2.png`, `{stem}-3.png`, ... that is free.
@@ -106,27 +110,31 @@ fn check_file(path: &Path, force: bool) -> Result<()> {
         return Err(Error::usage("the output path is empty").hint("-o apple.png"));
     }
     if path.is_dir() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
-        return Err(Error::usage(format!("{shown} is a folder")).hint(format!("--out-dir {shown}")));
+        return Err(Error::usage(format!("{shown} is a folder")).hint(format!("-o {}", quoted(&path.join("NAME")))));
     }
     if path.extension().and_then(image::ImageFormat::from_extension).is_some_and(|f| f != image::ImageFormat::Png) {
         let png = path.with_extension("png");
         return Err(Error::usage(format!("{shown} is not a PNG name, and images are written as PNG"))
-            .hint(format!("-o {}", png.display())));
+            .hint(format!("-o {}", quoted(&png))));
     }
     match fs::symlink_metadata(path) {
-        Ok(_) if !force => return Err(exists(path)),
         Ok(_) if fs::metadata(path).is_ok_and(|m| !m.is_file()) => {
-            return Err(Error::usage(format!("{shown} is not a regular file")).hint(format!("-o - > {shown}")));
+            return Err(Error::usage(format!("{shown} is not a regular file")).hint(format!("-o - > {}", quoted(path))));
+        }
+        Ok(_) if !force => return Err(exists(path)),
+        Ok(_) if !path.exists() => {
+            return Err(Error::usage(format!("{shown} is a link to nothing")).hint(format!("rm {}", quoted(path))));
         }
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(unusable(path, &e, "-o FILE")),
     }
-    let folder = parent(path);
+    let target = target(path, force);
+    let folder = parent(&target);
     match folder.is_dir() {
-        true => write_beside(path, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE")),
+        true => write_beside(&target, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE")),
         false => Err(Error::usage(format!("cannot write {shown}: there is no folder {}", folder.display()))
-            .hint(format!("mkdir -p {}", folder.display()))),
+            .hint(format!("mkdir -p {}", quoted(folder)))),
     }
 }
 
@@ -162,6 +170,7 @@ fn unusable(path: &Path, e: &io::Error, flag: &str) -> Error {
 
 fn cannot_write(path: &Path, e: &io::Error) -> Error {
     Error::new(Kind::Failure, format!("cannot write {}: {}", here(path).display(), reason(e)))
+        .hint("check the folder's permissions and free space (df -h), or choose another with -o or --out-dir")
 }
 
 /// The error in words; tempfile's would name the temporary file.
@@ -279,6 +288,17 @@ mod tests {
         }
         assert_eq!(Destination::Folder(file.join("under")).check().unwrap_err().exit_code(), 2);
         assert_eq!(Destination::Folder(file).check().unwrap_err().exit_code(), 2);
+        // Behind a link it is the folder of the file that counts.
+        #[cfg(unix)]
+        {
+            let link = folder.path().join("link.png");
+            std::os::unix::fs::symlink(folder.path().join("lost.png"), &link).unwrap();
+            assert!(as_file(link.clone()).unwrap_err().message.ends_with("is a link to nothing"));
+            fs::write(folder.path().join("lost.png"), "x").unwrap();
+            as_file(link).unwrap();
+        }
+        #[cfg(target_os = "linux")]
+        assert!(check_file(Path::new("/dev/null"), false).unwrap_err().hint.unwrap().ends_with("-o - > /dev/null"));
         #[cfg(target_os = "linux")]
         for error in
             [as_file("/dev/null".into()), as_file("/proc/a.png".into()), Destination::Folder("/proc/a".into()).check()]

@@ -214,7 +214,7 @@ fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
     let Some(path) = &args.output else {
         if args.force {
             return Err(Error::usage("--force lets -o replace a file, and there is no -o")
-                .hint("-o FILE --force, or leave out --force: names in a folder are free ones"));
+                .hint("leave out --force: names in a folder are free ones; or name a file with -o"));
         }
         return Ok(Destination::Folder(args.out_dir.clone().unwrap_or_default()));
     };

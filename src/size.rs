@@ -77,9 +77,8 @@ impl Size {
             Self::Ratio(ratio) => return Ok(schedule::nearest_of(ratio, max).prefix(max).to_vec()),
             Self::Pixels { width, height } => (width, height),
         };
-        // The paper's 128, 256, 512 and 1024 px levels, as far as the model goes.
-        let levels = [8, 12, 16].into_iter().filter(|level| *level < max).chain([max]);
-        let drawable = levels.flat_map(|level| schedule::table().iter().map(move |entry| &entry.scales[..level]));
+        let drawable = schedule::levels(max);
+        let drawable = drawable.flat_map(|level| schedule::table().iter().map(move |entry| &entry.scales[..level]));
         let pixels =
             |scales: &[(usize, usize)]| scales.last().map_or((0, 0), |(h, w)| (*w as u64 * cell, *h as u64 * cell));
         let log = |a: u64, b: u64| (a.max(1) as f64 / b.max(1) as f64).ln();
@@ -152,6 +151,16 @@ mod tests {
         assert_eq!(drawn("128x128", 18).unwrap(), (128, 128));
         assert_eq!(drawn("512x512", 16).unwrap(), (512, 512));
         assert_eq!("128x128".parse::<Size>().unwrap().scales(8, 16).unwrap(), schedule::nearest(1.0).scales[..8]);
+    }
+
+    #[test]
+    fn what_can_be_asked_for_can_be_read() {
+        let preset = crate::tokenizer::Preset::siglip_32k();
+        let config = ModelConfig::nextflow("7b", crate::backbone::presets::QWEN2_5_VL_7B, preset.config);
+        for size in ["auto", "128x128", "256x256", "512x512", "1024x1024", "16:9", "1:4"] {
+            let scales = size.parse::<Size>().unwrap().grids(&config).unwrap();
+            assert!(config.has_scales(&scales) && !config.has_scales(&scales[1..]), "{size}");
+        }
     }
 
     #[test]

@@ -46,7 +46,8 @@ pub fn emit(bytes: &[u8]) -> Result<ControlFlow<()>> {
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Ok(()) => Ok(ControlFlow::Continue(())),
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
-        Err(e) => Err(Error::new(Kind::Failure, format!("cannot write to standard output: {e}"))),
+        Err(e) => Err(Error::new(Kind::Failure, format!("cannot write to standard output: {e}"))
+            .hint("check where it goes, and the free space there: df -h")),
     }
 }
 

@@ -23,6 +23,15 @@ fn command(folder: &Path, args: &[&str]) -> Command {
     command
 }
 
+#[cfg(unix)]
+#[test]
+fn arguments_that_are_no_text_are_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let mut command = command(Path::new("."), &[]);
+    let output = command.arg(std::ffi::OsStr::from_bytes(b"caf\xe9")).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// Asserts the exit code, the two lines on stderr, a silent stdout, and that no file appeared.
 #[track_caller]
 fn refused(args: &[&str], input: &[u8], code: i32, message: &str, hint: &str) {
@@ -78,8 +87,8 @@ fn flags_that_would_be_ignored() {
     refused(&["gen", "-p", "x", "-q", "-v"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "--think", "--batch", "2"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"], b"", 2, "cannot be used with", "");
-    refused(&["gen", "-p", "x", "--force"], b"", 2, "there is no -o", "-o FILE --force");
-    refused(&["gen", "-p", "x", "--force", "--out-dir", "y"], b"", 2, "there is no -o", "-o FILE --force");
+    refused(&["gen", "-p", "x", "--force"], b"", 2, "there is no -o", "leave out --force");
+    refused(&["gen", "-p", "x", "--force", "--out-dir", "y"], b"", 2, "there is no -o", "leave out --force");
     refused(&["gen", "-p", "x", "-o", "a.png", "--count", "2"], b"", 2, "several images", "--out-dir");
     refused(&["gen", "--prompt-file", "-", "-o", "a.png"], b"x\ny\n", 2, "several images", "--out-dir");
     refused(&["gen", "-p", "x", "-o", "-", "--json"], b"", 2, "--json has no meaning", "-o FILE");
@@ -153,7 +162,7 @@ fn sizes_that_nano_cannot_draw() {
 #[test]
 fn bad_outputs() {
     refused(&["gen", "-p", "x", "-o", "no/such/a.png"], b"", 2, "no folder", "mkdir -p no/such");
-    refused(&["gen", "-p", "x", "-o", "."], b"", 2, "is a folder", "--out-dir");
+    refused(&["gen", "-p", "x", "-o", "."], b"", 2, "is a folder", "-o ./NAME");
     refused(&["gen", "-p", "x", "-o", "a.jpg"], b"", 2, "not a PNG name", "-o a.png");
     refused(&["gen", "-p", "x", "-o", ""], b"", 2, "--output", "");
     let folder = tempfile::tempdir().unwrap();

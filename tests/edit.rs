@@ -177,6 +177,9 @@ fn a_conversation_draws_edits_and_looks() {
 fn thinking_comes_to_an_image() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
+    let plan = works(here, &["gen", "--think", "-p", "a red circle", "--seed", "1", "--dry-run"], "");
+    let plan = String::from_utf8(plan).unwrap();
+    assert!(plan.starts_with("1 x 128x128 with nano, seed 1: ") && plan.contains("weights "), "{plan}");
     for (size, dimensions) in [("auto", (128, 128)), ("1:2", (96, 192))] {
         let args = ["gen", "--think", "-p", "a red circle", "--seed", "1", "--size", size, "--json"];
         let line: Value = serde_json::from_slice(&works(here, &args, "")).unwrap();
@@ -209,6 +212,11 @@ fn one_command_is_a_conversation_of_its_own() {
     for (args, code, part) in [
         (&["chat", "/paint"][..], 2, "there is no command /paint"),
         (&["chat", "/size 1x1"], 2, "cannot draw 1x1"),
+        (&["chat", "/size foo"], 2, "/size foo is not a size"),
+        (&["chat", "/undo it"], 2, "/undo takes nothing behind it"),
+        (&["chat", "/load ."], 2, "not a regular file"),
+        (&["chat", "a red circle", "--repetition-penalty", "1e9"], 2, "repetition_penalty cannot be"),
+        (&["edit", "-i", "a.png", "-p", "make it blue", "--free", "--cfg", "0"], 2, "--free without guidance"),
         (&["chat", "a red circle", "--out-dir", "a.png"], 2, "a.png is not a folder"),
         (&["chat", "a \u{1b}[31mred circle"], 2, "control character"),
         (&["chat", "x", "--max-pixels", "1000"], 2, "leave out"),
@@ -217,6 +225,31 @@ fn one_command_is_a_conversation_of_its_own() {
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(code) && stderr.contains(part), "{args:?}: {stderr}");
     }
+}
+
+/// What cannot be kept was not said: nothing later stands on it.
+#[test]
+fn an_image_that_cannot_be_kept_is_no_part_of_the_conversation() {
+    use std::io::{BufRead, BufReader};
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let mut chat = common::command(here, &["chat", "--seed", "1", "--out-dir", "new"]);
+    let mut child = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (mut input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    input.write_all(b"/gen a cat\n").unwrap();
+    let mut path = String::new();
+    BufReader::new(output).read_line(&mut path).unwrap();
+    assert_eq!(path, "new/a-cat-1.png\n");
+    fs::rename(here.join("new"), here.join("old")).unwrap();
+    fs::write(here.join("new"), "in the way").unwrap();
+    input.write_all(b"/gen a dog\n/show\n/save a.json\n").unwrap();
+    drop(input);
+    let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("error: cannot write new") && stderr.contains("you: a cat"), "{stderr}");
+    assert!(!stderr.contains("you: a dog") && !stderr.contains("$1 $1"), "{stderr}");
+    assert!(!fs::read_to_string(here.join("a.json")).unwrap().contains('$'));
 }
 
 /// What one command writes to standard output another one reads; but there is one standard input.

@@ -218,6 +218,9 @@ fn the_parts_of_a_file_are_the_whole() {
     }
     assert_eq!(all, ["1.png", "4.png", "2.png", "5.png", "3.png"]);
     assert_eq!(run(here, &["--jsonl", "jobs.jsonl", "--shard", "7/9"]).0, 0, "a part may be empty");
+    let mut piped = command(here, &["--jsonl", "-", "--shard", "7/9"]);
+    let piped = piped.stdin(fs::File::open(here.join("jobs.jsonl")).unwrap()).output().unwrap();
+    assert_eq!(piped.status.code(), Some(0), "{}", String::from_utf8_lossy(&piped.stderr));
     // What is wrong with a line is told in its own part.
     fs::write(here.join("bad.jsonl"), format!("{{\"prompt\": \"a cat\"}}\n{}\n", "x".repeat(2 << 20))).unwrap();
     let dry_run = |shard| run(here, &["--jsonl", "bad.jsonl", "--shard", shard, "--dry-run", "--json"]).0;

@@ -31,6 +31,12 @@ impl ChatMemory {
     pub fn peak(&self) -> u64 {
         self.weights + self.cache + self.activations + self.program
     }
+
+    /// What it is made of, in words.
+    pub fn parts(&self) -> [(&'static str, u64); 4] {
+        let Self { weights, cache, activations, program } = *self;
+        [("weights", weights), ("cache", cache), ("at work", activations), ("program", program)]
+    }
 }
 
 /// Bytes of the vocabulary by word: the tables of the `tokenizers` library, as measured.

@@ -10,6 +10,8 @@ use crate::backbone::sequence::Layout;
 use crate::backbone::{Cache, Context, Rope, Step};
 use crate::error::{Error, Kind, Result};
 
+/// Images in one reply: what opens more has lost itself.
+const MOST_IMAGES: usize = 16;
 /// Tokens that are read in one pass.
 pub(super) const CHUNK: usize = 512;
 
@@ -221,6 +223,9 @@ impl<'a> Session<'a> {
         loop {
             if let Pause::End(ending) = self.speak(&mut talk, manner, listener)? {
                 return Ok(self.reply(&talk, ending));
+            }
+            if self.reply.iter().filter(|part| part.image().is_some()).count() >= MOST_IMAGES {
+                return Ok(self.reply(&talk, Ending::Length));
             }
             match self.draw_within(&mut talk, manner, listener) {
                 Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => {

@@ -26,15 +26,13 @@ impl WordSampling {
 
     /// What makes no sense, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
-        let finite =
-            |name: &str, value: f64, above: bool| match value.is_finite() && (value > 0.0 || !above && value == 0.0) {
-                true => Ok(()),
-                false => Err(format!("{name} cannot be {value}")),
-            };
-        finite("temperature", self.temperature, false)?;
-        finite("repetition_penalty", self.repetition_penalty, true)?;
-        finite("top_p", self.top_p, true)?;
-        if self.top_p > 1.0 { Err(format!("top_p cannot be {}", self.top_p)) } else { Ok(()) }
+        let within = |name: &str, value: f64, zero: bool, most: f64| {
+            let fits = value <= most && (value > 0.0 || zero && value == 0.0);
+            if fits { Ok(()) } else { Err(format!("{name} cannot be {value}")) }
+        };
+        within("temperature", self.temperature, true, 1000.0)?;
+        within("repetition_penalty", self.repetition_penalty, false, 1000.0)?;
+        within("top_p", self.top_p, false, 1.0)
     }
 
     /// A word from `logits` as the one at `position`, where `before` has been; none if a logit is NaN or the largest is not finite.

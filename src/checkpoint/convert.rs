@@ -12,7 +12,9 @@ use candle_core::{DType, Device};
 use super::weights::{Weights, fitting};
 use super::{Inventory, Source, WeightType};
 use crate::error::{Error, Kind, Result};
+use crate::input::quoted;
 use crate::ops;
+use crate::output;
 
 /// Writes the model at `source` to `folder`, which must not exist: the transformer, of which `asked` is the
 /// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, as
@@ -67,9 +69,12 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !parent.is_dir() {
         let message = format!("cannot write {}: there is no folder {}", folder.display(), parent.display());
-        return Err(Error::usage(message).hint(format!("mkdir -p {}", parent.display())));
+        return Err(Error::usage(message).hint(format!("mkdir -p {}", quoted(parent))));
     }
-    let part = tempfile::Builder::new().prefix(".nextflow-").tempdir_in(parent).map_err(|e| unwritten(folder, &e))?;
+    let part = tempfile::Builder::new()
+        .prefix(".nextflow-")
+        .tempdir_in(parent)
+        .map_err(|e| unwritten(folder, &output::reason(&e)))?;
     *PART.lock().unwrap_or_else(PoisonError::into_inner) = Some(part.path().into());
     fill(part.path())?;
     // A temporary folder is private; this one is to become an ordinary one.

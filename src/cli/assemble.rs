@@ -27,9 +27,9 @@ pub struct AssembleArgs {
     #[arg(long, value_name = "FILE|FOLDER|ID")]
     pub tokenizer: String,
     /// Write the new model folder here; it must not exist
-    #[arg(short, long = "out", value_name = "FOLDER")]
+    #[arg(short, long = "output", value_name = "FOLDER")]
     pub out: PathBuf,
-    /// Decides what the connector and the codes' rows begin with
+    /// Random seed of the connector and the rows for codes
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Download nothing: what is of the hub has to be in the cache

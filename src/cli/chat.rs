@@ -10,7 +10,7 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::repl::Repl;
-use super::{ModelArgs, lines};
+use super::{ModelArgs, lines, plan};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Picture, Reply, Session, WordSampling};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
@@ -47,31 +47,31 @@ pub struct ChatArgs {
     /// The longest reply, in tokens
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
-    /// Decides all randomness [default: chosen, told with -v and --json]
+    /// Random seed [default: chosen, printed with -v and --json]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// 0 is the likeliest word, always [default: the model's]
+    /// Randomness of the words; 0 always takes the likeliest [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
-    /// Keep the K likeliest words [default: the model's]
+    /// Draw among the K likeliest words [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Keep the smallest set of words whose probabilities sum to P [default: the model's]
+    /// Draw among the likeliest words whose probabilities sum to P; 1 keeps all [default: the model's]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Above 1 words that were said already lose [default: the model's]
+    /// Above 1: repeated words become less likely [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f64>,
     /// Write drawn images, under names that are free, into this folder [default: the current one]
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
-    /// Enlarge images to so many pixels [default: the model's]
+    /// Enlarge smaller images to N pixels [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
     pub min_pixels: Option<u32>,
-    /// Reduce images to so many pixels: fewer are faster and take less memory [default: the model's]
+    /// Reduce larger images to N pixels: fewer are faster and take less memory [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
     pub max_pixels: Option<u32>,
-    /// Keep the weights in this type [default: f32 on a CPU, else bf16]
+    /// Keep the weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
     /// auto, cpu, cuda:N or metal
@@ -80,7 +80,7 @@ pub struct ChatArgs {
     /// Print a line of JSON per reply
     #[arg(long)]
     pub json: bool,
-    /// Check everything, tell tokens and memory, and say nothing
+    /// Check everything, print tokens and memory, and make no reply
     #[arg(long)]
     pub dry_run: bool,
     /// Print replies and errors only
@@ -273,20 +273,11 @@ impl Plan {
         if json {
             return terminal::emit_json(self).map(drop);
         }
-        let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
-        let ChatMemory { weights, cache, activations, program } = self.memory;
         let mut text = String::new();
         for ImagePlan { file, tokens } in &self.images {
             text += &format!("{}: {tokens} tokens\n", terminal::clean(file));
         }
-        text += &format!(
-            "memory {}: weights {}, cache {}, at work {}, program {}\n",
-            mb(self.peak_memory),
-            mb(weights),
-            mb(cache),
-            mb(activations),
-            mb(program)
-        );
+        text += &plan::memory(self.peak_memory, &self.memory.parts());
         terminal::emit(text.as_bytes()).map(drop)
     }
 }
@@ -361,6 +352,10 @@ impl Host {
             Ask::Edit => session.draw(pictures, text, manner, asked.as_deref(), &mut listen),
         };
         if let Some(error) = lost {
+            // An image that could not be kept could not be shown, changed or saved later: nothing was said.
+            if reply.is_ok() {
+                session.undo();
+            }
             return Err(error);
         }
         let reply = reply?;

@@ -14,7 +14,7 @@ use super::ModelArgs;
 use super::edit::EditArgs;
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::{Event, Job};
+use crate::generate::{Event, Job, Sampling};
 use crate::output::Destination;
 use crate::request::Request;
 use crate::settings::{self, Settings};
@@ -24,10 +24,10 @@ use crate::terminal::{self, Console, Level, Preview, Stop};
 #[derive(Args, Clone, Debug, Default)]
 #[command(group = clap::ArgGroup::new("text").args(["prompt", "words", "prompt_file"]))]
 pub struct PromptArgs {
-    /// What to draw, or to change; `-` reads it from standard input
+    /// What to draw, or how to change the image; `-` reads it from standard input
     #[arg(value_name = "PROMPT")]
     pub words: Option<OsString>,
-    /// What to draw, or to change; `-` reads it from standard input
+    /// What to draw, or how to change the image; `-` reads it from standard input
     #[arg(short, long, value_name = "TEXT")]
     pub prompt: Option<OsString>,
     /// One prompt a line; `-` reads standard input
@@ -38,19 +38,19 @@ pub struct PromptArgs {
 /// How to draw, with what, and where to.
 #[derive(Args, Clone, Debug, Default)]
 pub struct DrawArgs {
-    /// Decides all randomness: one seed, or several as 3,7,11 [default: chosen, printed and stored]
+    /// Random seed, or several: 3,7,11 [default: chosen, printed and stored]
     #[arg(long, value_name = "SEED", allow_negative_numbers = true, value_delimiter = ',', value_parser = seed)]
     pub seed: Vec<u64>,
     /// Images per prompt and seed, with seeds SEED, SEED+1, ...
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub count: u64,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or as the image that is changed
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or like the image that is edited
     #[arg(long, default_value = "auto")]
     pub size: String,
     /// Guidance: how closely to follow the prompt; 0 turns it off [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub cfg: Option<f64>,
-    /// Guide the first N scales only, which saves half of the time of the others [default: all]
+    /// Guide the first N scales only; the others then take half the time [default: all]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub cfg_until: Option<usize>,
     /// Spread of the drawn codes; 0 always takes the likeliest [default: the model's]
@@ -74,7 +74,7 @@ pub struct DrawArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    /// Keep the transformer's weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
     /// auto, cpu, cuda:N or metal
@@ -109,17 +109,18 @@ pub(super) fn told(seeds: &[u64]) -> String {
 }
 
 impl DrawArgs {
-    /// Whether so many scales can be drawn as these flags say.
+    /// Whether so many scales can be drawn as these flags say, with the `sampling` that they come to.
     ///
     /// Errors: usage, for scales that there are not, and guidance that is off.
-    pub fn check_scales(&self, scales: usize) -> Result<()> {
+    pub fn check_scales(&self, sampling: &Sampling, scales: usize) -> Result<()> {
         match self.cfg_until {
             Some(n) if n > scales => {
                 let message = format!("--cfg-until {n}, but the image has {scales} scales");
                 Err(Error::usage(message).hint(format!("--cfg-until {scales}")))
             }
-            Some(n) if self.cfg == Some(0.0) => {
-                Err(Error::usage(format!("--cfg-until {n} with --cfg 0 guides nothing")).hint("leave one of them out"))
+            Some(n) if sampling.cfg == 0.0 => {
+                Err(Error::usage(format!("--cfg-until {n} with --cfg 0 guides nothing"))
+                    .hint("--cfg 3, or leave it out"))
             }
             _ => Ok(()),
         }

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use serde::Serialize;
 
-use super::draw::{Delivery, DrawArgs, PromptArgs, told};
-use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
+use super::draw::{Delivery, DrawArgs, PromptArgs};
+use super::plan::Plan;
+use crate::chat::{ChatConfig, ChatModel, Heard, Manner, Part, Session};
 use crate::error::{Error, Result};
 use crate::generate::frame::Frame;
 use crate::generate::{cost, schedule};
@@ -17,11 +17,11 @@ use crate::{memory, pixels};
 
 /// Flags of `nextflow edit`.
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  nextflow edit -i apple.png -p \"make it green\" -o green.png\n  \
+#[command(after_help = "Examples:\n  nextflow edit -i apple.png -p \"make the background light blue\" -o blue.png\n  \
                   nextflow edit -i scene.png \"remove the red circle\" --count 4\n  \
                   echo \"把背景变成浅蓝色\" | nextflow edit -i cat.png -\n  \
-                  nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\" -o green.png\n\nThe image is scaled to the model's size, \
-                  standing in the middle where the ratios differ; the result is cut to the ratio of the first image, unless --size asks for another.")]
+                  nextflow gen \"a blue star\" -o - | nextflow edit -i - \"make it red\" -o red.png\n\nThe image is scaled to the model's size and centred; \
+                  the result is cropped to the ratio of the first image, unless --size asks for another.")]
 pub struct EditArgs {
     /// The image to change; may be given several times; `-` reads standard input
     #[arg(short, long = "image", value_name = "FILE", required = true)]
@@ -29,7 +29,7 @@ pub struct EditArgs {
     /// What to change.
     #[command(flatten)]
     pub words: PromptArgs,
-    /// Guide away from any picture, not from one with the same sources: changes more
+    /// Follow the instruction more freely: guidance then does not hold on to the sources
     #[arg(long)]
     pub free: bool,
     /// How to draw.
@@ -37,20 +37,8 @@ pub struct EditArgs {
     pub draw: DrawArgs,
 }
 
-/// What `--dry-run` tells.
-#[derive(Serialize)]
-struct Plan<'a> {
-    model: &'a str,
-    images: u64,
-    seeds: &'a [u64],
-    size: String,
-    codes: usize,
-    memory: ChatMemory,
-    peak_memory: u64,
-}
-
 /// How an image comes from standard input.
-const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow edit -i - \"make it green\"";
+const PIPE: &str = "nextflow gen \"a blue star\" -o - | nextflow edit -i - \"make it red\"";
 /// Tokens of what stands around an instruction, for the forecast.
 const AROUND: usize = 48;
 /// The most words that the model says before it draws.
@@ -61,22 +49,22 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let sources = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
+    if args.free && request.sampling.cfg == 0.0 {
+        return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
+    }
     let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
-    args.draw.check_scales(frame.scales.len())?;
+    args.draw.check_scales(&request.sampling, frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
     let words = cost::longest(&request.prompts);
     let tokens = read.sum::<Result<usize>>()? + words + AROUND + THOUGHT + schedule::codes(&frame.scales);
     let memory =
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
-    let (width, height) = frame.size();
     let preview = args.draw.preview()?;
     if args.draw.dry_run {
         ChatModel::check(&request.source, &config)?;
-        let (model, images, seeds) = (&*request.model, request.images(), &*request.seeds);
-        let (size, codes) = (format!("{width}x{height}"), schedule::codes(&frame.scales));
-        let plan = Plan { model, images, seeds, size, codes, memory, peak_memory: memory.peak() };
-        return plan.emit(args.draw.json);
+        let plan = Plan::new(&request, frame.size(), &frame.scales, memory, memory.peak());
+        return plan.emit(args.draw.json, &memory.parts());
     }
     memory::check(memory.peak(), &request.device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
     let mut console = Console::new(args.draw.level(), request.images());
@@ -119,18 +107,5 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
 }
 
 fn no_image() -> Error {
-    Error::usage("there is no image to change").hint("nextflow edit -i apple.png -p \"make it green\"")
-}
-
-impl Plan<'_> {
-    fn emit(&self, json: bool) -> Result<()> {
-        if json {
-            return terminal::emit_json(self).map(drop);
-        }
-        let Plan { model, images, seeds, size, codes, peak_memory, .. } = self;
-        let memory = *peak_memory as f64 / 1e6;
-        let (model, seeds) = (terminal::clean(model), told(seeds));
-        let text = format!("{images} x {size} with {model}, {seeds}: {codes} codes\nmemory {memory:.0} MB\n");
-        terminal::emit(text.as_bytes()).map(drop)
-    }
+    Error::usage("there is no image to change").hint("nextflow edit -i star.png -p \"make it red\"")
 }

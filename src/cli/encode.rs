@@ -10,7 +10,7 @@ use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
 use crate::size::Size;
-use crate::{device, pixels, terminal};
+use crate::{device, input, pixels, request, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]
@@ -22,7 +22,7 @@ pub struct EncodeArgs {
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); what does not fit is cut off
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Write here, as JSON or, for a name that ends so, .safetensors [default: JSON to standard output]
+    /// Write here, as safetensors if the name ends in .safetensors, else as JSON [default: JSON to standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Let -o replace a file
@@ -40,11 +40,12 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let size: Size = args.size.parse()?;
     let destination = match &args.output {
         Some(path) if path.as_os_str() != "-" => Destination::File { path: path.clone(), force: args.force },
+        _ if args.force => return Err(request::for_files("--force")),
         _ => Destination::Stdout,
     };
     if let Some(path) = args.output.as_ref().filter(|path| ImageFormat::from_path(path).is_ok()) {
         let message = format!("{} is the name of an image, and codes are none", path.display());
-        return Err(Error::usage(message).hint(format!("-o {}", path.with_extension("json").display())));
+        return Err(Error::usage(message).hint(format!("-o {}", input::quoted(&path.with_extension("json")))));
     }
     destination.check()?;
     let device = device::parse(&args.device)?;
@@ -57,10 +58,11 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let codes = encoded.into_iter().next().map(|e| e.codes).unwrap_or_default();
     let codebook_size = codec.config().codebook.size;
     let codes = Codes { model: codec.name, codebook_size, scales, codes };
-    let bytes = match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e == "safetensors") {
-        true => codes.to_safetensors()?,
-        false => codes.to_json()?,
-    };
+    let bytes =
+        match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
+            true => codes.to_safetensors()?,
+            false => codes.to_json()?,
+        };
     let _ = match destination.save(&bytes, "", 0)? {
         None => terminal::emit(&bytes)?,
         Some(path) => terminal::emit_path(&path)?,

@@ -39,7 +39,7 @@ pub struct EvalArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    /// Keep the transformer's weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
     /// auto, cpu, cuda:N or metal
@@ -51,7 +51,7 @@ pub struct EvalArgs {
     /// Measure this alone; may be given several times [default: all that the model and the picture library allow]
     #[arg(long, value_name = "SUITE", value_enum)]
     pub suite: Vec<Suite>,
-    /// Compositions and dialogues that were held out, or of those that nano was trained on
+    /// Test on held-out compositions and dialogues, or on those nano was trained on
     #[arg(long, value_enum, default_value_t = Split::HeldOut)]
     pub split: Split,
     /// Cases per category of compositions, and per kind of dialogues

@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use serde::Serialize;
 
-use super::draw::{Delivery, DrawArgs, PromptArgs, told};
+use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::jobs::{self, JobsArgs};
+use super::plan::Plan;
 use super::think;
+use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
-use crate::generate::{Batch, Job, Model, TRANSFORMER, schedule};
+use crate::generate::{Batch, Job, Model, TRANSFORMER};
 use crate::request::Request;
 use crate::settings::Settings;
 use crate::terminal::{self, Console, Level};
@@ -27,18 +28,18 @@ const MAX_BATCH: u64 = 1024;
                   nextflow gen -p \"三只蓝色的猫\" --count 4 --out-dir cats\n  \
                   nextflow gen --prompt-file prompts.txt --seed 7 --json\n  \
                   nextflow gen --jsonl jobs.jsonl --out-dir pictures --resume\n  \
-                  nextflow gen --from apple.png --seed 1,2,3           # the same, but for what is given")]
+                  nextflow gen --from apple.png --seed 1,2,3           # the same settings, three new seeds")]
 pub struct GenArgs {
     /// What to draw.
     #[command(flatten)]
     pub words: PromptArgs,
-    /// Draw as this PNG of ours was drawn: its prompt, seed, size and settings, where none are given
+    /// Reuse the prompt, seed, size and settings stored in this PNG; other flags override them
     #[arg(long, value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
     pub from: Option<PathBuf>,
-    /// Guide away from this [default: from no words, or as the model has it, for which an empty TEXT stands as well]
+    /// Steer away from this; an empty TEXT is the default [default: no words, or the model's own]
     #[arg(short, long, value_name = "TEXT", conflicts_with = "think")]
     pub negative: Option<OsString>,
-    /// Let the model think in words first, and draw what it comes to
+    /// Let the model think in words first, and draw what that leads to
     #[arg(long)]
     pub think: bool,
     /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail [default: the model's]
@@ -109,41 +110,61 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     if let Some(file) = &args.jobs.jsonl {
         return jobs::run(args, file);
     }
+    let typed = args;
     let (args, old) = match &args.from {
         Some(path) => filled(args, path).map(|(args, old)| (args, Some(old)))?,
         None => (args.clone(), None),
     };
     let args = &args;
     let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
-        Some(path) => Error { message: format!("as {} has it: {}", input::shown(path), e.message), ..e },
-        None => e,
+        // What is wrong without the PNG as well is not its fault.
+        Some(path) if Request::new(&args.words, &typed.draw).is_ok() => {
+            Error { message: format!("as {} has it: {}", input::shown(path), e.message), ..e }
+        }
+        _ => e,
     })?;
-    if let Some(old) = old.filter(|old| old.model != request.model && !args.draw.quiet) {
+    if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
-    let scales = request.size.grids(&request.config)?;
+    let scales = match old {
+        // Several ratios share a last grid, and with it a size in pixels.
+        Some(old) if typed.draw.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
+        _ => request.size.grids(&request.config)?,
+    };
     request.negative = negative(args, &request, scales.len())?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
     request.sampling.check(scales.len())?;
-    args.draw.check_scales(scales.len())?;
+    args.draw.check_scales(&request.sampling, scales.len())?;
     let preview = args.draw.preview()?;
     let (json, batch) = (args.draw.json, batch(args, request.images() as usize)?);
-    if args.draw.dry_run {
-        Model::check(&request.source, &request.config)?;
-        return plan(&request, &scales, batch, json);
-    }
-    // A file that is missing matters more than the memory that it would take.
-    request.source.find(TRANSFORMER)?;
-    let needed = forecast(&request, &scales, batch)?.peak();
     let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
-    memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
+    let thinking = args.think.then(|| ChatConfig::read(&request.source)).transpose()?;
+    if let Some(config) = &thinking {
+        let memory = think::forecast(&request, config, &scales)?;
+        if args.draw.dry_run {
+            ChatModel::check(&request.source, config)?;
+            let size = request.config.pixels(&scales);
+            return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
+        }
+        memory::check(memory.peak(), &request.device, smaller)?;
+    } else {
+        let memory = forecast(&request, &scales, batch)?;
+        if args.draw.dry_run {
+            Model::check(&request.source, &request.config)?;
+            let size = request.config.pixels(&scales);
+            return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
+        }
+        // A file that is missing matters more than the memory that it would take.
+        request.source.find(TRANSFORMER)?;
+        memory::check(memory.peak(), &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
+    }
     let level = args.draw.level();
     let mut console = Console::new(level, request.images());
     let stop = terminal::interrupts()?;
-    if args.think {
-        return think::run(Delivery { request: &request, console, stop, json, preview, edit: None }, &scales);
+    if let Some(config) = thinking {
+        return think::run(Delivery { request: &request, console, stop, json, preview, edit: None }, config, &scales);
     }
     let load = || Model::load(&request.source, &request.device, request.weights);
     let model = console.load(&request.model, load)?;
@@ -194,59 +215,8 @@ pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
     Err(Error::usage(format!("--batch {} {what}", args.batch)).hint("--batch 4"))
 }
 
-/// What `--dry-run` tells.
-#[derive(Serialize)]
-struct Plan<'a> {
-    model: &'a str,
-    images: u64,
-    seeds: &'a [u64],
-    size: String,
-    scales: &'a [(usize, usize)],
-    codes: usize,
-    passes: usize,
-    memory: Memory,
-    peak_memory: u64,
-}
-
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
     let Request { config, source, weights, sampling, device, prompts, .. } = request;
     let words = cost::longest(prompts.iter().chain(&request.negative));
     cost::memory(config, source, *weights, Work { scales, images: batch, words, sampling }, device)
-}
-
-fn plan(request: &Request, scales: &[(usize, usize)], batch: usize, json: bool) -> Result<()> {
-    let (config, memory) = (&request.config, forecast(request, scales, batch)?);
-    let cell = config.tokenizer.cell();
-    let (h, w) = scales.last().copied().unwrap_or((0, 0));
-    let plan = Plan {
-        model: &request.model,
-        images: request.images(),
-        seeds: &request.seeds,
-        size: format!("{}x{}", w * cell, h * cell),
-        scales,
-        codes: schedule::codes(scales),
-        passes: request.sampling.all_passes(scales.len()),
-        peak_memory: memory.peak(),
-        memory,
-    };
-    if json {
-        return terminal::emit_json(&plan).map(drop);
-    }
-    let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
-    let Plan { model, images, seeds, size, codes, passes, .. } = &plan;
-    let Memory { transformer, cache, activations, tokenizer, decode, program } = plan.memory;
-    let text = format!(
-        "{images} x {size} with {}, {}: {codes} codes in {} scales, {passes} passes\n\
-         memory {}: transformer {}, cache {}, image tokenizer {}, at work {}, program {}\n",
-        terminal::clean(model),
-        told(seeds),
-        scales.len(),
-        mb(plan.peak_memory),
-        mb(transformer),
-        mb(cache),
-        mb(tokenizer),
-        mb(activations.max(decode)),
-        mb(program),
-    );
-    terminal::emit(text.as_bytes()).map(drop)
 }

@@ -11,6 +11,7 @@ use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
+use crate::input::quoted;
 use crate::terminal;
 
 /// How many keys of a list are shown.
@@ -19,8 +20,9 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors or .pt) [default: the model inside the program]
-    #[arg(value_name = "FOLDER|FILE", env = "NEXTFLOW_MODEL")]
+    /// A model folder, or a file of weights (.safetensors, .pt or .gguf) [default: what NEXTFLOW_MODEL names, else the model
+    /// inside the program]
+    #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON in place of text
     #[arg(long)]
@@ -46,7 +48,8 @@ struct Info {
 
 /// Runs `nextflow info`.
 pub(super) fn run(args: &InfoArgs) -> Result<()> {
-    let info = match &args.path {
+    let named = || std::env::var_os("NEXTFLOW_MODEL").filter(|name| !name.is_empty()).map(PathBuf::from);
+    let info = match &args.path.clone().or_else(named) {
         Some(path) if path == Path::new(NANO) && !path.exists() => of_model(&Source::Embedded)?,
         Some(path) if !path.is_dir() => of_weights(&Inventory::open(path)?)?,
         Some(path) => match config(path)? {
@@ -54,7 +57,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
             Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
             None if is_whole(path) => {
                 return Err(Error::model(format!("{} holds a model, but config.json is missing", path.display()))
-                    .hint(format!("copy it from its origin; nextflow info {}/{TRANSFORMER}", path.display())));
+                    .hint(format!("copy it from its origin; nextflow info {}", quoted(&path.join(TRANSFORMER)))));
             }
             _ => match Inventory::open(path)? {
                 none if none.files().is_empty() => {

@@ -24,7 +24,7 @@ use crate::{input, memory};
 #[derive(Args, Clone, Debug, Default)]
 pub struct JobsArgs {
     /// Draw a file of jobs, one JSON object a line: {"prompt": "a cat", "out": "cat.png", "seed": 7}; also id, negative, size, cfg,
-    /// cfg_until, temperature, top_k, top_p and draft; flags stand for what a line does not tell; `-` reads standard input
+    /// cfg_until, temperature, top_k, top_p and draft; flags fill in what a line leaves out; `-` reads standard input
     /// as it comes
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
@@ -34,7 +34,7 @@ pub struct JobsArgs {
     /// With --jsonl: go on after a job that fails
     #[arg(long)]
     pub keep_going: bool,
-    /// With --jsonl: draw the K-th of N parts only, for as many processes
+    /// With --jsonl: draw only part K of N, to split a file among processes
     #[arg(long, value_name = "K/N")]
     pub shard: Option<Shard>,
 }
@@ -201,7 +201,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         console.clear();
     }
     let mut delivery = Delivery { request, console, stop, json: true, preview: None, edit: None };
-    let mut tasks = all.into_iter().chain(jobs).peekable();
+    let mut tasks = all.into_iter().chain(jobs.by_ref()).peekable();
     let mut tried = 0;
     while let Some(next) = tasks.next() {
         tried += 1;
@@ -224,7 +224,8 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
             return Ok(()); // The reader of our output has gone: nobody wants the rest.
         }
     }
-    if tried == 0 && !wait { Err(empty()) } else { failures.end(tried) }
+    drop(tasks);
+    if jobs.seen() == 0 { Err(empty()) } else { failures.end(tried) }
 }
 
 /// A job and those behind it that are drawn in the same pass, up to so many in all.

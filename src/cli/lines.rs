@@ -136,6 +136,9 @@ impl Lines {
     }
 }
 
+/// What editors of some systems put before UTF-8.
+const BOM: &[u8] = "\u{feff}".as_bytes();
+
 /// A line of standard input; the rest of one that is too long is passed over.
 fn pipe() -> Result<Line> {
     let (mut input, mut line) = (io::stdin().lock(), Vec::new());
@@ -167,6 +170,7 @@ fn pipe() -> Result<Line> {
         }
     }
     let line = line.strip_suffix(b"\n").unwrap_or(&line);
+    let line = line.strip_prefix(BOM).unwrap_or(line);
     Ok(Line::Text(line.strip_suffix(b"\r").unwrap_or(line).to_vec()))
 }
 
@@ -185,7 +189,7 @@ pub(super) fn check(bytes: &[u8]) -> Result<String> {
         let message = format!("the message has {} bytes, the limit is {MAX_MESSAGE}", bytes.len());
         return Err(Error::usage(message).hint("say it in several messages"));
     }
-    let text = std::str::from_utf8(bytes).map_err(|e| {
+    let text = std::str::from_utf8(bytes.strip_prefix(BOM).unwrap_or(bytes)).map_err(|e| {
         Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))
             .hint("nextflow chat \"what is this?\"")
     })?;

@@ -15,6 +15,7 @@ mod lines;
 mod model;
 #[cfg(feature = "hub")]
 mod models;
+mod plan;
 mod quantize;
 mod repl;
 mod think;
@@ -25,6 +26,8 @@ pub use draw::{DrawArgs, PromptArgs};
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
 pub use model::ModelArgs;
+
+use std::ffi::OsStr;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -45,7 +48,7 @@ struct Cli {
 pub enum Command {
     /// Draw images from prompts
     Gen(GenArgs),
-    /// Change images by saying how
+    /// Edit images by instruction
     Edit(edit::EditArgs),
     /// Talk about images, and draw them
     Chat(chat::ChatArgs),
@@ -53,18 +56,18 @@ pub enum Command {
     Encode(encode::EncodeArgs),
     /// Turn codes into an image
     Decode(decode::DecodeArgs),
-    /// Tell what a model or a file of weights is
+    /// Describe a model or a file of weights
     Info(info::InfoArgs),
     /// Measure speed and memory with random weights
     Bench(bench::BenchArgs),
     /// Write a smaller copy of a model
     Quantize(quantize::QuantizeArgs),
-    /// Put NextFlow together of Qwen2.5-VL and an image tokenizer, untrained
+    /// Build an untrained NextFlow from Qwen2.5-VL and an image tokenizer
     Assemble(assemble::AssembleArgs),
     /// List, download, check and remove models
     #[cfg(feature = "hub")]
     Models(models::ModelsArgs),
-    /// Measure a model: recognition, compositions, reconstruction
+    /// Measure a model: compositions, dialogues, recognition, reconstruction
     Eval(EvalArgs),
     /// Train nano, step by step
     #[cfg(feature = "train")]
@@ -79,7 +82,7 @@ pub fn parse() -> Result<Option<Command>> {
             let _ = terminal::emit(e.render().to_string().as_bytes())?;
             Ok(None)
         }
-        Err(e) => Err(one_sentence(&e, std::env::args().nth(1).as_deref())),
+        Err(e) => Err(one_sentence(&e, std::env::args_os().nth(1).as_deref().and_then(OsStr::to_str))),
     }
 }
 

@@ -81,9 +81,10 @@ impl<'a> Repl<'a> {
         Ok(Self { model, session, host, pictures, asked: None, lines, quiet, failed: false })
     }
 
-    /// One command, as it is typed.
+    /// One command, as it is typed. Ctrl-C ends it with an error.
     pub fn once(mut self, text: &str) -> Result<()> {
-        self.command(text.trim_start_matches('/'))
+        self.command(text.trim_start_matches('/'))?;
+        if self.host.stop.check().is_break() { Err(terminal::interrupted()) } else { Ok(()) }
     }
 
     /// Until the user leaves.
@@ -94,7 +95,9 @@ impl<'a> Repl<'a> {
         }
         loop {
             self.host.stop.waiting();
-            let outcome = match self.lines.message(self.pictures.len()) {
+            let message = self.lines.message(self.pictures.len());
+            self.host.stop.speaking();
+            let outcome = match message {
                 Ok(None) => break,
                 Ok(Some(text)) if text.is_empty() => continue,
                 Ok(Some(text)) => match text.strip_prefix('/') {
@@ -109,9 +112,16 @@ impl<'a> Repl<'a> {
                 }
                 Err(error) => Err(error),
             };
-            if let Err(error) = outcome {
-                self.failed = true;
-                terminal::report(&error);
+            match outcome {
+                Ok(()) => {}
+                Err(error) if error.kind == Kind::Interrupted => {
+                    self.failed = true;
+                    terminal::note("(stopped before the first word; nothing was kept)");
+                }
+                Err(error) => {
+                    self.failed = true;
+                    terminal::report(&error);
+                }
             }
         }
         self.lines.close();
@@ -163,22 +173,13 @@ impl<'a> Repl<'a> {
     }
 
     fn ask(&mut self, pictures: Vec<Picture>, text: &str, ask: Ask) -> Result<()> {
-        self.host.stop.speaking();
-        match self.host.say(&mut self.session, pictures, text, ask) {
-            Ok(reply) => {
-                self.pictures.clear();
-                self.asked = Some(ask);
-                if reply.ending == Ending::Interrupted && !self.quiet {
-                    terminal::note("(stopped)");
-                }
-                Ok(())
-            }
-            Err(error) if error.kind == Kind::Interrupted => {
-                terminal::note("(stopped before the first word; nothing was kept)");
-                Ok(())
-            }
-            Err(error) => Err(error),
+        let reply = self.host.say(&mut self.session, pictures, text, ask)?;
+        self.pictures.clear();
+        self.asked = Some(ask);
+        if reply.ending == Ending::Interrupted && !self.quiet {
+            terminal::note("(stopped)");
         }
+        Ok(())
     }
 
     fn command(&mut self, command: &str) -> Result<()> {
@@ -191,20 +192,22 @@ impl<'a> Repl<'a> {
             }
         };
         match (name, rest) {
+            ("help" | "regen" | "undo" | "clear" | "show" | "exit", more) if !more.is_empty() => {
+                return Err(Error::usage(format!("/{name} takes nothing behind it")).hint(format!("/{name}")));
+            }
             ("help", _) => HELP.lines().for_each(terminal::note),
             ("image", "") => return Err(Error::usage("/image needs a file").hint("/image photo.jpg")),
             ("image", file) => {
-                self.host.stop.speaking();
                 let picture = chat::picture(self.model, Path::new(file))?;
                 tell(&format!("{file} goes with the next message: {} tokens", picture.tokens()));
                 self.pictures.push(picture);
             }
             ("gen" | "edit", "") => {
-                return Err(Error::usage(format!("/{name} needs words")).hint("/gen a red apple, /edit make it green"));
+                return Err(Error::usage(format!("/{name} needs words")).hint("/gen a blue star, /edit make it red"));
             }
             ("gen", text) => self.say(text, Ask::Image)?,
             ("edit", _) if self.pictures.is_empty() && self.session.pictures().next().is_none() => {
-                return Err(Error::usage("there is no image to edit yet").hint("/image photo.jpg, or /gen a red apple"));
+                return Err(Error::usage("there is no image to edit yet").hint("/image photo.jpg, or /gen a blue star"));
             }
             ("edit", text) => self.say(text, Ask::Edit)?,
             ("regen", _) => self.regenerate()?,
@@ -212,10 +215,13 @@ impl<'a> Repl<'a> {
                 let bad = |_| Error::usage(format!("{seed:?} is not a seed")).hint("/seed 7");
                 self.host.manner.seed = seed.parse().map_err(bad)?;
             }
+            ("size", "") => return Err(Error::usage("/size needs a size").hint("/size 16:9")),
             ("size", text) => {
                 let config = self.model.config().drawing.as_ref().ok_or_else(ChatModel::draws_nothing)?;
-                let size: Size = text.parse()?;
-                size.grids(config)?;
+                let as_typed = |text: String| text.replace("--size", "/size");
+                let here = |e: Error| Error { message: as_typed(e.message), hint: e.hint.map(as_typed), ..e };
+                let size: Size = text.parse().map_err(here)?;
+                size.grids(config).map_err(here)?;
                 self.host.size = size;
             }
             ("undo", _) => {
@@ -291,7 +297,7 @@ impl<'a> Repl<'a> {
     }
 
     fn save(&self, path: &Path) -> Result<()> {
-        if path.exists() {
+        if fs::symlink_metadata(path).is_ok() {
             return Err(Error::usage(format!("{} exists already", path.display())).hint("/save ANOTHER_FILE"));
         }
         if !output::parent(path).is_dir() {
@@ -322,6 +328,10 @@ impl<'a> Repl<'a> {
             Error::usage(format!("cannot load {}: {what}", path.display())).hint("/load a file that /save wrote")
         };
         let mut bytes = Vec::new();
+        // A pipe might never end.
+        if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+            return Err(bad("it is not a regular file".into()));
+        }
         let file = fs::File::open(path).map_err(|e| bad(e.to_string()))?;
         file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
         if bytes.len() as u64 > MAX_FILE {
@@ -337,7 +347,8 @@ impl<'a> Repl<'a> {
             if let Some(known) = gallery.iter().find(|known| Path::new(&known.name) == file) {
                 return Ok(Part::Image(known.clone()));
             }
-            let picture = chat::picture(self.model, &file)?;
+            let picture = chat::picture(self.model, &file)
+                .map_err(|e| Error { message: format!("cannot load {}: {}", path.display(), e.message), ..e })?;
             gallery.push(picture.clone());
             Ok(Part::Image(picture))
         };

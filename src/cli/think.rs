@@ -3,17 +3,27 @@
 use std::time::Instant;
 
 use super::draw::Delivery;
-use crate::chat::{ChatConfig, ChatModel, Heard, Manner, Part, Session};
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
 use crate::error::Result;
 use crate::generate::prompt::THINK;
+use crate::generate::{cost, schedule};
+use crate::request::Request;
 
 /// The most words that it thinks.
 const LONGEST: usize = 256;
 
+/// Tokens of what stands around a prompt, for the forecast.
+const AROUND: usize = 48;
+
+/// The memory that it takes.
+pub(super) fn forecast(request: &Request, config: &ChatConfig, scales: &[(usize, usize)]) -> Result<ChatMemory> {
+    let tokens = cost::longest(&request.prompts) + AROUND + LONGEST + schedule::codes(scales);
+    config.memory(Some(&request.source), request.weights, tokens, scales.last().copied(), &request.device)
+}
+
 /// Thinks about every prompt and draws. Stops at the first error; the images before it stay.
-pub(super) fn run(mut delivery: Delivery, scales: &[(usize, usize)]) -> Result<()> {
+pub(super) fn run(mut delivery: Delivery, config: ChatConfig, scales: &[(usize, usize)]) -> Result<()> {
     let request = delivery.request;
-    let config = ChatConfig::read(&request.source)?;
     let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
     let model = delivery.console.load(&request.model, load)?;
     let words = model.config().sampling;

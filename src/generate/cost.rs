@@ -33,6 +33,17 @@ impl Memory {
         let kept = self.transformer + self.cache + self.tokenizer + self.program;
         kept + self.activations.max(self.decode)
     }
+
+    /// What the peak is made of, in words.
+    pub fn parts(&self) -> [(&'static str, u64); 5] {
+        [
+            ("transformer", self.transformer),
+            ("cache", self.cache),
+            ("image tokenizer", self.tokenizer),
+            ("at work", self.activations.max(self.decode)),
+            ("program", self.program),
+        ]
+    }
 }
 
 /// The program with its libraries, buffers and threads, as measured.

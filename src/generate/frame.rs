@@ -28,8 +28,7 @@ impl Frame {
     pub fn of(config: &ModelConfig, (width, height): (u32, u32), size: Size) -> Result<Self> {
         let asked = size != Size::Auto;
         let scales = size.or_of(config, (width, height)).grids(config)?;
-        let cell = config.tokenizer.cell() as u32;
-        let outer = scales.last().map_or((0, 0), |&(h, w)| (w as u32 * cell, h as u32 * cell));
+        let outer = config.pixels(&scales);
         let fit = (f64::from(outer.0) / f64::from(width)).min(f64::from(outer.1) / f64::from(height));
         let side = |from: u32, most: u32| ((f64::from(from) * fit).round() as u32).clamp(1, most);
         let (w, h) = (side(width, outer.0), side(height, outer.1));

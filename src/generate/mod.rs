@@ -63,7 +63,7 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// What makes no sense whatever is drawn, as a setting, its value and what it has to be.
+    /// The first invalid setting: its name, its value and the rule that it breaks.
     pub fn fault(&self) -> Option<(&'static str, f64, &'static str)> {
         let filters = std::iter::once((self.top_k, self.top_p)).chain(self.refine.iter().map(|f| (f.top_k, f.top_p)));
         let inside = |x: f64, most: f64| (0.0..=most).contains(&x);
@@ -81,7 +81,7 @@ impl Sampling {
         faults.into_iter().find_map(|(good, fault)| (!good).then_some(fault))
     }
 
-    /// Errors: usage, for a draft without any of so many scales.
+    /// Errors: usage, if the draft leaves none of so many scales.
     pub fn check(&self, scales: usize) -> Result<()> {
         if self.draft < scales {
             return Ok(());
@@ -178,12 +178,13 @@ pub fn draw_behind(
 
 /// Draws the codes of images, coarse to fine: the next-scale loop. Gives the codes of every scale of every image.
 ///
-/// The batch has a row for the prompt of every image and, with guidance, as many unconditional ones, all read up to what
-/// opens the image; `hidden` are the states of that last token, (R, 1, hidden). Each scale is one forward pass over its grid
-/// against the cache, without a mask. The first code is predicted by the last token, the codes of every later scale by the
-/// upsampled codes before it; further passes see the scale's own codes as well and draw them anew. Once guidance ends, the
-/// loop goes on with the prompts' rows. A GPU that draws the codes itself is not waited for before all scales have been asked
-/// for.
+/// - The batch has a row for the prompt of every image and, with guidance, as many unconditional ones, all read up to what
+///   opens the image; `hidden` are the states of that last token, (R, 1, hidden).
+/// - Each scale is one forward pass over its grid against the cache, without a mask. The first code is predicted by the last
+///   token, the codes of every later scale by the upsampled codes before it.
+/// - Further passes of a scale (`refine`) see its own codes as well and draw them anew.
+/// - Once guidance ends, the loop goes on with the prompts' rows.
+/// - A GPU that draws the codes itself is not waited for before all scales have been queued.
 pub fn draw_codes(
     mut rows: Rows,
     mut hidden: Tensor,

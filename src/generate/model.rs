@@ -96,6 +96,19 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Whether it draws images of these grids (height, width), coarse to fine.
+    pub fn has_scales(&self, scales: &[(usize, usize)]) -> bool {
+        let mut levels = schedule::levels(self.scales);
+        let any = |level: usize| schedule::table().iter().any(|entry| entry.prefix(level) == scales);
+        if self.grids.is_empty() { levels.any(any) } else { self.grids == scales }
+    }
+
+    /// Pixels, (width, height), of an image of these grids.
+    pub fn pixels(&self, scales: &[(usize, usize)]) -> (u32, u32) {
+        let cell = self.tokenizer.cell();
+        scales.last().map_or((0, 0), |&(h, w)| ((w * cell) as u32, (h * cell) as u32))
+    }
+
     /// NextFlow as the paper has it, up to 1024 pixels, on a `transformer` that reads text and a public tokenizer.
     pub fn nextflow(name: &str, transformer: BackboneConfig, tokenizer: TokenizerConfig) -> Self {
         let backbone = BackboneConfig {

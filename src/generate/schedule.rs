@@ -23,6 +23,11 @@ impl Entry {
     }
 }
 
+/// Scales of the paper's 128, 256, 512 and 1024 px levels, as far as a model of `max` scales goes, and these.
+pub fn levels(max: usize) -> impl Iterator<Item = usize> {
+    [8, 12, 16].into_iter().filter(move |level| *level < max).chain([max])
+}
+
 static TABLE: LazyLock<Vec<Entry>> = LazyLock::new(|| {
     // The file is part of the binary and the tests below parse it, so this cannot fail for a user.
     serde_json::from_str(include_str!("scale_schedules.json")).unwrap_or_default()
@@ -56,21 +61,21 @@ pub fn codes(scales: &[(usize, usize)]) -> usize {
     scales.iter().map(|(h, w)| h * w).sum()
 }
 
-/// The coefficients of h^2 (linear layers) and of h (attention) in the paper's count of operations for one image
-/// after `text` tokens: 12 * tokens, and 4 * (sum of s_t * cum_t + text^2), where cum_t counts everything that scale t
-/// sees, the text included.
-pub fn flop_coefficients(scales: &[(usize, usize)], text: usize) -> (u64, u64) {
-    let (mut seen, mut attention) = (text, text * text);
-    for (h, w) in scales {
-        seen += h * w;
-        attention += h * w * seen;
-    }
-    (12 * seen as u64, 4 * attention as u64)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The coefficients of h^2 (linear layers) and of h (attention) in the paper's count of operations for one image
+    /// after `text` tokens: 12 * tokens, and 4 * (sum of s_t * cum_t + text^2), where cum_t counts everything that scale t
+    /// sees, the text included.
+    fn flop_coefficients(scales: &[(usize, usize)], text: usize) -> (u64, u64) {
+        let (mut seen, mut attention) = (text, text * text);
+        for (h, w) in scales {
+            seen += h * w;
+            attention += h * w * seen;
+        }
+        (12 * seen as u64, 4 * attention as u64)
+    }
 
     #[test]
     fn the_table_has_41_ratios_of_18_growing_scales() {

@@ -41,7 +41,7 @@ pub struct BenchArgs {
     /// Random weights of these shapes
     #[arg(long, value_name = "PRESET", value_enum)]
     pub synthetic: Shape,
-    /// Keep the transformer's weights in this type [default: f32 on a CPU, else bf16]
+    /// Keep the transformer's weights in this type [default: f32 on a CPU, bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
     /// The image: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the largest square, 448x448 for Qwen2.5-VL)
@@ -50,7 +50,7 @@ pub struct BenchArgs {
     /// Text tokens of the prompt [default: 16, 512 for Qwen2.5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub prompt: Option<u32>,
-    /// Images in a row: of several the first warms up, and the median of the others is told
+    /// Images in a row: of several the first warms up, and the median of the others is reported
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub images: u32,
     /// Images that are drawn in one pass over every scale
