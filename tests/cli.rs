@@ -23,6 +23,15 @@ fn command(folder: &Path, args: &[&str]) -> Command {
     command
 }
 
+#[test]
+fn shells_complete_commands_and_flags() {
+    for (shell, part) in [("bash", "--cfg-until"), ("zsh", "#compdef nextflow"), ("fish", "complete -c nextflow")] {
+        let output = nextflow(Path::new("."), &["completions", shell], b"");
+        assert!(output.status.success() && String::from_utf8(output.stdout).unwrap().contains(part), "{shell}");
+    }
+    refused(&["completions", "tcsh"], b"", 2, "tcsh", "a similar value exists: 'zsh'");
+}
+
 #[cfg(unix)]
 #[test]
 fn arguments_that_are_no_text_are_refused() {

@@ -35,7 +35,7 @@ enum Data {
 
 /// Opens a regular file; anything else (a folder, a pipe) is refused.
 pub(super) fn open(path: &Path) -> Result<File> {
-    const FILES: &str = "nextflow gen --model FOLDER, with config.json, tokenizer.json, model.safetensors and \
+    const FILES: &str = "--model FOLDER, with config.json, tokenizer.json, model.safetensors and \
                          image_tokenizer.safetensors in FOLDER";
     let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
     let cannot = |e: io::Error| match e.kind() {

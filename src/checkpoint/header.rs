@@ -72,7 +72,7 @@ pub(super) fn read(name: &str, mut file: impl Read, length: u64) -> Result<Heade
 /// A file whose content cannot be trusted.
 pub(super) fn broken(name: &str, what: &str) -> Error {
     Error::model(format!("{name} {what}"))
-        .hint("copy the file from its origin again, or name another model: nextflow gen --model FOLDER")
+        .hint("copy the file from its origin again, or name another model: --model FOLDER")
 }
 
 enum Fault {

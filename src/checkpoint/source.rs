@@ -75,7 +75,7 @@ impl Source {
     pub fn read_json(&self, file: &str) -> Result<serde_json::Value> {
         serde_json::from_slice(&self.bytes(file)?).map_err(|e| {
             Error::model(format!("{file} of {self} is not JSON: {e}"))
-                .hint("copy the file from its origin again, or name another model: nextflow gen --model FOLDER")
+                .hint("copy the file from its origin again, or name another model: --model FOLDER")
         })
     }
 
@@ -228,9 +228,8 @@ impl Source {
     }
 
     fn embedded(&self, file: &str) -> Result<&'static [u8]> {
-        embedded::file(file).ok_or_else(|| {
-            Error::model("this build of nextflow has no built-in model").hint("nextflow gen --model FOLDER")
-        })
+        embedded::file(file)
+            .ok_or_else(|| Error::model("this build of nextflow has no built-in model").hint("--model FOLDER"))
     }
 
     fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
@@ -298,7 +297,7 @@ fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> 
     }
     let least = if cut { "at least " } else { "" };
     let message = format!("{name} does not fit {layout}, tensors {least}{}: {}", counts.join(", "), shown.join("; "));
-    Error::model(message).hint("nextflow gen --model FOLDER, with all files in FOLDER from one checkpoint")
+    Error::model(message).hint("--model FOLDER, with all files in FOLDER from one checkpoint")
 }
 
 /// A failure to build: the devices' allocators tell of their exhaustion in words only.
@@ -308,7 +307,7 @@ fn failure(name: &str, error: candle_core::Error) -> Error {
     if lower.contains("out of memory") || lower.contains("memory allocation failed") {
         return Error::new(Kind::Memory, format!("not enough memory for {name}: {text}")).hint("--device cpu");
     }
-    Error::model(format!("cannot load {name}: {text}")).hint("nextflow gen --model FOLDER with another checkpoint")
+    Error::model(format!("cannot load {name}: {text}")).hint("--model FOLDER with another checkpoint")
 }
 
 /// Copies one file.

@@ -306,7 +306,7 @@ fn the_built_in_model_is_whole() {
 #[test]
 fn a_build_without_a_model_says_so() {
     let error = Source::Embedded.read_config().unwrap_err();
-    assert_eq!((error.kind, error.hint.as_deref()), (Kind::Model, Some("nextflow gen --model FOLDER")));
+    assert_eq!((error.kind, error.hint.as_deref()), (Kind::Model, Some("--model FOLDER")));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod assemble;
 mod bench;
 mod chat;
+mod completions;
 mod decode;
 mod draw;
 mod edit;
@@ -69,6 +70,8 @@ pub enum Command {
     Models(models::ModelsArgs),
     /// Measure a model: compositions, dialogues, recognition, reconstruction
     Eval(EvalArgs),
+    /// Print the script by which a shell completes commands and flags
+    Completions(completions::CompletionsArgs),
     /// Train nano, step by step
     #[cfg(feature = "train")]
     Train(train::TrainArgs),
@@ -110,6 +113,7 @@ pub fn run(command: Command) -> Result<()> {
         #[cfg(feature = "hub")]
         Command::Models(args) => models::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Completions(args) => completions::run(&args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&args),
     }

@@ -247,7 +247,7 @@ fn non_finite(fault: sampler::Fault, scale: usize, (h, w): (usize, usize)) -> Er
         sampler::Fault::Tensor(error) => return error.into(),
     };
     let message = format!("the model gave no finite numbers at scale {} ({h}x{w}), position {position}", scale + 1);
-    Error::new(Kind::NonFinite, message).hint("check the weights: nextflow gen --model FOLDER with another checkpoint")
+    Error::new(Kind::NonFinite, message).hint("check the weights: --model FOLDER with another checkpoint")
 }
 
 #[cfg(test)]
