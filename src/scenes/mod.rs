@@ -273,6 +273,17 @@ fn centre(index: usize, count: usize, place: Place) -> (f64, f64) {
     }
 }
 
+/// Radii between which an object of a size that is told lies, if it stands among so many, at a place: nearer to its own than to
+/// the next one.
+pub fn radii(count: usize, size: Size, place: Place) -> std::ops::Range<f64> {
+    let between = |a, b| (radius(count, a, place) + radius(count, b, place)) / 2.0;
+    match size {
+        Size::Small => 0.0..between(Size::Small, Size::Plain),
+        Size::Plain => 0.0..f64::INFINITY,
+        Size::Large => between(Size::Plain, Size::Large)..f64::INFINITY,
+    }
+}
+
 fn radius(count: usize, size: Size, place: Place) -> f64 {
     let alone = count == 1 && place == Place::Unsaid;
     match size {

@@ -56,7 +56,9 @@ pub fn dialogue(sampler: &Sampler, index: u64, length: Length) -> Turns {
         (Length::Short, 46..68) => thing_question(sampler, &of(2)),
         (Length::Short, 68..94) => thinking(sampler, &of(3)),
         (Length::Short, _) => talk(&of(4)),
-        (Length::Words, 0..90) => thinking(sampler, &of(10)),
+        (Length::Words, 0..25) => thinking(sampler, &of(10)),
+        (Length::Words, 25..70) => told_edit(&of(11)),
+        (Length::Words, 70..94) => told_questions(&of(12)),
         (Length::Words, _) => talk(&of(4)),
         (Length::Look, 0..50) => questions(&of(1), MANY),
         (Length::Look, 50..90) => edit(&of(5), rng.below(1, 3)),
@@ -105,8 +107,8 @@ fn questions(rng: &Rng, count: usize) -> Turns {
 fn more_questions(rng: &Rng, scene: &Scene, count: usize) -> Turns {
     let ask = |step: usize| {
         let rng = rng.fork(2 + step as u64);
-        let kind = QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())];
-        Question::on(&rng, scene, kind, Split::Train)
+        let kind = QUESTION_KINDS[rng.below(0, QUESTION_KINDS.len())];
+        Question::on(&rng.fork(0), scene, kind, Split::Train)
     };
     let turns = |q: Question| [user(vec![], &q.text), model(&q.answer, None)];
     (0..count).filter_map(ask).flat_map(turns).collect()
@@ -168,6 +170,23 @@ fn edit(rng: &Rng, questions: usize) -> Turns {
     let mut turns = more_questions(&rng.fork(3), &edit.source, questions);
     turns.extend([user(vec![], &text), model(&edit.thought(), Some(picture(&edit.target)))]);
     turns[0].1.insert(0, Part::Image(picture(&edit.source)));
+    turns
+}
+
+/// An edit of a composition that is told, not shown: what the words of an instruction make of those of a picture.
+fn told_edit(rng: &Rng) -> Turns {
+    let edit = Edit::sample(&rng.fork(1), Split::Train);
+    let text = edit.instruction(&rng.fork(2), Split::Train);
+    let seen = edit.source.seen().unwrap_or_else(|| edit.source.clone());
+    vec![user(vec![], &format!("{}. {text}", seen.prompt())), model(&edit.thought(), Some(picture(&edit.target)))]
+}
+
+/// Questions about a composition that is told, not shown.
+fn told_questions(rng: &Rng) -> Turns {
+    let Question { scene, text, answer, .. } = Question::sample(&rng.fork(1), Split::Train);
+    let seen = scene.seen().unwrap_or_else(|| scene.clone());
+    let mut turns = vec![user(vec![], &format!("{}. {text}", seen.prompt())), model(&answer, None)];
+    turns.extend(more_questions(rng, &scene, FEW - 1));
     turns
 }
 

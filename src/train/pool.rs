@@ -160,9 +160,16 @@ impl Shelf {
         [&self.plain, &self.coloured, &self.scenes, &self.several].iter().map(|p| p.len()).sum()
     }
 
-    /// One item: single concepts 46%, most of them on white, shapes 48%, several things 6%; of the kinds that there are.
-    pub fn draw(&self, rng: &Rng) -> &Item {
-        let kinds = [(&self.plain, 0.40), (&self.coloured, 0.06), (&self.scenes, 0.48), (&self.several, 0.06)];
+    /// One item: a share of `shapes`; of the others single concepts on white 77%, on a colour 11.5%, several things 11.5%; of
+    /// the kinds that there are.
+    pub fn draw(&self, rng: &Rng, shapes: f64) -> &Item {
+        let things = |share: f64| share * (1.0 - shapes);
+        let kinds = [
+            (&self.plain, things(0.77)),
+            (&self.coloured, things(0.115)),
+            (&self.scenes, shapes),
+            (&self.several, things(0.115)),
+        ];
         let there = || kinds.iter().filter(|(items, _)| !items.is_empty());
         let mut rest = rng.uniform(110) * there().map(|(_, share)| share).sum::<f64>();
         let drawn = there().find(|(_, share)| {

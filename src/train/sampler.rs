@@ -216,9 +216,15 @@ fn plural(name: &str) -> String {
     let words: Vec<&str> = name.split(' ').collect();
     let head = words.iter().position(|w| ["of", "with", "in", "on"].contains(w)).unwrap_or(words.len()).max(1) - 1;
     let plural = |word: &str| match word {
+        "ox" => "oxen".to_string(),
+        "goose" => "geese".to_string(),
+        w if ["bread", "garlic", "moose"].contains(&w) => w.to_string(),
+        w if ["tomato", "potato"].contains(&w) => format!("{w}es"),
+        w if w.ends_with("man") && w != "human" => format!("{}men", &w[..w.len() - 3]),
+        w if w.ends_with("knife") => format!("{}knives", &w[..w.len() - 5]),
         w if w.ends_with("fish") || w.ends_with("sheep") || w.ends_with("deer") => w.to_string(),
         w if w.ends_with("mouse") => format!("{}mice", &w[..w.len() - 5]),
-        w if w.ends_with("leaf") || w.ends_with("wolf") => format!("{}ves", &w[..w.len() - 1]),
+        w if w.ends_with("leaf") || w.ends_with("wolf") || w.ends_with("sheaf") => format!("{}ves", &w[..w.len() - 1]),
         w if w.ends_with('s') && !w.ends_with("ss") && !w.ends_with("us") => w.to_string(),
         w if ["ss", "us", "sh", "ch", "x"].iter().any(|e| w.ends_with(e)) => format!("{w}es"),
         w if w.ends_with('y') && !["ay", "ey", "oy"].iter().any(|e| w.ends_with(e)) => {
@@ -245,6 +251,10 @@ mod tests {
             ("bus", "buses"),
             ("grapes", "grapes"),
             ("monkey", "monkeys"),
+            ("tomato", "tomatoes"),
+            ("kitchen knife", "kitchen knives"),
+            ("snowman", "snowmen"),
+            ("sheaf of rice", "sheaves of rice"),
         ];
         for (one, many) in cases {
             assert_eq!(plural(one), many);

@@ -10,7 +10,8 @@ use crate::generate::inputs::NextInput;
 use crate::ops;
 use crate::tokenizer::{Encoded, Quantizer};
 
-/// What all words to learn in a sequence weigh together, where the codes of one image weigh 1.
+/// What the words to learn of one answer weigh together, where the codes of one image weigh 1; of N answers in a sequence each
+/// weighs this by the root of N.
 const WORDS: f32 = 0.5;
 
 /// A token to predict.
@@ -60,6 +61,13 @@ impl Sequence {
         if let Some(at) = self.layout.len().checked_sub(1) {
             self.word_targets.push(Target { at, id, weight: 0.0, scale: 0 });
         }
+    }
+
+    /// Of every word to learn: all answers weigh the same, and so do all words of one.
+    fn word_weights(&self) -> Vec<f32> {
+        let answers = || self.word_targets.chunk_by(|a, b| a.at + 1 == b.at);
+        let answer = WORDS / (answers().count() as f32).sqrt();
+        answers().flat_map(|words| std::iter::repeat_n(answer / words.len() as f32, words.len())).collect()
     }
 
     /// Appends an image from `<boi>` on.
@@ -190,7 +198,7 @@ impl Part<'_> {
             all.codes.push((rows, codes.iter().map(|(_, t)| t.scale).collect()));
         }
         if !words.is_empty() {
-            let weights = words.iter().map(|&(row, _)| WORDS / self.0[row].word_targets.len() as f32).collect();
+            let weights = self.0.iter().flat_map(|sequence| sequence.word_weights()).collect();
             let (part, rows) = loss(&backbone.text_logits(&select(&words)?)?, &words, weights)?;
             total = (total + part)?;
             all.words.push(rows);

@@ -117,8 +117,9 @@ impl Lesson<'_> {
     fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
         let mut groups = vec![("images", self.sequences(size, step)?)];
         if let Some((sampler, text)) = self.dialogues {
-            for (name, length) in [("words", Length::Words), ("look", Length::Look)] {
-                groups.push((name, self.dialogues(sampler, text, size / 4, step, length)?));
+            // Without images they are short.
+            for (name, length, size) in [("words", Length::Words, size), ("look", Length::Look, size / 4)] {
+                groups.push((name, self.dialogues(sampler, text, size, step, length)?));
             }
         }
         Ok(groups)
@@ -150,10 +151,12 @@ impl Lesson<'_> {
 
     /// Captions and the images behind them.
     fn captioned(&self, shelf: &Shelf, size: usize, step: usize) -> Result<Vec<Sequence>> {
+        // Dialogues have many.
+        let shapes = if self.dialogues.is_some() { 0.2 } else { 0.48 };
         let draws = |i: usize, purpose: u64| self.rng(i as u64, purpose << 32 | step as u64);
         let sequences = (0..size).into_par_iter().map(|i| {
             let (rng, noise) = (draws(i, 1), draws(i, 2));
-            let item = shelf.draw(&rng);
+            let item = shelf.draw(&rng, shapes);
             let mut sequence = Sequence::default();
             if rng.uniform(100) >= CAPTION_DROP {
                 sequence.push_words(item.caption(&rng));

@@ -26,11 +26,9 @@ pub(super) enum Change {
     Background(Option<usize>),
 }
 
-/// Radii of an added object: as usual, and the least.
+/// Radii of an added object: as usual, and the least, for smaller ones are too small to be drawn.
 const ADDED: f64 = 26.0;
-const LEAST: f64 = 11.0;
-/// The radius below which an added object is said to be small.
-const SMALL: f64 = 18.0;
+const LEAST: f64 = 18.0;
 /// The largest radius at which an object can be moved to a side.
 const MOVABLE: f64 = 40.0;
 /// The least ratio of radii of a resized object.
@@ -154,7 +152,7 @@ fn added(rng: &Rng, beside: &Object) -> Option<Change> {
     let object = Object {
         shape: SHAPES[rng.below(5, SHAPES.len())],
         colour: rng.below(6, COLOURS.len()),
-        size: if radius < SMALL { Size::Small } else { Size::Plain },
+        size: Size::Plain,
         centre: (x, y),
         radius,
     };

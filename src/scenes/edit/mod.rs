@@ -87,7 +87,7 @@ impl Edit {
     /// An edit of one kind. A held-out one ends at a held-out composition; a training one neither begins nor ends there.
     pub fn of_kind(rng: &Rng, kind: EditKind, split: Split) -> Self {
         let kinds: &[Kind] = match kind {
-            EditKind::Add => &[Kind::SingleObject, Kind::SingleObject, Kind::SingleObject, Kind::Colours],
+            EditKind::Add => &[Kind::SingleObject],
             EditKind::Remove => &[Kind::TwoObjects, Kind::Position, Kind::AttributeBinding],
             EditKind::Replace | EditKind::Recolour | EditKind::Resize | EditKind::Combination => {
                 &[Kind::SingleObject, Kind::Colours, Kind::TwoObjects, Kind::Position, Kind::AttributeBinding]
@@ -103,7 +103,8 @@ impl Edit {
                 Split::HeldOut if rng.below(0, 2) == 0 => Split::HeldOut,
                 _ => Split::Train,
             };
-            let source = Scene::of_kind(&rng, kinds[rng.below(1, kinds.len())], before);
+            // From other draws than the kind, or one would tell the other.
+            let source = Scene::of_kind(&rng.fork(1), kinds[rng.below(1, kinds.len())], before);
             if let Some(edit) = Self::on(&rng.fork(0), &source, kind, split) {
                 return edit;
             }
@@ -119,8 +120,10 @@ impl Edit {
                 EditKind::Combination => Change::draw_two(&rng, source)?,
                 _ => Change::draw(&rng, source, kind).map(|(change, target)| (vec![change], target))?,
             };
+            // As they are, and as a viewer tells them.
+            let trained = |scene: &Scene| !held_out(&scene.key()) && !scene.seen().is_some_and(|s| held_out(&s.key()));
             let right = match split {
-                Split::Train => !held_out(&source.key()) && !held_out(&target.key()),
+                Split::Train => trained(source) && trained(&target),
                 Split::HeldOut => held_out(&target.key()),
             };
             right.then(|| Self { kind, source: source.clone(), target, changes })

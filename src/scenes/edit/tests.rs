@@ -63,9 +63,25 @@ fn targets_are_judged_right_and_copies_of_the_source_wrong() {
         }
         eprintln!("{kind:?}: {right} targets, {copied} sources of {count}");
         assert!(100 * right >= 98 * count, "{kind:?}: {right} of {count}");
-        // The judge looks at no background, at no size of a single object, and not at how far it is from the middle.
+        // The judge asks for no size that is not told, no white background, and not how far an object is from the middle.
         if !matches!(kind, EditKind::Move | EditKind::Resize | EditKind::Background) {
             assert_eq!(copied, 0, "{kind:?}");
+        }
+    }
+}
+
+/// What a scene is of, and what it is drawn as, are drawn apart: one must not tell the other.
+#[test]
+fn kinds_of_scenes_tell_no_colours() {
+    for kind in [EditKind::Recolour, EditKind::Remove, EditKind::Flip] {
+        let mut seen = std::collections::HashMap::new();
+        for edit in edits(kind, Split::Train, 1500) {
+            let first = &edit.source.objects[0];
+            seen.entry(edit.source.kind).or_insert_with(|| [0; COLOURS.len()])[first.colour] += 1;
+        }
+        for (scene, colours) in seen {
+            let (all, most) = (colours.iter().sum::<u32>(), colours.into_iter().max().unwrap());
+            assert!(all < 60 || 4 * most < all, "{kind:?} of {scene:?}: {colours:?}");
         }
     }
 }

@@ -69,7 +69,8 @@ impl Question {
         let mut attempt = 0;
         loop {
             let rng = rng.fork(attempt);
-            let scene = Scene::of_kind(&rng, kinds[rng.below(1, kinds.len())], split);
+            // From other draws than the kind, or one would tell the other.
+            let scene = Scene::of_kind(&rng.fork(1), kinds[rng.below(1, kinds.len())], split);
             if let Some(question) = Self::on(&rng.fork(0), &scene, kind, split) {
                 return question;
             }
