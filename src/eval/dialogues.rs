@@ -8,15 +8,13 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::detector::{Detection, detect};
-use super::judge::judge;
-use super::{colour, metrics};
+use super::judge::{judge, on_its_background};
+use super::metrics;
 use crate::chat::{ChatModel, Manner, Part, Picture, Session};
 use crate::error::{Error, Kind as Failure, Result};
 use crate::generate::prompt::{FINAL, THINK};
 use crate::rng::{Rng, Stream};
-use crate::scenes::{
-    BACKGROUNDS, EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, QuestionKind, Riddle, Scene, Split,
-};
+use crate::scenes::{EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, QuestionKind, Riddle, Scene, Split};
 
 /// Edits of one kind.
 #[derive(Clone, Debug, Serialize)]
@@ -29,7 +27,7 @@ pub struct Edits {
     pub copying: f64,
     /// The same for the true result after encoding and decoding.
     pub ceiling: f64,
-    /// Mean PSNR in dB against the source's own reconstruction where nothing may change; none if all may.
+    /// PSNR in dB of all right results, against the source's own reconstruction where nothing may change; none if all may.
     pub unchanged: Option<f64>,
 }
 
@@ -40,7 +38,7 @@ pub struct Questions {
     pub kind: QuestionKind,
     /// Share of exact answers, 0 to 1.
     pub score: f64,
-    /// The same for the most common answer in training.
+    /// The same for the answer that is right most often, given always.
     pub common: f64,
 }
 
@@ -57,7 +55,7 @@ pub struct Turns {
     pub copying: f64,
 }
 
-/// Riddles about shapes, answered by an image.
+/// Riddles about shapes, by pairs of clues that are not trained, answered by an image; and riddles about things.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reasoning {
     /// Riddles.
@@ -68,6 +66,8 @@ pub struct Reasoning {
     pub image: f64,
     /// The same for an answer that always draws the commonest of the images asked for.
     pub common: f64,
+    /// Of as many riddles about things, by a clue that is not trained: share whose final prompt is exactly right.
+    pub things: f64,
 }
 
 /// All of it.
@@ -100,8 +100,6 @@ pub struct Examiner<'a> {
 
 /// The longest answer, in words.
 const LONGEST: usize = 64;
-/// Samples of the training split among which the most common answer is looked for.
-const COMMON: u64 = 400;
 
 impl Examiner<'_> {
     /// Every suite.
@@ -146,14 +144,19 @@ impl Examiner<'_> {
             let copy = self.model.decode(&self.scene(&edit.source)?)?;
             let image = self.edit(&source, &edit.instruction(&rng.fork(1), self.split), case)?;
             let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
-            right += succeeded(&image);
+            let done = succeeded(&image);
+            right += done;
             copied += succeeded(&copy);
             redrawn += succeeded(&self.model.decode(&self.scene(&edit.target)?)?);
-            unchanged.extend(outside(&copy, &image, &edit.changed()));
+            unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done > 0));
             stop(watch)?;
         }
         let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
-        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        // Of squared errors: one image that is kept to the pixel makes up for none that is not.
+        let mean = |values: &[f64]| {
+            let errors: f64 = values.iter().map(|psnr| 10f64.powf(-psnr / 10.0)).sum();
+            -10.0 * (errors / values.len() as f64).log10()
+        };
         Ok(Edits {
             kind,
             score: share(right),
@@ -164,13 +167,7 @@ impl Examiner<'_> {
     }
 
     fn questions(&self, kind: QuestionKind, step: u64, watch: Watch) -> Result<Questions> {
-        let mut answers: HashMap<String, usize> = HashMap::new();
-        for i in 0..COMMON {
-            let rng = Rng::new(self.seed, i, Stream::Train, step + 1000);
-            *answers.entry(Question::of_kind(&rng, kind, Split::Train).answer).or_default() += 1;
-        }
-        let common = answers.into_iter().max_by(|a, b| a.1.cmp(&b.1).then(b.0.cmp(&a.0))).map(|(answer, _)| answer);
-        let (mut right, mut common_right) = (0, 0);
+        let (mut right, mut answers) = (0, HashMap::<String, usize>::new());
         for case in 0..self.per_kind {
             let question = Question::of_kind(&self.rng(case, step), kind, self.split);
             let mut session = Session::new(self.model)?;
@@ -178,18 +175,21 @@ impl Examiner<'_> {
             let reply =
                 session.say(vec![picture], &question.text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
             right += usize::from(reply.text.trim() == question.answer);
-            common_right += usize::from(common.as_ref() == Some(&question.answer));
+            *answers.entry(question.answer).or_default() += 1;
             stop(watch)?;
         }
         let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
-        Ok(Questions { kind, score: share(right), common: share(common_right) })
+        Ok(Questions { kind, score: share(right), common: share(answers.into_values().max().unwrap_or(0)) })
     }
 
     fn turns(&self, watch: Watch) -> Result<Turns> {
         let (mut drawn, mut edited, mut copied) = (0, 0, 0);
         for case in 0..self.per_kind {
             let rng = self.rng(case, 400);
-            let edit = Edit::of_kind(&rng, EDIT_KINDS[case % EDIT_KINDS.len()], self.split);
+            // What the judge cannot tell from its source is no case.
+            let edits = (0..).map(|i| Edit::of_kind(&rng.fork(2 + i), EDIT_KINDS[case % EDIT_KINDS.len()], self.split));
+            let told = |edit: &Edit| Ok::<_, Error>(!as_asked(edit, &detect(&render(&edit.source)?)));
+            let Some(edit) = edits.take(100).find(|edit| told(edit).unwrap_or(true)) else { continue };
             let mut session = Session::new(self.model)?;
             let manner = self.manner(case)?;
             let mut draw = |text: &str| {
@@ -201,8 +201,8 @@ impl Examiner<'_> {
             if judge(&edit.source, &first) {
                 drawn += 1;
                 // What was drawn need not stand exactly where the scene has it.
-                edited += usize::from(judge(&edit.target, &second) && on_its_background(&edit.target, &second));
-                copied += usize::from(judge(&edit.target, &first) && on_its_background(&edit.target, &first));
+                edited += usize::from(as_asked(&edit, &second));
+                copied += usize::from(as_asked(&edit, &first));
             }
             stop(watch)?;
         }
@@ -211,26 +211,36 @@ impl Examiner<'_> {
     }
 
     fn reasoning(&self, watch: Watch) -> Result<Reasoning> {
-        let riddles = (0..).map(|i| Riddle::sample(&self.rng(i, 500), self.split));
-        let riddles: Vec<Riddle> = riddles.filter(|riddle| riddle.scene.is_some()).take(self.per_kind).collect();
-        let (mut prompts, mut images) = (0, 0);
-        let mut all: HashMap<&str, usize> = HashMap::new();
-        for (case, riddle) in riddles.iter().enumerate() {
+        let all = || (0..).map(|i| Riddle::sample(&self.rng(i, 500), self.split));
+        let riddles: Vec<Riddle> = all().filter(|riddle| riddle.scene.is_some()).take(self.per_kind).collect();
+        let things = all().filter(|riddle| riddle.scene.is_none()).take(self.per_kind);
+        let (mut prompts, mut images, mut named) = (0, 0, 0);
+        let mut asked: HashMap<&str, usize> = HashMap::new();
+        let think = |case: usize, riddle: &Riddle| {
             let mut session = Session::new(self.model)?;
             let text = format!("{THINK}{}", riddle.clue);
             let reply = session.say(vec![], &text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
             let thought = reply.text.rsplit_once(FINAL).map(|(_, prompt)| prompt.trim());
-            prompts += usize::from(thought == Some(&riddle.prompt));
+            Ok::<_, Error>((session, thought == Some(&riddle.prompt)))
+        };
+        for (case, riddle) in things.enumerate() {
+            named += usize::from(think(case, &riddle)?.1);
+            stop(watch)?;
+        }
+        for (case, riddle) in riddles.iter().enumerate() {
+            let (session, right) = think(case, riddle)?;
+            prompts += usize::from(right);
             let drawn = session.turns().last().and_then(|turn| turn.parts.iter().rev().find_map(Part::image));
             if let Some((picture, scene)) = drawn.zip(riddle.scene.as_ref()) {
                 images += usize::from(judge(scene, &detect(&self.model.decode(picture)?)));
             }
-            *all.entry(&riddle.prompt).or_default() += 1;
+            *asked.entry(&riddle.prompt).or_default() += 1;
             stop(watch)?;
         }
         let share = |count: usize| count as f64 / riddles.len().max(1) as f64;
-        let common = all.values().copied().max().unwrap_or(0);
-        Ok(Reasoning { count: riddles.len(), prompt: share(prompts), image: share(images), common: share(common) })
+        let common = share(asked.values().copied().max().unwrap_or(0));
+        let (prompt, image, things) = (share(prompts), share(images), share(named));
+        Ok(Reasoning { count: riddles.len(), prompt, image, common, things })
     }
 
     fn last_image(&self, session: &Session) -> Result<RgbImage> {
@@ -249,6 +259,11 @@ pub(super) fn stop(watch: Watch) -> Result<()> {
 fn render(scene: &Scene) -> Result<RgbImage> {
     let wrong = || Error::new(Failure::Failure, "a rendered scene has the wrong size");
     RgbImage::from_raw(128, 128, scene.render(128, 128)).ok_or_else(wrong)
+}
+
+/// Whether an image shows what the words of an edit ask for: what was drawn before need not stand where its scene has it.
+fn as_asked(edit: &Edit, found: &Detection) -> bool {
+    judge(&edit.target, found) && on_its_background(&edit.target, found)
 }
 
 /// How far the centre of an object may be from where it should, in 1/128 of the image, and how much larger or smaller
@@ -270,15 +285,6 @@ pub fn as_edited(edit: &Edit, found: &Detection) -> bool {
         at.map(|at| rest.remove(at)).is_some()
     });
     there && rest.is_empty() && on_its_background(&edit.target, found)
-}
-
-/// Whether the background is nearest to the scene's, of white and all named ones.
-fn on_its_background(scene: &Scene, found: &Detection) -> bool {
-    let lab = |rgb: [u8; 3]| colour::oklab(rgb.map(f32::from));
-    let candidates = BACKGROUNDS.iter().map(|b| b.rgb).chain([[255; 3]]);
-    let distance = |rgb: [u8; 3]| colour::distance(lab(rgb), lab(found.background));
-    let nearest = candidates.min_by(|a, b| distance(*a).total_cmp(&distance(*b)));
-    nearest == Some(scene.background.map_or([255; 3], |b| BACKGROUNDS[b].rgb))
 }
 
 /// PSNR in dB of two images outside boxes (left, top, right, bottom); none if they leave nothing.

@@ -1,32 +1,50 @@
 //! Whether an image shows what was asked for, by the rules of GenEval.
 
+use super::colour;
 use super::detector::{Detection, Found};
-use crate::scenes::{Kind, Object, Place, Scene, Size};
+use crate::scenes::{BACKGROUNDS, Kind, Object, Place, Scene, Size, radii};
 
 /// Units by which the centres of two objects must differ for one to be beside or above the other.
 const APART: f64 = 12.0;
+/// The same for a single one and the middle.
+const ASIDE: f64 = 8.0;
+/// How much larger a large object is than a small one beside it, at least.
+const LARGER: f64 = 1.2;
 
 /// Whether the objects of an image are those that `scene` names, each in its shape and colour, and nothing else; where
-/// the prompt says so, on the right side of each other or of the image, and the large one larger than the small one.
+/// the prompt says so, on the right side of each other or of the image, large or small, and on the named background.
 ///
 /// Stricter than GenEval, whose prompts name colours in two categories only and which overlooks what nobody asked for.
 pub fn judge(scene: &Scene, found: &Detection) -> bool {
     let Some(order) = in_order(&scene.objects, &found.objects) else { return false };
+    if scene.background.is_some() && !on_its_background(scene, found) {
+        return false;
+    }
     match order[..] {
         [only] => {
             let middle = (found.extent.0 / 2.0, found.extent.1 / 2.0);
-            relation(scene.place, only.centre, middle, 0.0)
+            relation(scene.place, only.centre, middle, ASIDE)
+                && radii(1, scene.objects[0].size, scene.place).contains(&only.radius)
         }
         [first, second] if scene.kind != Kind::Counting => {
             let larger = match scene.objects[0].size {
                 Size::Plain => true,
-                Size::Large => first.radius > second.radius,
-                Size::Small => first.radius < second.radius,
+                Size::Large => first.radius > LARGER * second.radius,
+                Size::Small => second.radius > LARGER * first.radius,
             };
             larger && relation(scene.place, first.centre, second.centre, APART)
         }
         _ => true,
     }
+}
+
+/// Whether the background is nearest to the scene's, of white and all named ones.
+pub fn on_its_background(scene: &Scene, found: &Detection) -> bool {
+    let lab = |rgb: [u8; 3]| colour::oklab(rgb.map(f32::from));
+    let candidates = BACKGROUNDS.iter().map(|b| b.rgb).chain([[255; 3]]);
+    let distance = |rgb: [u8; 3]| colour::distance(lab(rgb), lab(found.background));
+    let nearest = candidates.min_by(|a, b| distance(*a).total_cmp(&distance(*b)));
+    nearest == Some(scene.background.map_or([255; 3], |b| BACKGROUNDS[b].rgb))
 }
 
 /// What was found, in the order of what was asked for, if one matches the other entirely.
@@ -143,7 +161,17 @@ mod tests {
                     let sizes = |a: &mut Object, b: &mut Object| std::mem::swap(&mut a.radius, &mut b.radius);
                     fails(&scene, &changed(&|s| swap(s, &sizes)), "swapped sizes");
                 }
+                if let Some(background) = scene.background {
+                    let other = |s: &mut Scene| s.background = Some((background + 1) % BACKGROUNDS.len());
+                    fails(&scene, &changed(&other), "another background");
+                }
+                if kind == Kind::SingleObject && scene.objects[0].size != Size::Plain {
+                    let plain =
+                        (radii(1, Size::Small, scene.place).end + radii(1, Size::Large, scene.place).start) / 2.0;
+                    fails(&scene, &changed(&|s| s.objects[0].radius = plain), "of the usual size");
+                }
                 if kind == Kind::SingleObject && scene.place != Place::Unsaid {
+                    fails(&scene, &changed(&|s| s.objects[0].centre = (64.0, 64.0)), "in the middle");
                     let mirror = |s: &mut Scene| {
                         let (x, y) = s.objects[0].centre;
                         s.objects[0].centre = (128.0 - x, 128.0 - y);

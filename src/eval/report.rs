@@ -55,7 +55,7 @@ impl Report {
             Self::dialogues(d, &mut line);
         }
         if !self.thing_edits.is_empty() {
-            line("edits of held-out things", "model", "", "");
+            line("edits of things, none of them trained", "model", "", "");
             self.thing_edits.iter().for_each(|e| line(&format!("  {}", name(e.kind)), &percent(e.score), "", ""));
         }
         if let Some(r) = &self.recognition {
@@ -99,7 +99,7 @@ impl Report {
         let unchanged: Vec<f64> = d.edits.iter().filter_map(|e| e.unchanged).collect();
         let label = format!("  mean {}", kept(mean(&unchanged)));
         line(&label, &percent(of(|e| e.score)), &percent(of(|e| e.ceiling)), &percent(of(|e| e.copying)));
-        line("questions", "model", "most common", "");
+        line("questions", "model", "one answer", "");
         for q in &d.questions {
             line(&format!("  {}", name(q.kind)), &percent(q.score), &percent(q.common), "");
         }
@@ -111,6 +111,7 @@ impl Report {
         line(&format!("reasoning ({})", d.reasoning.count), "model", "most common", "");
         line("  final prompt", &percent(d.reasoning.prompt), &percent(d.reasoning.common), "");
         line("  image", &percent(d.reasoning.image), &percent(d.reasoning.common), "");
+        line("  final prompt of things", &percent(d.reasoning.things), "", "");
     }
 }
 

@@ -1,5 +1,5 @@
-//! Edits of everyday things that were held out of training: a right result is nearer to the true one than to the source
-//! and to the other answers that one could give.
+//! Edits of everyday things of which no edit was trained (their pictures were): a right result is nearer to the true one than
+//! to the source, to other answers that one could give, and to the true ones of ten other things.
 
 use image::RgbImage;
 use serde::Serialize;
@@ -17,7 +17,7 @@ use crate::scenes::BACKGROUNDS;
 pub enum ThingEdit {
     /// Another background, of all that have names.
     Background,
-    /// The mirror image.
+    /// The mirror image, of what is not nearly its own.
     Flip,
     /// Another hand, of three.
     Style,
@@ -45,6 +45,8 @@ struct Case {
 }
 
 const WHITE: [u8; 3] = [255; 3];
+/// Root mean square, of 255, by which a picture and its mirror image are hardly told apart.
+const ALIKE: f64 = 24.0;
 
 fn canvas(library: &Library, picture: usize, background: [u8; 3]) -> Canvas {
     Canvas { width: SIDE, height: SIDE, rgb: library.over(picture, background) }
@@ -60,28 +62,43 @@ fn case(library: &Library, kind: ThingEdit, rng: &Rng) -> Option<Case> {
     let thing = concept(0);
     let picture = library.picture(thing, Style::ThreeD)?;
     let source = canvas(library, picture, WHITE);
-    let (text, answers) = match kind {
+    let others: Vec<usize> = (1..11).map(concept).filter(|&c| c != thing).collect();
+    let drawn = |style, background| {
+        let picture = move |&c: &usize| Some(canvas(library, library.picture(c, style)?, background));
+        others.iter().filter_map(picture).collect::<Vec<_>>()
+    };
+    let (text, answers, of_others) = match kind {
         ThingEdit::Background => {
             let n = rng.below(1, BACKGROUNDS.len());
             let turned = (0..BACKGROUNDS.len()).map(|i| &BACKGROUNDS[(n + i) % BACKGROUNDS.len()]);
             let answers = turned.map(|b| canvas(library, picture, b.rgb)).collect();
-            (format!("make the background {}", BACKGROUNDS[n].name), answers)
+            let text = format!("make the background {}", BACKGROUNDS[n].name);
+            (text, answers, drawn(Style::ThreeD, BACKGROUNDS[n].rgb))
         }
-        ThingEdit::Flip => ("flip the picture".into(), vec![source.clone().mirrored()]),
+        ThingEdit::Flip => {
+            let mirrored = source.clone().mirrored();
+            let apart =
+                source.rgb.iter().zip(&mirrored.rgb).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum::<f64>();
+            if (apart / source.rgb.len() as f64).sqrt() < ALIKE {
+                return None;
+            }
+            let others = drawn(Style::ThreeD, WHITE).into_iter().map(Canvas::mirrored).collect();
+            ("flip the picture".into(), vec![mirrored], others)
+        }
         ThingEdit::Style => {
             let flat = rng.below(1, 2) == 0;
             let (to, other) = if flat { (Style::Flat, Style::Noto) } else { (Style::Noto, Style::Flat) };
             let pictures = [to, other].map(|style| library.picture(thing, style));
             let answers = pictures.into_iter().map(|p| Some(canvas(library, p?, WHITE))).collect::<Option<_>>()?;
-            (if flat { "make it flat" } else { "make it noto" }.into(), answers)
+            (if flat { "make it flat" } else { "make it noto" }.into(), answers, drawn(to, WHITE))
         }
         ThingEdit::Replace => {
-            let others: Vec<usize> = (1..11).map(concept).filter(|&c| c != thing).collect();
             let text = format!("turn it into {}", with_article(&library.concepts[*others.first()?].names[0]));
             let picture = |&c: &usize| Some(canvas(library, library.picture(c, Style::ThreeD)?, WHITE));
-            (text, others.iter().map(picture).collect::<Option<_>>()?)
+            (text, others.iter().map(picture).collect::<Option<_>>()?, Vec::new())
         }
     };
+    let answers = answers.into_iter().chain(of_others).collect();
     Some(Case { text, source, answers })
 }
 
