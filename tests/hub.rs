@@ -16,6 +16,7 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 #[derive(Clone)]
 struct Answer {
     status: u16,
+    /// Of a redirect, where it leads.
     body: Vec<u8>,
     /// Bytes after which the first connection for it is cut.
     cut: Option<usize>,
@@ -27,9 +28,11 @@ fn ok(body: impl Into<Vec<u8>>) -> Answer {
 
 struct Hub {
     endpoint: String,
-    /// Every request: path and range.
-    log: Arc<Mutex<Vec<(String, String)>>>,
+    log: Arc<Mutex<Vec<Request>>>,
 }
+
+/// Path, range, and whether it told who asks.
+type Request = (String, String, bool);
 
 impl Hub {
     fn serve(answers: HashMap<String, Answer>) -> Self {
@@ -52,19 +55,20 @@ impl Hub {
             .lock()
             .unwrap()
             .iter()
-            .filter(|(path, _)| path.contains(part))
-            .map(|(_, range)| range.clone())
+            .filter(|(path, ..)| path.contains(part))
+            .map(|(_, range, _)| range.clone())
             .collect()
     }
 }
 
-fn answer(mut stream: TcpStream, answers: &Mutex<HashMap<String, Answer>>, log: &Mutex<Vec<(String, String)>>) {
+fn answer(mut stream: TcpStream, answers: &Mutex<HashMap<String, Answer>>, log: &Mutex<Vec<Request>>) {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
     let path = first.split(' ').nth(1).unwrap_or_default().to_string();
     let headers: Vec<String> = lines.take_while(|l| !l.is_empty()).map(|l| l.to_lowercase()).collect();
     let range = headers.iter().find_map(|h| h.strip_prefix("range: ")).unwrap_or_default().to_string();
-    log.lock().unwrap().push((path.clone(), range.clone()));
+    let known = headers.iter().any(|h| h.starts_with("authorization: bearer hf_secret"));
+    log.lock().unwrap().push((path.clone(), range.clone(), known));
     let found = {
         let mut answers = answers.lock().unwrap();
         let found = answers.get(&path).cloned();
@@ -76,7 +80,12 @@ fn answer(mut stream: TcpStream, answers: &Mutex<HashMap<String, Answer>>, log: 
     if let Some(from) = range.strip_prefix("bytes=").and_then(|r| r.strip_suffix('-')?.parse::<usize>().ok()) {
         (status, body) = (206, body.split_off(from));
     }
-    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let location = match status {
+        300..400 => format!("Location: {}\r\n", String::from_utf8_lossy(&body)),
+        _ => String::new(),
+    };
+    let length = body.len();
+    let head = format!("HTTP/1.1 {status} X\r\n{location}Content-Length: {length}\r\nConnection: close\r\n\r\n");
     let _ = stream.write_all(head.as_bytes());
     let _ = stream.write_all(&body[..cut.unwrap_or(body.len())]);
 }
@@ -161,6 +170,29 @@ fn a_cut_download_goes_on_and_the_cache_can_be_checked_and_emptied() {
 
 /// A limit on the size of files stands for a disk that is full.
 #[cfg(unix)]
+/// The hub sends on within its host, and to another for large files, which is not told who asks.
+#[test]
+fn the_token_stays_with_its_host() {
+    let home = tempfile::tempdir().unwrap();
+    let bytes = weights();
+    let other = Hub::serve(HashMap::from([("/blob".to_string(), ok(bytes.clone()))]));
+    let to = |status, place: &str| Answer { status, ..ok(place) };
+    let name = "model.safetensors";
+    let hub = Hub::serve(HashMap::from([
+        ("/api/models/o/m/revision/main?blobs=true".into(), ok(listing(COMMIT, name, &hex(&bytes), bytes.len()))),
+        (format!("/o/m/resolve/{COMMIT}/config.json"), to(307, "/cached/config.json")),
+        ("/cached/config.json".into(), ok("{}")),
+        (
+            format!("/o/m/resolve/{COMMIT}/{name}"),
+            to(302, &format!("{}/blob", other.endpoint.replace("127.0.0.1", "localhost"))),
+        ),
+    ]));
+    let (code, _, stderr) = nextflow(home.path(), &hub, &["models", "pull", "o/m"]);
+    assert_eq!(code, 0, "{stderr}");
+    let known = |hub: &Hub, path: &str| hub.log.lock().unwrap().iter().find(|r| r.0 == path).map(|r| r.2);
+    assert_eq!((known(&hub, "/cached/config.json"), known(&other, "/blob")), (Some(true), Some(false)));
+}
+
 #[test]
 fn a_full_disk_keeps_what_is_there() {
     let (home, bytes) = (tempfile::tempdir().unwrap(), weights());

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use ureq::config::RedirectAuthHeaders;
 use ureq::http::StatusCode;
 use ureq::{Agent, Body};
 
@@ -76,6 +77,8 @@ impl Client {
             .timeout_connect(Some(Duration::from_secs(20)))
             .timeout_recv_response(Some(Duration::from_secs(60)))
             .timeout_per_read(Some(Duration::from_secs(60)))
+            // A file is often elsewhere on the same host; others are not told who asks.
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .user_agent(concat!("nextflow/", env!("CARGO_PKG_VERSION")))
             .build();
         Self { agent: Agent::new_with_config(config), endpoint: endpoint.trim_end_matches('/').into(), token }
@@ -107,7 +110,6 @@ impl Client {
     fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<Body>, ureq::Error> {
         let mut request = self.agent.get(url);
         if let Some(token) = &self.token {
-            // Never sent on to where a redirect leads: ureq drops it there.
             request = request.header("Authorization", format!("Bearer {token}"));
         }
         if from > 0 {
