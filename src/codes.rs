@@ -39,7 +39,7 @@ impl Codes {
             return Err(bad("is a folder".into()));
         }
         let bytes = input::piped(path, MAX_BYTES, HINT)?;
-        let json = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&bytes);
+        let json = input::without_bom(&bytes);
         match json.trim_ascii_start().first() {
             Some(b'{') => serde_json::from_slice(json).map_err(|e| bad(format!("is no file of codes: {e}"))),
             _ => Self::from_safetensors(&bytes).map_err(|what| bad(format!("is no file of codes: {what}"))),

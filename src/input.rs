@@ -21,6 +21,11 @@ pub fn shown(path: &Path) -> String {
     if is_stdin(path) { "standard input".into() } else { path.display().to_string() }
 }
 
+/// Text without the mark that editors of some systems put before UTF-8.
+pub fn without_bom(text: &[u8]) -> &[u8] {
+    text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text)
+}
+
 /// A path as a shell reads it, for commands that are to be copied.
 pub fn quoted(path: &Path) -> String {
     let text = path.display().to_string();

@@ -13,7 +13,7 @@ use crate::generate::Job;
 use crate::output::{self, Destination, slug};
 use crate::request::{self, Request};
 use crate::size::Size;
-use crate::{terminal, text};
+use crate::{input, terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
 const MAX_LINE: u64 = 1 << 20;
@@ -171,8 +171,7 @@ impl<'a> Jobs<'a> {
             if line.is_empty() {
                 return Ok(None);
             }
-            let bom = if self.read == 1 { "\u{feff}".as_bytes() } else { b"" };
-            let text = line.strip_prefix(bom).unwrap_or(&line).trim_ascii();
+            let text = if self.read == 1 { input::without_bom(&line) } else { &line }.trim_ascii();
             if !text.is_empty() {
                 return Ok(Some(text.into()));
             }

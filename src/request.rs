@@ -185,7 +185,7 @@ fn prompts(args: &PromptArgs) -> Result<Vec<String>> {
 
 /// One prompt a line; empty lines are passed over.
 fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let bytes = input::without_bom(bytes);
     let mut prompts = Vec::new();
     for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
         let line = line.trim_ascii();

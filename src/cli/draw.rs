@@ -119,7 +119,7 @@ impl DrawArgs {
                 Err(Error::usage(message).hint(format!("--cfg-until {scales}")))
             }
             Some(n) if sampling.cfg == 0.0 => {
-                Err(Error::usage(format!("--cfg-until {n} with --cfg 0 guides nothing"))
+                Err(Error::usage(format!("--cfg-until {n} without guidance guides nothing"))
                     .hint("--cfg 3, or leave it out"))
             }
             _ => Ok(()),

@@ -39,8 +39,8 @@ pub struct EditArgs {
 
 /// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a blue star\" -o - | nextflow edit -i - \"make it red\"";
-/// Tokens of what stands around an instruction, for the forecast.
-const AROUND: usize = 48;
+/// Tokens of what stands around a prompt or an instruction, for the forecast.
+pub(super) const AROUND: usize = 48;
 /// The most words that the model says before it draws.
 const THOUGHT: usize = 64;
 

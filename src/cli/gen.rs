@@ -139,27 +139,26 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     args.draw.check_scales(&request.sampling, scales.len())?;
     let preview = args.draw.preview()?;
     let (json, batch) = (args.draw.json, batch(args, request.images() as usize)?);
-    let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
     let thinking = args.think.then(|| ChatConfig::read(&request.source)).transpose()?;
-    if let Some(config) = &thinking {
-        let memory = think::forecast(&request, config, &scales)?;
-        if args.draw.dry_run {
-            ChatModel::check(&request.source, config)?;
-            let size = request.config.pixels(&scales);
-            return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
-        }
-        memory::check(memory.peak(), &request.device, smaller)?;
-    } else {
-        let memory = forecast(&request, &scales, batch)?;
-        if args.draw.dry_run {
+    if args.draw.dry_run {
+        let size = request.config.pixels(&scales);
+        let Some(config) = &thinking else {
             Model::check(&request.source, &request.config)?;
-            let size = request.config.pixels(&scales);
+            let memory = forecast(&request, &scales, batch)?;
             return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
-        }
-        // A file that is missing matters more than the memory that it would take.
-        request.source.find(TRANSFORMER)?;
-        memory::check(memory.peak(), &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
+        };
+        ChatModel::check(&request.source, config)?;
+        let memory = think::forecast(&request, config, &scales)?;
+        return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
     }
+    // A file that is missing matters more than the memory that it would take.
+    request.source.find(TRANSFORMER)?;
+    let needed = match &thinking {
+        Some(config) => think::forecast(&request, config, &scales)?.peak(),
+        None => forecast(&request, &scales, batch)?.peak(),
+    };
+    let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
+    memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
     let level = args.draw.level();
     let mut console = Console::new(level, request.images());
     let stop = terminal::interrupts()?;

@@ -8,6 +8,7 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use crate::error::{Error, Kind, Result};
+use crate::input;
 
 /// The longest message, in bytes.
 const MAX_MESSAGE: usize = 64 << 10;
@@ -136,9 +137,6 @@ impl Lines {
     }
 }
 
-/// What editors of some systems put before UTF-8.
-const BOM: &[u8] = "\u{feff}".as_bytes();
-
 /// A line of standard input; the rest of one that is too long is passed over.
 fn pipe() -> Result<Line> {
     let (mut input, mut line) = (io::stdin().lock(), Vec::new());
@@ -170,7 +168,7 @@ fn pipe() -> Result<Line> {
         }
     }
     let line = line.strip_suffix(b"\n").unwrap_or(&line);
-    let line = line.strip_prefix(BOM).unwrap_or(line);
+    let line = input::without_bom(line);
     Ok(Line::Text(line.strip_suffix(b"\r").unwrap_or(line).to_vec()))
 }
 
@@ -189,7 +187,7 @@ pub(super) fn check(bytes: &[u8]) -> Result<String> {
         let message = format!("the message has {} bytes, the limit is {MAX_MESSAGE}", bytes.len());
         return Err(Error::usage(message).hint("say it in several messages"));
     }
-    let text = std::str::from_utf8(bytes.strip_prefix(BOM).unwrap_or(bytes)).map_err(|e| {
+    let text = std::str::from_utf8(input::without_bom(bytes)).map_err(|e| {
         Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))
             .hint("nextflow chat \"what is this?\"")
     })?;

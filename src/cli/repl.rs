@@ -112,15 +112,11 @@ impl<'a> Repl<'a> {
                 }
                 Err(error) => Err(error),
             };
-            match outcome {
-                Ok(()) => {}
-                Err(error) if error.kind == Kind::Interrupted => {
-                    self.failed = true;
-                    terminal::note("(stopped before the first word; nothing was kept)");
-                }
-                Err(error) => {
-                    self.failed = true;
-                    terminal::report(&error);
+            if let Err(error) = outcome {
+                self.failed = true;
+                match error.kind {
+                    Kind::Interrupted => terminal::note("(stopped before the first word; nothing was kept)"),
+                    _ => terminal::report(&error),
                 }
             }
         }

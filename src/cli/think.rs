@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::draw::Delivery;
+use super::edit::AROUND;
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
 use crate::error::Result;
 use crate::generate::prompt::THINK;
@@ -11,9 +12,6 @@ use crate::request::Request;
 
 /// The most words that it thinks.
 const LONGEST: usize = 256;
-
-/// Tokens of what stands around a prompt, for the forecast.
-const AROUND: usize = 48;
 
 /// The memory that it takes.
 pub(super) fn forecast(request: &Request, config: &ChatConfig, scales: &[(usize, usize)]) -> Result<ChatMemory> {
