@@ -207,7 +207,7 @@ impl<'a> Jobs<'a> {
         let prompt = text::check_prompt(line.prompt.as_bytes())?;
         let negative = match &line.negative {
             Some(text) => request::negative(Some(text.as_bytes()), &sampling, scales.len())?,
-            None => request.negative.clone().filter(|_| sampling.guided(scales.len()) > 0),
+            None => request.negative.clone().filter(|_| sampling.guided_scales(scales.len()) > 0),
         };
         if there && !resume {
             let path = folder.join(out.unwrap_or_default());

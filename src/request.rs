@@ -14,7 +14,7 @@ use crate::generate::{Job, ModelConfig, Sampling, TRANSFORMER};
 use crate::input::{self, shown};
 use crate::output::Destination;
 use crate::size::Size;
-use crate::{device, text};
+use crate::text;
 
 /// What to draw, with what, and where to.
 pub struct Request {
@@ -77,7 +77,7 @@ impl Request {
         }
         let prompts = prompts()?;
         let destination = destination(args, prompts.len() * seeds.len() > 1 || args.count > 1)?;
-        let device = device::parse(&args.device)?;
+        let device = args.device.get()?;
         destination.check()?;
         let source = args.model.source()?;
         let config = ModelConfig::read(&source)?;
@@ -144,7 +144,7 @@ pub(crate) fn check_sampler(args: &DrawArgs) -> Result<()> {
 /// Errors: usage, for what is no prompt, and where none of so many scales is guided.
 pub(crate) fn negative(text: Option<&[u8]>, sampling: &Sampling, scales: usize) -> Result<Option<String>> {
     let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
-    if sampling.guided(scales) == 0 {
+    if sampling.guided_scales(scales) == 0 {
         return Err(Error::usage("a negative prompt without guidance leads away from nothing")
             .hint("leave out one of them, or set cfg to 3"));
     }

@@ -36,6 +36,9 @@ pub struct Settings {
     /// How many scales were left out at the end, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft: Option<usize>,
+    /// Passes over every scale but the first, if more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passes: Option<u8>,
     /// What the model said first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thought: Option<String>,
@@ -69,6 +72,7 @@ impl Settings {
             top_p: job.sampling.top_p,
             cfg_until: job.sampling.cfg_until,
             draft: Some(job.sampling.draft).filter(|&n| n > 0),
+            passes: Some(job.sampling.passes(1) as u8).filter(|&n| n > 1),
             thought: None,
             sources: Vec::new(),
             free: false,
@@ -87,7 +91,9 @@ impl Settings {
     fn parameters(&self) -> String {
         let some = |key: &str, n: Option<usize>| n.map(|n| format!(", {key}: {n}")).unwrap_or_default();
         let top_k = some("Top-k", self.top_k);
-        let passes = some("CFG until scale", self.cfg_until) + &some("Scales left out", self.draft);
+        let passes = some("CFG until scale", self.cfg_until)
+            + &some("Scales left out", self.draft)
+            + &some("Passes", self.passes.map(usize::from));
         let negative = self.negative.as_ref().map(|text| format!("Negative prompt: {text}\n")).unwrap_or_default();
         // A name with a separator in it is quoted, as A1111 does.
         let model = match self.model.contains([',', ':', '\n', '"']) {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
-use crate::generate::Event;
+use crate::generate::{Event, schedule::codes};
 
 /// `text` with control characters and direction overrides spelt out, so that no prompt, file name or tensor key can
 /// drive a terminal.
@@ -194,6 +194,17 @@ pub enum Level {
     Verbose,
 }
 
+impl Level {
+    /// What `--quiet` and `--verbose` ask for.
+    pub fn new(quiet: bool, verbose: bool) -> Self {
+        match (quiet, verbose) {
+            (true, _) => Self::Quiet,
+            (_, true) => Self::Verbose,
+            _ => Self::Normal,
+        }
+    }
+}
+
 /// Progress on stderr.
 pub struct Console {
     level: Level,
@@ -233,7 +244,7 @@ impl Console {
     pub fn event(&mut self, event: &Event) {
         let text = match event {
             Event::Prompt { tokens } => format!("prompt of {tokens} tokens"),
-            Event::Scale { codes, scales } => self.scale(codes.len(), scales),
+            Event::Scale { codes, scales, drawn } => self.scale(codes.len(), &scales[..*drawn]),
             Event::Decode => "decoding pixels".into(),
         };
         let text = match self.drawn {
@@ -246,7 +257,6 @@ impl Console {
     }
 
     fn scale(&self, done: usize, scales: &[(usize, usize)]) -> String {
-        let codes = |scales: &[(usize, usize)]| scales.iter().map(|(h, w)| h * w).sum::<usize>();
         let (before, all) = (&scales[..done.min(scales.len())], scales);
         let work = |scales: &[(usize, usize)]| (codes(scales) + PASS * scales.len()) as f64;
         let left = self.started.elapsed().as_secs_f64() * (work(all) / work(before).max(1.0) - 1.0);

@@ -134,6 +134,8 @@ fn every_flag_changes_the_picture() {
         ["--top-p", "0.01"],
         ["--size", "9:16"],
         ["--negative", "a green apple"],
+        ["--cfg-until", "2"],
+        ["--draft", "1"],
     ] {
         assert!(pixels(&more) != plain, "{more:?}");
     }

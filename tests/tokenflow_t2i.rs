@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use candle_core::{D, DType, Device, Tensor};
 use nextflow::backbone::presets::TOKENFLOW_T2I_7B;
 use nextflow::backbone::rope::{Position, text_position};
-use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope};
+use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope, Step};
 use nextflow::checkpoint::{Source, Weights};
 use nextflow::generate::inputs::NextInput;
 use nextflow::generate::sampler::{self, Filter};
-use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, draw_behind};
+use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, draw_after};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -115,7 +115,7 @@ fn the_loop_draws_the_references_codes() {
         assert_eq!(prompts[1][1], unconditional);
         let prompts: Vec<Prefix> = prompts.drain(..).map(|[conditional, _]| conditional).collect();
         let mut go = |_: Event| ControlFlow::Continue(());
-        let images = draw_behind(&backbone, &q, &prompts, &unconditional, batch, &mut go).unwrap();
+        let images = draw_after(&backbone, &q, &prompts, &unconditional, batch, &mut go).unwrap();
         for (row, codes) in images.into_iter().enumerate() {
             assert_eq!(codes.iter().map(Vec::len).collect::<Vec<_>>(), [1, 4, 9, 25]);
             assert_eq!(codes.concat(), ids(&golden["codes"], row), "{run}, prompt {row}");
@@ -154,7 +154,7 @@ fn every_step_equals_the_reference() {
                         };
                         let x = backbone.embed_codes(&features, si, &SCALES).unwrap().repeat((2, 1, 1)).unwrap();
                         close(&what, &x, &pair(at("inputs_embeds_tail")), FEATURES);
-                        hidden = rows.read(si, &features, pass > 0).unwrap();
+                        hidden = rows.read(si, &features, if pass > 0 { Step::Again } else { Step::Scale }).unwrap();
                     }
                     let code_logits = backbone.code_logits(&hidden).unwrap();
                     let logits = [backbone.text_logits(&hidden).unwrap(), code_logits.clone()];

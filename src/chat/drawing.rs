@@ -41,7 +41,7 @@ impl Session<'_> {
         let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(manner.image.as_ref()) else {
             return Err(ChatModel::draws_nothing());
         };
-        let guided = sampling.guided(scales.len());
+        let guided = sampling.guided_scales(scales.len());
         let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
         let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
         for &row in rows {

@@ -10,7 +10,7 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::repl::Repl;
-use super::{ModelArgs, lines, plan};
+use super::{DeviceArgs, ModelArgs, lines, plan};
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Picture, Reply, Session, WordSampling};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
@@ -19,7 +19,7 @@ use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::size::Size;
 use crate::terminal::{self, Console, Level, Stop};
-use crate::{device, input, memory, pixels, request};
+use crate::{input, memory, pixels, request};
 
 /// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow chat -i - \"what is in the picture?\"";
@@ -74,9 +74,9 @@ pub struct ChatArgs {
     /// Keep the weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
+    /// What computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Print a line of JSON per reply
     #[arg(long)]
     pub json: bool,
@@ -150,7 +150,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
             .hint("nextflow chat -i - \"what is in the picture?\""));
     }
     let images = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
-    let device = device::parse(&args.device)?;
+    let device = args.device.get()?;
     let folder = Destination::Folder(args.out_dir.clone().unwrap_or_default());
     if args.out_dir.is_some() {
         folder.check()?;
@@ -181,13 +181,8 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     }
     memory::check(plan.peak_memory, &device, "--quant q8_0, --quant q4_K, smaller images, or a smaller --max-tokens")?;
 
-    let level = match (args.quiet, args.verbose) {
-        (true, _) => Level::Quiet,
-        (_, true) => Level::Verbose,
-        _ => Level::Normal,
-    };
     let stop = terminal::interrupts()?;
-    let mut console = Console::new(level, 1);
+    let mut console = Console::new(Level::new(args.quiet, args.verbose), 1);
     let model = console.load("the model", || ChatModel::load(&source, config, &device, args.quant))?;
     let pictures = args.images.iter().zip(&images).map(|(path, image)| {
         let started = Instant::now();

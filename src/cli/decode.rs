@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use clap::Args;
 use image::ImageFormat;
 
-use super::ModelArgs;
+use super::{DeviceArgs, ModelArgs};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
-use crate::{device, input, pixels, request, terminal};
+use crate::{input, pixels, request, terminal};
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
@@ -29,9 +29,9 @@ pub struct DecodeArgs {
     pub force: bool,
     #[command(flatten)]
     pub model: ModelArgs,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
+    /// What computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// Runs `nextflow decode`.
@@ -47,7 +47,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     if destination == Destination::Stdout {
         request::no_terminal()?;
     }
-    let device = device::parse(&args.device)?;
+    let device = args.device.get()?;
     let codec = args.model.codec()?;
     let mut codes = Codes::read(&args.codes)?;
     codes.check(&codec)?;

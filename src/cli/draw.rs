@@ -10,8 +10,8 @@ use clap::Args;
 use image::RgbImage;
 use serde::Serialize;
 
-use super::ModelArgs;
 use super::edit::EditArgs;
+use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
 use crate::generate::{Event, Job, Sampling};
@@ -47,13 +47,13 @@ pub struct DrawArgs {
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or like the image that is edited
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Guidance: how closely to follow the prompt; 0 turns it off [default: the model's]
+    /// Guidance, as in VAR: how closely to follow the prompt; 0, not 1, turns it off [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub cfg: Option<f64>,
     /// Guide the first N scales only; the others then take half the time [default: all]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub cfg_until: Option<usize>,
-    /// Spread of the drawn codes; 0 always takes the likeliest [default: the model's]
+    /// Sampling temperature; 0 always takes the likeliest code [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
     /// Draw among the K likeliest codes [default: the model's]
@@ -65,7 +65,7 @@ pub struct DrawArgs {
     /// Write the image here; `-` writes the PNG to standard output
     #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
     pub output: Option<PathBuf>,
-    /// Write the images, under names that are free, into this folder [default: the current one]
+    /// Write the images, under unused names, into this folder [default: the current one]
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
     /// Let -o replace a file
@@ -77,9 +77,9 @@ pub struct DrawArgs {
     /// Keep the transformer's weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
+    /// What computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Check everything, tell what would be drawn and how much memory it takes, and draw nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -139,11 +139,7 @@ impl DrawArgs {
 
     /// How much to say.
     pub fn level(&self) -> Level {
-        match (self.quiet, self.verbose) {
-            (true, _) => Level::Quiet,
-            (_, true) => Level::Verbose,
-            _ => Level::Normal,
-        }
+        Level::new(self.quiet, self.verbose)
     }
 }
 
@@ -179,10 +175,10 @@ impl Delivery<'_> {
         event: &Event,
         decode: impl FnOnce(&[Vec<u32>], &[(usize, usize)]) -> Result<RgbImage>,
     ) -> ControlFlow<()> {
-        if let (Event::Scale { codes, scales }, Some(preview)) = (event, &mut self.preview) {
+        if let (Event::Scale { codes, scales, drawn }, Some(preview)) = (event, &mut self.preview) {
             let first = codes.iter().map(|codes| codes.get(0)?.to_vec1()).collect::<candle_core::Result<Vec<_>>>();
             // The last scale is the image itself.
-            let partial = first.ok().filter(|codes| codes.len() < scales.len());
+            let partial = first.ok().filter(|codes| codes.len() < *drawn);
             if let Some(image) = partial.and_then(|codes| decode(&codes, scales).ok()) {
                 self.console.clear();
                 preview.grow(&image);

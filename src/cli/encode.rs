@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 use image::ImageFormat;
 
-use super::ModelArgs;
+use super::{DeviceArgs, ModelArgs};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
 use crate::size::Size;
-use crate::{device, input, pixels, request, terminal};
+use crate::{input, pixels, request, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]
@@ -30,9 +30,9 @@ pub struct EncodeArgs {
     pub force: bool,
     #[command(flatten)]
     pub model: ModelArgs,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
+    /// What computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// Runs `nextflow encode`.
@@ -48,7 +48,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
         return Err(Error::usage(message).hint(format!("-o {}", input::quoted(&path.with_extension("json")))));
     }
     destination.check()?;
-    let device = device::parse(&args.device)?;
+    let device = args.device.get()?;
     let image = pixels::open_or_read(&args.image, "nextflow gen \"a red apple\" -o - | nextflow encode -")?;
     let codec = args.model.codec()?;
     let (image, scales) = codec.prepare(&image, size)?;

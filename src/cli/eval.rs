@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
-use super::ModelArgs;
+use super::{DeviceArgs, ModelArgs};
 use crate::chat::{ChatConfig, ChatModel};
 use crate::checkpoint::WeightType;
-use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
 use crate::generate::{Job, Model, ModelConfig, TRANSFORMER};
@@ -42,9 +41,9 @@ pub struct EvalArgs {
     /// Keep the transformer's weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant: Option<WeightType>,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
+    /// What computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// The picture library, for recognition and reconstruction [default: data/library.safetensors if it exists]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
@@ -80,7 +79,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
     let asked = |suite: Suite| args.suite.is_empty() || args.suite.contains(&suite);
-    let device = device::parse(&args.device)?;
+    let device = args.device.get()?;
     let source = args.model.source()?;
     source.check_type(TRANSFORMER, args.quant)?;
     let library = match &args.data {

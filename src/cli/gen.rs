@@ -13,7 +13,7 @@ use super::think;
 use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
-use crate::generate::{Batch, Job, Model, TRANSFORMER};
+use crate::generate::{Batch, Job, Model, TRANSFORMER, tokenflow};
 use crate::request::Request;
 use crate::settings::Settings;
 use crate::terminal::{self, Console, Level};
@@ -45,6 +45,9 @@ pub struct GenArgs {
     /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail [default: the model's]
     #[arg(long, value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
     pub draft: Option<usize>,
+    /// Draw every scale but the first in N passes, 1 to 3, of which later ones see what the one before drew: TokenFlow-t2i alone
+    #[arg(long, value_name = "N", conflicts_with = "think", value_parser = clap::value_parser!(u8).range(1..=3), allow_negative_numbers = true)]
+    pub passes: Option<u8>,
     /// Draw N images in one pass over every scale, which takes more memory; meant for GPUs
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "think", allow_negative_numbers = true)]
     pub batch: u64,
@@ -101,6 +104,7 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     // Without guidance there is nothing to end.
     draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| draw.cfg != Some(0.0)));
     args.draft = args.draft.or(old.draft).or(Some(0));
+    args.passes = args.passes.or(old.passes);
     Ok((args, old))
 }
 
@@ -123,6 +127,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         }
         _ => e,
     })?;
+    args.set_passes(&mut request)?;
     if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
@@ -196,6 +201,16 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
                 return Ok(()); // The reader of our output has gone: nobody wants the rest.
             }
         }
+    }
+}
+
+impl GenArgs {
+    /// Takes the filters of so many passes where neither flags nor lines tell others.
+    pub(super) fn set_passes(&self, request: &mut Request) -> Result<()> {
+        let Some(passes) = self.passes else { return Ok(()) };
+        tokenflow::set_passes(&mut request.config, passes.into())?;
+        request.sampling = request::sampling(&self.draw, request.config.sampling.clone());
+        Ok(())
     }
 }
 

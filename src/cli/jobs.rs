@@ -145,6 +145,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
             .hint(format!("\"seed\": {second} in a line")));
     }
     let mut request = Request::of_jobs(&args.draw)?;
+    args.set_passes(&mut request)?;
     let usual = args.draw.size.parse::<Size>()?.grids(&request.config)?;
     request.negative = r#gen::negative(args, &request, usual.len())?;
     let request = &request;
@@ -302,7 +303,7 @@ fn is_file(place: &Destination) -> bool {
 fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual: &Grids) -> Result<Memory> {
     let tasks = || all.iter().flatten().filter(|task| !task.there);
     let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));
-    let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided(usual.len()));
+    let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided_scales(usual.len()));
     let words = cost::longest(tasks().flat_map(|task| task.job.negative.iter().chain(Some(&task.job.prompt))));
     let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
     let work = Work { scales, images, words, sampling };

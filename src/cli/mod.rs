@@ -1,10 +1,16 @@
 //! The command line: clap types and one file per command.
+//!
+//! A new command is a file with its `XArgs` and `run(&XArgs) -> Result<()>`, and a line each in the list of modules, in
+//! [`Command`] and in [`run`]. Results go out through `terminal::emit`, `emit_path` or `emit_json`, all else through a
+//! [`terminal::Console`]; what is refused is an [`Error`] of one sentence with a hint that is an exact command. It is tested on
+//! the real program, in tests/.
 
 mod assemble;
 mod bench;
 mod chat;
 mod completions;
 mod decode;
+mod device;
 mod draw;
 mod edit;
 mod encode;
@@ -23,6 +29,7 @@ mod think;
 #[cfg(feature = "train")]
 mod train;
 
+pub use device::DeviceArgs;
 pub use draw::{DrawArgs, PromptArgs};
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;

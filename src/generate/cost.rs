@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::rows::POSITIONS;
-use super::{ModelConfig, Sampling, TRANSFORMER};
+use super::{ModelConfig, Sampling, TRANSFORMER, schedule};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::Result;
@@ -107,9 +107,9 @@ pub fn synthetic_memory(
     let (c, width) = (&config.backbone, dtype.size_in_bytes());
     // Where activations are of half the width, pixels are.
     let pixels = if width == 4 { DType::F32 } else { DType::BF16 };
-    let guided = sampling.guided(scales.len()) > 0;
+    let guided = sampling.guided_scales(scales.len()) > 0;
     let rows = if guided { 2 * images } else { images };
-    let codes: usize = scales.iter().map(|(h, w)| h * w).sum();
+    let codes = schedule::codes(scales);
     let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
     let prefix = config.prompt.padded_to.unwrap_or(words) + OPENING;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
@@ -160,4 +160,30 @@ pub fn flops(c: &BackboneConfig, rows: usize, tokens: usize, seen: usize, heads:
     let attention = 2 * (seen + tokens) * queries;
     let layers = c.num_hidden_layers * (block + attention);
     2.0 * (rows * tokens) as f64 * layers as f64 + 2.0 * (rows * heads) as f64 * (hidden * c.codebook_size) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_are_those_of_all_products() {
+        let config = BackboneConfig {
+            hidden_size: 8,
+            intermediate_size: 20,
+            num_hidden_layers: 3,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            codebook_size: 11,
+            ..crate::backbone::presets::QWEN2_5_VL_7B
+        };
+        let (tokens, seen) = (5, 7);
+        // (m, k) by (k, n): q, k, v, output, gate, up, down; then of both heads the scores and the sums of values.
+        let linear = [(5, 8, 8), (5, 8, 4), (5, 8, 4), (5, 8, 8), (5, 8, 20), (5, 8, 20), (5, 20, 8)];
+        let attention = [(5, 4, 12), (5, 12, 4), (5, 4, 12), (5, 12, 4)];
+        let count = |products: &[(usize, usize, usize)]| products.iter().map(|(m, k, n)| 2 * m * k * n).sum::<usize>();
+        let head = count(&[(5, 8, 11)]);
+        let row = 3 * (count(&linear) + count(&attention)) + head;
+        assert_eq!(flops(&config, 2, tokens, seen, tokens), (2 * row) as f64);
+    }
 }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_behind, schedule, tokenflow};
+use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_after, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
@@ -302,7 +302,7 @@ impl Model {
         let prompts = prompts.iter().map(|prompt| prefix(prompt)).collect::<Result<Vec<_>>>()?;
         let negative = negative.map(prefix).transpose()?;
         let quantizer = self.images.quantizer();
-        let images = draw_behind(
+        let images = draw_after(
             &self.backbone,
             quantizer,
             &prompts,

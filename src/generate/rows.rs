@@ -81,14 +81,13 @@ impl<'a> Rows<'a> {
     }
 
     /// Reads scale `si`, whose features (images, h * w, D) are those of the rows of each image: hidden states (R, h * w,
-    /// hidden), which predict its codes. With `again` the scale, already read, is looked at with other features, which leave
-    /// no trace.
-    pub fn read(&mut self, si: usize, features: &Tensor, again: bool) -> Result<Tensor> {
+    /// hidden), which predict its codes. With [`Step::Again`] the scale, already read, is looked at with other features, which
+    /// leave no trace in the cache.
+    pub fn read(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
         let (images, tokens, _) = features.dims3()?;
         let x = self.backbone.embed_codes(&features.to_dtype(self.backbone.dtype())?, si, self.scales)?;
         let (rows, hidden) = (self.caches.len(), self.backbone.config().hidden_size);
         let x = x.broadcast_as((rows / images, images, tokens, hidden))?.contiguous()?;
-        let step = if again { Step::Again } else { Step::Scale };
         let context = Context::Cached { caches: self.caches, step };
         self.backbone.forward(&x.reshape((rows, tokens, hidden))?, &self.ropes[si - 1].narrow(0, rows)?, context)
     }
@@ -101,7 +100,7 @@ impl<'a> Rows<'a> {
 
     /// One code for each of the tokens, (R, T, hidden), of every image: (images, T) u32. Logits are held for
     /// [`POSITIONS`] of one image at a time, or for fewer of each of several.
-    pub fn draw(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
+    pub fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
         let (tokens, most) = (hidden.dim(1)?, POSITIONS.div_ceil(draw.seeds.len().max(1)));
         let mut codes = Vec::new();
         for first in (0..tokens).step_by(most) {
@@ -216,8 +215,9 @@ mod tests {
         assert!(far(&first, &prefill_together(&backbone, &mut together, &layouts, &prefixes)?)? < 1e-4);
         // And what comes behind them sees the same.
         let features = Tensor::ones((4, 4, 8), DType::F32, &Device::Cpu)?;
-        let behind =
-            |caches: &mut [Cache]| Rows::resume(&backbone, caches, layouts.clone(), &scales)?.read(1, &features, false);
+        let behind = |caches: &mut [Cache]| {
+            Rows::resume(&backbone, caches, layouts.clone(), &scales)?.read(1, &features, Step::Scale)
+        };
         let (one, other) = (behind(&mut apart)?, behind(&mut together)?);
         assert!(far(&one, &other)? < 1e-4);
         assert!(one.abs()?.sum_all()?.to_scalar::<f32>()? > 1.0);

@@ -82,11 +82,11 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
 
-/// Codes of a pass with the marks of a GPU for what was not finite in the pass before.
-pub fn with_marks(codes: Tensor, before: Option<&Tensor>) -> candle_core::Result<Tensor> {
-    match before {
-        Some(before) if !codes.device().is_cpu() => before.eq(NON_FINITE)?.where_cond(before, &codes),
-        _ => Ok(codes),
+/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`]) from the pass before.
+pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Tensor> {
+    match codes.device().is_cpu() {
+        true => Ok(codes),
+        false => before.eq(NON_FINITE)?.where_cond(before, &codes),
     }
 }
 

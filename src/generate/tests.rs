@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::inputs::NextInput;
+use super::sampler::Filter;
 use super::*;
 use crate::backbone::sequence::Layout;
 use crate::backbone::{BackboneConfig, Cache, Context, InputMode, NormPlacement, Rope, Step, Vocabulary};
@@ -205,7 +206,7 @@ fn draw_batch(
 ) -> Result<Vec<Vec<Vec<u32>>>> {
     let prefix = |text: &[u32]| PromptConfig::default().prefix(text, &[backbone.config().boi()]);
     let prompts: Vec<Prefix> = prompts.iter().map(|text| prefix(text)).collect();
-    draw_behind(backbone, q, &prompts, &prefix(&[]), batch, observe)
+    draw_after(backbone, q, &prompts, &prefix(&[]), batch, observe)
 }
 
 fn job(cfg: f64, seed: u64) -> Job {
@@ -295,22 +296,19 @@ fn a_draft_is_the_beginning_of_the_image() {
         self::draw(&backbone, &q, &[7, 8], &job, &mut |_| ControlFlow::Continue(())).unwrap()
     };
     assert_eq!(draw(2), draw(0)[..3]);
-    let leaves = |draft| Sampling { draft, ..Sampling::default() }.check(5);
-    assert!(leaves(4).is_ok() && leaves(5).is_err_and(|e| e.exit_code() == 2));
 }
 
 #[test]
-fn weights_without_finite_numbers_end_the_run() {
-    let (backbone, q) = model(InputMode::Residual);
+fn what_is_not_finite_is_told_with_its_scale() {
+    let (backbone, _) = model(InputMode::Residual);
     let broken = Tensor::full(f32::NAN, (1, 1, 64), &Device::Cpu).unwrap();
     let sampling = job(0.0, 1).sampling;
     let draw = Draw { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
     let fault = sampler::sample(&backbone.code_logits(&broken).unwrap(), &draw, 0).unwrap_err();
     assert_eq!(non_finite(fault, 0, (1, 1)).kind, Kind::NonFinite);
-    assert_eq!(q.config().size, 40);
     // What a GPU marks in its place.
     let marked = Tensor::new(&[[3u32, 5], [1, sampler::NON_FINITE]], &Device::Cpu).unwrap();
-    let error = home(&[marked], &[(1, 2)]).unwrap_err();
+    let error = to_host(&[marked], &[(1, 2)]).unwrap_err();
     assert_eq!(error.kind, Kind::NonFinite);
     assert!(error.message.contains("scale 1 (1x2), position 1"), "{}", error.message);
 }
@@ -327,7 +325,12 @@ fn nanos_config_is_written_as_it_was_read() {
 fn nextflow_adds_image_ends_to_a_transformer() {
     use crate::backbone::presets::QWEN2_5_VL_7B;
     let tokenizer = crate::tokenizer::Preset::siglip_32k().config;
-    let c = ModelConfig::nextflow("x", QWEN2_5_VL_7B, tokenizer).backbone;
+    let model = ModelConfig::nextflow("x", QWEN2_5_VL_7B, tokenizer);
+    let Sampling { cfg, temperature, top_k, top_p, refine, .. } = &model.sampling;
+    assert_eq!((*cfg, *temperature, *top_k, *top_p, refine.len()), (5.0, 1.0, Some(2), 0.9, 0));
+    assert_eq!((model.scales, model.grids.len(), model.backbone.spatial_extent), (18, 0, Some(64.0)));
+    assert_eq!((model.backbone.input_mode, model.backbone.max_scales), (InputMode::Residual, 18));
+    let c = model.backbone;
     assert_eq!(c.check(), Ok(()));
     // Two markers in embedding and head, the codes' rows in the head, connector and scale embedding.
     let image_ends = (2 + 2 + 32_768 + 40 + 1 + 3584 + 1 + 18) * 3584;

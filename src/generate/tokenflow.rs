@@ -2,8 +2,10 @@
 
 use super::sampler::Filter;
 use super::{ModelConfig, PromptConfig, Sampling};
+use crate::backbone::InputMode;
 use crate::backbone::presets::TOKENFLOW_T2I_7B;
 use crate::checkpoint::Source;
+use crate::error::{Error, Result};
 use crate::tokenizer::Preset;
 
 /// Grids of its one size, 256 x 256 pixels.
@@ -28,6 +30,22 @@ pub fn sampling(passes: usize) -> Sampling {
         _ => (filter(1200, 0.8), vec![filter(100, 0.8), filter(1, 1.0)]),
     };
     Sampling { cfg: 7.5, top_k: first.top_k, top_p: first.top_p, refine, ..Sampling::default() }
+}
+
+/// Draws every scale but the first in so many passes, each with the filter that [`sampling`] has for it.
+///
+/// Errors: usage, for a model whose inputs are no sums of scales: what a further pass reads is nothing that it has learnt.
+pub fn set_passes(config: &mut ModelConfig, passes: usize) -> Result<()> {
+    if config.backbone.input_mode != InputMode::Cumulative {
+        if passes == 1 {
+            return Ok(());
+        }
+        let message = format!("{} draws every scale in one pass: --passes is for TokenFlow-t2i", config.name);
+        return Err(Error::usage(message).hint("leave out --passes, or --model ByteVisionLab/TokenFlow-t2i"));
+    }
+    let Sampling { top_k, top_p, refine, .. } = sampling(passes);
+    config.sampling = Sampling { top_k, top_p, refine, ..config.sampling.clone() };
+    Ok(())
 }
 
 /// The whole model, with one pass over a scale.
@@ -62,6 +80,7 @@ pub fn tokenizer_elsewhere(source: &Source) -> Option<(&'static str, &'static st
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backbone::presets::QWEN2_5_VL_7B;
     use crate::generate::schedule;
 
     #[test]
@@ -70,5 +89,18 @@ mod tests {
         assert_eq!(SCALES.len(), TOKENFLOW_T2I_7B.max_scales);
         assert_eq!((1..=3).map(|n| sampling(n).passes(1)).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!(sampling(3).passes(0), 1);
+    }
+
+    #[test]
+    fn passes_are_of_models_that_read_sums() {
+        let mut config = config();
+        config.sampling.cfg = 2.0;
+        set_passes(&mut config, 2).unwrap();
+        assert_eq!(config.sampling, Sampling { cfg: 2.0, ..sampling(2) });
+        let mut config = ModelConfig::nextflow("7b", QWEN2_5_VL_7B, Preset::clipb_32k_enhanced().config);
+        let before = config.sampling.clone();
+        assert_eq!(set_passes(&mut config, 2).unwrap_err().exit_code(), 2);
+        set_passes(&mut config, 1).unwrap();
+        assert_eq!(config.sampling, before);
     }
 }

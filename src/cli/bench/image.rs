@@ -17,10 +17,10 @@ use crate::error::Result;
 #[cfg(feature = "nano")]
 use crate::generate::TRANSFORMER;
 use crate::generate::cost::{self, Work};
-use crate::generate::{Batch, Event, ModelConfig, Prefix, draw_behind, tokenflow};
+use crate::generate::{Batch, Event, ModelConfig, Prefix, draw_after, tokenflow};
 use crate::size::Size;
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
-use crate::{device, memory, pixels, terminal};
+use crate::{memory, pixels, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -79,7 +79,7 @@ struct Part {
 
 /// Draws one image of a shape.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
-    let device = device::parse(&args.device)?;
+    let device = args.device.get()?;
     let mut config = config(args.synthetic)?;
     config.sampling.cfg_until = args.cfg_until;
     config.sampling.draft = args.draft;
@@ -117,7 +117,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     for _ in 0..args.images {
         let mut marks = vec![Instant::now()];
         let mut waited = Ok(());
-        let drawn = draw_behind(&backbone, tokenizer.quantizer(), &prompts, &prefixes[1], batch, &mut |event| {
+        let drawn = draw_after(&backbone, tokenizer.quantizer(), &prompts, &prefixes[1], batch, &mut |event| {
             if !matches!(event, Event::Decode) {
                 // A GPU may have done less than it was asked for.
                 waited = device.synchronize();
@@ -209,7 +209,7 @@ fn parts(
     weights: u64,
 ) -> Vec<Part> {
     let (c, scales, images) = (&config.backbone, batch.scales, batch.seeds.len());
-    let guided = config.sampling.guided(scales.len());
+    let guided = config.sampling.guided_scales(scales.len());
     let rows = if guided > 0 { 2 } else { 1 };
     let read: Vec<usize> = prefixes[..rows].iter().flat_map(|p| vec![p.ids.len(); images]).collect();
     let prompt_flops: f64 = read.iter().map(|&n| cost::flops(c, 1, n, 0, 0)).sum();

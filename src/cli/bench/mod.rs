@@ -6,6 +6,7 @@ mod talk;
 
 use clap::{Args, ValueEnum};
 
+use super::DeviceArgs;
 use crate::backbone::presets;
 use crate::checkpoint::WeightType;
 use crate::error::Result;
@@ -65,9 +66,9 @@ pub struct BenchArgs {
     /// Words that Qwen2.5 answers
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub words: u32,
-    /// auto, cpu, cuda:N or metal
-    #[arg(long, default_value = "auto", env = "NEXTFLOW_DEVICE")]
-    pub device: String,
+    /// What computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Print JSON in place of a table
     #[arg(long)]
     pub json: bool,

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::generate::cost;
 use crate::size::Size;
 use crate::vision::{Patches, VisionConfig};
-use crate::{device, memory, terminal};
+use crate::{memory, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -49,7 +49,7 @@ pub(super) fn run(
     transformer: BackboneConfig,
     eyes: Option<VisionConfig>,
 ) -> Result<()> {
-    let device = device::parse(&args.device)?;
+    let device = args.device.get()?;
     let config = ChatConfig::synthetic(transformer, eyes);
     let image = match (&config.vision, args.size.parse()?) {
         (None, Size::Auto) => None,
