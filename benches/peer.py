@@ -6,7 +6,7 @@ against a preallocated cache, no mask while an image is drawn, codes drawn on th
 
 `nano` loads nano's weights, f32 on a CPU. First it checks that both programs draw the same image at temperature 0; if
 not, it exits with 1. Then it times them in turn: a whole process that draws one image, and one more image in a process
-that draws many (for nextflow `gen --count N+1` less `gen --count 1`, by N; for PyTorch N images behind two that are
+that draws many (for nextflow `gen --count N+1` less `gen --count 1`, by N; for PyTorch N images after two that are
 not counted). All read the words, draw and write PNGs. PyTorch runs twice: as it is, and with oneDNN in MKL's place.
 
 `7b` has the shape of `nextflow bench --synthetic nextflow-7b` and random weights, bf16 on CUDA, else f32. It prints a
@@ -52,7 +52,7 @@ NEXTFLOW_7B = {
 
 
 class Block(nn.Module):
-    """Grouped-query attention and SwiGLU, each behind an RMSNorm."""
+    """Grouped-query attention and SwiGLU, each after an RMSNorm."""
 
     def __init__(self, c):
         super().__init__()
@@ -201,7 +201,7 @@ class Drawing:
     """Images of one prompt. `parts` draw one if called in turn; they keep what they share in tensors of fixed sizes.
 
     Row 0 is the prompt's, row 1 the unconditional one, padded on the left, so that both write to the same places. While
-    an image is drawn each row attends to what is behind its pads, without a mask.
+    an image is drawn each row attends to what is after its pads, without a mask.
     """
 
     def __init__(self, transformer, tokenizer, config, prompt, sides, sampling):

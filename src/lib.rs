@@ -1,9 +1,9 @@
 //! NextFlow: one decoder-only transformer that reads and writes text and images in one sequence.
 //!
-//! [`generate::Model`] draws: `Model::load`, then `Model::draw`. [`chat::Session`] converses.
-//! [`ops`] has the kernels of all of it. [`cli`] is the program's own and may change at any time.
+//! [`generate::Model`] draws: `Model::load`, then `Model::draw`; the next-scale loop is [`generate::draw_codes`].
+//! [`chat::Session`] converses. [`ops`] has the kernels of all of it. [`cli`] is the program's own and may change at any time.
 //!
-//! Data flows one way: [`cli`] -> [`request`] -> [`checkpoint`] -> ([`text`] | [`pixels`] ->
+//! Data flows one way: [`cli`] -> [`checkpoint`] -> ([`text`] | [`pixels`] ->
 //! [`tokenizer`]) -> [`generate`] over the [`backbone`] -> [`tokenizer`] -> [`output`].
 
 pub mod backbone;
@@ -19,13 +19,11 @@ pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod input;
-pub mod jobs;
 pub mod library;
 pub mod memory;
 pub mod ops;
 pub mod output;
 pub mod pixels;
-pub mod request;
 pub mod rng;
 pub mod scenes;
 pub mod settings;

@@ -213,7 +213,7 @@ fn one_command_is_a_conversation_of_its_own() {
         (&["chat", "/paint"][..], 2, "there is no command /paint"),
         (&["chat", "/size 1x1"], 2, "cannot draw 1x1"),
         (&["chat", "/size foo"], 2, "/size foo is not a size"),
-        (&["chat", "/undo it"], 2, "/undo takes nothing behind it"),
+        (&["chat", "/undo it"], 2, "/undo takes no argument"),
         (&["chat", "/load ."], 2, "not a regular file"),
         (&["chat", "a red circle", "--repetition-penalty", "1e9"], 2, "repetition_penalty cannot be"),
         (&["edit", "-i", "a.png", "-p", "make it blue", "--free", "--cfg", "0"], 2, "--free without guidance"),

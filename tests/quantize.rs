@@ -39,7 +39,7 @@ fn logits(weights: WeightType) -> Vec<f32> {
     };
     let backbone = Source::Embedded.load("model.safetensors", DType::F32, &Device::Cpu, build).unwrap();
     let ids: Vec<u32> = (300..320).collect();
-    let mut layout = Layout::behind(0);
+    let mut layout = Layout::after(0);
     layout.push_text(ids.len());
     let rope = Rope::new(&config.backbone, &[&layout.positions], &Device::Cpu).unwrap();
     let n = ids.len();

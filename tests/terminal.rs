@@ -81,7 +81,7 @@ impl Terminal {
         Self { keys: master, screen, shown: String::new(), child, _state: state }
     }
 
-    /// Types something, and waits until something is shown behind all that was shown before.
+    /// Types something, and waits until something is shown after all that was shown before.
     fn type_and_see(&mut self, keys: &str, part: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
         self.see(part);

@@ -187,7 +187,7 @@ fn hidden_states_equal_the_reference_layer_by_layer() {
         let golden = golden(run);
         let (x, mask) = (&golden["final_inputs_embeds"], &golden["final_mask_bool"]);
         for layers in 1..=3 {
-            // A model cut off behind a layer norms what the whole one passes on.
+            // A model cut off after a layer norms what the whole one passes on.
             let cut = backbone(&BackboneConfig { num_hidden_layers: layers, ..TINY });
             let got = cut.forward(x, &rope, Context::Masked(mask)).unwrap();
             let want = &golden[&format!("final_hidden_{layers}")];

@@ -1,4 +1,4 @@
-//! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or behind it (TokenFlow-t2i).
+//! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or after it (TokenFlow-t2i).
 
 use candle_core::{Result, Tensor};
 
@@ -199,7 +199,7 @@ impl Block {
         })
     }
 
-    /// x (R, T, hidden), which nothing else may need, behind the layer.
+    /// The layer's output for x (R, T, hidden), which nothing else may need.
     pub(super) fn forward(&self, x: Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
         let (first, second) = (&self.input_layernorm, &self.post_attention_layernorm);
         match self.norm_placement {

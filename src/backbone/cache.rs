@@ -67,7 +67,7 @@ impl Cache {
         Ok(())
     }
 
-    /// Writes keys and values (1, T, kv_heads, head_dim) behind what it holds and returns all of them.
+    /// Writes keys and values (1, T, kv_heads, head_dim) after what it holds and returns all of them.
     /// The length moves on only with [`Cache::advance`], after the last layer.
     pub(super) fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (start, tokens) = (self.length, k.dim(1)?);

@@ -76,7 +76,7 @@ pub struct BackboneConfig {
     /// Add the sinusoidal embedding of an image's number of scales.
     pub scale_length_embedding: bool,
     /// An image that others follow in the sequence ends with one more grid: the sum of all its scales. Without it
-    /// nothing behind an image sees the codes of its last scale, which are never an input.
+    /// nothing after an image sees the codes of its last scale, which are never an input.
     #[serde(default, skip_serializing_if = "is_default")]
     pub context_last_scale: bool,
     /// How codes join the vocabulary.

@@ -19,9 +19,9 @@ impl Layout {
         Self::default()
     }
 
-    /// An empty sequence that counts from `counter`: behind so many left pads, which nobody sees and which therefore need
+    /// An empty sequence that counts from `counter`: after so many left pads, which nobody sees and which therefore need
     /// not be there.
-    pub fn behind(counter: usize) -> Self {
+    pub fn after(counter: usize) -> Self {
         Self { counter, ..Self::default() }
     }
 
@@ -61,7 +61,7 @@ impl Layout {
     }
 
     /// Appends an image that others may follow: with `whole` one more grid, that of its sum, stands where a further
-    /// scale would, and `<eoi>` behind it.
+    /// scale would, and `<eoi>` after it.
     pub fn push_context_image(&mut self, scales: &[(usize, usize)], extent: Option<f64>, whole: bool) {
         self.push_image(scales, extent);
         if let (true, Some(&grid), Some(extent)) = (whole, scales.last(), extent) {
@@ -73,7 +73,7 @@ impl Layout {
     }
 
     /// Appends the tokens of an image that Qwen2.5-VL's own encoder has read, a grid of (height, width): rows and columns
-    /// count from where text stands, and text goes on behind the larger of the two. They are read one after the other,
+    /// count from where text stands, and text goes on after the larger of the two. They are read one after the other,
     /// like text.
     pub fn push_patches(&mut self, (h, w): (usize, usize)) {
         let t = self.counter;
@@ -84,7 +84,7 @@ impl Layout {
         self.counter += h.max(w);
     }
 
-    /// Appends `<eoi>`; text goes on counting behind it.
+    /// Appends `<eoi>`; text goes on counting after it.
     pub fn push_eoi(&mut self) {
         self.push_text(1);
     }
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn codes_count_like_text_without_an_extent() {
-        let mut layout = Layout::behind(3);
+        let mut layout = Layout::after(3);
         layout.push_text(1);
         layout.push_image(&[(1, 1), (1, 2), (2, 2)], None);
         layout.push_text(1);

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::WordSampling;
+use super::TextSampling;
 use crate::backbone::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
@@ -66,7 +66,7 @@ pub struct QwenConfig {
     /// How images are made ready.
     pub processor: ImageProcessor,
     /// How words are drawn if the user says nothing.
-    pub sampling: WordSampling,
+    pub sampling: TextSampling,
     /// Tokens that end a reply, beside `<|im_end|>`.
     pub stops: Vec<u32>,
     /// The most tokens of a conversation.
@@ -147,11 +147,11 @@ fn optional(source: &Source, file: &str) -> Result<Value> {
 /// Sampling and stops of generation_config.json, if there is one.
 ///
 /// Errors: a file that is broken.
-pub(super) fn generation(source: &Source) -> Result<(WordSampling, Vec<u32>)> {
+pub(super) fn generation(source: &Source) -> Result<(TextSampling, Vec<u32>)> {
     const FILE: &str = "generation_config.json";
     let file: Generation =
         serde_json::from_value(optional(source, FILE)?).map_err(|e| bad(source, FILE, e.to_string()))?;
-    let sampling = WordSampling {
+    let sampling = TextSampling {
         temperature: if file.do_sample { file.temperature.unwrap_or(1.0) } else { 0.0 },
         // The library's value where the file has none.
         top_k: Some(file.top_k.unwrap_or(50)).filter(|&k| k > 0),

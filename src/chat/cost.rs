@@ -5,9 +5,9 @@ use serde::Serialize;
 
 use super::session::CHUNK;
 use super::{ChatConfig, ChatModel};
+use crate::chat::Frame;
 use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::frame::Frame;
 use crate::generate::{TRANSFORMER, cost, schedule};
 use crate::size::Size;
 use crate::tokenizer::ImageTokenizer;

@@ -1,9 +1,9 @@
-//! Images that a conversation draws, behind what has been read of it.
+//! Images that a conversation draws, after what has been read of it.
 
 use candle_core::Tensor;
 
 use super::picture::{Script, Token};
-use super::reply::{Heard, Listener, Manner, Talk};
+use super::reply::{ReplyEvent, ReplyObserver, ReplyOptions, Talk};
 use super::session::{CHUNK, Row};
 use super::template::{Part, Role};
 use super::{ChatModel, Picture, Session};
@@ -18,13 +18,18 @@ impl Session<'_> {
     }
 
     /// Draws the image that the model has opened in its reply, and reads it.
-    pub(super) fn draw_within(&mut self, talk: &mut Talk, manner: &Manner, listener: Listener) -> Result<()> {
-        self.draw_next(manner, &self.next_scales()?, listener)?;
+    pub(super) fn draw_within(
+        &mut self,
+        talk: &mut Talk,
+        options: &ReplyOptions,
+        observe: ReplyObserver,
+    ) -> Result<()> {
+        self.draw_next(options, &self.next_scales()?, observe)?;
         talk.tokens += 1;
         let script = self.render(Row::Said, true)?;
-        talk.longest = talk.longest.min(talk.tokens + self.room(script.tokens.len())?);
-        self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.longest.min(CHUNK))?;
-        (_, talk.hidden) = self.catch_up(Row::Said, &script, listener)?;
+        talk.max_tokens = talk.max_tokens.min(talk.tokens + self.room(script.tokens.len())?);
+        self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.max_tokens.min(CHUNK))?;
+        (_, talk.hidden) = self.catch_up(Row::Said, &script, observe)?;
         talk.layout = script.layout;
         Ok(())
     }
@@ -35,32 +40,37 @@ impl Session<'_> {
         last.map_or_else(|| self.model.usual_scales(), |codes| Ok(codes.scales.clone()))
     }
 
-    /// Draws an image behind what has been read of the conversation and of the reply, and puts it there.
-    pub(super) fn draw_next(&mut self, manner: &Manner, scales: &[(usize, usize)], listener: Listener) -> Result<()> {
+    /// Draws an image after what has been read of the conversation and of the reply, and puts it there.
+    pub(super) fn draw_next(
+        &mut self,
+        options: &ReplyOptions,
+        scales: &[(usize, usize)],
+        observe: ReplyObserver,
+    ) -> Result<()> {
         let (model, config) = (self.model, &self.model.config.backbone);
-        let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(manner.image.as_ref()) else {
+        let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(options.image.as_ref()) else {
             return Err(ChatModel::draws_nothing());
         };
         let guided = sampling.guided_scales(scales.len());
         let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
         let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
         for &row in rows {
-            let mut script = self.render(row, manner.guide_from_sources)?;
+            let mut script = self.render(row, options.guide_from_sources)?;
             script.tokens.push(Token::Word(config.boi()));
             script.layout.push_image(scales, config.spatial_extent);
             self.room(script.layout.len())?;
             self.caches[row as usize].reserve(script.layout.len())?;
-            hidden.push(self.catch_up(row, &script, listener)?.1);
+            hidden.push(self.catch_up(row, &script, observe)?.1);
             layouts.push(script.layout);
         }
         let hidden = Tensor::cat(&hidden, 0)?;
-        let seed = manner.seed.wrapping_add(self.drawn() as u64);
+        let seed = options.seed.wrapping_add(self.drawn() as u64);
         // What follows reads the whole image.
         let sampling = Sampling { draft: 0, ..sampling.clone() };
         let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
         let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
         let images =
-            draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| listener(Heard::Drawing(event)));
+            draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| observe(ReplyEvent::Drawing(event)));
         let name = format!("${}", self.gallery().len() + 1);
         let picture = images.and_then(|mut images| {
             let codes = images.pop().unwrap_or_default();
@@ -80,7 +90,7 @@ impl Session<'_> {
             let inputs = schedule::codes(&scales[..read]) - 1;
             self.read[row as usize].extend(&script.tokens[1..][..inputs]);
         }
-        let _ = listener(Heard::Drawn(&mut picture, seed));
+        let _ = observe(ReplyEvent::Drawn(&mut picture, seed));
         self.reply.push(Part::Image(picture));
         Ok(())
     }

@@ -3,39 +3,37 @@
 mod config;
 mod cost;
 mod drawing;
+mod frame;
 mod picture;
 mod reply;
+mod sampling;
 mod session;
 pub mod template;
 #[cfg(test)]
 mod tests;
-mod words;
 
 use candle_core::{Device, Tensor};
 use image::RgbImage;
 
 pub use config::{QwenConfig, is_qwen};
 pub use cost::ChatMemory;
+pub use frame::Frame;
 pub use picture::{Codes, Picture};
-pub use reply::{Ending, Heard, Listener, Manner, Reply};
+pub use reply::{Ending, Reply, ReplyEvent, ReplyObserver, ReplyOptions};
+pub use sampling::{Speech, TextSampling};
 pub use session::{Session, Turn};
 pub use template::{Part, Role};
-pub use words::{Speech, WordSampling};
 
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::frame::Frame;
-use crate::generate::{ModelConfig, TRANSFORMER};
+use crate::generate::{ModelConfig, SYSTEM, TRANSFORMER};
 use crate::pixels;
 use crate::size::Size;
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::vision::{ImageProcessor, VisionConfig, VisionTower};
 use template::Template;
-
-/// What the model is told if the user tells nothing (Qwen2.5-VL's chat template).
-pub const SYSTEM: &str = "You are a helpful assistant.";
 
 /// What a conversation needs to know of a checkpoint before its weights are read.
 #[derive(Clone, Debug)]
@@ -49,7 +47,7 @@ pub struct ChatConfig {
     /// What the model is told if the user tells nothing.
     pub system: String,
     /// How words are drawn if the user says nothing.
-    pub sampling: WordSampling,
+    pub sampling: TextSampling,
     /// The most tokens of a conversation.
     pub context: usize,
     stops: Vec<u32>,
@@ -76,7 +74,7 @@ impl ChatConfig {
     /// A model of random weights.
     pub fn synthetic(backbone: BackboneConfig, vision: Option<VisionConfig>) -> Self {
         let vision = vision.map(|config| (config, ImageProcessor::default()));
-        let (sampling, system, stops) = (WordSampling::GREEDY, SYSTEM.into(), Vec::new());
+        let (sampling, system, stops) = (TextSampling::GREEDY, SYSTEM.into(), Vec::new());
         Self { backbone, vision, drawing: None, system, sampling, context: 32_768, stops }
     }
 

@@ -5,17 +5,17 @@ use std::ops::ControlFlow;
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::{Picture, WordSampling};
+use super::{Picture, TextSampling};
 use crate::backbone::sequence::Layout;
 use crate::generate::{Event, Sampling};
 
 /// How replies are made.
 #[derive(Clone, Debug)]
-pub struct Manner {
-    /// How words are drawn.
-    pub words: WordSampling,
-    /// The most words of a reply.
-    pub longest: usize,
+pub struct ReplyOptions {
+    /// How text tokens are drawn.
+    pub sampling: TextSampling,
+    /// The most tokens of a reply, an image counting as one.
+    pub max_tokens: usize,
     /// How codes are drawn, by a model that draws.
     pub image: Option<Sampling>,
     /// Decides all randomness.
@@ -26,19 +26,19 @@ pub struct Manner {
 
 /// What happens while a reply is made.
 #[derive(Debug)]
-pub enum Heard<'a> {
+pub enum ReplyEvent<'a> {
     /// A part of the conversation has been read.
     Read,
     /// More words.
     Words(&'a str),
     /// An image is being drawn.
     Drawing(Event<'a>),
-    /// An image is drawn, with this seed; the listener may give it a name.
+    /// An image is drawn, with this seed; the observer may give it a name.
     Drawn(&'a mut Picture, u64),
 }
 
-/// Called with everything that is [`Heard`]. An observer that answers `Break` stops the reply.
-pub type Listener<'a> = &'a mut dyn FnMut(Heard) -> ControlFlow<()>;
+/// Called with everything that is [`ReplyEvent`]. An observer that answers `Break` stops the reply.
+pub type ReplyObserver<'a> = &'a mut dyn FnMut(ReplyEvent) -> ControlFlow<()>;
 
 /// Why a reply ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -73,7 +73,7 @@ pub(super) struct Talk {
     pub cached_tokens: usize,
     /// Words and images so far, and the most that there may be.
     pub tokens: usize,
-    pub longest: usize,
+    pub max_tokens: usize,
     /// Of the last token, (1, 1, hidden).
     pub hidden: Tensor,
     pub layout: Layout,

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::picture::{self, Script, Token, passes};
-use super::reply::{Ending, Heard, Listener, Manner, Pause, Reply, Talk};
+use super::reply::{Ending, Pause, Reply, ReplyEvent, ReplyObserver, ReplyOptions, Talk};
 use super::template::{Part, Role};
 use super::{ChatModel, Picture, Speech};
 use crate::backbone::sequence::Layout;
@@ -78,6 +78,11 @@ impl<'a> Session<'a> {
         &self.turns
     }
 
+    /// The last image of the last turn, if it has one.
+    pub fn last_image(&self) -> Option<&Picture> {
+        self.turns.last().and_then(|turn| turn.parts.iter().rev().find_map(Part::image))
+    }
+
     /// All images so far, each of them once, in the order in which they came: `$N` is the N-th.
     pub fn gallery(&self) -> Vec<&Picture> {
         let mut gallery: Vec<&Picture> = Vec::new();
@@ -120,13 +125,19 @@ impl<'a> Session<'a> {
         self.turns.push(Turn { role, parts });
     }
 
-    /// Says something and gives the model's answer, which `listener` hears as it comes. An answer that the listener breaks
+    /// Says something and gives the model's answer, of which `observe` is told as it comes. An answer that it breaks
     /// off stays as far as it got; after an error the conversation is as before.
     ///
     /// Errors: usage, if the conversation is longer than the model's context, [`Kind::NonFinite`] if the model gives no
-    /// finite numbers, [`Kind::Interrupted`] if the listener breaks before the first word or image.
-    pub fn say(&mut self, pictures: Vec<Picture>, text: &str, manner: &Manner, listener: Listener) -> Result<Reply> {
-        self.take_turn(pictures, text, |session| session.answer(manner, listener))
+    /// finite numbers, [`Kind::Interrupted`] if `observe` breaks before the first word or image.
+    pub fn say(
+        &mut self,
+        pictures: Vec<Picture>,
+        text: &str,
+        options: &ReplyOptions,
+        observe: ReplyObserver,
+    ) -> Result<Reply> {
+        self.take_turn(pictures, text, |session| session.answer(options, observe))
     }
 
     /// Says something that the model answers with an image, whatever it would say: of the grids `scales` or, without
@@ -137,20 +148,20 @@ impl<'a> Session<'a> {
         &mut self,
         pictures: Vec<Picture>,
         text: &str,
-        manner: &Manner,
+        options: &ReplyOptions,
         scales: Option<&[(usize, usize)]>,
-        listener: Listener,
+        observe: ReplyObserver,
     ) -> Result<Reply> {
-        if self.model.tokenizer.is_none() || manner.image.is_none() {
+        if self.model.tokenizer.is_none() || options.image.is_none() {
             return Err(ChatModel::draws_nothing());
         }
         self.take_turn(pictures, text, |session| {
-            let mut talk = session.begin(manner, listener)?;
-            if let Pause::End(Ending::Interrupted) = session.speak(&mut talk, manner, listener)? {
+            let mut talk = session.begin(options, observe)?;
+            if let Pause::End(Ending::Interrupted) = session.speak(&mut talk, options, observe)? {
                 return Err(Error::new(Kind::Interrupted, "interrupted"));
             }
             let scales = scales.map_or_else(|| session.next_scales(), |scales| Ok(scales.into()))?;
-            session.draw_next(manner, &scales, listener)?;
+            session.draw_next(options, &scales, observe)?;
             Ok(session.reply(&talk, Ending::Stop))
         })
     }
@@ -162,18 +173,18 @@ impl<'a> Session<'a> {
         &mut self,
         pictures: Vec<Picture>,
         text: &str,
-        manner: &Manner,
+        options: &ReplyOptions,
         scales: &[(usize, usize)],
-        listener: Listener,
+        observe: ReplyObserver,
     ) -> Result<Reply> {
         if self.turns.is_empty() {
-            return self.draw(pictures, text, manner, Some(scales), listener);
+            return self.draw(pictures, text, options, Some(scales), observe);
         }
         let mut alone = Self::new(self.model)?;
         alone.system.clone_from(&self.system);
         // Not the image that it would be in an empty conversation, if that was drawn before.
-        let manner = Manner { seed: manner.seed.wrapping_add(self.drawn() as u64), ..manner.clone() };
-        let reply = alone.draw(pictures, text, &manner, Some(scales), listener)?;
+        let options = ReplyOptions { seed: options.seed.wrapping_add(self.drawn() as u64), ..options.clone() };
+        let reply = alone.draw(pictures, text, &options, Some(scales), observe)?;
         self.turns.append(&mut alone.turns);
         Ok(reply)
     }
@@ -196,17 +207,17 @@ impl<'a> Session<'a> {
     }
 
     /// Reads the conversation up to where the reply begins.
-    fn begin(&mut self, manner: &Manner, listener: Listener) -> Result<Talk> {
+    fn begin(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<Talk> {
         let script = self.render(Row::Said, true)?;
         let prompt_tokens = script.tokens.len();
-        let longest = manner.longest.min(self.room(prompt_tokens)?);
-        self.caches[Row::Said as usize].reserve(prompt_tokens + longest.min(CHUNK))?;
-        let (cached_tokens, hidden) = self.catch_up(Row::Said, &script, listener)?;
+        let max_tokens = options.max_tokens.min(self.room(prompt_tokens)?);
+        self.caches[Row::Said as usize].reserve(prompt_tokens + max_tokens.min(CHUNK))?;
+        let (cached_tokens, hidden) = self.catch_up(Row::Said, &script, observe)?;
         let before = self.words_before(&script.tokens);
-        Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, longest, hidden, layout: script.layout, before })
+        Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, max_tokens, hidden, layout: script.layout, before })
     }
 
-    /// How many more tokens the model's context has room for behind so many.
+    /// How many more tokens the model's context has room for after so many.
     ///
     /// Errors: usage, if it has no room for these.
     pub(super) fn room(&self, tokens: usize) -> Result<usize> {
@@ -218,16 +229,16 @@ impl<'a> Session<'a> {
         })
     }
 
-    pub(super) fn answer(&mut self, manner: &Manner, listener: Listener) -> Result<Reply> {
-        let mut talk = self.begin(manner, listener)?;
+    pub(super) fn answer(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<Reply> {
+        let mut talk = self.begin(options, observe)?;
         loop {
-            if let Pause::End(ending) = self.speak(&mut talk, manner, listener)? {
+            if let Pause::End(ending) = self.speak(&mut talk, options, observe)? {
                 return Ok(self.reply(&talk, ending));
             }
             if self.reply.iter().filter(|part| part.image().is_some()).count() >= MOST_IMAGES {
                 return Ok(self.reply(&talk, Ending::Length));
             }
-            match self.draw_within(&mut talk, manner, listener) {
+            match self.draw_within(&mut talk, options, observe) {
                 Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => {
                     return Ok(self.reply(&talk, Ending::Interrupted));
                 }
@@ -237,15 +248,15 @@ impl<'a> Session<'a> {
     }
 
     /// Speaks until the model opens an image or the reply ends.
-    fn speak(&mut self, talk: &mut Talk, manner: &Manner, listener: Listener) -> Result<Pause> {
+    fn speak(&mut self, talk: &mut Talk, options: &ReplyOptions, observe: ReplyObserver) -> Result<Pause> {
         let model = self.model;
         let mut speech = Speech::default();
         let pause = loop {
-            if talk.tokens >= talk.longest {
+            if talk.tokens >= talk.max_tokens {
                 break Pause::End(Ending::Length);
             }
             let position = talk.layout.len();
-            let drawn = manner.words.draw(model.logits(&talk.hidden)?, &talk.before, manner.seed, position);
+            let drawn = options.sampling.draw(model.logits(&talk.hidden)?, &talk.before, options.seed, position);
             let word = drawn.ok_or_else(|| {
                 Error::new(Kind::NonFinite, format!("the model gave no finite numbers at token {position}"))
                     .hint("check the weights: nextflow info MODEL")
@@ -259,10 +270,10 @@ impl<'a> Session<'a> {
             talk.tokens += 1;
             let first = speech.is_empty();
             let new = speech.push(word, &model.text)?;
-            if listener(Heard::Words(model.opening(&new, first))).is_break() {
+            if observe(ReplyEvent::Words(model.opening(&new, first))).is_break() {
                 break Pause::End(Ending::Interrupted);
             }
-            if talk.tokens >= talk.longest {
+            if talk.tokens >= talk.max_tokens {
                 continue;
             }
             talk.before[word as usize] = true;
@@ -270,7 +281,7 @@ impl<'a> Session<'a> {
             self.caches[Row::Said as usize].reserve(talk.layout.len())?;
             talk.hidden = self.pass(Row::Said, &[Token::Word(word)], &talk.layout, Step::Text)?;
         };
-        self.finish(&mut speech, listener)?;
+        self.finish(&mut speech, observe)?;
         Ok(pause)
     }
 
@@ -282,10 +293,10 @@ impl<'a> Session<'a> {
     }
 
     /// Puts what has been spoken into the reply.
-    fn finish(&mut self, speech: &mut Speech, listener: Listener) -> Result<()> {
+    fn finish(&mut self, speech: &mut Speech, observe: ReplyObserver) -> Result<()> {
         let text = &self.model.text;
         let rest = speech.finish(text)?;
-        let _ = listener(Heard::Words(&rest));
+        let _ = observe(ReplyEvent::Words(&rest));
         let ids = std::mem::take(speech).into_ids();
         if !ids.is_empty() {
             let words = text.decode(&ids)?;
@@ -311,7 +322,7 @@ impl<'a> Session<'a> {
     }
 
     /// Reads of a script what a row has not read yet: how many tokens it had, and the hidden state of the last one.
-    pub(super) fn catch_up(&mut self, row: Row, script: &Script, listener: Listener) -> Result<(usize, Tensor)> {
+    pub(super) fn catch_up(&mut self, row: Row, script: &Script, observe: ReplyObserver) -> Result<(usize, Tensor)> {
         let (read, tokens) = (&mut self.read[row as usize], &script.tokens);
         // The last token is read in any case: its hidden state is asked for.
         let same = tokens.iter().zip(&*read).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);
@@ -320,7 +331,7 @@ impl<'a> Session<'a> {
         let mut hidden = None;
         for (part, step) in passes(&tokens[same..], CHUNK) {
             hidden = Some(self.pass(row, part, &script.layout, step)?);
-            if listener(Heard::Read).is_break() {
+            if observe(ReplyEvent::Read).is_break() {
                 return Err(Error::new(Kind::Interrupted, "interrupted"));
             }
         }
@@ -328,7 +339,7 @@ impl<'a> Session<'a> {
         Ok((same, hidden))
     }
 
-    /// Reads tokens behind what a row has read: the hidden state of the last one, (1, 1, hidden).
+    /// Reads tokens after what a row has read: the hidden state of the last one, (1, 1, hidden).
     fn pass(&mut self, row: Row, tokens: &[Token], layout: &Layout, step: Step) -> Result<Tensor> {
         let (backbone, row) = (&self.model.backbone, row as usize);
         let start = self.read[row].len();

@@ -62,7 +62,7 @@ pub struct Template {
     start: u32,
     /// Ends a message.
     pub end: u32,
-    /// What stands before and behind an image that brings no such tokens itself.
+    /// What stands before and after an image that brings no such tokens itself.
     around_images: Option<(u32, u32)>,
 }
 

@@ -84,15 +84,15 @@ fn everything_is_as_the_reference_computes_it() {
         close(case, &logits, of("logits"), 1e-4);
         close(case, &session.logits(&tokens, &layout, 7), of("logits"), 1e-4);
         for (name, penalty) in [("greedy", 1.0), ("penalised", 1.3)] {
-            let sampling = WordSampling { repetition_penalty: penalty, ..WordSampling::GREEDY };
-            let manner = Manner { words: sampling, longest: 32, image: None, seed: 0, guide_from_sources: true };
-            session.answer(&manner, &mut |_| ControlFlow::Continue(())).unwrap();
+            let sampling = TextSampling { repetition_penalty: penalty, ..TextSampling::GREEDY };
+            let options = ReplyOptions { sampling, max_tokens: 32, image: None, seed: 0, guide_from_sources: true };
+            session.answer(&options, &mut |_| ControlFlow::Continue(())).unwrap();
             let words: Vec<u32> = session
                 .take_reply()
                 .into_iter()
                 .flat_map(|p| if let Part::Drawn(_, ids) = p { ids } else { vec![] })
                 .collect();
-            // The reference goes on behind a word that ends a reply.
+            // The reference goes on after a word that ends a reply.
             let want = ids(of(name));
             let stop = want.iter().position(|id| *id == model.template.end || model.config.stops.contains(id));
             assert_eq!(words, want[..stop.unwrap_or(want.len())], "{case} {name}");
@@ -108,7 +108,7 @@ fn a_conversation_with_two_images_is_as_the_reference_reads_it() {
     close("features", &features, &golden["two.features"], 1e-4);
     let mut session = Session::new(&model).unwrap();
     session.set_system("Be brief.");
-    // The golden conversation has text between its images, which a message of ours has behind them: the tokens are put
+    // The golden conversation has text between its images, which a message of ours has after them: the tokens are put
     // together by hand.
     let pad = model.pad.unwrap();
     let mut want = ids(&golden["two.ids"]).into_iter().peekable();
@@ -185,11 +185,16 @@ fn an_edit_is_what_the_masked_pass_says() {
     let scene = Scene::of_kind(&Rng::new(1, 0, Stream::Train, 0), Kind::Colours, Split::Train);
     let image = image::RgbImage::from_raw(128, 128, scene.render(128, 128)).unwrap();
     let sampling = Sampling { cfg: 2.0, temperature: 0.0, ..Sampling::default() };
-    let manner =
-        Manner { words: WordSampling::GREEDY, longest: 8, image: Some(sampling), seed: 0, guide_from_sources: true };
+    let options = ReplyOptions {
+        sampling: TextSampling::GREEDY,
+        max_tokens: 8,
+        image: Some(sampling),
+        seed: 0,
+        guide_from_sources: true,
+    };
     let mut session = Session::new(&model).unwrap();
     let picture = model.picture("a", &image).unwrap();
-    session.draw(vec![picture], "make it blue", &manner, None, &mut |_| ControlFlow::Continue(())).unwrap();
+    session.draw(vec![picture], "make it blue", &options, None, &mut |_| ControlFlow::Continue(())).unwrap();
     let drawn = session.pictures().last().unwrap().clone();
     let codes = drawn.codes().unwrap();
     let config = &model.config.backbone;
@@ -222,7 +227,7 @@ fn an_edit_is_what_the_masked_pass_says() {
     }
     // What was drawn is in the cache: the next turn reads the sum of its codes, its end, and what is new.
     let (next, _) =
-        (session.turns().len(), session.say(vec![], "what is it?", &manner, &mut |_| ControlFlow::Continue(())));
+        (session.turns().len(), session.say(vec![], "what is it?", &options, &mut |_| ControlFlow::Continue(())));
     assert_eq!(session.turns().len(), next + 2);
     let script = Script::of(
         model
@@ -242,18 +247,23 @@ fn guidance_that_ended_early_goes_on_with_the_next_edit() {
     let source = Source::parse(None).unwrap();
     let model = ChatModel::load(&source, ChatConfig::read(&source).unwrap(), &Device::Cpu, None).unwrap();
     let sampling = Sampling { cfg: 2.0, temperature: 0.0, cfg_until: Some(5), draft: 1, ..Sampling::default() };
-    let mut manner =
-        Manner { words: WordSampling::GREEDY, longest: 8, image: Some(sampling), seed: 0, guide_from_sources: true };
-    let watch = &mut |_: Heard| ControlFlow::Continue(());
+    let mut options = ReplyOptions {
+        sampling: TextSampling::GREEDY,
+        max_tokens: 8,
+        image: Some(sampling),
+        seed: 0,
+        guide_from_sources: true,
+    };
+    let watch = &mut |_: ReplyEvent| ControlFlow::Continue(());
     let mut session = Session::new(&model).unwrap();
-    session.draw(vec![], "a red circle", &manner, None, watch).unwrap();
-    if let Some(sampling) = &mut manner.image {
+    session.draw(vec![], "a red circle", &options, None, watch).unwrap();
+    if let Some(sampling) = &mut options.image {
         sampling.cfg_until = None;
     }
     let mut anew = Session::new(&model).unwrap();
     session.turns().iter().for_each(|turn| anew.push(turn.role, turn.parts.clone()));
     let mut edit = |session: &mut Session| {
-        session.draw(vec![], "make it blue", &manner, None, watch).unwrap();
+        session.draw(vec![], "make it blue", &options, None, watch).unwrap();
         session.pictures().last().unwrap().codes().unwrap().codes.clone()
     };
     assert_eq!(edit(&mut session), edit(&mut anew));
@@ -267,11 +277,12 @@ fn images_end_with_the_context() {
     let config = ChatConfig { context: 300, ..ChatConfig::read(&source).unwrap() };
     let model = ChatModel::load(&source, config, &Device::Cpu, None).unwrap();
     let image = Some(Sampling { temperature: 0.0, ..Sampling::default() });
-    let manner = Manner { words: WordSampling::GREEDY, longest: 0, image, seed: 0, guide_from_sources: true };
-    let watch = &mut |_: Heard| ControlFlow::Continue(());
+    let options =
+        ReplyOptions { sampling: TextSampling::GREEDY, max_tokens: 0, image, seed: 0, guide_from_sources: true };
+    let watch = &mut |_: ReplyEvent| ControlFlow::Continue(());
     let mut session = Session::new(&model).unwrap();
-    session.draw(vec![], "a red circle", &manner, None, watch).unwrap();
-    let error = session.draw(vec![], "a blue star", &manner, None, watch).unwrap_err();
+    session.draw(vec![], "a red circle", &options, None, watch).unwrap();
+    let error = session.draw(vec![], "a blue star", &options, None, watch).unwrap_err();
     assert!(error.exit_code() == 2 && error.message.contains("the model's limit is 300"), "{error}");
     assert_eq!(session.turns().len(), 2);
 }

@@ -10,8 +10,10 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::repl::Repl;
-use super::{DeviceArgs, ModelArgs, lines, plan};
-use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Heard, Manner, Picture, Reply, Session, WordSampling};
+use super::{DeviceArgs, ModelArgs, lines, plan, request};
+use crate::chat::{
+    ChatConfig, ChatMemory, ChatModel, Ending, Picture, Reply, ReplyEvent, ReplyOptions, Session, TextSampling,
+};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
 use crate::generate::{Job, TRANSFORMER, cost};
@@ -19,7 +21,7 @@ use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::size::Size;
 use crate::terminal::{self, Console, Level, Stop};
-use crate::{input, memory, pixels, request};
+use crate::{input, memory, pixels};
 
 /// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow chat -i - \"what is in the picture?\"";
@@ -50,19 +52,19 @@ pub struct ChatArgs {
     /// Random seed [default: chosen, printed with -v and --json]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Randomness of the words; 0 always takes the likeliest [default: the model's]
+    /// Sampling temperature of text; 0 always takes the likeliest token [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f64>,
-    /// Draw among the K likeliest words [default: the model's]
+    /// Draw text among the K likeliest tokens [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Draw among the likeliest words whose probabilities sum to P; 1 keeps all [default: the model's]
+    /// Draw text among the likeliest tokens whose probabilities sum to P; 1 keeps all [default: the model's]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Above 1: repeated words become less likely [default: the model's]
+    /// Above 1: repeated tokens become less likely [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f64>,
-    /// Write drawn images, under names that are free, into this folder [default: the current one]
+    /// Write drawn images, under unused names, into this folder [default: the current one]
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
     /// Enlarge smaller images to N pixels [default: the model's]
@@ -93,7 +95,7 @@ pub struct ChatArgs {
 
 /// How replies are made, shown and kept.
 pub(super) struct Host {
-    pub manner: Manner,
+    pub options: ReplyOptions,
     /// The model's name, as it is stored with images.
     pub model: String,
     /// How large images are.
@@ -198,13 +200,13 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let pictures = pictures.collect::<Result<Vec<_>>>()?;
     console.clear();
     let image = model.config().drawing.as_ref().map(|config| config.sampling.clone());
-    let (seed, longest) = (args.seed.unwrap_or_else(request::any_seed), args.max_tokens as usize);
+    let (seed, max_tokens) = (args.seed.unwrap_or_else(request::any_seed), args.max_tokens as usize);
     let mut session = Session::new(&model)?;
     if let Some(system) = &args.system {
         session.set_system(system);
     }
     let host = Host {
-        manner: Manner { words: sampling, longest, image, seed, guide_from_sources: true },
+        options: ReplyOptions { sampling, max_tokens, image, seed, guide_from_sources: true },
         model: model.config().drawing.as_ref().map_or("Qwen2.5-VL".into(), |config| config.name.clone()),
         size: Size::Auto,
         images: folder,
@@ -237,11 +239,11 @@ fn message(text: &str) -> Result<String> {
 }
 
 /// The model's own sampling with the given settings in its place.
-fn sampling(args: &ChatArgs, defaults: WordSampling) -> Result<WordSampling> {
+fn sampling(args: &ChatArgs, defaults: TextSampling) -> Result<TextSampling> {
     if args.top_k == Some(0) {
         return Err(Error::usage("--top-k 0 is not 1 or more").hint("--top-k 50"));
     }
-    let sampling = WordSampling {
+    let sampling = TextSampling {
         temperature: args.temperature.unwrap_or(defaults.temperature),
         top_k: args.top_k.or(defaults.top_k),
         top_p: args.top_p.unwrap_or(defaults.top_p),
@@ -281,33 +283,33 @@ impl Host {
     /// Says something, shows the answer as it comes and keeps its images.
     pub fn say(&mut self, session: &mut Session, pictures: Vec<Picture>, text: &str, ask: Ask) -> Result<Reply> {
         let (started, mut first, mut lost, mut paths) = (Instant::now(), None, None, Vec::new());
-        let mut seed = self.manner.seed;
+        let mut seed = self.options.seed;
         let model = session.model();
         // Of another size than the image that is changed, or than usual.
         let asked = model.config().drawing.as_ref().filter(|_| self.size != Size::Auto);
         let asked = asked.map(|config| self.size.grids(config)).transpose()?;
-        let Self { manner, console, stop, .. } = self;
+        let Self { options, console, stop, .. } = self;
         console.start(1);
         let (json, name, images) = (self.json, &self.model, &self.images);
         let mut words_before = false;
-        let mut hear = |heard: Heard| -> Result<ControlFlow<()>> {
+        let mut hear = |heard: ReplyEvent| -> Result<ControlFlow<()>> {
             let flow = match heard {
-                Heard::Read => ControlFlow::Continue(()),
-                Heard::Words(words) => {
+                ReplyEvent::Read => ControlFlow::Continue(()),
+                ReplyEvent::Words(words) => {
                     if !words.is_empty() {
                         first.get_or_insert_with(|| started.elapsed());
                         words_before = true;
                     }
                     if json { ControlFlow::Continue(()) } else { terminal::speak(words)? }
                 }
-                Heard::Drawing(event) => {
+                ReplyEvent::Drawing(event) => {
                     console.event(&event);
                     ControlFlow::Continue(())
                 }
-                Heard::Drawn(picture, drawn_with) => {
+                ReplyEvent::Drawn(picture, drawn_with) => {
                     seed = drawn_with;
                     let image = model.decode(picture)?;
-                    let Some((codes, sampling)) = picture.codes().zip(manner.image.clone()) else {
+                    let Some((codes, sampling)) = picture.codes().zip(options.image.clone()) else {
                         return Ok(ControlFlow::Continue(()));
                     };
                     let job = Job { prompt: text.into(), negative: None, scales: codes.scales.clone(), sampling, seed };
@@ -331,20 +333,20 @@ impl Host {
             };
             Ok(if flow.is_break() { flow } else { stop.check() })
         };
-        let mut listen = |heard: Heard| {
+        let mut listen = |heard: ReplyEvent| {
             hear(heard).unwrap_or_else(|error| {
                 lost.get_or_insert(error);
                 ControlFlow::Break(())
             })
         };
         let reply = match ask {
-            Ask::Answer => session.say(pictures, text, manner, &mut listen),
+            Ask::Answer => session.say(pictures, text, options, &mut listen),
             Ask::Image => {
-                let silent = Manner { longest: 0, ..manner.clone() };
+                let silent = ReplyOptions { max_tokens: 0, ..options.clone() };
                 let scales = asked.map_or_else(|| model.usual_scales(), Ok)?;
                 session.draw_anew(pictures, text, &silent, &scales, &mut listen)
             }
-            Ask::Edit => session.draw(pictures, text, manner, asked.as_deref(), &mut listen),
+            Ask::Edit => session.draw(pictures, text, options, asked.as_deref(), &mut listen),
         };
         if let Some(error) = lost {
             // An image that could not be kept could not be shown, changed or saved later: nothing was said.

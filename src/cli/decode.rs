@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use clap::Args;
 use image::ImageFormat;
 
-use super::{DeviceArgs, ModelArgs};
+use super::{DeviceArgs, ModelArgs, request};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
-use crate::{input, pixels, request, terminal};
+use crate::{input, pixels, terminal};
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]

@@ -11,12 +11,12 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::edit::EditArgs;
+use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
 use crate::generate::{Event, Job, Sampling};
 use crate::output::Destination;
-use crate::request::Request;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Preview, Stop};
 

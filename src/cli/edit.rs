@@ -7,11 +7,11 @@ use clap::Args;
 
 use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::plan::Plan;
-use crate::chat::{ChatConfig, ChatModel, Heard, Manner, Part, Session};
+use super::request::Request;
+use crate::chat::Frame;
+use crate::chat::{ChatConfig, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
-use crate::generate::frame::Frame;
 use crate::generate::{cost, schedule};
-use crate::request::Request;
 use crate::terminal::{self, Console};
 use crate::{memory, pixels};
 
@@ -80,22 +80,21 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
         delivery.console.start(1);
-        let manner = Manner {
-            words: model.config().sampling,
-            longest: THOUGHT,
+        let options = ReplyOptions {
+            sampling: model.config().sampling,
+            max_tokens: THOUGHT,
             image: Some(job.sampling.clone()),
             seed: job.seed,
             guide_from_sources: !args.free,
         };
-        let reply = session.draw(pictures.clone(), &job.prompt, &manner, Some(&frame.scales), &mut |heard| {
+        let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&frame.scales), &mut |heard| {
             let pixels = |codes: &[Vec<u32>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
             match heard {
-                Heard::Drawing(event) => delivery.event(&event, pixels),
+                ReplyEvent::Drawing(event) => delivery.event(&event, pixels),
                 _ => delivery.stop.check(),
             }
         })?;
-        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
-        let image = frame.cut(&model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?);
+        let image = frame.cut(&model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?);
         // The sources stay in the cache for the next one.
         session.undo();
         let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 use image::ImageFormat;
 
-use super::{DeviceArgs, ModelArgs};
+use super::{DeviceArgs, ModelArgs, request};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::output::Destination;
 use crate::size::Size;
-use crate::{input, pixels, request, terminal};
+use crate::{input, pixels, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]

@@ -9,15 +9,15 @@ use clap::Args;
 use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::jobs::{self, JobsArgs};
 use super::plan::Plan;
+use super::request::{self, Request};
 use super::think;
 use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::{Batch, Job, Model, TRANSFORMER, tokenflow};
-use crate::request::Request;
 use crate::settings::Settings;
 use crate::terminal::{self, Console, Level};
-use crate::{input, memory, request};
+use crate::{input, memory};
 
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;

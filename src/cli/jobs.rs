@@ -10,12 +10,12 @@ use serde::Serialize;
 
 use super::draw::{Delivery, Line};
 use super::r#gen::{self, GenArgs};
+use super::job_file::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
+use super::request::Request;
 use crate::error::{Error, Kind, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::{Batch, Model, TRANSFORMER, schedule};
-use crate::jobs::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
 use crate::output::Destination;
-use crate::request::Request;
 use crate::size::Size;
 use crate::terminal::{self, Console};
 use crate::{input, memory};
@@ -229,7 +229,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if jobs.seen() == 0 { Err(empty()) } else { failures.end(tried) }
 }
 
-/// A job and those behind it that are drawn in the same pass, up to so many in all.
+/// A job and those after it that are drawn in the same pass, up to so many in all.
 fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, Fault>>>, batch: usize) -> Vec<Task> {
     let mut group = vec![first];
     while group.len() < batch {

@@ -12,7 +12,7 @@ use crate::input;
 
 /// The longest message, in bytes.
 const MAX_MESSAGE: usize = 64 << 10;
-/// Before and behind a message of several lines.
+/// Before and after a message of several lines.
 const QUOTE: &[u8] = b"\"\"\"";
 
 /// Where lines come from.

@@ -17,6 +17,7 @@ mod encode;
 mod eval;
 mod r#gen;
 mod info;
+mod job_file;
 mod jobs;
 mod lines;
 mod model;
@@ -25,6 +26,7 @@ mod models;
 mod plan;
 mod quantize;
 mod repl;
+mod request;
 mod think;
 #[cfg(feature = "train")]
 mod train;

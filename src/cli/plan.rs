@@ -3,9 +3,9 @@
 use serde::Serialize;
 
 use super::draw::told;
+use super::request::Request;
 use crate::error::Result;
 use crate::generate::schedule;
-use crate::request::Request;
 use crate::terminal;
 
 /// Images of one size by one model, with a forecast `M` of the memory.

@@ -189,7 +189,7 @@ impl<'a> Repl<'a> {
         };
         match (name, rest) {
             ("help" | "regen" | "undo" | "clear" | "show" | "exit", more) if !more.is_empty() => {
-                return Err(Error::usage(format!("/{name} takes nothing behind it")).hint(format!("/{name}")));
+                return Err(Error::usage(format!("/{name} takes no argument")).hint(format!("/{name}")));
             }
             ("help", _) => HELP.lines().for_each(terminal::note),
             ("image", "") => return Err(Error::usage("/image needs a file").hint("/image photo.jpg")),
@@ -209,7 +209,7 @@ impl<'a> Repl<'a> {
             ("regen", _) => self.regenerate()?,
             ("seed", seed) => {
                 let bad = |_| Error::usage(format!("{seed:?} is not a seed")).hint("/seed 7");
-                self.host.manner.seed = seed.parse().map_err(bad)?;
+                self.host.options.seed = seed.parse().map_err(bad)?;
             }
             ("size", "") => return Err(Error::usage("/size needs a size").hint("/size 16:9")),
             ("size", text) => {
@@ -262,7 +262,7 @@ impl<'a> Repl<'a> {
         let kept = self.session.turns().len();
         let images = turns.last().map_or(0, |answer| answer.pictures().count());
         let ask = self.asked.unwrap_or(if images == 1 { Ask::Edit } else { Ask::Answer });
-        self.host.manner.seed = self.host.manner.seed.wrapping_add(1);
+        self.host.options.seed = self.host.options.seed.wrapping_add(1);
         // Images that wait are for the next message.
         let waiting = std::mem::take(&mut self.pictures);
         let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use super::draw::Delivery;
 use super::edit::AROUND;
-use crate::chat::{ChatConfig, ChatMemory, ChatModel, Heard, Manner, Part, Session};
+use super::request::Request;
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::Result;
 use crate::generate::prompt::THINK;
 use crate::generate::{cost, schedule};
-use crate::request::Request;
 
 /// The most words that it thinks.
 const LONGEST: usize = 256;
@@ -24,20 +24,19 @@ pub(super) fn run(mut delivery: Delivery, config: ChatConfig, scales: &[(usize, 
     let request = delivery.request;
     let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
     let model = delivery.console.load(&request.model, load)?;
-    let words = model.config().sampling;
+    let sampling = model.config().sampling;
     for job in request.jobs(scales) {
         let started = Instant::now();
         delivery.console.start(1);
         let image = Some(job.sampling.clone());
-        let manner = Manner { words, longest: LONGEST, image, seed: job.seed, guide_from_sources: true };
+        let options = ReplyOptions { sampling, max_tokens: LONGEST, image, seed: job.seed, guide_from_sources: true };
         let mut session = Session::new(&model)?;
         let text = format!("{THINK}{}", job.prompt);
-        let reply = session.draw(Vec::new(), &text, &manner, Some(scales), &mut |heard| match heard {
-            Heard::Drawing(event) => delivery.event(&event, |codes, scales| model.pixels(codes, scales)),
+        let reply = session.draw(Vec::new(), &text, &options, Some(scales), &mut |heard| match heard {
+            ReplyEvent::Drawing(event) => delivery.event(&event, |codes, scales| model.pixels(codes, scales)),
             _ => delivery.stop.check(),
         })?;
-        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().find_map(Part::image));
-        let image = model.decode(drawn.ok_or_else(ChatModel::draws_nothing)?)?;
+        let image = model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?;
         if delivery.deliver(&job, &image, Some(reply.text.trim()), started.elapsed())?.is_break() {
             break;
         }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::detector::{Detection, detect};
 use super::judge::{judge, on_its_background};
 use super::metrics;
-use crate::chat::{ChatModel, Manner, Part, Picture, Session};
+use crate::chat::{ChatModel, Picture, ReplyOptions, Session};
 use crate::error::{Error, Kind as Failure, Result};
 use crate::generate::prompt::{FINAL, THINK};
 use crate::rng::{Rng, Stream};
@@ -60,7 +60,7 @@ pub struct Turns {
 pub struct Reasoning {
     /// Riddles.
     pub count: usize,
-    /// Share whose final prompt, behind whatever reasoning, is exactly right, 0 to 1.
+    /// Share whose final prompt, after whatever reasoning, is exactly right, 0 to 1.
     pub prompt: f64,
     /// Share whose image is right.
     pub image: f64,
@@ -115,12 +115,12 @@ impl Examiner<'_> {
         Rng::new(self.seed, case as u64, Stream::Train, step)
     }
 
-    fn manner(&self, case: usize) -> Result<Manner> {
+    fn options(&self, case: usize) -> Result<ReplyOptions> {
         let config = self.model.config();
         let image = config.drawing.as_ref().map(|drawing| drawing.sampling.clone());
         let image = Some(image.ok_or_else(ChatModel::draws_nothing)?);
         let seed = self.seed.wrapping_add(case as u64);
-        Ok(Manner { words: config.sampling, longest: LONGEST, image, seed, guide_from_sources: true })
+        Ok(ReplyOptions { sampling: config.sampling, max_tokens: LONGEST, image, seed, guide_from_sources: true })
     }
 
     fn scene(&self, scene: &Scene) -> Result<Picture> {
@@ -131,7 +131,7 @@ impl Examiner<'_> {
     pub(super) fn edit(&self, image: &RgbImage, text: &str, case: usize) -> Result<RgbImage> {
         let source = self.model.encode("source", image, &self.model.usual_scales()?)?;
         let mut session = Session::new(self.model)?;
-        session.draw(vec![source], text, &self.manner(case)?, None, &mut |_| ControlFlow::Continue(()))?;
+        session.draw(vec![source], text, &self.options(case)?, None, &mut |_| ControlFlow::Continue(()))?;
         self.last_image(&session)
     }
 
@@ -173,7 +173,7 @@ impl Examiner<'_> {
             let mut session = Session::new(self.model)?;
             let picture = self.scene(&question.scene)?;
             let reply =
-                session.say(vec![picture], &question.text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
+                session.say(vec![picture], &question.text, &self.options(case)?, &mut |_| ControlFlow::Continue(()))?;
             right += usize::from(reply.text.trim() == question.answer);
             *answers.entry(question.answer).or_default() += 1;
             stop(watch)?;
@@ -191,9 +191,9 @@ impl Examiner<'_> {
             let told = |edit: &Edit| Ok::<_, Error>(!as_asked(edit, &detect(&render(&edit.source)?)));
             let Some(edit) = edits.take(100).find(|edit| told(edit).unwrap_or(true)) else { continue };
             let mut session = Session::new(self.model)?;
-            let manner = self.manner(case)?;
+            let options = self.options(case)?;
             let mut draw = |text: &str| {
-                session.draw(vec![], text, &manner, None, &mut |_| ControlFlow::Continue(()))?;
+                session.draw(vec![], text, &options, None, &mut |_| ControlFlow::Continue(()))?;
                 self.last_image(&session)
             };
             let first = detect(&draw(&edit.source.prompt())?);
@@ -219,7 +219,7 @@ impl Examiner<'_> {
         let think = |case: usize, riddle: &Riddle| {
             let mut session = Session::new(self.model)?;
             let text = format!("{THINK}{}", riddle.clue);
-            let reply = session.say(vec![], &text, &self.manner(case)?, &mut |_| ControlFlow::Continue(()))?;
+            let reply = session.say(vec![], &text, &self.options(case)?, &mut |_| ControlFlow::Continue(()))?;
             let thought = reply.text.rsplit_once(FINAL).map(|(_, prompt)| prompt.trim());
             Ok::<_, Error>((session, thought == Some(&riddle.prompt)))
         };
@@ -230,7 +230,7 @@ impl Examiner<'_> {
         for (case, riddle) in riddles.iter().enumerate() {
             let (session, right) = think(case, riddle)?;
             prompts += usize::from(right);
-            let drawn = session.turns().last().and_then(|turn| turn.parts.iter().rev().find_map(Part::image));
+            let drawn = session.last_image();
             if let Some((picture, scene)) = drawn.zip(riddle.scene.as_ref()) {
                 images += usize::from(judge(scene, &detect(&self.model.decode(picture)?)));
             }
@@ -244,7 +244,7 @@ impl Examiner<'_> {
     }
 
     fn last_image(&self, session: &Session) -> Result<RgbImage> {
-        let drawn = session.turns().last().and_then(|turn| turn.parts.iter().rev().find_map(Part::image));
+        let drawn = session.last_image();
         self.model.decode(drawn.ok_or_else(|| Error::new(Failure::Failure, "the model drew nothing"))?)
     }
 }

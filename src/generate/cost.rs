@@ -151,7 +151,7 @@ const OPENING: usize = 8;
 /// Feature maps of full size that the decoder holds at once.
 const DECODE: usize = 5;
 
-/// Floating-point operations of one pass of `tokens` tokens in each of `rows` rows behind `seen` ones, `heads` of which
+/// Floating-point operations of one pass of `tokens` tokens in each of `rows` rows after `seen` ones, `heads` of which
 /// tokens go through the head.
 pub fn flops(c: &BackboneConfig, rows: usize, tokens: usize, seen: usize, heads: usize) -> f64 {
     let (hidden, inner, head) = (c.hidden_size, c.intermediate_size, c.head_dim());

@@ -1,7 +1,6 @@
 //! From a prompt to an image: schedules, guidance, sampling and the next-scale loop.
 
 pub mod cost;
-pub mod frame;
 pub mod inputs;
 mod model;
 pub mod prompt;
@@ -15,7 +14,7 @@ use std::ops::ControlFlow;
 
 use candle_core::Tensor;
 
-pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, TRANSFORMER};
+pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, SYSTEM, TRANSFORMER};
 pub use prompt::{Prefix, PromptConfig};
 pub use rows::Rows;
 pub use sampling::Sampling;

@@ -20,6 +20,9 @@ pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
 
+/// What the model is told if the user tells nothing (Qwen2.5-VL's chat template).
+pub const SYSTEM: &str = "You are a helpful assistant.";
+
 /// How a model converses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -34,7 +37,7 @@ pub struct ConversationConfig {
 
 impl Default for ConversationConfig {
     fn default() -> Self {
-        Self { system: crate::chat::SYSTEM.into(), draws: false, context: 32_768 }
+        Self { system: SYSTEM.into(), draws: false, context: 32_768 }
     }
 }
 

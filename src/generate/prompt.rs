@@ -30,7 +30,7 @@ pub struct PromptConfig {
 pub struct Prefix {
     /// Token ids; never empty.
     pub ids: Vec<u32>,
-    /// Left pads before them. Nobody sees a pad, so none is ever read: the positions begin behind them.
+    /// Left pads before them. Nobody sees a pad, so none is ever read: the positions begin after them.
     pub pads: usize,
 }
 

@@ -24,7 +24,7 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Caches for the prefixes and an image of the grids `scales` behind each.
+    /// Caches for the prefixes and an image of the grids `scales` after each.
     pub fn caches(backbone: &Backbone, prefixes: &[&Prefix], scales: &[(usize, usize)]) -> Result<Vec<Cache>> {
         // Rows that are read together are as long as the longest at first.
         let longest = prefixes.iter().map(|prefix| prefix.ids.len()).max().unwrap_or(0);
@@ -42,7 +42,7 @@ impl<'a> Rows<'a> {
         scales: &'a [(usize, usize)],
     ) -> Result<(Self, Tensor)> {
         let layout = |prefix: &&Prefix| {
-            let mut layout = Layout::behind(prefix.pads);
+            let mut layout = Layout::after(prefix.pads);
             layout.push_text(prefix.ids.len().saturating_sub(1));
             layout.push_image(scales, backbone.config().spatial_extent);
             layout
@@ -202,7 +202,7 @@ mod tests {
         let prefixes = [prefix(&[3, 1, 4, 1, 5]), prefix(&[9, 2, 6]), prefix(&[7]), prefix(&[7])];
         let prefixes: Vec<&Prefix> = prefixes.iter().collect();
         let layout = |prefix: &&Prefix| {
-            let mut layout = Layout::behind(prefix.pads);
+            let mut layout = Layout::after(prefix.pads);
             layout.push_text(prefix.ids.len() - 1);
             layout.push_image(&scales, Some(8.0));
             layout
@@ -213,7 +213,7 @@ mod tests {
         let far = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
         let first = prefill_apart(&backbone, &mut apart, &layouts, &prefixes)?;
         assert!(far(&first, &prefill_together(&backbone, &mut together, &layouts, &prefixes)?)? < 1e-4);
-        // And what comes behind them sees the same.
+        // And what comes after them sees the same.
         let features = Tensor::ones((4, 4, 8), DType::F32, &Device::Cpu)?;
         let behind = |caches: &mut [Cache]| {
             Rows::resume(&backbone, caches, layouts.clone(), &scales)?.read(1, &features, Step::Scale)

@@ -131,7 +131,7 @@ pub fn draw(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
             return index;
         }
     }
-    // Rounding can leave a crumb behind the last one.
+    // Rounding can leave a crumb after the last one.
     kept.last().copied().unwrap_or_else(|| argmax(&row))
 }
 

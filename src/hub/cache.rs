@@ -35,7 +35,7 @@ pub struct Verdict {
     pub unhashed: usize,
     /// Files whose content is not what their name says.
     pub corrupt: Vec<PathBuf>,
-    /// Names in a snapshot behind which there is no file.
+    /// Names in a snapshot that lead to no file.
     pub missing: Vec<PathBuf>,
 }
 

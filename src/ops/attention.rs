@@ -22,7 +22,7 @@ const BACKWARD_ROWS: usize = 96;
 pub enum Mask<'a> {
     /// All.
     None,
-    /// Of T queries behind S keys the i-th sees all but the last T - 1 - i: what comes after it.
+    /// Of T queries after S keys the i-th sees all but the last T - 1 - i: what comes after it.
     Causal,
     /// Those where (T, S) or (B, T, S), u8, is not zero; a query without any gives zeros.
     Kept(&'a Tensor),
@@ -49,7 +49,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f32) -> 
         Mask::Kept(m) if m.dtype() != DType::U8 || m.dims() != [t, s] && m.dims() != [b, t, s] => {
             bail!("attention: a {:?} mask {:?} does not fit {t} queries and {s} keys", m.dtype(), m.dims());
         }
-        Mask::Causal if t > s => bail!("attention: {t} queries do not stand behind {s} keys"),
+        Mask::Causal if t > s => bail!("attention: {t} causal queries have only {s} keys"),
         _ => {}
     }
     #[cfg(feature = "cuda")]

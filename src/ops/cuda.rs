@@ -94,7 +94,7 @@ macro_rules! kernel {
     };
 }
 
-/// Launches `$function` over `$blocks` with the arguments behind it.
+/// Launches `$function` over `$blocks` with the arguments after it.
 ///
 /// What makes it sound: the types and order of the arguments are those of the kernel in the .cu file, and the grid covers
 /// the operands, whose sizes the caller has checked.

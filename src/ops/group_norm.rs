@@ -1,4 +1,4 @@
-//! Group normalisation with an optional SiLU behind it.
+//! Group normalisation with an optional SiLU after it.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;

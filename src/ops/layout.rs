@@ -96,7 +96,7 @@ fn turn(out: &mut [u8], x: &[f32], (n, columns): (usize, usize), first: usize) {
     }
 }
 
-/// 16 columns from `first` on of the rows `row` and the one behind it, side by side; a row that is missing is zero.
+/// 16 columns from `first` on of the rows `row` and the one after it, side by side; a row that is missing is zero.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn pairs_of_rows(x: &[f32], columns: usize, row: usize, first: usize) -> __m512 {

@@ -38,7 +38,7 @@ pub fn adamw_step(
 }
 
 /// As [`adamw_step`] of tensors of one shape, on any device, with both decays of the moments: the parameters and both moments
-/// behind it. Gradients are clipped already.
+/// after it. Gradients are clipped already.
 #[expect(clippy::too_many_arguments, reason = "as above")]
 pub fn adamw_stepped(
     params: &Tensor,
@@ -83,7 +83,7 @@ pub fn muon_step(params: &mut [f32], grads: &[f32], m: &mut [f32], rows: usize, 
     params.iter_mut().zip(&direction).for_each(|(p, d)| *p -= step * d + lr * decay * *p);
 }
 
-/// As [`muon_step`] of several matrices (N, rows, cols) on any device: the parameters and the momentum behind it. Gradients are
+/// As [`muon_step`] of several matrices (N, rows, cols) on any device: the parameters and the momentum after it. Gradients are
 /// clipped already.
 pub fn muon_stepped(params: &Tensor, grads: &Tensor, m: &Tensor, lr: f32, decay: f32) -> Result<(Tensor, Tensor)> {
     let (_, rows, cols) = params.dims3()?;

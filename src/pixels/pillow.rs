@@ -54,7 +54,7 @@ pub(super) fn taps(from: usize, to: usize, filter: Filter, outputs: Range<usize>
     outputs.map(row).collect()
 }
 
-/// Bits behind the point of Pillow's fixed-point weights.
+/// Bits after the point of Pillow's fixed-point weights.
 const PRECISION: u32 = 22;
 
 /// Taps in fixed point, rounded half away from zero.

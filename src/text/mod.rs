@@ -119,7 +119,7 @@ pub fn check_prompt(bytes: &[u8]) -> Result<String> {
 #[cfg(feature = "train")]
 const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 
-/// Trains a BPE of `vocab_size` ids, the control tokens among them, on captions. Upper and lower case are one, spaces belong to the word behind them, so
+/// Trains a BPE of `vocab_size` ids, the control tokens among them, on captions. Upper and lower case are one, spaces belong to the word after them, so
 /// that frequent words become one id; bytes are the fallback for everything else.
 #[cfg(feature = "train")]
 pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Text> {

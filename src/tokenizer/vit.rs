@@ -230,7 +230,7 @@ impl SemanticEncoder {
         }
     }
 
-    /// What enters the first norm or block: patches, positions added, behind the class token if there is one.
+    /// What enters the first norm or block: patches, positions added, after the class token if there is one.
     pub(super) fn embeddings(&self, image: &Tensor) -> Result<Tensor> {
         let (b, _, height, width) = image.dims4()?;
         let grid = self.config.grid((height, width))?;

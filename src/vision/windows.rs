@@ -1,6 +1,6 @@
 //! Windows of attention, and the order of tokens in which each of them is one piece.
 
-/// Windows of one size, one behind the other.
+/// Windows of one size, one after the other.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Batch {
     /// The first patch.

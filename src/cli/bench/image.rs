@@ -47,7 +47,7 @@ struct Report {
     forecast_bytes: u64,
     /// Of the process, or of the tensors on a GPU.
     peak_bytes: Option<u64>,
-    /// How much more memory is taken behind the last image than behind the second one.
+    /// How much more memory is taken after the last image than after the second one.
     growth_bytes: Option<i64>,
 }
 

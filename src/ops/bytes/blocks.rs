@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn products_lose_no_more_than_rounding_inputs() -> Result<()> {
-        // A smaller matrix behind a larger one: nothing of it may be left.
+        // A smaller matrix after a larger one: nothing of it may be left.
         for (inputs, rows, columns) in [(9, 70, 256), (40, 33, 96), (1, 1, 32), (70, 20, 1056)] {
             let [w, up] = [2, 4].map(|seed| {
                 let blocks = quantise(&values((rows, columns), seed), (rows, columns), GgmlDType::Q8_0, &Device::Cpu);

@@ -142,7 +142,7 @@ impl Image {
             .reduce(|| 0.0, |a, b| if a > b || a.is_nan() { a } else { b });
         let (scale, times) = steps(largest, c * side * side);
         let pitch = padded.1 * c;
-        // Pairs of the last row may end behind it.
+        // Pairs of the last row may end after it.
         let mut values = vec![0i16; padded.0 * pitch + 1];
         values.par_chunks_exact_mut(pitch).take(padded.0).enumerate().for_each(|(row, out)| {
             let Some(row) = row.checked_sub(top).filter(|row| *row < h * repeat) else { return };

@@ -61,7 +61,7 @@ impl Kernel {
         }
     }
 
-    /// Numbers times `times` as the nearest integers of 16 bits. What is behind them in `out` stays as it is.
+    /// Numbers times `times` as the nearest integers of 16 bits. What is after them in `out` stays as it is.
     pub(super) fn round(self, x: &[f32], times: f32, out: &mut [i16]) {
         #[allow(unsafe_code)]
         match self {
@@ -184,7 +184,7 @@ macro_rules! kernel {
                 y: &mut Columns,
             ) {
                 let (first, end, count) = (y.first(), y.first() + y.width(), inputs.scales.len());
-                // As even as may be, rather than a few inputs behind many full ones.
+                // As even as may be, rather than a few inputs after many full ones.
                 let (tiles, step) = (count.div_ceil(INPUTS), 2 * inputs.pairs);
                 let groups = w.scales.len() * 2 * w.pairs / w.weights.len();
                 for row in (first..end).step_by(ROWS) {

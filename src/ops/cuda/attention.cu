@@ -5,7 +5,7 @@
 // SHARED_BYTES<D> of dynamic shared memory. The scale is positive, and with `causal` there are at least as many keys as
 // tokens.
 //
-// q and out (rows, tokens, heads, D). With `causal` the queries stand at the end of the keys, and each sees none behind
+// q and out (rows, tokens, heads, D). With `causal` the queries stand at the end of the keys, and each sees none after
 // itself.
 
 #include "rows.cuh"

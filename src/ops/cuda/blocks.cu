@@ -10,7 +10,7 @@ __device__ inline float half_at(const unsigned char *from) {
   return __half2float(*reinterpret_cast<const __half *>(from));
 }
 
-// Blocks of 32 signed bytes behind their scale.
+// Blocks of 32 signed bytes after their scale.
 extern "C" __global__ void __launch_bounds__(THREADS)
     q8_0_to_bf16(const unsigned char *blocks, bf16 *out, long long vectors) {
   const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;

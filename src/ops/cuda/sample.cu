@@ -225,6 +225,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (j < share && start + j < count && before >= mark) atomicMin(&drawn, start + j);
   }
   __syncthreads();
-  // Rounding can leave a crumb behind the last one.
+  // Rounding can leave a crumb after the last one.
   if (threadIdx.x == 0) codes[position] = index_of(keys[min(drawn, count - 1)]);
 }

@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // What a projection x (rows, tokens, heads + 2 kv_heads, head_dim) and its bias make: queries, rotated, (rows, tokens,
-// heads, head_dim), and behind what the rows hold keys, rotated, and values. Angles (rows, tokens, head_dim / 2). Grid
+// heads, head_dim), and after what the rows hold keys, rotated, and values. Angles (rows, tokens, head_dim / 2). Grid
 // (tokens, rows).
 extern "C" __global__ void __launch_bounds__(THREADS)
     heads_bf16(const bf16 *x, const bf16 *bias, const float *cosines, const float *sines, bf16 *queries,

@@ -264,7 +264,7 @@ fn on_a_gpu_next_inputs() -> Result<()> {
     Ok(())
 }
 
-/// Hidden states behind one layer of the 7B shape and behind four: a prompt, and a scale behind it.
+/// Hidden states after one layer of the 7B shape and after four: a prompt, and a scale after it.
 #[test]
 #[ignore = "needs a GPU"]
 fn on_a_gpu_layers_of_the_7b_shape() -> Result<()> {

@@ -15,7 +15,7 @@ const GROUP: usize = 32;
 const K: usize = STRIP;
 const GROUPS: usize = K / GROUP;
 const Q4_K: usize = 144;
-/// Bytes by which weights are asked for ahead: those of the rows that follow as well, for they lie behind.
+/// Bytes by which weights are asked for ahead: those of the rows that follow as well, for they come next.
 const AHEAD: usize = 2048;
 
 /// Whether there is a kernel for these weights, and rows of so many columns.
@@ -58,7 +58,7 @@ pub(super) unsafe fn products(y: &mut [f32], w: &[u8], dtype: GgmlDType, inputs:
     }
 }
 
-/// The numbers of the input of an index, and the zeros behind them.
+/// The numbers of the input of an index, and the zeros after them.
 fn numbers(inputs: &Inputs, index: usize) -> &[f32] {
     let strips = &inputs.strips[index * inputs.of_each()..][..inputs.of_each()];
     // SAFETY: a strip is nothing but its numbers, which fill its alignment.

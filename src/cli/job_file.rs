@@ -7,11 +7,11 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
-use crate::cli::DrawArgs;
+use super::DrawArgs;
+use super::request::{self, Request};
 use crate::error::{Error, Kind, Result};
 use crate::generate::Job;
 use crate::output::{self, Destination, slug};
-use crate::request::{self, Request};
 use crate::size::Size;
 use crate::{input, terminal, text};
 

@@ -2,8 +2,8 @@
 
 use image::{RgbImage, imageops};
 
-use super::ModelConfig;
 use crate::error::Result;
+use crate::generate::ModelConfig;
 use crate::pixels::{Filter, resize};
 use crate::size::Size;
 

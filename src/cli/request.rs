@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 
+use super::{DrawArgs, PromptArgs};
 use crate::checkpoint::{Source, WeightType};
-use crate::cli::{DrawArgs, PromptArgs};
 use crate::error::{Error, Result};
 use crate::generate::{Job, ModelConfig, Sampling, TRANSFORMER};
 use crate::input::{self, shown};
@@ -50,7 +50,7 @@ impl Request {
         Self::of(args, || prompts(words))
     }
 
-    /// The same without prompts: every one of the [`crate::jobs`] brings its own.
+    /// The same without prompts: every job of a file brings its own.
     pub fn of_jobs(args: &DrawArgs) -> Result<Self> {
         Self::of(args, || Ok(Vec::new()))
     }

@@ -1,4 +1,4 @@
-//! From logits to words, and from words to text.
+//! From logits to text tokens, and from these to text.
 
 use serde::Serialize;
 
@@ -7,21 +7,21 @@ use crate::generate::sampler::{self, Filter};
 use crate::rng::{Rng, Stream};
 use crate::text::Text;
 
-/// How words are drawn.
+/// How text tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct WordSampling {
-    /// 0 means the likeliest word.
+pub struct TextSampling {
+    /// 0 means the likeliest token.
     pub temperature: f64,
-    /// Keep the k likeliest words.
+    /// Keep the k likeliest tokens.
     pub top_k: Option<usize>,
-    /// Keep the smallest set of words whose probabilities sum to p; 1 keeps all.
+    /// Keep the smallest set of tokens whose probabilities sum to p; 1 keeps all.
     pub top_p: f64,
-    /// Words that were there already lose: their logits are divided by it, or multiplied where they are negative.
+    /// Tokens that were there already lose: their logits are divided by it, or multiplied where they are negative.
     pub repetition_penalty: f64,
 }
 
-impl WordSampling {
-    /// The likeliest word, always.
+impl TextSampling {
+    /// The likeliest token, always.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: 1.0, repetition_penalty: 1.0 };
 
     /// What makes no sense, as one sentence.
@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn words_that_were_there_lose() {
         let draw = |logits: &[f32], before: &[bool], repetition_penalty| {
-            let sampling = WordSampling { repetition_penalty, ..WordSampling::GREEDY };
+            let sampling = TextSampling { repetition_penalty, ..TextSampling::GREEDY };
             sampling.draw(logits.to_vec(), before, 0, 0)
         };
         for logits in [[2.0, 1.5], [-1.0, -1.2]] {
