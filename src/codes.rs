@@ -105,17 +105,9 @@ impl Codes {
         if !codec.has_scales(&self.scales) {
             return Err(bad(format!("{} has no schedule with the scales {:?}", name, self.scales)));
         }
-        if self.codes.is_empty() || self.codes.len() > self.scales.len() {
-            return Err(bad(format!("codes of {} scales, expected 1 to {}", self.codes.len(), self.scales.len())));
+        if self.codes.is_empty() {
+            return Err(bad("codes of no scale".into()));
         }
-        for (i, (codes, (h, w))) in self.codes.iter().zip(&self.scales).enumerate() {
-            if codes.len() != h * w {
-                return Err(bad(format!("scale {} of {h}x{w} has {} codes", i + 1, codes.len())));
-            }
-            if let Some(code) = codes.iter().find(|&&c| c as usize >= size) {
-                return Err(bad(format!("scale {} has code {code}, but there are {size} codes", i + 1)));
-            }
-        }
-        Ok(())
+        codec.config().codebook.check(&self.codes, &self.scales).map_err(bad)
     }
 }

@@ -1,6 +1,7 @@
 //! The one error type of the edge: a sentence, a hint with an exact command, an exit code.
 
 use std::fmt;
+use std::path::Path;
 
 /// What went wrong, in the terms a script cares about; its value is the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +50,15 @@ impl Error {
         Self::new(Kind::Model, message)
     }
 
+    /// A file or folder cannot be written, for the reason `e` (exit code 1).
+    pub fn unwritten(path: &Path, e: &dyn fmt::Display) -> Self {
+        Self::new(Kind::Failure, format!("cannot write {}: {e}", path.display()))
+            .hint("check the folder's permissions and free space: df -h")
+    }
+
     /// `what` a model gave is not finite (exit code 5).
     pub fn non_finite(what: &str) -> Self {
-        Self::new(Kind::NonFinite, format!("the model gave {what} that are no finite numbers"))
+        Self::new(Kind::NonFinite, format!("the model produced {what} that are not finite"))
             .hint("check the weights: nextflow info MODEL")
     }
 

@@ -63,21 +63,17 @@ pub const TOKENFLOW_T2I_7B: BackboneConfig = BackboneConfig {
     rms_norm_eps: 1e-5,
     rope_theta: 1e4,
     mrope_section: [64, 0, 0],
-    spatial_extent: None,
-    tie_word_embeddings: false,
     codebook_size: 32_768,
     code_dim: 40,
     input_mode: InputMode::Cumulative,
     max_scales: 9,
-    scale_length_embedding: false,
-    context_last_scale: false,
-    vocabulary: Vocabulary::Plain,
     norm_placement: NormPlacement::Output,
     qkv_bias: false,
     // The reference leaves it at its class's default, other than the blocks' norms.
     qk_norm_eps: Some(1e-6),
     bf16_frequencies: true,
     code_positions: Some(817),
+    ..QWEN2_5_VL_7B
 };
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::TextSampling;
-use crate::backbone::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
+use crate::backbone::BackboneConfig;
+use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::vision::{ImageProcessor, VisionConfig};
@@ -108,20 +109,8 @@ impl QwenConfig {
             rms_norm_eps: text.rms_norm_eps,
             rope_theta: theta.ok_or_else(|| of_config("rope_theta is missing".into()))?,
             mrope_section: text.rope_scaling.mrope_section,
-            spatial_extent: None,
             tie_word_embeddings: config["tie_word_embeddings"] == true,
-            codebook_size: 0,
-            code_dim: 0,
-            input_mode: InputMode::Residual,
-            max_scales: 0,
-            scale_length_embedding: false,
-            context_last_scale: false,
-            vocabulary: Vocabulary::Plain,
-            norm_placement: NormPlacement::Input,
-            qkv_bias: true,
-            qk_norm_eps: None,
-            bf16_frequencies: false,
-            code_positions: None,
+            ..QWEN2_5_VL_7B
         };
         backbone.check().map_err(of_config)?;
         if vision.out_hidden_size != backbone.hidden_size {

@@ -15,7 +15,7 @@ use safetensors::Dtype;
 use super::header::{self, Entry, Header, Stored};
 use super::weights::Fault;
 use super::{gguf, pickle};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::ops::{self, WeightMatrix};
 use crate::output;
 
@@ -316,20 +316,15 @@ pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 
 /// Writes a safetensors file with optional metadata, as [`write`] does.
 pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<HashMap<String, String>>) -> Result<()> {
-    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| unwritten(path, &e))?;
+    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| Error::unwritten(path, &e))?;
     write(path, &bytes)
 }
 
 /// Writes a file; `path` has either its old content or all of the new.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |e: io::Error| unwritten(path, &output::reason(&e));
+    let failed = |e: io::Error| Error::unwritten(path, &output::reason(&e));
     let file = output::write_beside(path, bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|e| failed(e.error))?;
     Ok(())
-}
-
-fn unwritten(path: &Path, e: &dyn std::fmt::Display) -> Error {
-    Error::new(Kind::Failure, format!("cannot write {}: {e}", path.display()))
-        .hint("check the folder's permissions and free space: df -h")
 }

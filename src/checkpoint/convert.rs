@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 
 use super::weights::{Weights, fitting};
 use super::{Inventory, Source, WeightType};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::input::quoted;
 use crate::ops;
 use crate::output;
@@ -26,7 +26,7 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
     whole_folder(folder, |part| {
         let tensors = tensors(source, asked, weights)?;
         let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
-        let unwritten = |e: &dyn std::fmt::Display| unwritten(folder, e);
+        let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(folder, e);
         let mut file = BufWriter::new(File::create(part.join("model.gguf")).map_err(|e| unwritten(&e))?);
         let architecture = Value::String("nextflow".into());
         gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
@@ -43,11 +43,6 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
 /// What a model folder may have beside weights.
 const SMALL: [&str; 5] =
     ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json", "preprocessor_config.json"];
-
-fn unwritten(folder: &Path, e: &dyn std::fmt::Display) -> Error {
-    Error::new(Kind::Failure, format!("cannot write {}: {e}", folder.display()))
-        .hint("check the folder's permissions and free space: df -h")
-}
 
 /// Where a folder is being made.
 static PART: Mutex<Option<PathBuf>> = Mutex::new(None);
@@ -74,14 +69,14 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     let part = tempfile::Builder::new()
         .prefix(".nextflow-")
         .tempdir_in(parent)
-        .map_err(|e| unwritten(folder, &output::reason(&e)))?;
+        .map_err(|e| Error::unwritten(folder, &output::reason(&e)))?;
     *PART.lock().unwrap_or_else(PoisonError::into_inner) = Some(part.path().into());
     fill(part.path())?;
     // A temporary folder is private; this one is to become an ordinary one.
     #[cfg(unix)]
     fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .map_err(|e| unwritten(folder, &e))?;
-    fs::rename(part.path(), folder).map_err(|e| unwritten(folder, &e))?;
+        .map_err(|e| Error::unwritten(folder, &e))?;
+    fs::rename(part.path(), folder).map_err(|e| Error::unwritten(folder, &e))?;
     let _ = part.keep();
     Ok(())
 }

@@ -12,7 +12,7 @@ use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::trainable::initial;
 use super::weights::{Asked, Init, Weights};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 
 /// Spread of new rows in a table that has others: the initializer_range of Qwen2.5.
 const NEW_ROWS: Init = Init::Normal { std: 0.02 };
@@ -113,13 +113,9 @@ pub fn extend(
         tensors.iter_mut().for_each(|tensor| tensor.dtype = Dtype::BF16);
     }
     let named = tensors.iter().map(|tensor| (tensor.key.as_str(), tensor));
-    let unwritten = |e: String| {
-        Error::new(Kind::Failure, format!("cannot write {}: {e}", path.display()))
-            .hint("check the folder's permissions and free space: df -h")
-    };
     let written = serialize_to_file(named, None, path);
     match failure.into_inner() {
         Some(e) => Err(misfit(e)),
-        None => written.map_err(|e| unwritten(e.to_string())),
+        None => written.map_err(|e| Error::unwritten(path, &e)),
     }
 }

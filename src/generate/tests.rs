@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Tensor};
 use super::inputs::NextInput;
 use super::sampler::Filter;
 use super::*;
+use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::backbone::sequence::Layout;
-use crate::backbone::{BackboneConfig, Cache, Context, InputMode, NormPlacement, Rope, Step, Vocabulary};
+use crate::backbone::{BackboneConfig, Cache, Context, InputMode, Rope, Step, Vocabulary};
 use crate::checkpoint::Weights;
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::{CodebookConfig, Quantizer};
@@ -19,23 +20,16 @@ fn config(input_mode: InputMode) -> BackboneConfig {
         num_hidden_layers: 3,
         num_attention_heads: 4,
         num_key_value_heads: 2,
-        rms_norm_eps: 1e-6,
         rope_theta: 100.0,
         mrope_section: [2, 3, 3],
         spatial_extent: Some(64.0),
-        tie_word_embeddings: false,
         codebook_size: 40,
         code_dim: 6,
         input_mode,
         max_scales: 18,
         scale_length_embedding: true,
-        context_last_scale: false,
         vocabulary: Vocabulary::Markers,
-        norm_placement: NormPlacement::Input,
-        qkv_bias: true,
-        qk_norm_eps: None,
-        bf16_frequencies: false,
-        code_positions: None,
+        ..QWEN2_5_VL_7B
     }
 }
 

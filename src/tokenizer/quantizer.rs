@@ -36,6 +36,24 @@ pub struct CodebookConfig {
 }
 
 impl CodebookConfig {
+    /// Whether `codes` are those of a prefix of `scales`.
+    ///
+    /// Errors: more scales than there are, a scale with too few or too many codes, a code that is not in the table.
+    pub fn check(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> std::result::Result<(), String> {
+        if codes.len() > scales.len() {
+            return Err(format!("codes of {} scales, of {} at most", codes.len(), scales.len()));
+        }
+        for (i, (codes, (h, w))) in codes.iter().zip(scales).enumerate() {
+            if h.checked_mul(*w) != Some(codes.len()) {
+                return Err(format!("scale {} ({h}x{w}) has {} codes", i + 1, codes.len()));
+            }
+            if let Some(code) = codes.iter().find(|&&code| code as usize >= self.size) {
+                return Err(format!("scale {} has code {code}, but there are {} codes", i + 1, self.size));
+            }
+        }
+        Ok(())
+    }
+
     /// Channels of a code.
     pub fn dim(&self) -> usize {
         self.semantic_dim + self.pixel_dim
@@ -254,22 +272,9 @@ impl Quantizer {
         row.iter().map(|v| v * v).sum()
     }
 
-    /// Whether `codes` are those of a prefix of `scales`.
-    ///
-    /// Errors: more scales than there are, a scale with too few or too many codes, a code that is not in the table.
+    /// Whether `codes` are those of a prefix of `scales`. Errors: as [`CodebookConfig::check`].
     pub fn check(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<()> {
-        if codes.len() > scales.len() {
-            bail!("codes of {} scales, of {} at most", codes.len(), scales.len());
-        }
-        for (i, (codes, (h, w))) in codes.iter().zip(scales).enumerate() {
-            if h.checked_mul(*w) != Some(codes.len()) {
-                bail!("scale {} ({h}x{w}) has {} codes", i + 1, codes.len());
-            }
-            if let Some(code) = codes.iter().find(|&&code| code as usize >= self.config.size) {
-                bail!("scale {} has code {code}, of {} that there are", i + 1, self.config.size);
-            }
-        }
-        Ok(())
+        self.config.check(codes, scales).map_err(candle_core::Error::msg)
     }
 
     /// F of one image on `grid`, (h * w, D), from the codes of a prefix of the scales.
