@@ -10,7 +10,7 @@ use crate::checkpoint::Weights;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
-use crate::library::{Library, SIDE, Style};
+use crate::library::{Library, SIDE};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::train::pool::{Pool, PoolSizes};
@@ -127,8 +127,13 @@ fn sampling() -> Sampling {
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
     if let Step::Data { packages } = &args.step {
-        let summary = train::prepare::prepare(packages, &args.data)?;
-        eprintln!("{summary:?}");
+        let library = train::prepare::prepare(packages)?;
+        // What cannot be trained on is not written.
+        Sampler::new(&library, 0)?;
+        library.save(&args.data)?;
+        let held_out = library.concepts.iter().filter(|c| c.held_out).count();
+        let (path, pictures, concepts) = (args.data.display(), library.pictures.len(), library.concepts.len());
+        eprintln!("{path}: {pictures} pictures of {concepts} concepts, {held_out} of which are held out");
         return Ok(());
     }
     if let Step::Export { out } = &args.step {
@@ -142,7 +147,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Step::Transformer { part, .. } => run.seed(part),
         _ => run.recipe.seed,
     };
-    let sampler = Sampler::new(&library, seed, Style::ThreeD);
+    let sampler = Sampler::new(&library, seed)?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
         Step::Data { .. } | Step::Export { .. } => Ok(()),
@@ -167,6 +172,10 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             if *dialogues && batch < LEAST_WITH_DIALOGUES {
                 let message = format!("--batch {batch} is too few for some dialogues of every kind");
                 return Err(Error::usage(message).hint(format!("--batch {LEAST_WITH_DIALOGUES}")));
+            }
+            if *dialogues && !sampler.has_things() {
+                let message = "dialogues are about things with names, and the picture library has none";
+                return Err(Error::usage(message).hint("leave out --dialogues"));
             }
             let (tokenizer, text) = (tokenizer(&run)?, text()?);
             let things = things.unwrap_or(usize::MAX);

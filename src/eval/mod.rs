@@ -20,7 +20,7 @@ pub use report::Report;
 pub use things::{ThingEdits, thing_edits};
 
 use crate::error::Result;
-use crate::library::{Canvas, Library, Style};
+use crate::library::{Canvas, Library};
 use crate::pixels;
 use crate::tokenizer::ImageTokenizer;
 use metrics::{nearest, pixel_feature, psnr, ssim};
@@ -113,7 +113,7 @@ impl Subject<'_> {
 fn drawable(library: &Library) -> Vec<(usize, usize)> {
     let mut concepts: Vec<usize> = library.everyday(false).chain(library.everyday(true)).collect();
     concepts.sort_unstable();
-    concepts.into_iter().filter_map(|c| Some((c, library.picture(c, Style::ThreeD)?))).collect()
+    concepts.into_iter().filter_map(|c| Some((c, library.drawn(c)?))).collect()
 }
 
 /// At most `limit` of `n`, evenly spread.
@@ -150,7 +150,7 @@ pub fn recognition(
     let mut count = 0;
     for i in spread(concepts.len(), limit) {
         let (concept, picture) = concepts[i];
-        let caption = library.captions(concept).swap_remove(0);
+        let caption = library.caption(concept);
         let truth = subject.reconstruct(&subject.picture(library, picture)?)?;
         for (sum, image) in [(&mut drawn, draw(&caption, seed)?), (&mut ceiling, truth)] {
             sum.iter_mut().zip(recognised(&image, i)?).for_each(|(s, v)| *s += v);
@@ -181,7 +181,7 @@ pub fn reconstruction(subject: &Subject, library: &Library) -> Result<Reconstruc
         let values = [1.0, psnr(&image, &back), ssim(&image, &back)];
         let add = |sum: &mut [f64; 3]| sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
         add(&mut all);
-        if picture.style == Style::ThreeD {
+        if picture.is_drawn() {
             add(&mut three_d);
         }
     }

@@ -66,7 +66,7 @@ impl Report {
         }
         if let Some(r) = &self.reconstruction {
             line("reconstruction (held-out pictures)", "PSNR dB", "SSIM", "");
-            for (style, f) in [("3D", &r.three_d), ("all styles", &r.all_styles)] {
+            for (style, f) in [("the style it draws", &r.three_d), ("all styles", &r.all_styles)] {
                 line(&format!("  {style} ({})", f.pictures), &format!("{:.2}", f.psnr), &format!("{:.4}", f.ssim), "");
             }
         }

@@ -1,25 +1,19 @@
 use super::*;
 use crate::checkpoint::Weights;
-use crate::library::{BYTES, Concept, Picture};
+use crate::library::{BYTES, Concept, Picture, Style};
 use crate::rng::{Rng, Stream};
 
 /// Concepts of one plain colour each in two hands; the last one is held out.
 fn library(count: usize) -> Library {
     let concept = |i: usize| Concept {
-        hexcode: format!("{i:X}"),
         label: format!("thing{i}"),
         names: vec![format!("thing{i}")],
-        label_zh: String::new(),
-        tags: vec![],
-        tags_zh: vec![],
-        group: 0,
-        subgroup: 0,
         everyday: true,
         held_out: i + 1 == count,
+        ..Concept::default()
     };
-    let pictures = (0..2 * count)
-        .map(|p| Picture { concept: p / 2, style: if p % 2 == 0 { Style::ThreeD } else { Style::Noto } })
-        .collect();
+    let pictures =
+        (0..2 * count).map(|p| Picture { concept: p / 2, style: (p % 2 == 1).then_some(Style::Noto) }).collect();
     let rng = Rng::new(1, 0, Stream::Train, 0);
     let rgba = (0..2 * count * BYTES).map(|i| match i % 4 {
         3 => 255,

@@ -52,13 +52,15 @@ fn canvas(library: &Library, picture: usize, background: [u8; 3]) -> Canvas {
     Canvas { width: SIDE, height: SIDE, rgb: library.over(picture, background) }
 }
 
-/// The `i`-th case; none if the library has no such pictures.
+/// Concepts of which no edit was trained, with a name: what goes by captions of its own cannot be told by an instruction.
+fn things(library: &Library) -> Vec<usize> {
+    library.everyday(true).filter(|&c| !library.concepts[c].names.is_empty()).collect()
+}
+
+/// The case of these draws, among the [`things`], of which there are some; none if the library has no such pictures.
 fn case(library: &Library, kind: ThingEdit, rng: &Rng) -> Option<Case> {
-    let concepts: Vec<usize> = library.everyday(true).collect();
+    let concepts = things(library);
     let concept = |counter| concepts[rng.below(counter, concepts.len())];
-    if concepts.is_empty() {
-        return None;
-    }
     let thing = concept(0);
     let picture = library.picture(thing, Style::ThreeD)?;
     let source = canvas(library, picture, WHITE);
@@ -113,8 +115,11 @@ fn feature(image: &RgbImage) -> Vec<f32> {
     pixel_feature(image).into_iter().chain(corner).collect()
 }
 
-/// Edits of every kind.
+/// Edits of every kind; none if the library has no things of which to tell.
 pub fn thing_edits(examiner: &Examiner, library: &Library, watch: Watch) -> Result<Vec<ThingEdits>> {
+    if things(library).is_empty() {
+        return Ok(Vec::new());
+    }
     (0..)
         .zip(THING_EDITS)
         .map(|(step, kind)| {

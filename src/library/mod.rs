@@ -1,7 +1,7 @@
 //! The picture library: concepts ("red apple") with their words and their pictures, the material of training and evaluation.
 //!
 //! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the metadata under `library`
-//! the JSON of [`Concept`]s and [`Picture`]s. `nextflow train data` writes it.
+//! the JSON of [`Concept`]s and [`Picture`]s. `nextflow train data` writes it; what else an older one has put there is ignored.
 
 mod words;
 
@@ -23,27 +23,22 @@ pub const BYTES: usize = SIDE * SIDE * 4;
 const HINT: &str =
     "in a checkout: sh src/train/fetch-data.sh data && cargo run --release --features train -- train data";
 
-/// A thing with a name.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What pictures show, in words: a thing with names, from which its captions are made, or whatever captions of its own say.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Concept {
-    /// Unicode code points in upper-case hexadecimal, joined by `-`, as emojibase has them: the identity of the concept.
-    pub hexcode: String,
-    /// English label, as emojibase has it: "red apple".
+    /// What the concept is called here: the English label of emojibase, "red apple", or the first of its own captions.
     pub label: String,
     /// Names that a person would type, the canonical one first ("car" for the label "automobile"), then synonyms;
-    /// no two everyday concepts share a name.
+    /// no two everyday concepts share a name. There may be none where there are captions.
+    #[serde(default)]
     pub names: Vec<String>,
-    /// Chinese label: "红苹果".
+    /// Chinese label, "红苹果", or nothing.
+    #[serde(default)]
     pub label_zh: String,
-    /// English tags of emojibase, loosely related words.
-    pub tags: Vec<String>,
-    /// Chinese tags of emojibase.
-    pub tags_zh: Vec<String>,
-    /// Group number of emojibase (`meta/groups.json`): 4 is food and drink.
-    pub group: u32,
-    /// Subgroup number of emojibase: 42 is fruit.
-    pub subgroup: u32,
-    /// Whether nano learns to draw it; the other concepts only train the image tokenizer.
+    /// Captions of its own, in any language, the canonical one first: see [`Library::captions`].
+    #[serde(default)]
+    pub captions: Vec<String>,
+    /// Whether models learn to draw it; the other concepts only train the image tokenizer.
     pub everyday: bool,
     /// Whether it is kept out of training, for evaluation: see [`held_out`].
     pub held_out: bool,
@@ -68,8 +63,16 @@ pub enum Style {
 pub struct Picture {
     /// Index into [`Library::concepts`].
     pub concept: usize,
-    /// The hand it is drawn in.
-    pub style: Style,
+    /// The hand it is drawn in, if it is one of these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub style: Option<Style>,
+}
+
+impl Picture {
+    /// Whether models learn to draw it: what is in the 3D hand, and what is in none of them.
+    pub fn is_drawn(&self) -> bool {
+        matches!(self.style, None | Some(Style::ThreeD))
+    }
 }
 
 /// The words of the file: what its metadata holds.
@@ -109,7 +112,7 @@ impl Canvas {
 
 /// Concepts and their pictures, in memory.
 pub struct Library {
-    /// In the order of the Unicode emoji list.
+    /// In the order of the Unicode emoji list, or of the files that they are from.
     pub concepts: Vec<Concept>,
     /// What each picture shows, in the order of the pixels.
     pub pictures: Vec<Picture>,
@@ -134,8 +137,8 @@ impl Library {
         if let Some(p) = pictures.iter().find(|p| p.concept >= concepts.len()) {
             return Err(Error::model(format!("picture library has no concept {}", p.concept)).hint(HINT));
         }
-        if let Some(c) = concepts.iter().find(|c| c.names.is_empty()) {
-            return Err(Error::model(format!("picture library has no name for {}", c.label)).hint(HINT));
+        if let Some(c) = concepts.iter().find(|c| c.names.is_empty() && c.captions.is_empty()) {
+            return Err(Error::model(format!("picture library has no name or caption for {}", c.label)).hint(HINT));
         }
         Ok(Self { concepts, pictures, bytes, start })
     }
@@ -187,6 +190,11 @@ impl Library {
         &self.bytes[self.start + picture * BYTES..][..BYTES]
     }
 
+    /// Whether no background shows behind a picture.
+    pub fn is_opaque(&self, picture: usize) -> bool {
+        self.rgba(picture).iter().skip(3).step_by(4).all(|&alpha| alpha == 255)
+    }
+
     /// A picture on a background: RGB, (128, 128, 3).
     pub fn over(&self, picture: usize, background: [u8; 3]) -> Vec<u8> {
         let pixels = self.rgba(picture).chunks_exact(4);
@@ -221,7 +229,12 @@ impl Library {
 
     /// The picture of a concept in a style.
     pub fn picture(&self, concept: usize, style: Style) -> Option<usize> {
-        self.pictures.iter().position(|p| *p == Picture { concept, style })
+        self.pictures.iter().position(|p| *p == Picture { concept, style: Some(style) })
+    }
+
+    /// The first picture of a concept that models learn to draw.
+    pub fn drawn(&self, concept: usize) -> Option<usize> {
+        self.pictures.iter().position(|p| p.concept == concept && p.is_drawn())
     }
 
     /// The everyday concepts that are held out, or those that are not.
@@ -230,10 +243,19 @@ impl Library {
         self.concepts.iter().enumerate().filter(move |(_, c)| kept(c)).map(|(i, _)| i)
     }
 
-    /// What a person might type for a concept: the canonical caption first ("a red apple"), then other forms, synonyms and
-    /// Chinese.
+    /// The canonical caption of a concept, which is also a noun phrase where the concept has a name: "a red apple".
+    pub fn caption(&self, concept: usize) -> String {
+        let Concept { captions, names, .. } = &self.concepts[concept];
+        captions.first().cloned().unwrap_or_else(|| with_article(&names[0]))
+    }
+
+    /// What a person might type for a concept: the captions of its own as they are; else the canonical caption first ("a red
+    /// apple"), then other forms, synonyms and Chinese.
     pub fn captions(&self, concept: usize) -> Vec<String> {
         let concept = &self.concepts[concept];
+        if !concept.captions.is_empty() {
+            return concept.captions.clone();
+        }
         let mut captions = Vec::new();
         for (i, name) in concept.names.iter().enumerate() {
             let phrase = with_article(name);
@@ -256,9 +278,10 @@ impl Library {
     }
 }
 
-/// Whether the concept of this hexcode is kept out of training: one in ten, by its hash, for ever the same.
-pub fn held_out(hexcode: &str) -> bool {
-    fnv1a(hexcode).is_multiple_of(10)
+/// Whether the concept of this identity, an emoji's hexcode or the first of its own captions, is kept out of training: one in
+/// ten, by its hash, for ever the same.
+pub fn held_out(identity: &str) -> bool {
+    fnv1a(identity).is_multiple_of(10)
 }
 
 /// `colour` (0 to 255) at `alpha` (0 to 1) over `below`, rounded.

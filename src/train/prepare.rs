@@ -35,69 +35,47 @@ const GROUPS: [u32; 8] = [0, 1, 3, 4, 5, 6, 7, 8];
 /// objects.
 const EVERYDAY_GROUPS: std::ops::RangeInclusive<u32> = 3..=7;
 
-/// What was built.
-#[derive(Clone, Copy, Debug)]
-pub struct Summary {
-    /// Concepts with at least one picture.
-    pub concepts: usize,
-    /// Of these, the everyday ones.
-    pub everyday: usize,
-    /// Of these, the ones that are not held out and have a 3D picture: what nano learns to draw.
-    pub trained: usize,
-    /// Pictures of all concepts in all styles.
-    pub pictures: usize,
-}
-
-/// Builds the library from the packages under `packages` and writes it to `out`.
+/// The library of the packages under `packages`.
 ///
-/// Errors: a package is missing or holds something unreadable, or `out` cannot be written.
-pub fn prepare(packages: &Path, out: &Path) -> Result<Summary> {
+/// Errors: a package is missing or holds something unreadable.
+pub fn prepare(packages: &Path) -> Result<Library> {
     let concepts = concepts(&packages.join(EMOJIBASE))?;
     let fluent = Files::open(&packages.join(FLUENT_3D).join("assets"))?;
     let flat = Icons::open(&packages.join(FLUENT_FLAT))?;
     let noto = Icons::open(&packages.join(NOTO))?;
 
-    let draw = |(i, concept): (usize, &Concept)| -> Result<Vec<(Picture, Vec<u8>)>> {
-        let key = key(&concept.hexcode);
+    let draw = |(key, _): &(String, Concept)| -> Result<Vec<(Style, Vec<u8>)>> {
         let drawn =
-            [(Style::ThreeD, fluent.draw(&key)?), (Style::Flat, flat.draw(&key)?), (Style::Noto, noto.draw(&key)?)];
-        Ok(drawn.into_iter().filter_map(|(style, p)| Some((Picture { concept: i, style }, p?))).collect())
+            [(Style::ThreeD, fluent.draw(key)?), (Style::Flat, flat.draw(key)?), (Style::Noto, noto.draw(key)?)];
+        Ok(drawn.into_iter().filter_map(|(style, pixels)| Some((style, pixels?))).collect())
     };
-    let drawn: Vec<_> = concepts.par_iter().enumerate().map(draw).collect::<Result<_>>()?;
+    let drawn: Vec<_> = concepts.par_iter().map(draw).collect::<Result<_>>()?;
 
     // Concepts without a picture drop out.
     let (mut kept, mut pictures, mut rgba) = (Vec::new(), Vec::new(), Vec::new());
-    for (concept, drawn) in concepts.into_iter().zip(drawn).filter(|(_, drawn)| !drawn.is_empty()) {
-        for (picture, pixels) in drawn {
-            pictures.push(Picture { concept: kept.len(), style: picture.style });
+    for ((_, concept), drawn) in concepts.into_iter().zip(drawn).filter(|(_, drawn)| !drawn.is_empty()) {
+        for (style, pixels) in drawn {
+            pictures.push(Picture { concept: kept.len(), style: Some(style) });
             rgba.extend(pixels);
         }
         kept.push(concept);
     }
-    let library = Library::new(kept, pictures, rgba)?;
-    library.save(out)?;
-    Ok(Summary {
-        concepts: library.concepts.len(),
-        everyday: library.concepts.iter().filter(|c| c.everyday).count(),
-        trained: library.everyday(false).filter(|&c| library.picture(c, Style::ThreeD).is_some()).count(),
-        pictures: library.pictures.len(),
-    })
+    Library::new(kept, pictures, rgba)
 }
 
 /// An entry of emojibase's `data.json`.
 #[derive(Deserialize)]
 struct Emoji {
+    /// Unicode code points in upper-case hexadecimal, joined by `-`.
     hexcode: String,
     label: String,
-    #[serde(default)]
-    tags: Vec<String>,
     group: Option<u32>,
-    subgroup: Option<u32>,
     order: Option<u32>,
 }
 
-/// All concepts in the order of Unicode. Skin-tone variants are nested within their base form and so left out.
-fn concepts(emojibase: &Path) -> Result<Vec<Concept>> {
+/// All concepts in the order of Unicode, each behind the [`key`] of its pictures. Skin-tone variants are nested within their
+/// base form and so left out.
+fn concepts(emojibase: &Path) -> Result<Vec<(String, Concept)>> {
     let mut english: Vec<Emoji> = read(&emojibase.join("en/data.json"))?;
     let chinese: Vec<Emoji> = read(&emojibase.join("zh/data.json"))?;
     let chinese: HashMap<String, Emoji> = chinese.into_iter().map(|e| (e.hexcode.clone(), e)).collect();
@@ -127,18 +105,15 @@ fn concepts(emojibase: &Path) -> Result<Vec<Concept>> {
                 return Err(Error::new(Kind::Failure, format!("two everyday concepts are named {name:?}")));
             }
             let zh = chinese.get(&e.hexcode);
-            Ok(Concept {
-                hexcode: e.hexcode.clone(),
+            let concept = Concept {
                 label: e.label.clone(),
                 names,
                 label_zh: zh.map(|z| z.label.clone()).unwrap_or_default(),
-                tags: e.tags.clone(),
-                tags_zh: zh.map(|z| z.tags.clone()).unwrap_or_default(),
-                group: e.group.unwrap_or_default(),
-                subgroup: e.subgroup.unwrap_or_default(),
+                captions: Vec::new(),
                 everyday,
                 held_out: library::held_out(&e.hexcode),
-            })
+            };
+            Ok((key(&e.hexcode), concept))
         })
         .collect()
 }
@@ -349,7 +324,7 @@ mod tests {
     #[test]
     fn missing_packages_name_the_command() {
         let dir = tempfile::tempdir().unwrap();
-        let error = prepare(dir.path(), &dir.path().join("out")).unwrap_err();
+        let error = prepare(dir.path()).err().unwrap();
         assert!(error.hint.unwrap().contains("fetch-data.sh"));
     }
 }

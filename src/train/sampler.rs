@@ -1,6 +1,7 @@
 //! Training samples: every one a pure function of the seed and its index.
 
-use crate::library::{Canvas, Library, SIDE, Style, with_article};
+use crate::error::{Error, Result};
+use crate::library::{Canvas, Library, SIDE, Style};
 use crate::rng::{Rng, Stream};
 use crate::scenes::{BACKGROUNDS, Background, Scene, Split};
 
@@ -9,7 +10,7 @@ use crate::scenes::{BACKGROUNDS, Background, Scene, Split};
 pub struct Sample {
     /// RGB, (height, width, 3).
     pub canvas: Canvas,
-    /// In English and Chinese, the canonical wording first.
+    /// In English and Chinese, or as the library has them, the canonical wording first.
     pub captions: Vec<String>,
 }
 
@@ -19,27 +20,35 @@ pub struct Sampler<'a> {
     seed: u64,
     /// Pictures of every concept that is not held out: the tokenizer's.
     pictures: Vec<usize>,
-    /// Those of them in the transformer's hand.
+    /// Those of them that are drawn as the transformer draws.
     drawn: Vec<usize>,
-    /// Pictures of all everyday concepts in one hand: the transformer's. The tokenizer never sees the held-out ones, so
-    /// that its reconstructions are measured on strangers, but a model that cannot draw a car serves nobody.
+    /// Such pictures of all everyday concepts: the transformer's. The tokenizer never sees the held-out ones, so that its
+    /// reconstructions are measured on strangers, but a model that cannot draw a car serves nobody.
     everyday: Vec<usize>,
-    /// Those of them that are not held out: the dialogues'.
+    /// Those of them that have a name and are not held out: the dialogues'.
     things: Vec<usize>,
 }
 
 const WHITE: [u8; 3] = [255, 255, 255];
 
 impl<'a> Sampler<'a> {
-    /// A sampler over `library`; the transformer draws in `style`.
-    pub fn new(library: &'a Library, seed: u64, style: Style) -> Self {
+    /// A sampler over `library`.
+    ///
+    /// Errors: usage, if there is nothing to draw that is not held out.
+    pub fn new(library: &'a Library, seed: u64) -> Result<Self> {
         let concept = |p: usize| &library.concepts[library.pictures[p].concept];
-        let pictures: Vec<usize> = (0..library.pictures.len()).filter(|&p| !concept(p).held_out).collect();
-        let drawn = pictures.iter().copied().filter(|&p| library.pictures[p].style == style).collect();
-        let chosen = |p: &usize| concept(*p).everyday && library.pictures[*p].style == style;
-        let everyday: Vec<usize> = (0..library.pictures.len()).filter(chosen).collect();
-        let things = everyday.iter().copied().filter(|&p| !concept(p).held_out).collect();
-        Self { library, seed, pictures, drawn, everyday, things }
+        let is_drawn = |p: usize| library.pictures[p].is_drawn();
+        let all = 0..library.pictures.len();
+        let pictures: Vec<usize> = all.clone().filter(|&p| !concept(p).held_out).collect();
+        let drawn: Vec<usize> = pictures.iter().copied().filter(|&p| is_drawn(p)).collect();
+        let everyday: Vec<usize> = all.filter(|&p| concept(p).everyday && is_drawn(p)).collect();
+        let is_thing = |&p: &usize| !concept(p).held_out && !concept(p).names.is_empty();
+        let things = everyday.iter().copied().filter(is_thing).collect();
+        if drawn.is_empty() || everyday.is_empty() {
+            return Err(Error::usage("the picture library has nothing to draw that is not held out")
+                .hint("add images with other captions: nextflow train data --folder DIR"));
+        }
+        Ok(Self { library, seed, pictures, drawn, everyday, things })
     }
 
     /// The draws of one sample, for one purpose.
@@ -52,7 +61,13 @@ impl<'a> Sampler<'a> {
         &self.everyday
     }
 
-    /// A thing that may be asked about or edited in training: its picture, its name and its name in Chinese.
+    /// Whether there are things to ask about and edit: named ones that are not held out.
+    pub fn has_things(&self) -> bool {
+        !self.things.is_empty()
+    }
+
+    /// A thing that may be asked about or edited in training, of those that [there are](Self::has_things): its picture, its name
+    /// and its name in Chinese.
     pub fn thing(&self, rng: &Rng, counter: u64) -> (usize, &str, &str) {
         let picture = self.things[rng.below(counter, self.things.len())];
         let concept = &self.library.concepts[self.concept(picture)];
@@ -128,7 +143,7 @@ impl<'a> Sampler<'a> {
     pub fn captioned(&self, index: u64) -> (Vec<u8>, String, usize) {
         let rng = self.rng(index, 3);
         let picture = self.pictures[rng.below(0, self.pictures.len())];
-        let concept = self.library.pictures[picture].concept;
+        let concept = self.concept(picture);
         let captions = self.library.captions(concept);
         let size = 100 + rng.below(1, 41);
         let mut canvas = Canvas::new(SIDE, SIDE, self.background(&rng, 10));
@@ -143,9 +158,11 @@ impl<'a> Sampler<'a> {
         (canvas.rgb, captions[rng.below(5, captions.len())].clone(), concept)
     }
 
-    /// One picture in the middle of a canvas, white or of a named colour, with every wording.
+    /// One picture in the middle of a canvas, white or of a named colour, with every wording. An opaque one has no background to
+    /// be told of.
     pub fn single(&self, picture: usize, background: Option<&Background>, width: usize, height: usize) -> Sample {
-        let mut captions = self.library.captions(self.library.pictures[picture].concept);
+        let background = background.filter(|_| !self.library.is_opaque(picture));
+        let mut captions = self.library.captions(self.concept(picture));
         if let Some(background) = background {
             for caption in &mut captions {
                 *caption = match caption.is_ascii() {
@@ -161,22 +178,20 @@ impl<'a> Sampler<'a> {
         Sample { canvas, captions }
     }
 
-    /// Two things among the given pictures side by side, or two to four of one kind.
+    /// Two things among the given pictures side by side, or two to four of one kind that has a name, and so a plural.
     pub fn several(&self, among: &[usize], index: u64) -> Sample {
         let rng = self.rng(index, 5);
         let picture = |counter| among[rng.below(counter, among.len())];
-        let name = |picture: usize| &self.library.concepts[self.library.pictures[picture].concept].names[0];
         let (first, second) = (picture(0), picture(1));
         let mut canvas = Canvas::new(SIDE, SIDE, WHITE);
-        if rng.uniform(2) < 0.6 {
+        let name = self.library.concepts[self.concept(first)].names.first();
+        let Some(name) = name.filter(|_| rng.uniform(2) >= 0.6) else {
             self.library.compose(&mut canvas, first, (0, 32), 64);
             self.library.compose(&mut canvas, second, (64, 32), 64);
-            let captions = vec![
-                format!("{} and {}", with_article(name(first)), with_article(name(second))),
-                format!("{} on the left and {} on the right", with_article(name(first)), with_article(name(second))),
-            ];
+            let [left, right] = [first, second].map(|p| self.library.caption(self.concept(p)));
+            let captions = vec![format!("{left} and {right}"), format!("{left} on the left and {right} on the right")];
             return Sample { canvas, captions };
-        }
+        };
         let (count, places): (&str, &[(i32, i32)]) = match rng.below(3, 3) {
             0 => ("two", &[(0, 32), (64, 32)]),
             1 => ("three", &[(32, 0), (0, 64), (64, 64)]),
@@ -185,7 +200,7 @@ impl<'a> Sampler<'a> {
         for &place in places {
             self.library.compose(&mut canvas, first, place, 64);
         }
-        Sample { canvas, captions: vec![format!("{count} {}", plural(name(first)))] }
+        Sample { canvas, captions: vec![format!("{count} {}", plural(name))] }
     }
 
     /// A composition of plain shapes that is not held out.
@@ -239,7 +254,75 @@ fn plural(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::plural;
+    use super::*;
+    use crate::library::{BYTES, Concept, Picture};
+
+    fn library(concepts: Vec<Concept>, style: Option<Style>, alpha: u8) -> Library {
+        let pictures = (0..concepts.len()).map(|concept| Picture { concept, style }).collect();
+        let rgba = (0..concepts.len() * BYTES).map(|i| if i % 4 == 3 { alpha } else { 40 + (i / BYTES) as u8 });
+        Library::new(concepts, pictures, rgba.collect()).unwrap()
+    }
+
+    /// With captions of its own or, without any, a name.
+    fn concept(label: &str, captions: &[&str], held_out: bool) -> Concept {
+        let captions: Vec<String> = captions.iter().map(|c| c.to_string()).collect();
+        let names = if captions.is_empty() { vec![label.to_string()] } else { Vec::new() };
+        Concept { label: label.into(), names, captions, everyday: true, held_out, ..Concept::default() }
+    }
+
+    #[test]
+    fn captions_of_their_own_are_learnt_as_they_are() {
+        let own =
+            [["my dog Rex on a sofa", "沙发上的狗"], ["our boat", "notre bateau à nous"], ["my bicycle", "mein Rad"]];
+        let concepts = own.iter().enumerate().map(|(i, captions)| concept(captions[0], captions, i == 2)).collect();
+        let library = library(concepts, None, 255);
+        let sampler = Sampler::new(&library, 1).unwrap();
+        assert_eq!((sampler.everyday(), sampler.has_things()), (&[0, 1, 2][..], false));
+        for (p, captions) in own.iter().enumerate() {
+            let sample = sampler.single(p, Some(&BACKGROUNDS[0]), SIDE, SIDE);
+            assert_eq!(sample.captions, captions);
+            assert!(sample.canvas.rgb == library.over(p, WHITE));
+        }
+        for i in 0..200 {
+            assert_eq!(sampler.picture(i).len(), SIDE * SIDE * 3);
+            let (_, caption, concept) = sampler.captioned(i);
+            assert!(own[..2][concept].contains(&caption.as_str()), "{caption}");
+            let Sample { captions, .. } = sampler.several(sampler.everyday(), i);
+            let [both, sides] = &captions[..] else { panic!("{captions:?}") };
+            let [left, right] = both.split(" and ").collect::<Vec<_>>()[..] else { panic!("{both}") };
+            assert!([left, right].iter().all(|c| own.iter().any(|own| own[0] == *c)), "{both}");
+            assert_eq!(*sides, format!("{left} on the left and {right} on the right"));
+        }
+    }
+
+    #[test]
+    fn named_things_keep_their_articles_plurals_and_backgrounds() {
+        let library = library(vec![concept("owl", &[], false), concept("bus", &[], true)], Some(Style::ThreeD), 200);
+        let sampler = Sampler::new(&library, 1).unwrap();
+        let rng = sampler.rng(0, 1);
+        assert!(sampler.has_things() && (0..20).all(|i| sampler.thing(&rng, i) == (0, "owl", "")));
+        let sample = sampler.single(0, Some(&BACKGROUNDS[0]), SIDE, SIDE);
+        assert_eq!(sample.captions[0], format!("an owl on a {} background", BACKGROUNDS[0].name));
+        let said: Vec<String> = (0..200).flat_map(|i| sampler.several(&[0, 1], i).captions).collect();
+        for caption in ["an owl and a bus", "a bus on the left and an owl on the right", "three buses", "two owls"] {
+            assert!(said.iter().any(|c| c == caption), "{caption} in {said:?}");
+        }
+    }
+
+    #[test]
+    fn a_library_without_anything_to_learn_is_refused() {
+        let faces = Concept { everyday: false, ..concept("grinning face", &[], false) };
+        for library in [
+            library(vec![], None, 255),
+            library(vec![concept("my bicycle", &["my bicycle"], true)], None, 255),
+            library(vec![concept("owl", &[], false)], Some(Style::Flat), 255),
+            library(vec![faces], Some(Style::ThreeD), 255),
+        ] {
+            let error = Sampler::new(&library, 1).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.hint.unwrap().contains("--folder"));
+        }
+    }
 
     #[test]
     fn plurals_read_well() {

@@ -12,7 +12,7 @@ use super::tokenizer::Stage;
 use super::transformer::Lesson;
 use crate::checkpoint::Weights;
 use crate::error::Result;
-use crate::library::{BYTES, Concept, Library, Picture, SIDE, Style};
+use crate::library::{BYTES, Concept, Library, Picture, SIDE};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 
@@ -23,19 +23,14 @@ fn plan(steps: usize) -> Schedule {
     Schedule { lr: 0.05, warmup: WARMUP, steps, clip: 1.0, weight_decay: 0.05, beta2: 0.98 }
 }
 
-/// Two discs, one in each of the styles that the transformer and the tokenizer know.
+/// Two discs.
 fn library() -> Library {
     let concept = |name: &str, zh: &str| Concept {
-        hexcode: name.into(),
         label: name.into(),
         names: vec![name.into()],
         label_zh: zh.into(),
-        tags: vec![],
-        tags_zh: vec![],
-        group: 4,
-        subgroup: 42,
         everyday: true,
-        held_out: false,
+        ..Concept::default()
     };
     let disc = |colour: [u8; 3]| {
         (0..BYTES / 4).flat_map(move |i| {
@@ -44,7 +39,7 @@ fn library() -> Library {
             [colour[0], colour[1], colour[2], if inside { 255 } else { 0 }]
         })
     };
-    let picture = |concept| Picture { concept, style: Style::ThreeD };
+    let picture = |concept| Picture { concept, style: None };
     let rgba = disc([200, 30, 40]).chain(disc([30, 40, 200])).collect();
     Library::new(vec![concept("plum", "李子"), concept("coin", "硬币")], vec![picture(0), picture(1)], rgba).unwrap()
 }
@@ -77,22 +72,22 @@ fn text() -> Result<Text> {
 /// All parts in order, every one first for some steps and then for the rest.
 fn train(run: &Run, stops: &[usize]) -> Result<()> {
     let (library, text) = (library(), text()?);
-    let sampler = |part: &str| Sampler::new(&library, run.seed(part), Style::ThreeD);
+    let sampler = |part: &str| Sampler::new(&library, run.seed(part));
     for &steps in stops {
-        super::semantic::train(run, &sampler("semantic"), &text, 4, &plan(steps))?;
+        super::semantic::train(run, &sampler("semantic")?, &text, 4, &plan(steps))?;
     }
     for stage in [Stage::Pixel, Stage::Joint] {
         for &steps in stops {
-            super::tokenizer::train(run, &sampler(&stage.name()), stage, 2, &plan(steps))?;
+            super::tokenizer::train(run, &sampler(&stage.name())?, stage, 2, &plan(steps))?;
         }
     }
     for part in ["one", "two"] {
         for &steps in stops {
-            transformer(run, part, &sampler(part), &text, steps)?;
+            transformer(run, part, &sampler(part)?, &text, steps)?;
         }
     }
     for &steps in stops {
-        super::tokenizer::train(run, &sampler("decoder"), Stage::Decoder, 2, &plan(steps))?;
+        super::tokenizer::train(run, &sampler("decoder")?, Stage::Decoder, 2, &plan(steps))?;
     }
     Ok(())
 }
@@ -147,7 +142,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
     train(&run, &[1])?;
     assert!(before == bytes());
     let (library, more) = (library(), plan(2));
-    let error = super::tokenizer::train(&run, &Sampler::new(&library, 1, Style::ThreeD), Stage::Joint, 2, &more);
+    let error = super::tokenizer::train(&run, &Sampler::new(&library, 1)?, Stage::Joint, 2, &more);
     let error = error.unwrap_err();
     assert!(error.message.contains("tokenizer-decoder.state"), "{}", error.message);
     assert!(before == bytes());
@@ -156,7 +151,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
     other.decoder_final.ch = 16;
     std::fs::write(run.file("recipe.json"), serde_json::to_vec(&other).unwrap())?;
     let run = Run::open(folder.path(), Device::Cpu)?;
-    let decoder = super::tokenizer::train(&run, &Sampler::new(&library, 1, Style::ThreeD), Stage::Decoder, 2, &more);
+    let decoder = super::tokenizer::train(&run, &Sampler::new(&library, 1)?, Stage::Decoder, 2, &more);
     assert!(decoder.unwrap_err().message.contains("of shape"));
     assert!(before == bytes());
     Ok(())
@@ -167,7 +162,8 @@ fn parts_draw_samples_of_their_own() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let run = run(&folder)?;
     let library = library();
-    let [one, two] = ["talk", "talk2"].map(|part| Sampler::new(&library, run.seed(part), Style::ThreeD));
+    let [one, two] = ["talk", "talk2"].map(|part| Sampler::new(&library, run.seed(part)));
+    let (one, two) = (one?, two?);
     assert!((0..8).all(|i| one.picture(i) == one.picture(i)));
     assert!((0..8).any(|i| one.picture(i) != two.picture(i)));
     assert!((0..8).any(|i| one.scene(i, SIDE, SIDE).canvas != two.scene(i, SIDE, SIDE).canvas));
