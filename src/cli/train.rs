@@ -38,11 +38,14 @@ pub struct TrainArgs {
 
 #[derive(Debug, Subcommand)]
 enum Step {
-    /// Build the picture library from the packages that src/train/fetch-data.sh fetched
+    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from images of your own
     Data {
         /// Folder of the unpacked packages
-        #[arg(default_value = "data")]
+        #[arg(default_value = "data", conflicts_with = "folder")]
         packages: PathBuf,
+        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any language
+        #[arg(long, value_name = "DIR")]
+        folder: Option<PathBuf>,
     },
     /// Train the text tokenizer on all captions
     Text,
@@ -126,8 +129,11 @@ fn sampling() -> Sampling {
 
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    if let Step::Data { packages } = &args.step {
-        let library = train::prepare::prepare(packages)?;
+    if let Step::Data { packages, folder } = &args.step {
+        let library = match folder {
+            Some(folder) => Library::from_folder(folder)?,
+            None => train::prepare::prepare(packages)?,
+        };
         // What cannot be trained on is not written.
         Sampler::new(&library, 0)?;
         library.save(&args.data)?;

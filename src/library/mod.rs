@@ -3,6 +3,7 @@
 //! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the metadata under `library`
 //! the JSON of [`Concept`]s and [`Picture`]s. `nextflow train data` writes it; what else an older one has put there is ignored.
 
+mod folder;
 mod words;
 
 use std::collections::HashMap;
@@ -20,8 +21,8 @@ pub const SIDE: usize = 128;
 /// Bytes of one picture: `SIDE` x `SIDE` x RGBA.
 pub const BYTES: usize = SIDE * SIDE * 4;
 
-const HINT: &str =
-    "in a checkout: sh src/train/fetch-data.sh data && cargo run --release --features train -- train data";
+const HINT: &str = "in a checkout: sh src/train/fetch-data.sh data && cargo run --release --features train -- train data, \
+    or of images of your own: train data --folder DIR";
 
 /// What pictures show, in words: a thing with names, from which its captions are made, or whatever captions of its own say.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
