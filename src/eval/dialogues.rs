@@ -21,13 +21,15 @@ use crate::scenes::{EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, Questi
 pub struct Edits {
     /// Which kind.
     pub kind: EditKind,
-    /// Share of right results, 0 to 1.
+    /// Share of right results, 0 to 1, in wordings of the split.
     pub score: f64,
+    /// The same of the same edits in trained wordings.
+    pub trained_words: f64,
     /// The same for a copy of the source.
     pub copying: f64,
     /// The same for the true result after encoding and decoding.
     pub ceiling: f64,
-    /// PSNR in dB of all right results, against the source's own reconstruction where nothing may change; none if all may.
+    /// PSNR in dB of all right results in either wording, against the source's own reconstruction where nothing may change; none if all may.
     pub unchanged: Option<f64>,
 }
 
@@ -36,8 +38,10 @@ pub struct Edits {
 pub struct Questions {
     /// Which kind.
     pub kind: QuestionKind,
-    /// Share of exact answers, 0 to 1.
+    /// Share of exact answers, 0 to 1, to wordings of the split.
     pub score: f64,
+    /// The same of questions about the same scenes in trained wordings.
+    pub trained_words: f64,
     /// The same for the answer that is right most often, given always.
     pub common: f64,
 }
@@ -98,7 +102,7 @@ pub struct Examiner<'a> {
     pub split: Split,
 }
 
-/// The longest answer, in words.
+/// The longest answer, in tokens.
 const LONGEST: usize = 64;
 
 impl Examiner<'_> {
@@ -113,6 +117,14 @@ impl Examiner<'_> {
 
     pub(super) fn rng(&self, case: usize, step: u64) -> Rng {
         Rng::new(self.seed, case as u64, Stream::Train, step)
+    }
+
+    /// Where the wordings of edits and questions are from: the split, and then those that were trained.
+    fn wordings(&self) -> &'static [Split] {
+        match self.split {
+            Split::HeldOut => &[Split::HeldOut, Split::Train],
+            Split::Train => &[Split::Train],
+        }
     }
 
     fn options(&self, case: usize) -> Result<ReplyOptions> {
@@ -136,20 +148,22 @@ impl Examiner<'_> {
     }
 
     fn edits(&self, kind: EditKind, step: u64, watch: Watch) -> Result<Edits> {
-        let (mut right, mut copied, mut redrawn, mut unchanged) = (0, 0, 0, Vec::new());
+        let (mut right, mut copied, mut redrawn, mut unchanged) = ([0; 2], 0, 0, Vec::new());
         for case in 0..self.per_kind {
             let rng = self.rng(case, step);
             let edit = Edit::of_kind(&rng, kind, self.split);
             let source = render(&edit.source)?;
             let copy = self.model.decode(&self.scene(&edit.source)?)?;
-            let image = self.edit(&source, &edit.instruction(&rng.fork(1), self.split), case)?;
             let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
-            let done = succeeded(&image);
-            right += done;
+            for (right, &words) in right.iter_mut().zip(self.wordings()) {
+                let image = self.edit(&source, &edit.instruction(&rng.fork(1), words), case)?;
+                let done = succeeded(&image);
+                *right += done;
+                unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done > 0));
+                stop(watch)?;
+            }
             copied += succeeded(&copy);
             redrawn += succeeded(&self.model.decode(&self.scene(&edit.target)?)?);
-            unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done > 0));
-            stop(watch)?;
         }
         let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
         // Of squared errors: one image that is kept to the pixel makes up for none that is not.
@@ -159,7 +173,8 @@ impl Examiner<'_> {
         };
         Ok(Edits {
             kind,
-            score: share(right),
+            score: share(right[0]),
+            trained_words: share(right[self.wordings().len() - 1]),
             copying: share(copied),
             ceiling: share(redrawn),
             unchanged: (!unchanged.is_empty()).then(|| mean(&unchanged)),
@@ -167,19 +182,27 @@ impl Examiner<'_> {
     }
 
     fn questions(&self, kind: QuestionKind, step: u64, watch: Watch) -> Result<Questions> {
-        let (mut right, mut answers) = (0, HashMap::<String, usize>::new());
+        let (mut right, mut answers) = ([0; 2], HashMap::<String, usize>::new());
         for case in 0..self.per_kind {
-            let question = Question::of_kind(&self.rng(case, step), kind, self.split);
-            let mut session = Session::new(self.model)?;
-            let picture = self.scene(&question.scene)?;
-            let reply =
-                session.say(vec![picture], &question.text, &self.options(case)?, &mut |_| ControlFlow::Continue(()))?;
-            right += usize::from(reply.text.trim() == question.answer);
-            *answers.entry(question.answer).or_default() += 1;
-            stop(watch)?;
+            for (right, &words) in right.iter_mut().zip(self.wordings()) {
+                let question = Question::of_kind(&self.rng(case, step), kind, self.split, words);
+                let mut session = Session::new(self.model)?;
+                let (pictures, options) = (vec![self.scene(&question.scene)?], self.options(case)?);
+                let reply = session.say(pictures, &question.text, &options, &mut |_| ControlFlow::Continue(()))?;
+                *right += usize::from(reply.text.trim() == question.answer);
+                if words == self.split {
+                    *answers.entry(question.answer).or_default() += 1;
+                }
+                stop(watch)?;
+            }
         }
         let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
-        Ok(Questions { kind, score: share(right), common: share(answers.into_values().max().unwrap_or(0)) })
+        Ok(Questions {
+            kind,
+            score: share(right[0]),
+            trained_words: share(right[self.wordings().len() - 1]),
+            common: share(answers.into_values().max().unwrap_or(0)),
+        })
     }
 
     fn turns(&self, watch: Watch) -> Result<Turns> {

@@ -54,11 +54,11 @@ pub struct Question {
 impl Question {
     /// Any kind, as often as any other.
     pub fn sample(rng: &Rng, split: Split) -> Self {
-        Self::of_kind(rng, QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())], split)
+        Self::of_kind(rng, QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())], split, split)
     }
 
-    /// A question of one kind.
-    pub fn of_kind(rng: &Rng, kind: QuestionKind, split: Split) -> Self {
+    /// A question of one kind about a scene of the split `scenes`, in a wording of the split `words`.
+    pub fn of_kind(rng: &Rng, kind: QuestionKind, scenes: Split, words: Split) -> Self {
         let kinds: &[Kind] = match kind {
             QuestionKind::Count => &[Kind::Counting, Kind::Counting, Kind::Counting, Kind::TwoObjects],
             QuestionKind::What | QuestionKind::Where => {
@@ -70,8 +70,8 @@ impl Question {
         loop {
             let rng = rng.fork(attempt);
             // From other draws than the kind, or one would tell the other.
-            let scene = Scene::of_kind(&rng.fork(1), kinds[rng.below(1, kinds.len())], split);
-            if let Some(question) = Self::on(&rng.fork(0), &scene, kind, split) {
+            let scene = Scene::of_kind(&rng.fork(1), kinds[rng.below(1, kinds.len())], scenes);
+            if let Some(question) = Self::worded(&rng.fork(0), &scene, kind, scenes, words) {
                 return question;
             }
             attempt += 1;
@@ -80,12 +80,16 @@ impl Question {
 
     /// A question about this very scene, if it is of the split and has an answer of the kind.
     pub fn on(rng: &Rng, scene: &Scene, kind: QuestionKind, split: Split) -> Option<Self> {
-        let of_split = |scene: &Scene| held_out(&scene.key()) == (split == Split::HeldOut);
+        Self::worded(rng, scene, kind, split, split)
+    }
+
+    fn worded(rng: &Rng, scene: &Scene, kind: QuestionKind, scenes: Split, words: Split) -> Option<Self> {
+        let of_split = |scene: &Scene| held_out(&scene.key()) == (scenes == Split::HeldOut);
         let seen = scene.seen()?;
         if !of_split(scene) || kind == QuestionKind::Caption && !of_split(&seen) {
             return None;
         }
-        let voice = Voice::draw(rng, split);
+        let voice = Voice::draw(rng, words);
         let (text, answer) = match kind {
             QuestionKind::What => what(rng, &seen, voice)?,
             QuestionKind::Colour => colour(rng, &seen, voice),

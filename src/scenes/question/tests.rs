@@ -11,7 +11,7 @@ fn rng(i: u64) -> Rng {
 }
 
 fn questions(kind: QuestionKind, split: Split, count: u64) -> impl Iterator<Item = Question> {
-    (0..count).map(move |i| Question::of_kind(&rng(i), kind, split))
+    (0..count).map(move |i| Question::of_kind(&rng(i), kind, split, split))
 }
 
 /// The English ones with what the detector sees in their pictures.
