@@ -41,8 +41,8 @@ impl Codes {
         let bytes = input::piped(path, MAX_BYTES, HINT)?;
         let json = input::without_bom(&bytes);
         match json.trim_ascii_start().first() {
-            Some(b'{') => serde_json::from_slice(json).map_err(|e| bad(format!("is no file of codes: {e}"))),
-            _ => Self::from_safetensors(&bytes).map_err(|what| bad(format!("is no file of codes: {what}"))),
+            Some(b'{') => serde_json::from_slice(json).map_err(|e| bad(format!("is not a file of codes: {e}"))),
+            _ => Self::from_safetensors(&bytes).map_err(|what| bad(format!("is not a file of codes: {what}"))),
         }
     }
 

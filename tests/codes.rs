@@ -95,7 +95,7 @@ fn codes_that_do_not_fit_are_refused() {
         "{stderr}"
     );
     std::fs::write(here.join("bad.json"), "").unwrap();
-    refused(here, &decode, "is no file of codes");
+    refused(here, &decode, "is not a file of codes");
     refused(here, &["decode", "none.json", "-o", "x.png"], "cannot read none.json");
     std::fs::write(here.join("bad.json"), &json).unwrap();
     refused(here, &["decode", "bad.json", "--scales", "9", "-o", "x.png"], "--scales 9");

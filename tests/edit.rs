@@ -162,7 +162,7 @@ fn a_conversation_draws_edits_and_looks() {
     assert!(number(1, "cached_tokens") >= number(0, "prompt_tokens") + 203, "{stdout}");
     for part in [
         "there is no image to edit yet",
-        "$9 is no image: there are ",
+        "$9 is not an image: there are ",
         "\"x\" is not a seed",
         // An image that is named is none that was not there.
         "you: [$1 a-red-circle-1.png]",

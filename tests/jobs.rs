@@ -90,8 +90,8 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
     let good = r#"{"prompt": "a cat", "out": "a.png", "id": "a"}"#;
     for (line, part) in [
         ("{", "EOF while parsing"),
-        ("a cat", "it is no JSON object"),
-        ("\"a cat\"", "it is no JSON object"),
+        ("a cat", "it is not a JSON object"),
+        ("\"a cat\"", "it is not a JSON object"),
         (r#"{"out": "b.png"}"#, "missing field `prompt`"),
         (r#"{"prompt": "x", "colour": 1}"#, "unknown field `colour`"),
         (r#"{"prompt": "x", "prompt": "y"}"#, "duplicate field"),
@@ -109,13 +109,13 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (r#"{"prompt": "x", "draft": 8}"#, "draft"),
         (r#"{"prompt": "x", "size": "1x1"}"#, "1x1"),
         (r#"{"prompt": "x", "size": "big"}"#, "big is not a size"),
-        (r#"{"prompt": "x", "out": "../b.png"}"#, "is no place below the folder"),
-        (r#"{"prompt": "x", "out": "/etc/b.png"}"#, "is no place below the folder"),
+        (r#"{"prompt": "x", "out": "../b.png"}"#, "is not a place below the folder"),
+        (r#"{"prompt": "x", "out": "/etc/b.png"}"#, "is not a place below the folder"),
         (r#"{"prompt": "x", "out": "b.jpg"}"#, "is not the name of a PNG"),
         (r#"{"prompt": "x", "id": "a"}"#, "the id \"a\" is there twice"),
         (r#"{"prompt": "x", "out": "a.png"}"#, "its place, a.png, is that of line 1"),
         (r#"{"prompt": "x", "out": "./a.png/b.png"}"#, "its place, a.png/b.png, is below that of line 1"),
-        (r#"["x", null, null]"#, "it is no JSON object"),
+        (r#"["x", null, null]"#, "it is not a JSON object"),
         (r#"{"prompt": "x", "out": "there.png"}"#, "already exists"),
     ] {
         fs::write(here.join("there.png"), "mine").unwrap();
@@ -198,7 +198,7 @@ fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
     fs::remove_file(here.join("out/cat-3.png")).unwrap();
     fs::create_dir(here.join("out/cat-3.png")).unwrap();
     let (code, _, stderr) = run(here, &again);
-    assert!(code == 2 && stderr.contains("line 3 of jobs.jsonl: out/cat-3.png is there, and is no image"), "{stderr}");
+    assert!(code == 2 && stderr.contains("line 3 of jobs.jsonl: out/cat-3.png exists and is not an image"), "{stderr}");
     // An image that nothing names cannot be known again.
     fs::write(here.join("jobs.jsonl"), "{\"prompt\": \"a cat\"}").unwrap();
     assert!(run(here, &again).2.contains("line 1 of jobs.jsonl: neither id nor out"));

@@ -258,7 +258,7 @@ impl<'a> Session<'a> {
             let position = talk.layout.len();
             let drawn = options.sampling.draw(model.logits(&talk.hidden)?, &talk.before, options.seed, position);
             let word = drawn.ok_or_else(|| {
-                Error::new(Kind::NonFinite, format!("the model gave no finite numbers at token {position}"))
+                Error::new(Kind::NonFinite, format!("the model produced numbers that are not finite at token {position}"))
                     .hint("check the weights: nextflow info MODEL")
             })?;
             if word == model.template.end || model.config.stops.contains(&word) {

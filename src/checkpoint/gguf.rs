@@ -140,7 +140,7 @@ fn size(stored: Stored, columns: u64, rows: u64) -> Option<u64> {
 
 fn parse(reader: &mut Reader<impl Read>, length: u64) -> Result<Header, String> {
     if reader.bytes::<4>()? != MAGIC {
-        return Err("is no GGUF file".into());
+        return Err("is not a GGUF file".into());
     }
     let version = reader.u32()?;
     if !(2..=3).contains(&version) {

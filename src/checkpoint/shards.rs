@@ -40,7 +40,7 @@ fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     let broken =
         |what: &str| Error::model(format!("{} {what}", index.display())).hint("copy the file from its origin again");
     let Index { weight_map } =
-        serde_json::from_slice(&archive::read_json(index)?).map_err(|e| broken(&format!("is no index: {e}")))?;
+        serde_json::from_slice(&archive::read_json(index)?).map_err(|e| broken(&format!("is not an index: {e}")))?;
     let names: BTreeSet<&String> = weight_map.values().collect();
     if names.is_empty() {
         return Err(broken("names no files"));
@@ -50,7 +50,7 @@ fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
         matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) && !name.contains(['/', '\\'])
     };
     if let Some(name) = names.iter().find(|n| !plain(n)) {
-        return Err(broken(&format!("names {name:?}, which is no plain file beside it")));
+        return Err(broken(&format!("names {name:?}, which is not a plain file beside it")));
     }
     let paths: Vec<PathBuf> = names.iter().map(|n| folder.join(n)).collect();
     let missing: Vec<String> = paths.iter().filter(|p| !p.exists()).map(|p| p.display().to_string()).collect();

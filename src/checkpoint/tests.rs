@@ -356,5 +356,5 @@ fn shards_are_found_by_their_index() {
     index("{}").unwrap();
     assert!(load_a(&source).unwrap_err().message.contains("names no files"));
     std::fs::write(path(&format!("{FILE}.index.json")), "[]").unwrap();
-    assert!(load_a(&source).unwrap_err().message.contains("is no index"));
+    assert!(load_a(&source).unwrap_err().message.contains("is not an index"));
 }

@@ -44,7 +44,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
         _ => Destination::Stdout,
     };
     if let Some(path) = args.output.as_ref().filter(|path| ImageFormat::from_path(path).is_ok()) {
-        let message = format!("{} is the name of an image, and codes are none", path.display());
+        let message = format!("{} is the name of an image, but encode writes codes", path.display());
         return Err(Error::usage(message).hint(format!("-o {}", input::quoted(&path.with_extension("json")))));
     }
     destination.check()?;

@@ -245,7 +245,7 @@ impl<'a> Jobs<'a> {
             Err(_) => {}
             Ok(_) if path.is_file() => return Ok(true),
             Ok(_) => {
-                let message = format!("{} is there, and is no image", path.display());
+                let message = format!("{} exists and is not an image", path.display());
                 return Err(Error::usage(message).hint(NO_OVERWRITING));
             }
         }
@@ -275,7 +275,7 @@ impl Iterator for Jobs<'_> {
             let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.seen % parts == part % parts);
             let parsed = line.and_then(|line| match line.starts_with(b"{") {
                 true => serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e)),
-                false => Err(Error::usage("it is no JSON object").hint(format!("one job a line: {EXAMPLE}"))),
+                false => Err(Error::usage("it is not a JSON object").hint(format!("one job a line: {EXAMPLE}"))),
             });
             let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
             let task = parsed.and_then(|line| self.task(line));
@@ -324,7 +324,7 @@ fn target(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
     let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(r#""out": "fruit/apple.png""#));
     let inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
     if out.is_empty() || out.contains('\\') || terminal::clean(out) != out || !path.components().all(inside) {
-        return bad("is no place below the folder of the images");
+        return bad("is not a place below the folder of the images");
     }
     if out.ends_with('/') || path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
         return bad("is not the name of a PNG");

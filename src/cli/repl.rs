@@ -159,7 +159,7 @@ impl<'a> Repl<'a> {
                             1 => "there is one image".into(),
                             n => format!("there are {n} images"),
                         };
-                        Error::usage(format!("${n} is no image: {images}")).hint("/show lists them")
+                        Error::usage(format!("${n} is not an image: {images}")).hint("/show lists them")
                     });
                     pictures.push((*picture?).clone());
                 }

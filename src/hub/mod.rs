@@ -30,7 +30,7 @@ impl FromStr for Id {
     fn from_str(text: &str) -> Result<Self> {
         let (path, revision) = text.split_once('@').unwrap_or((text, "main"));
         let bad = || {
-            Error::usage(format!("{text} is no model id"))
+            Error::usage(format!("{text} is not a model id"))
                 .hint("an id is OWNER/NAME, as in nextflow models pull ByteVisionLab/TokenFlow-t2i")
         };
         let (owner, name) = path.split_once('/').ok_or_else(bad)?;

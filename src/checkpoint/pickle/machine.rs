@@ -224,7 +224,7 @@ impl<'a> Machine<'a> {
 
     /// A persistent id: ("storage", class, key, device, elements).
     fn storage(&self, id: usize) -> Result<Value<'a>, String> {
-        let [kind, class, key, ..] = self.tuple(id) else { return Err("a persistent id that is no tuple".into()) };
+        let [kind, class, key, ..] = self.tuple(id) else { return Err("a persistent id that is not a tuple".into()) };
         match (&self.values[*kind], &self.values[*class], &self.values[*key]) {
             (Value::Text("storage"), Value::Global(_, class), Value::Text(key)) => {
                 let dtype = match *class {
@@ -242,7 +242,7 @@ impl<'a> Machine<'a> {
                 };
                 Ok(Value::Storage { key, dtype })
             }
-            _ => Err("a persistent id that is no storage".into()),
+            _ => Err("a persistent id that is not a storage".into()),
         }
     }
 
@@ -280,7 +280,7 @@ impl<'a> Machine<'a> {
         }
         let number = |id: &usize| match self.values[*id] {
             Value::Int(value) => u64::try_from(value).map_err(|_| format!("a negative size {value}")),
-            _ => Err("a size that is no integer".to_string()),
+            _ => Err("a size that is not an integer".to_string()),
         };
         let numbers = |id: &usize| match self.tuple(*id) {
             sizes if sizes.len() > MAX_RANK => Err(format!("a tensor of {} dimensions", sizes.len())),

@@ -34,7 +34,7 @@ pub(super) fn read(name: &str, file: impl Read + Seek) -> Result<Header> {
 type Storages = HashMap<String, (u64, u64)>;
 
 fn parse(mut file: impl Read + Seek) -> Result<Header, String> {
-    let broken = |e: &dyn std::fmt::Display| format!("is no PyTorch checkpoint: {e}");
+    let broken = |e: &dyn std::fmt::Display| format!("is not a PyTorch checkpoint: {e}");
     let length = file.seek(SeekFrom::End(0)).map_err(|e| broken(&e))?;
     let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|e| broken(&e))?;
     let (mut pickle, mut storages) = (None, Storages::new());
