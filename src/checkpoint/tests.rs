@@ -226,11 +226,12 @@ fn initial_values_depend_on_seed_and_key_alone() {
 }
 
 #[test]
-fn trainable_weights_start_from_what_is_known_and_fits() {
+fn trainable_weights_start_from_what_is_known() {
     let known = BTreeMap::from([("a".to_string(), tensor(&[3.0, 4.0], &[2])), ("b".into(), tensor(&[5.0], &[1]))]);
     let weights = Weights::trainable_from(known, 0, &Device::Cpu);
     assert_eq!(get_a(&weights).unwrap().to_vec1::<f32>().unwrap(), [3.0, 4.0]);
-    assert_eq!(weights.get(2, "b", Init::Ones).unwrap().to_vec1::<f32>().unwrap(), [1.0, 1.0]);
+    assert_eq!(weights.get(2, "c", Init::Ones).unwrap().to_vec1::<f32>().unwrap(), [1.0, 1.0]);
+    assert_eq!(weights.get(2, "b", Init::Ones).unwrap_err().to_string(), "b: found (1), expected (2)");
     // Whoever asks again gets the same variable.
     weights.vars()["a"].set(&tensor(&[8.0, 9.0], &[2])).unwrap();
     assert_eq!(get_a(&weights).unwrap().to_vec1::<f32>().unwrap(), [8.0, 9.0]);

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Result, Shape, Tensor, Var};
+use candle_core::{Device, Error, Result, Shape, Tensor, Var};
 
-use super::weights::Init;
+use super::weights::{Fault, Init};
 use crate::rng::{Rng, Stream, fnv1a};
 
 /// What was asked for so far, and what it begins with where that is known.
@@ -15,11 +15,18 @@ pub(super) struct Trainable {
 }
 
 impl Trainable {
+    /// One of them.
+    ///
+    /// Errors: what is known of it has another shape. To begin anew in its place would lose what it has learnt.
     pub(super) fn get(&mut self, key: String, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
         if let Some(var) = self.vars.get(&key) {
             return Ok(var.as_tensor().clone());
         }
-        let var = match self.known.get(&key).filter(|t| t.shape() == &shape) {
+        let var = match self.known.get(&key) {
+            Some(known) if known.shape() != &shape => {
+                let (found, expected) = (known.dims().to_vec(), shape.dims().to_vec());
+                return Err(Error::Msg(format!("{key}: {}", Fault::Shape { found, expected })));
+            }
             Some(known) => Var::from_tensor(&known.to_device(device)?)?,
             None => Var::from_tensor(&initial(&key, shape, init, seed, device)?)?,
         };

@@ -117,7 +117,7 @@ impl Weights {
         Self::trainable_from(BTreeMap::new(), seed, device)
     }
 
-    /// Trainable weights that start from `known` where key and shape agree, elsewhere from the seed.
+    /// Trainable weights that start from `known` where it has their keys, elsewhere from the seed.
     pub fn trainable_from(known: BTreeMap<String, Tensor>, seed: u64, device: &Device) -> Self {
         let state = Mutex::new(Trainable { known, vars: BTreeMap::new() });
         Self::new(Store::Trainable { seed, state }, device)
@@ -232,7 +232,8 @@ impl Weights {
 
     /// One tensor. `init` gives the values that a trainable tensor starts from if they are not known.
     ///
-    /// Errors: a key that is not there or has another shape, unless the weights are trainable, unused or an inventory.
+    /// Errors: a key that is not there, unless the weights are trainable, or has another shape; none of unused ones and of an
+    /// inventory.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backbone::BackboneConfig;
 use crate::checkpoint::Weights;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::rng::fnv1a;
 use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
 
@@ -78,14 +78,30 @@ impl Run {
         self.folder.join(name)
     }
 
-    /// Trainable weights that start from those of `files` that exist; a later file wins. An exported checkpoint's files
-    /// will do.
-    pub fn trainable(&self, files: &[&Path]) -> Result<Weights> {
+    /// What `build` makes of trainable weights that start from those of `files` that exist, and these weights by key. A later
+    /// file wins, and an exported checkpoint's files will do.
+    ///
+    /// Errors: a file that is broken, and [`Kind::Model`] for weights of other shapes than the recipe's.
+    pub fn load<T>(
+        &self,
+        files: &[&Path],
+        build: impl FnOnce(&Weights) -> candle_core::Result<T>,
+    ) -> Result<(T, BTreeMap<String, Var>)> {
         let mut known = BTreeMap::new();
         for file in files.iter().filter(|f| f.exists()) {
             known.extend(crate::checkpoint::load(file)?);
         }
-        Ok(Weights::trainable_from(known, self.recipe.seed, &self.device))
+        let weights = Weights::trainable_from(known, self.recipe.seed, &self.device);
+        let unlike = |e: candle_core::Error| match Error::from(e) {
+            e if e.kind == Kind::Failure => {
+                let message =
+                    format!("the weights in {} do not fit its recipe.json: {}", self.folder.display(), e.message);
+                Error::model(message).hint("--run FOLDER, with this recipe.json in a folder of its own, begins anew")
+            }
+            e => e,
+        };
+        let built = build(&weights).map_err(unlike)?;
+        Ok((built, weights.vars()))
     }
 
     /// Writes weights to a file of the run.

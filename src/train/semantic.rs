@@ -55,10 +55,10 @@ impl TextTower {
 pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Schedule) -> error::Result<()> {
     const FILE: &str = "semantic.safetensors";
     let config = &run.recipe.tokenizer.semantic;
-    let weights = run.trainable(&[&run.file(FILE)])?;
-    let encoder = SemanticEncoder::load(&weights.pp("encoder_vqkd.vision_model"), config)?;
-    let tower = TextTower::load(&weights.pp("text_tower"), run.recipe.backbone.vocab_size, config.hidden_size)?;
-    let vars = weights.vars();
+    let ((encoder, tower), vars) = run.load(&[&run.file(FILE)], |w| {
+        let tower = TextTower::load(&w.pp("text_tower"), run.recipe.backbone.vocab_size, config.hidden_size)?;
+        Ok((SemanticEncoder::load(&w.pp("encoder_vqkd.vision_model"), config)?, tower))
+    })?;
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
     let state = run.file("semantic.state");
     if state.exists() {

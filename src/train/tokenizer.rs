@@ -76,9 +76,8 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
     if stage == Stage::Decoder {
         config.decoder = run.recipe.decoder_final.clone();
     }
-    let weights = run.trainable(&[&run.file(FILE), &run.file("semantic.safetensors")])?;
-    let tokenizer = ImageTokenizer::load(&weights, &config)?;
-    let vars = weights.vars();
+    let files = [run.file(FILE), run.file("semantic.safetensors")];
+    let (tokenizer, vars) = run.load(&[&files[0], &files[1]], |w| ImageTokenizer::load(w, &config))?;
     let mut optimizer = Optimizer::new(&vars, |key| stage.learns(key))?;
     let mut codebook = Codebook::new(&stage_codebook(&config, stage), tokenizer.quantizer().table().to_vec());
     let state = stage.state(run);

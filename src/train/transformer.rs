@@ -16,7 +16,7 @@ use super::sampler::Sampler;
 use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
 use crate::chat::template::{Part, Piece, Role, Template};
-use crate::checkpoint::Matrices;
+use crate::checkpoint::{Matrices, Weights};
 use crate::error::Result;
 use crate::generate::schedule;
 use crate::library::Canvas;
@@ -50,9 +50,9 @@ pub struct Lesson<'a> {
 pub fn train(lesson: &Lesson, batch: usize, plan: &Schedule) -> Result<()> {
     const FILE: &str = "model.safetensors";
     let (run, part) = (lesson.run, lesson.part);
-    let weights = run.trainable(&[&run.file(FILE)])?;
-    let backbone = Backbone::load(&weights.with_matrices(Matrices::Blocks(GgmlDType::BF16)), &run.recipe.backbone)?;
-    let vars = weights.vars();
+    let mixed = Matrices::Blocks(GgmlDType::BF16);
+    let build = |w: &Weights| Backbone::load(&w.with_matrices(mixed), &run.recipe.backbone);
+    let (backbone, vars) = run.load(&[&run.file(FILE)], build)?;
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
     let state = run.file(&format!("transformer-{part}.state"));
     if state.exists() {
