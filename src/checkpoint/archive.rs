@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use safetensors::Dtype;
+use safetensors::{Dtype, SafeTensors};
 
 use super::header::{self, Entry, Header, Stored};
 use super::weights::Fault;
@@ -312,6 +312,16 @@ pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let archive = Archive::open(path)?;
     let weights = archive.tensors().filter(|(key, entry)| archive.readable(key, entry).is_ok());
     weights.map(|(key, _)| Ok((key.clone(), archive.read(key, DType::F32, &Device::Cpu)?))).collect()
+}
+
+/// The metadata of a safetensors file, which [`save`] wrote.
+///
+/// Errors: a file that cannot be read, or is none of safetensors.
+pub fn metadata(path: &Path) -> Result<HashMap<String, String>> {
+    let broken = |what: String| header::broken(&path.display().to_string(), &what);
+    let bytes = std::fs::read(path).map_err(|e| broken(format!("cannot be read: {e}")))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("has a bad header: {e}")))?;
+    Ok(header.metadata().clone().unwrap_or_default())
 }
 
 /// Writes a safetensors file with optional metadata, as [`write`] does.

@@ -33,7 +33,7 @@ mod trainable;
 mod weight_type;
 mod weights;
 
-pub use archive::{load, quantise, save, write};
+pub use archive::{load, metadata, quantise, save, write};
 pub use convert::{abandon, quantise as quantise_model, whole_folder};
 pub use extend::extend;
 pub use inventory::{FileSummary, Fit, Inventory};

@@ -245,6 +245,7 @@ fn saving_replaces_a_file_as_a_whole() {
     let metadata = std::collections::HashMap::from([("step".to_string(), "3".to_string())]);
     save(&path, BTreeMap::from([("a".into(), tensor(&[1.0, 2.0], &[2]))]), Some(metadata)).unwrap();
     assert!(load_a(&Source::Folder(dir.path().into())).is_ok());
+    assert_eq!(super::metadata(&path).unwrap()["step"], "3");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     let plain = dir.path().join("plain");
     std::fs::write(&plain, "").unwrap();

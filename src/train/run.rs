@@ -1,6 +1,6 @@
 //! A training run: a folder with the recipe, the weights so far and the state to resume from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Var};
@@ -34,6 +34,9 @@ pub struct Recipe {
 
 /// The recipe of the embedded model.
 const NANO: &str = include_str!("nano.json");
+
+/// Where the metadata of weights name the part of the training that they are of.
+const PART: &str = "part";
 
 /// A folder and its recipe.
 pub struct Run {
@@ -104,9 +107,15 @@ impl Run {
         Ok((built, weights.vars()))
     }
 
-    /// Writes weights to a file of the run.
-    pub fn save(&self, name: &str, vars: &BTreeMap<String, Var>) -> Result<()> {
+    /// Writes the weights of a part of the training to a file of the run, with the part's name.
+    pub fn save(&self, name: &str, part: &str, vars: &BTreeMap<String, Var>) -> Result<()> {
         let tensors = vars.iter().map(|(key, var)| (key.clone(), var.as_tensor().clone())).collect();
-        crate::checkpoint::save(&self.file(name), tensors, None)
+        crate::checkpoint::save(&self.file(name), tensors, Some(HashMap::from([(PART.into(), part.into())])))
+    }
+
+    /// The part of the training that last [saved](Self::save) a file of the run, where the file is there and tells.
+    pub fn last_part(&self, name: &str) -> Result<Option<String>> {
+        let path = self.file(name);
+        if path.exists() { Ok(crate::checkpoint::metadata(&path)?.remove(PART)) } else { Ok(None) }
     }
 }

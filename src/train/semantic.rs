@@ -92,7 +92,7 @@ pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Sch
             ("grad", norm),
         ]);
         progress.checkpoint(|| {
-            run.save(FILE, &vars)?;
+            run.save(FILE, "semantic", &vars)?;
             optimizer.save(&state, BTreeMap::new())
         })?;
     }

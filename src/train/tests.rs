@@ -161,6 +161,27 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
 }
 
 #[test]
+fn a_part_that_another_has_gone_on_from_is_over() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (run, library, text) = (run(&folder)?, library(), text()?);
+    let train = |part: &str, steps| transformer(&run, part, &Sampler::new(&library, run.seed(part))?, &text, steps);
+    let (file, read) = (run.file("model.safetensors"), || std::fs::read(run.file("model.safetensors")));
+    train("first", 1)?;
+    train("second", 1)?;
+    let before = read()?;
+    let error = train("first", 2).unwrap_err();
+    assert!(error.message.contains("second") && error.hint.is_some(), "{}", error.message);
+    train("first", 1)?;
+    assert!(before == read()?);
+    // Weights that do not tell whose they are can be any part's.
+    crate::checkpoint::save(&file, crate::checkpoint::load(&file)?, None)?;
+    train("second", 2)?;
+    assert!(before != read()?);
+    assert_eq!(run.last_part("model.safetensors")?.as_deref(), Some("second"));
+    Ok(())
+}
+
+#[test]
 fn parts_draw_samples_of_their_own() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let run = run(&folder)?;

@@ -117,7 +117,7 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
         ]);
         progress.checkpoint(|| {
             set_codebook(&vars, &codebook, &config)?;
-            run.save(FILE, &vars)?;
+            run.save(FILE, &stage.name(), &vars)?;
             optimizer.save(&state, codebook.state()?)
         })?;
     }

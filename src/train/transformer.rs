@@ -17,7 +17,7 @@ use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
 use crate::chat::template::{Part, Piece, Role, Template};
 use crate::checkpoint::{Matrices, Weights};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::schedule;
 use crate::library::Canvas;
 use crate::pixels;
@@ -47,6 +47,8 @@ pub struct Lesson<'a> {
 }
 
 /// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
+///
+/// Errors: usage, for a part with steps left from which another one has gone on.
 pub fn train(lesson: &Lesson, batch: usize, plan: &Schedule) -> Result<()> {
     const FILE: &str = "model.safetensors";
     let (run, part) = (lesson.run, lesson.part);
@@ -57,6 +59,13 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Schedule) -> Result<()> {
     let state = run.file(&format!("transformer-{part}.state"));
     if state.exists() {
         optimizer.restore(&state)?;
+        // The values of the state would take the place of what other parts have made of them since.
+        if optimizer.step < plan.steps
+            && let Some(other) = run.last_part(FILE)?.filter(|last| last != part)
+        {
+            let message = format!("the part {other} goes on from what the part {part} would change");
+            return Err(Error::usage(message).hint(format!("--part {part}-more goes on from {other}")));
+        }
     }
     let mut progress = Progress::new(&format!("transformer {part}"), plan.steps, optimizer.step, batch);
     progress.say(&format!("{} parameters, {} images in the pool", optimizer.count(), lesson.pool.len()));
@@ -73,7 +82,7 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Schedule) -> Result<()> {
         told.extend(names.iter().map(String::as_str).zip(scales));
         progress.step(&told);
         progress.checkpoint(|| {
-            run.save(FILE, &vars)?;
+            run.save(FILE, part, &vars)?;
             optimizer.save(&state, BTreeMap::new())
         })?;
         next = more?;
