@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_after, schedule, tokenflow};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, told};
 use crate::pixels;
 use crate::text::Text;
 use crate::tokenizer::{ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
@@ -89,14 +89,21 @@ impl ModelConfig {
                 .hint("correct it, or copy it from its origin again")
         };
         let config: Self = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
-        config.backbone.check().map_err(bad)?;
-        config.tokenizer.check().map_err(|e| bad(e.to_string()))?;
-        let (codes, book) = (&config.backbone, &config.tokenizer.codebook);
-        if codes.codebook_size != book.size || codes.code_dim != book.dim() {
-            return Err(bad("transformer and tokenizer disagree about the codebook".into()));
-        }
-        config.check_image().map_err(bad)?;
+        config.check().map_err(bad)?;
         Ok(config)
+    }
+
+    /// What would keep the model from being built or from drawing, as one sentence.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        self.backbone.check()?;
+        self.tokenizer.check().map_err(|e| told(&e))?;
+        let codes = (self.backbone.codebook_size, self.backbone.code_dim);
+        let book = (self.tokenizer.codebook.size, self.tokenizer.codebook.dim());
+        if codes != book {
+            let (of, are) = (format!("{} codes of {} channels", codes.0, codes.1), format!("{} of {}", book.0, book.1));
+            return Err(format!("the transformer has {of}, the image tokenizer {are}"));
+        }
+        self.check_image()
     }
 
     /// Whether it draws images of these grids (height, width), coarse to fine.

@@ -7,7 +7,7 @@ use super::run::Run;
 use super::tokenizer::Stage;
 use crate::checkpoint::{load, quantise};
 use crate::error::{Error, Result};
-use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling};
+use crate::generate::Sampling;
 
 /// Writes `config.json`, `tokenizer.json`, `model.safetensors` and `image_tokenizer.safetensors` (matrices as
 /// bytes) to `out`.
@@ -30,21 +30,9 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
         }
         crate::checkpoint::save(&out.join(name), small, None)?;
     }
-    let mut tokenizer = run.recipe.tokenizer.clone();
-    if Stage::Decoder.state(run).exists() {
-        tokenizer.decoder = run.recipe.decoder_final.clone();
-    }
-    let backbone = run.recipe.backbone.clone();
-    let config = ModelConfig {
-        name: "nano".into(),
-        scales: run.recipe.scales,
-        grids: Vec::new(),
-        sampling,
-        conversation: ConversationConfig { system: String::new(), draws: true, ..Default::default() },
-        prompt: PromptConfig::default(),
-        backbone,
-        tokenizer,
-    };
+    let last = Stage::Decoder.state(run).exists();
+    let tokenizer = if last { run.recipe.tokenizer_final() } else { run.recipe.tokenizer.clone() };
+    let config = run.recipe.model(tokenizer, sampling);
     let json = serde_json::to_string_pretty(&config).map_err(|e| Error::usage(e.to_string()))?;
     crate::checkpoint::write(&out.join("config.json"), (json + "\n").as_bytes())?;
     std::fs::copy(run.file("tokenizer.json"), out.join("tokenizer.json"))?;

@@ -8,6 +8,7 @@ mod optimizer;
 pub mod pool;
 pub mod prepare;
 mod progress;
+pub mod recipe;
 pub mod run;
 pub mod sampler;
 pub mod semantic;

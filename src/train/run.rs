@@ -4,36 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Var};
-use serde::{Deserialize, Serialize};
 
-use crate::backbone::BackboneConfig;
+use super::recipe::Recipe;
 use crate::checkpoint::Weights;
 use crate::error::{Error, Kind, Result};
 use crate::rng::fnv1a;
-use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
-
-/// What is trained: shapes and choices of every part.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Recipe {
-    /// Seed of all initial weights and draws.
-    pub seed: u64,
-    /// The image tokenizer as its first two stages train it.
-    pub tokenizer: TokenizerConfig,
-    /// The pixel decoder of the third stage; it begins as the one of the second, with blocks that do nothing yet.
-    pub decoder_final: CnnConfig,
-    /// The transformer.
-    pub backbone: BackboneConfig,
-    /// Scales of an image.
-    pub scales: usize,
-    /// Draws among the nearest codes while encoding for the transformer.
-    pub self_correction: SelfCorrection,
-    /// Exponent of the scale weights 1 / (h w)^alpha.
-    pub scale_reweight: f64,
-}
-
-/// The recipe of the embedded model.
-const NANO: &str = include_str!("nano.json");
 
 /// Where the metadata of weights name the part of the training that they are of.
 const PART: &str = "part";
@@ -47,27 +22,16 @@ pub struct Run {
     pub device: Device,
 }
 
-impl Recipe {
-    /// The recipe of the embedded model.
-    #[cfg(test)]
-    pub(super) fn nano() -> Self {
-        serde_json::from_str(NANO).expect("nano's recipe")
-    }
-}
-
 impl Run {
     /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's, to train on a device.
+    ///
+    /// Errors: those of [`Recipe::open`].
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
         // TF32 keeps 10 bits of what goes into a product; the transformer's on a CPU may keep bf16's 7.
         #[cfg(feature = "cuda")]
         candle_core::cuda_backend::set_gemm_reduced_precision_f32(device.is_cuda());
         std::fs::create_dir_all(folder)?;
-        let path = folder.join("recipe.json");
-        if !path.exists() {
-            std::fs::write(&path, NANO)?;
-        }
-        let recipe = serde_json::from_str(&std::fs::read_to_string(&path)?)
-            .map_err(|e| Error::usage(format!("{}: {e}", path.display())).hint("remove the file to train nano"))?;
+        let recipe = Recipe::open(&folder.join("recipe.json"))?;
         Ok(Self { folder: folder.to_path_buf(), recipe, device })
     }
 

@@ -258,7 +258,7 @@ mod tests {
     use crate::checkpoint::Weights;
     use crate::generate::schedule;
     use crate::rng::{Rng, Stream};
-    use crate::train::run::Recipe;
+    use crate::train::recipe::Recipe;
 
     /// Sequences of words, of an image to draw, and of one that is looked at: together they lose what each loses alone.
     #[test]

@@ -6,7 +6,8 @@ use candle_core::{Device, Tensor};
 
 use super::Schedule;
 use super::pool::{Pool, PoolSizes};
-use super::run::{Recipe, Run};
+use super::recipe::Recipe;
+use super::run::Run;
 use super::sampler::Sampler;
 use super::tokenizer::Stage;
 use super::transformer::Lesson;

@@ -72,10 +72,7 @@ const CONTINUOUS: usize = 300;
 
 /// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
 pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Schedule) -> error::Result<()> {
-    let mut config = run.recipe.tokenizer.clone();
-    if stage == Stage::Decoder {
-        config.decoder = run.recipe.decoder_final.clone();
-    }
+    let config = if stage == Stage::Decoder { run.recipe.tokenizer_final() } else { run.recipe.tokenizer.clone() };
     let files = [run.file(FILE), run.file("semantic.safetensors")];
     let (tokenizer, vars) = run.load(&[&files[0], &files[1]], |w| ImageTokenizer::load(w, &config))?;
     let mut optimizer = Optimizer::new(&vars, |key| stage.learns(key))?;

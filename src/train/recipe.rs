@@ -1,0 +1,129 @@
+//! What a run trains: shapes and choices of every part, checked before any of it is trained.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backbone::BackboneConfig;
+use crate::error::{Error, Result};
+use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling, schedule};
+use crate::library::SIDE;
+use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
+
+/// What is trained: shapes and choices of every part.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Seed of all initial weights and draws.
+    pub seed: u64,
+    /// The image tokenizer as its first two stages train it.
+    pub tokenizer: TokenizerConfig,
+    /// The pixel decoder of the third stage; it begins as the one of the second, with blocks that do nothing yet.
+    pub decoder_final: CnnConfig,
+    /// The transformer.
+    pub backbone: BackboneConfig,
+    /// Scales of an image.
+    pub scales: usize,
+    /// Draws among the nearest codes while encoding for the transformer.
+    pub self_correction: SelfCorrection,
+    /// Exponent of the scale weights 1 / (h w)^alpha.
+    pub scale_reweight: f64,
+}
+
+/// The recipe of the embedded model.
+const NANO: &str = include_str!("nano.json");
+
+impl Recipe {
+    /// Reads and checks the recipe in the file `path`; where there is none, nano's is written there.
+    ///
+    /// Errors: usage, for what is no recipe, and for parts that do not fit each other.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            std::fs::write(path, NANO)?;
+        }
+        let bad = |what: String| {
+            Error::usage(format!("{}: {what}", path.display()))
+                .hint("correct it, or name another folder, where nano is trained: --run FOLDER")
+        };
+        let recipe: Self = serde_json::from_str(&std::fs::read_to_string(path)?).map_err(|e| bad(e.to_string()))?;
+        recipe.check().map_err(bad)?;
+        Ok(recipe)
+    }
+
+    /// The recipe of the embedded model.
+    #[cfg(test)]
+    pub(super) fn nano() -> Self {
+        serde_json::from_str(NANO).expect("nano's recipe")
+    }
+
+    /// The image tokenizer as the third stage trains it.
+    pub fn tokenizer_final(&self) -> TokenizerConfig {
+        TokenizerConfig { decoder: self.decoder_final.clone(), ..self.tokenizer.clone() }
+    }
+
+    /// The config of the model with one of the image tokenizers.
+    pub fn model(&self, tokenizer: TokenizerConfig, sampling: Sampling) -> ModelConfig {
+        ModelConfig {
+            name: "nano".into(),
+            scales: self.scales,
+            grids: Vec::new(),
+            sampling,
+            conversation: ConversationConfig { system: String::new(), draws: true, ..Default::default() },
+            prompt: PromptConfig::default(),
+            backbone: self.backbone.clone(),
+            tokenizer,
+        }
+    }
+
+    /// What would end the training when its part has come, or train for nothing, as one sentence.
+    fn check(&self) -> Result<(), String> {
+        for tokenizer in [self.tokenizer.clone(), self.tokenizer_final()] {
+            self.model(tokenizer, Sampling::default()).check()?;
+        }
+        let (encoder, semantic) = (self.tokenizer.encoder.stride(), self.tokenizer.semantic.patch_size);
+        let grid = schedule::nearest(1.0).prefix(self.scales).last().map_or(0, |grid| grid.0);
+        for (part, cell) in [("encoder", encoder), ("semantic", semantic)] {
+            if grid * cell != SIDE {
+                let image = format!("a square of {} scales has {grid} codes a side", self.scales);
+                return Err(format!("{image}, of {cell} pixels by tokenizer.{part}, and pictures have {SIDE} pixels"));
+            }
+        }
+        match self.self_correction.fraction {
+            share if (0.0..=1.0).contains(&share) => Ok(()),
+            share => Err(format!("self_correction.fraction {share} is not from 0 to 1")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_recipe_is_refused_when_it_is_opened_and_stays() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("recipe.json");
+        Recipe::open(&path)?;
+        let nano = std::fs::read_to_string(&path)?;
+        for (good, bad, told) in [
+            ("\"seed\"", "\"sede\"", "`sede`"),
+            ("\"codebook_size\": 2048", "\"codebook_size\": 1024", "1024 codes"),
+            ("\"code_dim\": 24", "\"code_dim\": 16", "16 channels"),
+            ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "3 key-value heads"),
+            ("\"ch_mult\": [1, 2, 2], \"num_res_blocks\": 2", "\"ch_mult\": [1, 2], \"num_res_blocks\": 2", "stride"),
+            ("\"max_scales\": 18", "\"max_scales\": 8", "max_scales of 9"),
+            ("\"scales\": 8", "\"scales\": 9", "9 scales"),
+            ("\"patch_size\": 16", "\"patch_size\": 8", "tokenizer.semantic"),
+            ("\"fraction\": 0.6", "\"fraction\": 60.0", "fraction 60"),
+        ] {
+            let text = nano.replacen(good, bad, 1);
+            assert_ne!(text, nano, "{good}");
+            std::fs::write(&path, &text)?;
+            let error = Recipe::open(&path).unwrap_err();
+            assert!(error.message.contains(told), "{}", error.message);
+            assert_eq!((error.exit_code(), error.hint.is_some()), (2, true));
+            assert_eq!(std::fs::read_to_string(&path)?, text);
+        }
+        Ok(())
+    }
+}
