@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use crate::checkpoint::Weights;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::generate::Sampling;
+use crate::generate::{Sampling, TRANSFORMER};
 use crate::library::{Library, SIDE};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
@@ -147,6 +147,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
     let device = if matches!(args.step, Step::Text) { Device::Cpu } else { trainer(&args.device)? };
     let run = Run::open(&args.run, device)?;
+    let model = run.file(TRANSFORMER);
+    if matches!(args.step, Step::Text) && model.exists() {
+        return Err(Error::usage(format!(
+            "{} has learnt the words of tokenizer.json, which this would replace",
+            model.display()
+        ))
+        .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
+    }
     let library = Library::load(&args.data)?;
     let seed = match &args.step {
         Step::Tokenizer { stage, .. } => run.seed(&stage.name()),
@@ -221,4 +229,20 @@ fn trainer(name: &str) -> Result<Device> {
 fn tokenizer(run: &Run) -> Result<ImageTokenizer> {
     let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &run.device)?;
     Ok(ImageTokenizer::load(&weights, &run.recipe.tokenizer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_that_a_model_has_learnt_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(TRANSFORMER), "").unwrap();
+        let data = folder.path().join("no-library");
+        let args = TrainArgs { run: folder.path().into(), data, device: "cpu".into(), step: Step::Text };
+        let error = run(&args).unwrap_err();
+        assert!(error.message.contains(TRANSFORMER) && error.hint.is_some(), "{}", error.message);
+        assert_eq!(error.exit_code(), 2);
+    }
 }
