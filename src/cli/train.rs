@@ -11,6 +11,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, TRANSFORMER};
 use crate::library::{Library, SIDE};
+use crate::terminal;
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::train::pool::{Pool, PoolSizes};
@@ -143,7 +144,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         return Ok(());
     }
     if let Step::Export { out } = &args.step {
-        return train::export::export(&Run::open(&args.run, Device::Cpu)?, out, sampling());
+        train::export::export(&Run::open(&args.run, Device::Cpu)?, out, sampling())?;
+        return terminal::emit_path(out).map(drop);
     }
     let device = if matches!(args.step, Step::Text) { Device::Cpu } else { trainer(&args.device)? };
     let run = Run::open(&args.run, device)?;

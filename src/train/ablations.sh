@@ -57,7 +57,6 @@ transformer() {
     take "$1" "$2" || return 0
     recipe "$@"
     cp assets/nano/image_tokenizer.safetensors "$run/"
-    touch "$run/tokenizer-decoder.state" # its decoder is the third stage's
     draw "$1" "$2" compositions
 }
 

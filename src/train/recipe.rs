@@ -14,6 +14,12 @@ use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
+    /// The model's name, as it is stored with every image.
+    #[serde(default = "nano")]
+    pub name: String,
+    /// It learns to answer with an image of its own accord, as dialogues teach it.
+    #[serde(default = "yes")]
+    pub draws: bool,
     /// Seed of all initial weights and draws.
     pub seed: u64,
     /// The image tokenizer as its first two stages train it.
@@ -28,6 +34,14 @@ pub struct Recipe {
     pub self_correction: SelfCorrection,
     /// Exponent of the scale weights 1 / (h w)^alpha.
     pub scale_reweight: f64,
+}
+
+fn nano() -> String {
+    "nano".into()
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// The recipe of the embedded model.
@@ -64,11 +78,11 @@ impl Recipe {
     /// The config of the model with one of the image tokenizers.
     pub fn model(&self, tokenizer: TokenizerConfig, sampling: Sampling) -> ModelConfig {
         ModelConfig {
-            name: "nano".into(),
+            name: self.name.clone(),
             scales: self.scales,
             grids: Vec::new(),
             sampling,
-            conversation: ConversationConfig { system: String::new(), draws: true, ..Default::default() },
+            conversation: ConversationConfig { system: String::new(), draws: self.draws, ..Default::default() },
             prompt: PromptConfig::default(),
             backbone: self.backbone.clone(),
             tokenizer,

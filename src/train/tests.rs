@@ -61,7 +61,7 @@ fn recipe() -> Recipe {
 }
 
 /// A run in a folder of its own.
-fn run(folder: &tempfile::TempDir) -> Result<Run> {
+pub(super) fn run(folder: &tempfile::TempDir) -> Result<Run> {
     std::fs::write(folder.path().join("recipe.json"), serde_json::to_vec(&recipe()).unwrap())?;
     Run::open(folder.path(), Device::Cpu)
 }
