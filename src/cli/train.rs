@@ -113,6 +113,20 @@ struct Plan {
     weight_decay: f64,
 }
 
+impl Step {
+    /// Names the part of the training, whose draws are its own.
+    fn name(&self) -> String {
+        match self {
+            Step::Data { .. } => "data".into(),
+            Step::Text => "text".into(),
+            Step::Semantic(_) => "semantic".into(),
+            Step::Tokenizer { stage, .. } => stage.name(),
+            Step::Transformer { part, .. } => part.clone(),
+            Step::Export { .. } => "export".into(),
+        }
+    }
+}
+
 /// Samples of a step with dialogues, at least: a quarter of them are of one kind.
 const LEAST_WITH_DIALOGUES: usize = 4;
 
@@ -158,12 +172,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
     }
     let library = Library::load(&args.data)?;
-    let seed = match &args.step {
-        Step::Tokenizer { stage, .. } => run.seed(&stage.name()),
-        Step::Transformer { part, .. } => run.seed(part),
-        _ => run.recipe.seed,
-    };
-    let sampler = Sampler::new(&library, seed)?;
+    let sampler = Sampler::new(&library, run.seed(&args.step.name()))?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
         Step::Data { .. } | Step::Export { .. } => Ok(()),

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use std::collections::{BTreeMap, HashMap};
 
 use crate::error::{Error, Result};
-use crate::rng::{Rng, Stream};
+use crate::rng::Rng;
 use crate::tokenizer::{CodebookConfig, Quantizer};
 
 /// Share of the past that an average keeps at each step.
@@ -59,9 +59,8 @@ impl Codebook {
 
     /// Spreads the entries over features (n, D): shrunken copies of random ones, since most of what a code will see is
     /// residual. Entry 0 starts at zero: nothing to add.
-    pub fn seed(&mut self, features: &[f32]) {
+    pub fn spread(&mut self, features: &[f32], rng: &Rng) {
         let dim = self.config.dim();
-        let rng = Rng::new(29, 0, Stream::Train, 0);
         for (i, entry) in self.table.chunks_exact_mut(dim).enumerate() {
             let from = rng.below(2 * i as u64, features.len() / dim);
             let shrink = if i == 0 { 0.0 } else { rng.uniform(2 * i as u64 + 1) as f32 };
@@ -70,8 +69,8 @@ impl Codebook {
         self.sums.copy_from_slice(&self.table);
     }
 
-    /// Moves every entry towards the mean of its residuals, and dead entries onto residuals of this batch.
-    pub fn learn<'a>(&mut self, batch: impl Iterator<Item = &'a Assignments>, step: u64) {
+    /// Moves every entry towards the mean of its residuals, and dead entries onto random residuals of this batch.
+    pub fn learn<'a>(&mut self, batch: impl Iterator<Item = &'a Assignments>, rng: &Rng) {
         let dim = self.config.dim();
         self.counts.iter_mut().for_each(|c| *c *= DECAY);
         self.sums.iter_mut().for_each(|s| *s *= DECAY);
@@ -86,7 +85,6 @@ impl Codebook {
                 seen.push(z);
             }
         }
-        let rng = Rng::new(31, 0, Stream::Train, step);
         for code in 0..self.config.size {
             let entry = &mut self.table[code * dim..][..dim];
             let sum = &mut self.sums[code * dim..][..dim];

@@ -20,7 +20,7 @@ pub struct Recipe {
     /// It learns to answer with an image of its own accord, as dialogues teach it.
     #[serde(default = "yes")]
     pub draws: bool,
-    /// Seed of all initial weights and draws.
+    /// Seed of all initial weights and, with the name of a part of the training, of all that part draws.
     pub seed: u64,
     /// The image tokenizer as its first two stages train it.
     pub tokenizer: TokenizerConfig,

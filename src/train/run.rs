@@ -35,7 +35,8 @@ impl Run {
         Ok(Self { folder: folder.to_path_buf(), recipe, device })
     }
 
-    /// The seed of the draws of a part of the training: no two parts learn from the same samples.
+    /// The seed of the draws of a part of the training (a step of `nextflow train`, stage or part, by its name): no two learn
+    /// from the same samples.
     pub fn seed(&self, part: &str) -> u64 {
         self.recipe.seed ^ fnv1a(part)
     }

@@ -45,6 +45,11 @@ impl Stage {
         run.file(&format!("tokenizer-{}.state", self.name()))
     }
 
+    /// The draws of a step for one purpose: of the image of an index in the batch, or of the codebook.
+    fn rng(self, run: &Run, purpose: Purpose, index: usize, step: u64) -> Rng {
+        Rng::new(run.seed(&self.name()), index as u64, Stream::Train, (purpose as u64) << 48 | step)
+    }
+
     /// The keys that learn by gradient; the codebook learns by moving averages.
     fn learns(self, key: &str) -> bool {
         let among = |prefixes: &[&str]| prefixes.iter().any(|p| key.starts_with(p));
@@ -55,6 +60,17 @@ impl Stage {
             Stage::Decoder => among(&["post_quant_conv.", "decoder."]),
         }
     }
+}
+
+/// What a stage draws for. The sampler, which has the same seed, numbers its purposes far below.
+#[derive(Clone, Copy)]
+enum Purpose {
+    /// The scales that are left out of an image.
+    ScaleDrop = 1,
+    /// Where the codebook begins.
+    Spread,
+    /// Where dead entries of the codebook go.
+    Revive,
 }
 
 /// Share of the images of a batch of which a random prefix of the scales is decoded (the paper's 50%).
@@ -98,9 +114,9 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
         let images = pixels::to_tensor(&rows, SIDE, SIDE, &run.device)?;
         let continuous = stage == Stage::Pixel && step < CONTINUOUS;
         if stage == Stage::Pixel && step == CONTINUOUS {
-            settle(&tokenizer, &mut codebook, sampler, batch)?;
+            settle(run, &tokenizer, &mut codebook, sampler, batch)?;
         }
-        let losses = losses(&tokenizer, &mut codebook, &images, stage, step, continuous)?;
+        let losses = losses(run, &tokenizer, &mut codebook, &images, stage, step, continuous)?;
         let total = losses.total()?;
         let norm = optimizer.descend(&total, plan)?;
         progress.step(&[
@@ -122,7 +138,13 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Sc
 }
 
 /// Spreads the codebook over the features as they are, by k-means on some batches.
-fn settle(tokenizer: &ImageTokenizer, codebook: &mut Codebook, sampler: &Sampler, batch: usize) -> Result<()> {
+fn settle(
+    run: &Run,
+    tokenizer: &ImageTokenizer,
+    codebook: &mut Codebook,
+    sampler: &Sampler,
+    batch: usize,
+) -> Result<()> {
     for round in 0..40u64 {
         let images: Vec<Vec<u8>> =
             (0..batch as u64).into_par_iter().map(|i| sampler.picture(1 << 40 | (round * batch as u64 + i))).collect();
@@ -132,7 +154,7 @@ fn settle(tokenizer: &ImageTokenizer, codebook: &mut Codebook, sampler: &Sampler
         let (_, h, w, dim) = f.dims4()?;
         let f = f.flatten_all()?.to_vec1::<f32>()?;
         if round == 0 {
-            codebook.seed(&f);
+            codebook.spread(&f, &Stage::Pixel.rng(run, Purpose::Spread, 0, 0));
         }
         let quantizer = codebook.quantizer()?;
         let assigned: Vec<Assignments> = f
@@ -143,7 +165,7 @@ fn settle(tokenizer: &ImageTokenizer, codebook: &mut Codebook, sampler: &Sampler
                 assignments
             })
             .collect();
-        codebook.learn(assigned.iter(), 1 << 40 | round);
+        codebook.learn(assigned.iter(), &Stage::Pixel.rng(run, Purpose::Revive, 0, 1 << 40 | round));
     }
     Ok(())
 }
@@ -203,6 +225,7 @@ impl Losses {
 }
 
 fn losses(
+    run: &Run,
     tokenizer: &ImageTokenizer,
     codebook: &mut Codebook,
     images: &Tensor,
@@ -219,10 +242,11 @@ fn losses(
     let quantised: Vec<(Vec<f32>, bool, Assignments)> = raw
         .par_chunks_exact(h * w * dim)
         .enumerate()
-        .map(|(i, f)| quantise(&quantizer, f, scales, (h, w), &Rng::new(17, i as u64, Stream::Train, step as u64)))
+        .map(|(i, f)| quantise(&quantizer, f, scales, (h, w), &stage.rng(run, Purpose::ScaleDrop, i, step as u64)))
         .collect();
     if stage != Stage::Decoder && !continuous {
-        codebook.learn(quantised.iter().map(|(_, _, a)| a), step as u64);
+        let rng = stage.rng(run, Purpose::Revive, 0, step as u64);
+        codebook.learn(quantised.iter().map(|(_, _, a)| a), &rng);
     }
     let f_hat =
         Tensor::from_vec(quantised.iter().flat_map(|(f, _, _)| f.iter().copied()).collect(), f.shape(), f.device())?;
@@ -284,4 +308,24 @@ fn quantise(
 /// Mean PSNR in dB of images whose mean squared errors are measured on [-1, 1].
 fn psnr(errors: &[f32]) -> f64 {
     errors.iter().map(|&e| 10.0 * (4.0 / f64::from(e)).log10()).sum::<f64>() / errors.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::tests;
+
+    #[test]
+    fn stages_seeds_and_purposes_have_draws_of_their_own() -> error::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut run = tests::run(&folder)?;
+        let bits = |run: &Run, stage: Stage, purpose| stage.rng(run, purpose, 3, 5).bits(0);
+        let first = bits(&run, Stage::Pixel, Purpose::ScaleDrop);
+        assert_eq!(first, bits(&run, Stage::Pixel, Purpose::ScaleDrop));
+        assert_ne!(first, bits(&run, Stage::Joint, Purpose::ScaleDrop));
+        assert_ne!(first, bits(&run, Stage::Pixel, Purpose::Revive));
+        run.recipe.seed += 1;
+        assert_ne!(first, bits(&run, Stage::Pixel, Purpose::ScaleDrop));
+        Ok(())
+    }
 }
