@@ -84,7 +84,7 @@ impl Pool {
     ) -> Result<Self> {
         let oblong = RATIOS.iter().enumerate().filter(|_| sizes.oblong > 0);
         let oblong = oblong.map(|(i, &ratio)| {
-            let grids = schedule::nearest(ratio).prefix(scales);
+            let grids = schedule::nearest_of(ratio, scales).prefix(scales);
             let stride = tokenizer.config().encoder.stride();
             let (h, w) = grids.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
             let everyday = sizes.things(sampler);
@@ -204,4 +204,31 @@ fn encode(
         items.extend(more);
     }
     Ok(items)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::Sampling;
+    use crate::size::Size;
+    use crate::train::tests;
+
+    #[test]
+    fn oblong_images_are_learnt_on_the_grids_that_they_are_drawn_on() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (run, library) = (tests::run(&folder)?, tests::library());
+        let recipe = &run.recipe;
+        let (tokenizer, _) = run.load(&[], |w| ImageTokenizer::load(w, &recipe.tokenizer))?;
+        let sampler = Sampler::new(&library, 1)?;
+        let sizes = PoolSizes { things: 0, backgrounds: 0, scenes: 0, several: 0, oblong: 2 };
+        let pool = Pool::build(&sampler, &tokenizer, &tests::text()?, sizes, recipe.scales)?;
+        let config = recipe.model(recipe.tokenizer.clone(), Sampling::default());
+        for (i, ratio) in RATIOS.into_iter().enumerate() {
+            let shelf = pool.shelf(OBLONG * (i + 1) - 1);
+            assert_eq!(shelf.grids, Size::Ratio(ratio).grids(&config)?, "{ratio}");
+            let (h, w) = shelf.grids[recipe.scales - 1];
+            assert_eq!(shelf.scenes[0].features.len(), h * w * recipe.backbone.code_dim);
+        }
+        Ok(())
+    }
 }

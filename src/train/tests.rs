@@ -25,7 +25,7 @@ fn plan(steps: usize) -> Schedule {
 }
 
 /// Two discs.
-fn library() -> Library {
+pub(super) fn library() -> Library {
     let concept = |name: &str, zh: &str| Concept {
         label: name.into(),
         names: vec![name.into()],
@@ -66,7 +66,7 @@ pub(super) fn run(folder: &tempfile::TempDir) -> Result<Run> {
     Run::open(folder.path(), Device::Cpu)
 }
 
-fn text() -> Result<Text> {
+pub(super) fn text() -> Result<Text> {
     Text::from_bytes(include_bytes!("../../assets/nano/tokenizer.json"))
 }
 
