@@ -19,7 +19,7 @@ use crate::train::run::Run;
 use crate::train::sampler::Sampler;
 use crate::train::tokenizer::Stage;
 use crate::train::transformer::Lesson;
-use crate::train::{self, Schedule};
+use crate::train::{self, Hyperparameters};
 
 /// Train nano, step by step.
 #[derive(Debug, Args)]
@@ -131,9 +131,9 @@ impl Step {
 const LEAST_WITH_DIALOGUES: usize = 4;
 
 impl Plan {
-    fn schedule(&self) -> Schedule {
+    fn hyperparameters(&self) -> Hyperparameters {
         let Self { steps, lr, warmup, weight_decay, .. } = *self;
-        Schedule { lr, warmup, steps, clip: 1.0, weight_decay, beta2: 0.98 }
+        Hyperparameters { lr, warmup, steps, clip: 1.0, weight_decay, beta2: 0.98 }
     }
 }
 
@@ -183,9 +183,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let captions = concepts.chain(scenes).chain(several);
             crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
         }
-        Step::Semantic(plan) => train::semantic::train(&run, &sampler, &text()?, plan.batch.get(), &plan.schedule()),
+        Step::Semantic(plan) => {
+            train::semantic::train(&run, &sampler, &text()?, plan.batch.get(), &plan.hyperparameters())
+        }
         Step::Tokenizer { stage, plan } => {
-            train::tokenizer::train(&run, &sampler, *stage, plan.batch.get(), &plan.schedule())
+            train::tokenizer::train(&run, &sampler, *stage, plan.batch.get(), &plan.hyperparameters())
         }
         Step::Transformer { part, scales, things, scenes, several, oblong, dialogues, plan } => {
             let (all, batch) = (run.recipe.scales, plan.batch.get());
@@ -219,7 +221,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 scales,
                 dialogues: dialogues.then_some((&sampler, &text)),
             };
-            train::transformer::train(&lesson, batch, &plan.schedule())
+            train::transformer::train(&lesson, batch, &plan.hyperparameters())
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The codebook learns as online k-means: every entry is a moving average of the residuals it was nearest to.
 
 use candle_core::{Device, Tensor};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
-use crate::error::{Error, Result};
+use super::optimizer::State;
+use crate::error::Result;
 use crate::rng::Rng;
 use crate::tokenizer::{CodebookConfig, Quantizer};
 
@@ -109,11 +110,13 @@ impl Codebook {
     }
 
     /// Goes on from a [`state`](Self::state).
-    pub fn restore(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        for (key, data) in [("table", &mut self.table), ("sums", &mut self.sums), ("counts", &mut self.counts)] {
-            let tensor = state.get(&format!("codebook.{key}")).filter(|tensor| tensor.elem_count() == data.len());
-            let missing = || Error::model(format!("the state has no codebook.{key} of {} numbers", data.len()));
-            *data = tensor.ok_or_else(missing)?.flatten_all()?.to_vec1()?;
+    ///
+    /// Errors: those of [`State::tensor`].
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        let (size, dim) = (self.config.size, self.config.dim());
+        let all = [("table", &mut self.table, dim), ("sums", &mut self.sums, dim), ("counts", &mut self.counts, 1)];
+        for (key, data, width) in all {
+            *data = state.tensor(&format!("codebook.{key}"), (size, width))?.flatten_all()?.to_vec1()?;
         }
         Ok(())
     }

@@ -19,4 +19,4 @@ pub mod transformer;
 #[cfg(test)]
 mod tests;
 
-pub use optimizer::Schedule;
+pub use optimizer::Hyperparameters;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::optimizer::{Optimizer, Schedule};
+use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::run::Run;
 use super::sampler::Sampler;
@@ -52,7 +52,7 @@ impl TextTower {
 }
 
 /// Trains the semantic encoder for `plan.steps` steps of `batch` captioned pictures.
-pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Schedule) -> error::Result<()> {
+pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     const FILE: &str = "semantic.safetensors";
     let config = &run.recipe.tokenizer.semantic;
     let ((encoder, tower), vars) = run.load(&[&run.file(FILE)], |w| {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{Device, Tensor};
 
-use super::Schedule;
+use super::Hyperparameters;
 use super::pool::{Pool, PoolSizes};
 use super::recipe::Recipe;
 use super::run::Run;
@@ -20,8 +20,8 @@ use crate::tokenizer::ImageTokenizer;
 /// Warm-up beyond the last step: then the learning rate of a step is the same whatever the number of steps.
 const WARMUP: usize = 100;
 
-fn plan(steps: usize) -> Schedule {
-    Schedule { lr: 0.05, warmup: WARMUP, steps, clip: 1.0, weight_decay: 0.05, beta2: 0.98 }
+fn plan(steps: usize) -> Hyperparameters {
+    Hyperparameters { lr: 0.05, warmup: WARMUP, steps, clip: 1.0, weight_decay: 0.05, beta2: 0.98 }
 }
 
 /// Two discs.

@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use rayon::prelude::*;
 
 use super::codebook::{Assignments, Codebook};
-use super::optimizer::{Optimizer, Schedule};
+use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::run::Run;
 use super::sampler::Sampler;
@@ -87,7 +87,7 @@ const ABSOLUTE: f64 = 0.1;
 const CONTINUOUS: usize = 300;
 
 /// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
-pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Schedule) -> error::Result<()> {
+pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     let config = if stage == Stage::Decoder { run.recipe.tokenizer_final() } else { run.recipe.tokenizer.clone() };
     let files = [run.file(FILE), run.file("semantic.safetensors")];
     let (tokenizer, vars) = run.load(&[&files[0], &files[1]], |w| ImageTokenizer::load(w, &config))?;

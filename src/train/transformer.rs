@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::dialogue::{Length, Turns, dialogue};
-use super::optimizer::{Optimizer, Schedule};
+use super::optimizer::{Hyperparameters, Optimizer};
 use super::pool::{Pool, Shelf};
 use super::progress::Progress;
 use super::run::Run;
@@ -49,7 +49,7 @@ pub struct Lesson<'a> {
 /// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
 ///
 /// Errors: usage, for a part with steps left from which another one has gone on.
-pub fn train(lesson: &Lesson, batch: usize, plan: &Schedule) -> Result<()> {
+pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()> {
     const FILE: &str = "model.safetensors";
     let (run, part) = (lesson.run, lesson.part);
     let mixed = Matrices::Blocks(GgmlDType::BF16);
@@ -99,7 +99,7 @@ fn learn(
     optimizer: &mut Optimizer,
     groups: &[(&'static str, Vec<Sequence>)],
     scales: usize,
-    plan: &Schedule,
+    plan: &Hyperparameters,
 ) -> Result<(Told, Vec<f64>)> {
     let mut loss = Tensor::zeros((), DType::F32, backbone.device())?;
     let mut parts = Vec::new();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor, Var};
 
-use super::{BETA1, EPS, Pace, TINY, muon};
+use super::{BETA1, EPS, Pace, TINY, is_matrix, muon};
 use crate::{error, ops};
 
 /// What is stepped alike.
@@ -21,7 +21,7 @@ impl Kind {
     fn of(name: &str, var: &Var) -> Self {
         match muon(name, var) {
             true => Self::Muon(var.dims()[0], var.elem_count() / var.dims()[0]),
-            false => Self::AdamW { decays: var.rank() > 1 },
+            false => Self::AdamW { decays: is_matrix(var) },
         }
     }
 

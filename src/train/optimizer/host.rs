@@ -6,7 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 
-use super::{BETA1, EPS, Pace, TINY, muon};
+use super::{BETA1, EPS, Pace, TINY, is_matrix, muon};
 use crate::{error, ops};
 
 /// A parameter and its moments.
@@ -43,7 +43,7 @@ impl Param {
     /// `scale` multiplies the gradient first.
     fn step(&mut self, grad: &[f32], scale: f32, pace: Pace) -> Result<()> {
         let Pace { lr, beta2, step, .. } = pace;
-        let decay = if self.var.rank() > 1 { pace.decay } else { 0.0 };
+        let decay = if is_matrix(&self.var) { pace.decay } else { 0.0 };
         let (value, m) = (&mut self.value, &mut self.m);
         match self.v.is_empty() {
             true => ops::muon_step(value, grad, m, self.var.dims()[0], lr, decay, scale),
