@@ -1,6 +1,6 @@
 //! The image ends of the transformer: how codes enter it, beside the rows of the head by which they leave.
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor, bail};
 
 use super::BackboneConfig;
 use crate::checkpoint::{Init, Weights};
@@ -54,22 +54,34 @@ impl ImageEnds {
         x.broadcast_add(&positions.narrow(0, 0, 1)?.pad_with_zeros(0, x.dim(1)? - 1, 0)?)
     }
 
-    /// As [`super::Backbone::embed_codes`].
-    pub(super) fn codes(&self, features: &Tensor, index: usize, scales: &[(usize, usize)]) -> Result<Tensor> {
-        let x = self.connect(features)?.broadcast_add(&self.scale_rows(&[index], scales.len())?)?;
-        let Some(positions) = &self.code_positions else { return Ok(x) };
-        let first = scales[..index].iter().map(|(h, w)| h * w).sum();
-        x.broadcast_add(&positions.narrow(0, first, features.dim(1)?)?)
+    /// Code features (..., T, code_dim) of images of `count` scales -> (..., T, hidden). `indices` are the scales (0-based) that
+    /// they feed, one for all or one for each. Codes of one image follow one another after its `first` codes; those of many
+    /// images have no such number.
+    ///
+    /// Errors: codes of many images, for a model with code positions.
+    pub(super) fn codes(
+        &self,
+        features: &Tensor,
+        indices: &[usize],
+        count: usize,
+        first: Option<usize>,
+    ) -> Result<Tensor> {
+        let x = self.connect(features)?.broadcast_add(&self.scale_rows(indices, count)?)?;
+        match (&self.code_positions, first) {
+            (None, _) => Ok(x),
+            (Some(positions), Some(first)) => x.broadcast_add(&positions.narrow(0, first, features.dim(D::Minus2)?)?),
+            (Some(_), None) => bail!("a model with code positions reads the codes of one image at a time"),
+        }
     }
 
-    /// As [`super::Backbone::connect`].
-    pub(super) fn connect(&self, features: &Tensor) -> Result<Tensor> {
+    /// The connector: Linear, GELU, Linear, (..., code_dim) -> (..., hidden).
+    fn connect(&self, features: &Tensor) -> Result<Tensor> {
         let [(w0, b0), (w2, b2)] = &self.connector;
         w2.linear(&ops::gelu_erf(&w0.linear(features, Some(b0))?)?, Some(b2))
     }
 
-    /// As [`super::Backbone::scale_rows`].
-    pub(super) fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
+    /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).
+    fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
         let text = usize::from(self.code_positions.is_some());
         let (table, device) = (&self.scale_embed, self.scale_embed.device());
         let ids: Vec<u32> = indices.iter().map(|&i| (i + text) as u32).collect();

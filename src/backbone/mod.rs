@@ -104,17 +104,16 @@ impl Backbone {
     /// Code features that feed scale `index` (0-based) of an image of the grids `scales`:
     /// (R, T, code_dim) -> (R, T, hidden).
     pub fn embed_codes(&self, features: &Tensor, index: usize, scales: &[(usize, usize)]) -> Result<Tensor> {
-        self.image()?.codes(features, index, scales)
+        let first = scales[..index].iter().map(|(h, w)| h * w).sum();
+        self.image()?.codes(features, &[index], scales.len(), Some(first))
     }
 
-    /// The connector alone, Linear, GELU, Linear: (..., code_dim) -> (..., hidden).
-    pub fn connect(&self, features: &Tensor) -> Result<Tensor> {
-        self.image()?.connect(features)
-    }
-
-    /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).
-    pub fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
-        self.image()?.scale_rows(indices, count)
+    /// As [`Backbone::embed_codes`], for codes of many images of `count` scales at once, each of which feeds the scale in its
+    /// place of `indices`: (N, code_dim) -> (N, hidden).
+    ///
+    /// Errors: a model with code positions.
+    pub fn embed_mixed_codes(&self, features: &Tensor, indices: &[usize], count: usize) -> Result<Tensor> {
+        self.image()?.codes(features, indices, count, None)
     }
 
     fn image(&self) -> Result<&ImageEnds> {

@@ -91,6 +91,9 @@ impl Recipe {
 
     /// What would end the training when its part has come, or train for nothing, as one sentence.
     fn check(&self) -> Result<(), String> {
+        if self.backbone.code_positions.is_some() {
+            return Err("backbone.code_positions cannot be trained: spatial_extent says where codes stand".into());
+        }
         for tokenizer in [self.tokenizer.clone(), self.tokenizer_final()] {
             self.model(tokenizer, Sampling::default()).check()?;
         }
@@ -125,6 +128,7 @@ mod tests {
             ("\"code_dim\": 24", "\"code_dim\": 16", "16 channels"),
             ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "3 key-value heads"),
             ("\"ch_mult\": [1, 2, 2], \"num_res_blocks\": 2", "\"ch_mult\": [1, 2], \"num_res_blocks\": 2", "stride"),
+            ("\"spatial_extent\": 64.0", "\"code_positions\": 204", "code_positions"),
             ("\"max_scales\": 18", "\"max_scales\": 8", "max_scales of 9"),
             ("\"scales\": 8", "\"scales\": 9", "9 scales"),
             ("\"patch_size\": 16", "\"patch_size\": 8", "tokenizer.semantic"),

@@ -222,8 +222,7 @@ impl Part<'_> {
             text
         } else {
             let features = Tensor::from_vec(features, (scales.len(), config.code_dim), device)?;
-            let codes = (backbone.connect(&features)? + backbone.scale_rows(&scales, count)?)?;
-            Tensor::cat(&[text, codes], 0)?
+            Tensor::cat(&[text, backbone.embed_mixed_codes(&features, &scales, count)?], 0)?
         };
         let x = ops::select(&tokens, &Tensor::new(order, device)?)?.reshape((size, length, ()))?;
         let rows = self.0.iter().map(|s| padded(&s.layout.positions, length, [0.0; 3]));
@@ -251,73 +250,4 @@ fn mean((sum, count): (f64, u32)) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use candle_core::{Device, Var};
-
-    use super::*;
-    use crate::checkpoint::Weights;
-    use crate::generate::schedule;
-    use crate::rng::{Rng, Stream};
-    use crate::train::recipe::Recipe;
-
-    /// Sequences of words, of an image to draw, and of one that is looked at: together they lose what each loses alone.
-    #[test]
-    fn padding_and_parts_change_nothing() -> crate::error::Result<()> {
-        let recipe = Recipe::nano();
-        let config = BackboneConfig { num_hidden_layers: 2, ..recipe.backbone };
-        let codebook = &recipe.tokenizer.codebook;
-        let rng = Rng::new(3, 0, Stream::Train, 0);
-        let normals =
-            |first: usize, count: usize| (first..first + count).map(|i| rng.normal(i as u64) as f32).collect();
-        let quantizer = Quantizer::from_table(codebook, normals(0, codebook.size * codebook.dim()), &Device::Cpu)?;
-        let grids = schedule::nearest(1.0).prefix(4);
-        let image = |sequence: &mut Sequence, context: bool, alpha: Option<f64>, seed: usize| {
-            let features: Vec<f32> = normals(100_000 + 1000 * seed, grids[3].0 * grids[3].1 * codebook.dim());
-            let encoded = quantizer.encode(&features, grids, None, |_, _, _| {});
-            sequence.push_image(&config, &quantizer, &Picture { grids, encoded: &encoded, context, alpha })
-        };
-        let words = |sequence: &mut Sequence, count: u32| {
-            for id in 0..count {
-                if id > 0 {
-                    sequence.expect_word(7 * id);
-                }
-                sequence.push_words(&[7 * id]);
-            }
-        };
-        let mut sequences: Vec<Sequence> = (0..5).map(|_| Sequence::default()).collect();
-        words(&mut sequences[0], 3);
-        words(&mut sequences[1], 50);
-        words(&mut sequences[2], 9);
-        image(&mut sequences[2], false, Some(0.9), 1)?;
-        image(&mut sequences[3], true, None, 2)?;
-        words(&mut sequences[3], 20);
-        words(&mut sequences[4], 5);
-        image(&mut sequences[4], true, Some(0.9), 3)?;
-
-        let weights = Weights::trainable(5, &Device::Cpu);
-        let backbone = Backbone::load(&weights, &config)?;
-        let vars = weights.vars();
-        let run = |batches: &[&[Sequence]]| -> Result<(f64, Vec<Tensor>, Vec<Measured>)> {
-            let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-            let mut measured = Vec::new();
-            for batch in batches {
-                let (part, losses) = Batch(batch).loss(&backbone, grids.len())?;
-                loss = (loss + (part * (batch.len() as f64 / 5.0))?)?;
-                measured.push(losses.means()?);
-            }
-            let grads = loss.backward()?;
-            let grads = vars.values().map(|var: &Var| grads.get(var).cloned().map_or_else(|| var.zeros_like(), Ok));
-            Ok((f64::from(loss.to_scalar::<f32>()?), grads.collect::<Result<_>>()?, measured))
-        };
-        let (together, grads, measured) = run(&[&sequences])?;
-        let each: Vec<&[Sequence]> = sequences.chunks(1).collect();
-        let (alone, grads_alone, _) = run(&each)?;
-        assert!((together - alone).abs() < 1e-5 * alone, "{together} {alone}");
-        for (a, b) in grads.iter().zip(&grads_alone) {
-            let norm = |t: &Tensor| t.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>();
-            assert!(norm(&(a - b)?)? <= 1e-4 * norm(b)?.max(1e-6), "{:?}", a.dims());
-        }
-        assert!(measured[0].scales.iter().chain([&measured[0].words]).all(|mean| mean.is_finite() && *mean > 1.0));
-        Ok(())
-    }
-}
+mod tests;
