@@ -112,9 +112,12 @@ fn learn(
     let (mut told, mut means) = (vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)], Vec::new());
     for (i, (name, losses)) in parts.into_iter().enumerate() {
         let of_part = losses.means()?;
-        match i {
-            0 => means = of_part.scales,
-            _ => told.push((name, of_part.words)),
+        // Captions alone have no words to learn.
+        if groups.len() > 1 {
+            told.push((name, of_part.words));
+        }
+        if i == 0 {
+            means = of_part.scales;
         }
     }
     Ok((told, means))
@@ -124,7 +127,7 @@ impl Lesson<'_> {
     /// The sequences of a step, in groups of which each counts as much: those with images, then those of dialogues that end
     /// where images would begin, each by the name that the log has for the loss of its words.
     fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
-        let mut groups = vec![("images", self.sequences(size, step)?)];
+        let mut groups = vec![("interleaved", self.sequences(size, step)?)];
         if let Some((sampler, text)) = self.dialogues {
             // Without images they are short.
             for (name, length, size) in [("words", Length::Words, size), ("look", Length::Look, size / 4)] {
