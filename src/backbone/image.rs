@@ -100,3 +100,48 @@ fn sinusoid(value: f64, size: usize) -> Vec<f32> {
     let angle = |i: usize| value * (1e-4f64).powf(i as f64 / half as f64);
     (0..half).map(|i| angle(i).sin() as f32).chain((0..half).map(|i| angle(i).cos() as f32)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::backbone::presets::QWEN2_5_VL_7B;
+
+    #[test]
+    fn the_number_of_scales_is_sines_and_cosines() {
+        let angles = [8.0f64, 0.8, 0.08, 0.008];
+        let want = angles.iter().map(|a| a.sin()).chain(angles.iter().map(|a| a.cos()));
+        for (got, want) in sinusoid(8.0, 8).into_iter().zip(want) {
+            assert!((f64::from(got) - want).abs() < 1e-6, "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn a_scale_takes_its_row_and_the_number_of_scales() -> Result<()> {
+        for (code_positions, key, first) in [(None, "scale_embed", 0), (Some(14), "lvl_embed.weight", 1)] {
+            for scale_length_embedding in [false, true] {
+                let config = BackboneConfig {
+                    hidden_size: 8,
+                    codebook_size: 4,
+                    code_dim: 3,
+                    max_scales: 5,
+                    scale_length_embedding,
+                    code_positions,
+                    ..QWEN2_5_VL_7B
+                };
+                let weights = Weights::trainable(3, &Device::Cpu);
+                let ends = ImageEnds::load(&weights, &config)?;
+                let table = weights.vars()[key].to_vec2::<f32>()?;
+                let length = if scale_length_embedding { sinusoid(4.0, 8) } else { vec![0.0; 8] };
+                let rows = ends.scale_rows(&[1, 2, 3], 4)?.to_vec2::<f32>()?;
+                for (row, k) in rows.iter().zip(1..) {
+                    let want: Vec<f32> =
+                        table[first + k].iter().zip(&length).map(|(row, length)| row + length).collect();
+                    assert_eq!(row, &want);
+                }
+            }
+        }
+        Ok(())
+    }
+}

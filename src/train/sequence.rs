@@ -15,10 +15,10 @@ use crate::tokenizer::{Encoded, Quantizer};
 const WORDS: f32 = 0.5;
 
 /// A token to predict.
-struct Target {
+pub(super) struct Target {
     /// Index in the sequence of the token whose hidden state predicts it.
-    at: usize,
-    id: u32,
+    pub(super) at: usize,
+    pub(super) id: u32,
     weight: f32,
     /// Scale of a code.
     scale: usize,
@@ -29,12 +29,12 @@ struct Target {
 pub struct Sequence {
     layout: Layout,
     /// (index, id) of words and markers.
-    words: Vec<(usize, u32)>,
+    pub(super) words: Vec<(usize, u32)>,
     /// (index, scale) of codes, and their input features, D each.
     codes: Vec<(usize, usize)>,
     features: Vec<f32>,
-    word_targets: Vec<Target>,
-    code_targets: Vec<Target>,
+    pub(super) word_targets: Vec<Target>,
+    pub(super) code_targets: Vec<Target>,
 }
 
 /// How an image stands in a sequence.

@@ -313,7 +313,28 @@ fn psnr(errors: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokenizer::CodebookConfig;
     use crate::train::tests;
+
+    #[test]
+    fn half_of_the_images_lose_their_last_scales() -> Result<()> {
+        let normals = |seed, count| {
+            let rng = Rng::new(seed, 0, Stream::Train, 0);
+            (0..count).map(|i| rng.normal(i) as f32).collect::<Vec<f32>>()
+        };
+        let book = CodebookConfig { size: 16, semantic_dim: 2, pixel_dim: 2, w_sem: 1.0, w_pix: 1.0, l2_norm: false };
+        let quantizer = Quantizer::from_table(&book, normals(1, 16 * 4), &Device::Cpu)?;
+        let (scales, f) = (square_scales(8), normals(2, 64 * 4));
+        let all = quantizer.encode(&f, scales, None, |_, _, _| {}).f_hat;
+        let mut whole = 0;
+        for i in 0..400 {
+            let (f_hat, is_whole, _) = quantise(&quantizer, &f, scales, (8, 8), &Rng::new(3, i, Stream::Train, 0));
+            assert_eq!(f_hat == all, is_whole);
+            whole += usize::from(is_whole);
+        }
+        assert!((160..=240).contains(&whole), "{whole} of 400");
+        Ok(())
+    }
 
     #[test]
     fn stages_seeds_and_purposes_have_draws_of_their_own() -> error::Result<()> {

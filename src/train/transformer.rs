@@ -315,3 +315,6 @@ enum Learn<'a> {
     /// Its codes behind others that are drawn among the nearest (self-correction).
     Corrections(&'a Rng),
 }
+
+#[cfg(test)]
+mod tests;

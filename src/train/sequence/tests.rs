@@ -84,6 +84,27 @@ fn images_are_learnt_as_they_are_drawn() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn codes_weigh_by_the_size_of_their_grid_and_one_together() -> Result<()> {
+    let (backbone, quantizer) = model(InputMode::Residual)?;
+    let grids = schedule::nearest(1.5).prefix(8);
+    let encoded = image(&quantizer, grids);
+    for alpha in [0.0, 0.9] {
+        let mut sequence = Sequence::default();
+        let picture = Picture { grids, encoded: &encoded, context: false, alpha: Some(alpha) };
+        sequence.push_image(backbone.config(), &quantizer, &picture)?;
+        let targets = &sequence.code_targets;
+        assert_eq!(targets.len(), schedule::codes(grids));
+        assert!((targets.iter().map(|t| t.weight).sum::<f32>() - 1.0).abs() < 1e-5);
+        for target in targets {
+            let (h, w) = grids[target.scale];
+            let share = f64::from(target.weight / targets[0].weight);
+            assert!((share - ((h * w) as f64).powf(-alpha)).abs() < 1e-5, "{h}x{w}: {share}");
+        }
+    }
+    Ok(())
+}
+
 /// An image that others follow is read as in a conversation: its scales, their sum, and the end of it.
 #[test]
 fn images_to_look_at_are_read_as_in_a_conversation() -> Result<()> {
