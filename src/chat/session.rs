@@ -258,8 +258,11 @@ impl<'a> Session<'a> {
             let position = talk.layout.len();
             let drawn = options.sampling.draw(model.logits(&talk.hidden)?, &talk.before, options.seed, position);
             let word = drawn.ok_or_else(|| {
-                Error::new(Kind::NonFinite, format!("the model produced numbers that are not finite at token {position}"))
-                    .hint("check the weights: nextflow info MODEL")
+                Error::new(
+                    Kind::NonFinite,
+                    format!("the model produced numbers that are not finite at token {position}"),
+                )
+                .hint("check the weights: nextflow info MODEL")
             })?;
             if word == model.template.end || model.config.stops.contains(&word) {
                 break Pause::End(Ending::Stop);

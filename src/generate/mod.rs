@@ -163,7 +163,8 @@ fn non_finite(fault: sampler::Fault, scale: usize, (h, w): (usize, usize)) -> Er
         sampler::Fault::NonFinite { position } => position,
         sampler::Fault::Tensor(error) => return error.into(),
     };
-    let message = format!("the model produced numbers that are not finite at scale {} ({h}x{w}), position {position}", scale + 1);
+    let message =
+        format!("the model produced numbers that are not finite at scale {} ({h}x{w}), position {position}", scale + 1);
     Error::new(Kind::NonFinite, message).hint("check the weights: --model FOLDER with another checkpoint")
 }
 
