@@ -7,7 +7,6 @@ use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
 
 use crate::checkpoint::Weights;
-use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, TRANSFORMER};
 use crate::library::{Library, SIDE};
@@ -20,6 +19,7 @@ use crate::train::sampler::Sampler;
 use crate::train::tokenizer::Stage;
 use crate::train::transformer::Lesson;
 use crate::train::{self, Hyperparameters};
+use crate::{device, input};
 
 /// Train nano, step by step.
 #[derive(Debug, Args)]
@@ -146,6 +146,10 @@ fn sampling() -> Sampling {
 pub fn run(args: &TrainArgs) -> Result<()> {
     if let Step::Data { packages, folder } = &args.step {
         let library = match folder {
+            Some(_) if args.data.exists() => {
+                let message = format!("{} already exists", input::shown(&args.data));
+                return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
+            }
             Some(folder) => Library::from_folder(folder)?,
             None => train::prepare::prepare(packages)?,
         };

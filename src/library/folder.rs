@@ -171,7 +171,7 @@ mod tests {
         let image = RgbImage::new(2, 2);
         let fault = |prepare: &dyn Fn(&Path)| {
             let dir = tempfile::tempdir().unwrap();
-            // In the order of names this comes behind all faults.
+            // In the order of names this comes after all faults.
             write(dir.path(), "z.png", &image, ImageFormat::Png, "");
             prepare(dir.path());
             let error = Library::from_folder(dir.path()).err().unwrap();

@@ -294,7 +294,7 @@ fn codes_that_do_not_fit_are_refused() {
     assert!(decode(&good).is_ok() && decode(&good[..2]).is_ok());
     let mut far = good.clone();
     far[2][4] = 64;
-    assert!(decode(&far).unwrap_err().to_string().contains("scale 3 has code 64, of 64"));
+    assert!(decode(&far).unwrap_err().to_string().contains("scale 3 has code 64, but there are 64 codes"));
     assert!(decode(&[vec![0], vec![0; 3]]).unwrap_err().to_string().contains("scale 2 (2x2) has 3 codes"));
     assert!(decode(&[good.clone(), good].concat()).is_err());
 }

@@ -163,7 +163,7 @@ fn talk(rng: &Rng) -> Turns {
     vec![user(vec![], questions[rng.below(1, questions.len())]), model(answer, None)]
 }
 
-/// A composition and what an instruction makes of it, behind `questions` questions about it at most.
+/// A composition and what an instruction makes of it, after `questions` questions about it at most.
 fn edit(rng: &Rng, questions: usize) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
     let text = edit.instruction(&rng.fork(2), Split::Train);

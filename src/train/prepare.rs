@@ -73,7 +73,7 @@ struct Emoji {
     order: Option<u32>,
 }
 
-/// All concepts in the order of Unicode, each behind the [`key`] of its pictures. Skin-tone variants are nested within their
+/// All concepts in the order of Unicode, each after the [`key`] of its pictures. Skin-tone variants are nested within their
 /// base form and so left out.
 fn concepts(emojibase: &Path) -> Result<Vec<(String, Concept)>> {
     let mut english: Vec<Emoji> = read(&emojibase.join("en/data.json"))?;

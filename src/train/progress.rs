@@ -24,7 +24,7 @@ const EVERY: usize = 50;
 const BETWEEN: Duration = Duration::from_secs(60);
 
 impl Progress {
-    /// A log for `steps` steps of `batch` samples, of which `done` are behind us.
+    /// A log for `steps` steps of `batch` samples, of which so many are `done`.
     pub fn new(stage: &str, steps: usize, done: usize, batch: usize) -> Self {
         let now = Instant::now();
         Self {
@@ -39,7 +39,7 @@ impl Progress {
         }
     }
 
-    /// Writes a checkpoint if one is due behind this step: behind the last one, and once a minute.
+    /// Writes a checkpoint if one is due after this step: after the last one, and once a minute.
     pub fn checkpoint(&mut self, write: impl FnOnce() -> Result<()>) -> Result<()> {
         let start = Instant::now();
         if self.step >= self.steps || start >= self.due {

@@ -161,7 +161,7 @@ impl Lesson<'_> {
         Rng::new(self.run.seed(self.part), index, Stream::Train, purpose)
     }
 
-    /// Captions and the images behind them.
+    /// Captions and the images after them.
     fn captioned(&self, shelf: &Shelf, size: usize, step: usize) -> Result<Vec<Sequence>> {
         // Dialogues have many.
         let shapes = if self.dialogues.is_some() { 0.2 } else { 0.48 };
@@ -312,7 +312,7 @@ enum Learn<'a> {
     Nothing,
     /// Its codes.
     Codes,
-    /// Its codes behind others that are drawn among the nearest (self-correction).
+    /// Its codes, where the inputs are others that are drawn among the nearest (self-correction).
     Corrections(&'a Rng),
 }
 

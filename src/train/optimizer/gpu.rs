@@ -91,7 +91,7 @@ impl Group {
         Ok((joined(self.kind, &filled.collect::<Result<Vec<_>>>()?)?, there))
     }
 
-    /// Values and moments behind a step of what is `there`.
+    /// Values and moments after a step of what is `there`.
     fn stepped(&self, grad: &Tensor, there: Option<&Tensor>, pace: Pace) -> Result<(Tensor, Tensor, Option<Tensor>)> {
         let Pace { lr, beta2, step, .. } = pace;
         let only = |old: &Tensor, new: Tensor| match there {
