@@ -1,4 +1,5 @@
 //! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or after it (TokenFlow-t2i).
+//! candle-transformers' Qwen2 has neither three-dimensional positions nor a cache that is allocated beforehand.
 
 use candle_core::{Result, Tensor};
 

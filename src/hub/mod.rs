@@ -1,4 +1,5 @@
-//! Models of the Hugging Face hub, in the cache that its own tools use: `models--OWNER--NAME/{blobs,snapshots,refs}`.
+//! Models of the Hugging Face hub, in the cache that its own tools use: `models--OWNER--NAME/{blobs,snapshots,refs}`. The crate
+//! hf-hub keeps what arrives without comparing its hash.
 //!
 //! What a server says is checked before it becomes part of a path: commits and hashes are hexadecimal, file names are
 //! plain paths below the snapshot. Files are downloaded under the name of their hash, resumed where a download was cut,

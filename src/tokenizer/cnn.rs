@@ -1,4 +1,5 @@
-//! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names.
+//! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names, which no autoencoder of
+//! candle-transformers has.
 
 use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,5 @@
-//! What the semantic encoder and the semantic decoder are made of: the pre-norm transformer block and its parts.
+//! What the semantic encoder and the semantic decoder are made of: the pre-norm transformer block and its parts. candle-nn's
+//! layers have neither our kernels nor weights that stay bytes.
 
 use candle_core::{Result, Tensor};
 

@@ -1,4 +1,5 @@
-//! The semantic branch: a ViT encoder at any grid, in the layouts of CLIP, SigLIP and SigLIP2-NaFlex.
+//! The semantic branch: a ViT encoder at any grid, in the layouts of CLIP, SigLIP and SigLIP2-NaFlex. Those of
+//! candle-transformers read one size of image, from dense weights.
 
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
