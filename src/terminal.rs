@@ -271,6 +271,11 @@ impl Console {
         }
     }
 
+    /// Whether a [detail](Self::detail) is shown.
+    pub fn is_verbose(&self) -> bool {
+        self.level == Level::Verbose
+    }
+
     /// A line that only `-v` shows.
     pub fn detail(&mut self, text: &str) {
         if self.level == Level::Verbose {

@@ -16,7 +16,7 @@ use crate::chat::{
 };
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, TRANSFORMER, cost};
+use crate::generate::{Job, Sampling, TRANSFORMER, cost};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::size::Size;
@@ -308,27 +308,19 @@ impl Host {
                 }
                 ReplyEvent::Drawn(picture, drawn_with) => {
                     seed = drawn_with;
+                    let Some(sampling) = options.image.clone() else { return Ok(ControlFlow::Continue(())) };
                     let image = model.decode(picture)?;
-                    let Some((codes, sampling)) = picture.codes().zip(options.image.clone()) else {
-                        return Ok(ControlFlow::Continue(()));
-                    };
-                    let job = Job { prompt: text.into(), negative: None, scales: codes.scales.clone(), sampling, seed };
-                    let told = Settings { conversation: true, ..Settings::new(&job, name, image.dimensions()) };
-                    let png = settings::encode(&image, &told)?;
+                    let png = png(&image, picture, text, sampling, seed, name)?;
                     console.clear();
-                    match images.save(&png, text, seed)? {
-                        None => ControlFlow::Continue(()),
-                        Some(path) => {
-                            picture.name = path.display().to_string();
-                            paths.push(picture.name.clone());
-                            let words = std::mem::take(&mut words_before) && !json;
-                            let gap = if words { terminal::speak("\n")? } else { stop.check() };
-                            if !json {
-                                terminal::show(&image);
-                            }
-                            if json || gap.is_break() { gap } else { terminal::emit_path(&path)? }
-                        }
+                    let Some(path) = images.save(&png, text, seed)? else { return Ok(ControlFlow::Continue(())) };
+                    picture.name = path.display().to_string();
+                    paths.push(picture.name.clone());
+                    let words = std::mem::take(&mut words_before) && !json;
+                    let gap = if words { terminal::speak("\n")? } else { stop.check() };
+                    if !json {
+                        terminal::show(&image);
                     }
+                    if json || gap.is_break() { gap } else { terminal::emit_path(&path)? }
                 }
             };
             Ok(if flow.is_break() { flow } else { stop.check() })
@@ -376,6 +368,13 @@ impl Host {
         }
         Ok(reply)
     }
+}
+
+/// The PNG of an image that was drawn in a conversation, which it does not tell.
+fn png(image: &RgbImage, picture: &Picture, text: &str, sampling: Sampling, seed: u64, model: &str) -> Result<Vec<u8>> {
+    let scales = picture.codes().map(|codes| codes.scales.clone()).unwrap_or_default();
+    let job = Job { prompt: text.into(), negative: None, scales, sampling, seed };
+    settings::encode(image, &Settings { conversation: true, ..Settings::new(&job, model, image.dimensions()) })
 }
 
 /// Opens an image for a conversation.

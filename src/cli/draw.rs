@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use image::RgbImage;
@@ -15,7 +15,7 @@ use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::{Event, Job, Sampling};
+use crate::generate::{Batch, Event, Job, Model, Sampling};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Preview, Stop};
@@ -186,6 +186,20 @@ impl Delivery<'_> {
         }
         self.console.event(event);
         self.stop.check()
+    }
+
+    /// Draws some jobs in one pass over every scale. They differ in prompt and seed alone. Gives their images, and the time that
+    /// each took.
+    pub fn draw(&mut self, model: &Model, jobs: &[&Job]) -> Result<(Vec<RgbImage>, Duration)> {
+        let Some(first) = jobs.first() else { return Ok(Default::default()) };
+        let started = Instant::now();
+        self.console.start(jobs.len() as u64);
+        let (prompts, seeds): (Vec<&str>, Vec<u64>) = jobs.iter().map(|job| (&*job.prompt, job.seed)).unzip();
+        let batch = Batch { scales: &first.scales, sampling: &first.sampling, seeds: &seeds };
+        let images = model.draw_batch(&prompts, first.negative.as_deref(), batch, &mut |event| {
+            self.event(&event, |codes, scales| model.decode(codes, scales))
+        })?;
+        Ok((images, started.elapsed() / jobs.len() as u32))
     }
 
     /// Keeps an image that it `took` so long to draw and tells of it; `Break` when nobody wants more.

@@ -2,7 +2,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::Args;
 
@@ -14,9 +13,9 @@ use super::think;
 use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
-use crate::generate::{Batch, Job, Model, TRANSFORMER, tokenflow};
+use crate::generate::{Job, Model, TRANSFORMER, tokenflow};
 use crate::settings::Settings;
-use crate::terminal::{self, Console, Level};
+use crate::terminal::{self, Console};
 use crate::{input, memory};
 
 /// The most images in one pass.
@@ -108,18 +107,12 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     Ok((args, old))
 }
 
-/// Runs `nextflow gen`. Stops at the first error; the images before it stay.
-pub(super) fn run(args: &GenArgs) -> Result<()> {
-    args.jobs.check()?;
-    if let Some(file) = &args.jobs.jsonl {
-        return jobs::run(args, file);
-    }
-    let typed = args;
-    let (args, old) = match &args.from {
-        Some(path) => filled(args, path).map(|(args, old)| (args, Some(old)))?,
-        None => (args.clone(), None),
+/// Flags with what a PNG tells in their place, what they ask for, and the grids of its images.
+fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Vec<(usize, usize)>)> {
+    let (args, old) = match &typed.from {
+        Some(path) => filled(typed, path).map(|(args, old)| (args, Some(old)))?,
+        None => (typed.clone(), None),
     };
-    let args = &args;
     let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
         // What is wrong without the PNG as well is not its fault.
         Some(path) if Request::new(&args.words, &typed.draw).is_ok() => {
@@ -136,14 +129,24 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         Some(old) if typed.draw.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
         _ => request.size.grids(&request.config)?,
     };
-    request.negative = negative(args, &request, scales.len())?;
+    request.negative = negative(&args, &request, scales.len())?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
     request.sampling.check(scales.len())?;
     args.draw.check_scales(&request.sampling, scales.len())?;
+    Ok((args, request, scales))
+}
+
+/// Runs `nextflow gen`. Stops at the first error; the images before it stay.
+pub(super) fn run(args: &GenArgs) -> Result<()> {
+    args.jobs.check()?;
+    if let Some(file) = &args.jobs.jsonl {
+        return jobs::run(args, file);
+    }
+    let (args, request, scales) = checked(args)?;
     let preview = args.draw.preview()?;
-    let (json, batch) = (args.draw.json, batch(args, request.images() as usize)?);
+    let (json, batch) = (args.draw.json, batch(&args, request.images() as usize)?);
     let thinking = args.think.then(|| ChatConfig::read(&request.source)).transpose()?;
     if args.draw.dry_run {
         let size = request.config.pixels(&scales);
@@ -164,38 +167,35 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     };
     let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
     memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
-    let level = args.draw.level();
-    let mut console = Console::new(level, request.images());
+    let console = Console::new(args.draw.level(), request.images());
     let stop = terminal::interrupts()?;
-    if let Some(config) = thinking {
-        return think::run(Delivery { request: &request, console, stop, json, preview, edit: None }, config, &scales);
+    let delivery = Delivery { request: &request, console, stop, json, preview, edit: None };
+    match thinking {
+        Some(config) => think::run(delivery, config, &scales),
+        None => draw(delivery, &scales, batch),
     }
+}
+
+/// Draws what was asked for, so many images at once.
+fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize) -> Result<()> {
+    let request = delivery.request;
     let load = || Model::load(&request.source, &request.device, request.weights);
-    let model = console.load(&request.model, load)?;
-    if level == Level::Verbose {
+    let model = delivery.console.load(&request.model, load)?;
+    if delivery.console.is_verbose() {
         let unknown = request.config.compare(&request.source)?.1.unknown;
         if let Some(first) = unknown.first() {
-            console.detail(&format!(
-                "{} tensors are not used, {first} among them; nextflow info lists them",
-                unknown.len()
-            ));
+            let count = unknown.len();
+            let text = format!("{count} tensors are not used, {first} among them; nextflow info lists them");
+            delivery.console.detail(&text);
         }
     }
-    let mut delivery = Delivery { request: &request, console, stop, json, preview, edit: None };
-    let mut jobs = request.jobs(&scales);
+    let mut jobs = request.jobs(scales);
     loop {
         let jobs: Vec<Job> = jobs.by_ref().take(batch).collect();
         if jobs.is_empty() {
             return Ok(());
         }
-        let started = Instant::now();
-        delivery.console.start(jobs.len() as u64);
-        let (prompts, seeds): (Vec<&str>, Vec<u64>) = jobs.iter().map(|job| (&*job.prompt, job.seed)).unzip();
-        let together = Batch { scales: &scales, sampling: &request.sampling, seeds: &seeds };
-        let images = model.draw_batch(&prompts, request.negative.as_deref(), together, &mut |event| {
-            delivery.event(&event, |codes, scales| model.decode(codes, scales))
-        })?;
-        let took = started.elapsed() / jobs.len() as u32;
+        let (images, took) = delivery.draw(&model, &jobs.iter().collect::<Vec<_>>())?;
         for (job, image) in jobs.iter().zip(&images) {
             if delivery.deliver(job, image, None, took)?.is_break() {
                 return Ok(()); // The reader of our output has gone: nobody wants the rest.

@@ -3,7 +3,6 @@
 use std::iter::Peekable;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
@@ -14,7 +13,7 @@ use super::job_file::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
 use super::request::Request;
 use crate::error::{Error, Kind, Result};
 use crate::generate::cost::{self, Memory, Work};
-use crate::generate::{Batch, Model, TRANSFORMER, schedule};
+use crate::generate::{Job, Model, TRANSFORMER, schedule};
 use crate::output::Destination;
 use crate::size::Size;
 use crate::terminal::{self, Console};
@@ -255,17 +254,9 @@ fn draw(
         let error = Error { kind: error.kind, message, hint: error.hint.clone() };
         Fault { line: task.line, id: task.id.clone(), error }
     };
-    let Some(first) = group.first() else { return Ok(ControlFlow::Continue(())) };
-    let started = Instant::now();
-    delivery.console.start(group.len() as u64);
-    let (prompts, seeds): (Vec<&str>, Vec<u64>) = group.iter().map(|task| (&*task.job.prompt, task.job.seed)).unzip();
-    let batch = Batch { scales: &first.job.scales, sampling: &first.job.sampling, seeds: &seeds };
-    let drawn = model.draw_batch(&prompts, first.job.negative.as_deref(), batch, &mut |event| {
-        delivery.event(&event, |codes, scales| model.decode(codes, scales))
-    });
-    let took = started.elapsed() / group.len() as u32;
-    let images = match drawn {
-        Ok(images) => images,
+    let jobs: Vec<&Job> = group.iter().map(|task| &task.job).collect();
+    let (images, took) = match delivery.draw(model, &jobs) {
+        Ok(drawn) => drawn,
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Err(error) => {
             group.iter().try_for_each(|task| failures.add(fault(task, &error)))?;
