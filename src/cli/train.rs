@@ -13,9 +13,9 @@ use crate::library::{Library, SIDE};
 use crate::terminal;
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
+use crate::train::dataset::Dataset;
 use crate::train::pool::{Pool, PoolSizes};
 use crate::train::run::Run;
-use crate::train::sampler::Sampler;
 use crate::train::tokenizer::Stage;
 use crate::train::transformer::Lesson;
 use crate::train::{self, Hyperparameters};
@@ -154,7 +154,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             None => train::prepare::prepare(packages)?,
         };
         // What cannot be trained on is not written.
-        Sampler::new(&library, 0)?;
+        Dataset::new(&library, 0)?;
         library.save(&args.data)?;
         let held_out = library.concepts.iter().filter(|c| c.held_out).count();
         let (path, pictures, concepts) = (args.data.display(), library.pictures.len(), library.concepts.len());
@@ -176,22 +176,22 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
     }
     let library = Library::load(&args.data)?;
-    let sampler = Sampler::new(&library, run.seed(&args.step.name()))?;
+    let dataset = Dataset::new(&library, run.seed(&args.step.name()))?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
         Step::Data { .. } | Step::Export { .. } => Ok(()),
         Step::Text => {
             let concepts = (0..library.concepts.len()).flat_map(|c| library.captions(c));
-            let scenes = (0..4000).flat_map(|i| sampler.scene(i, SIDE, SIDE).captions);
-            let several = (0..4000).flat_map(|i| sampler.several(sampler.everyday(), i).captions);
+            let scenes = (0..4000).flat_map(|i| dataset.scene(i, SIDE, SIDE).captions);
+            let several = (0..4000).flat_map(|i| dataset.several(dataset.everyday(), i).captions);
             let captions = concepts.chain(scenes).chain(several);
             crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
         }
         Step::Semantic(plan) => {
-            train::semantic::train(&run, &sampler, &text()?, plan.batch.get(), &plan.hyperparameters())
+            train::semantic::train(&run, &dataset, &text()?, plan.batch.get(), &plan.hyperparameters())
         }
         Step::Tokenizer { stage, plan } => {
-            train::tokenizer::train(&run, &sampler, *stage, plan.batch.get(), &plan.hyperparameters())
+            train::tokenizer::train(&run, &dataset, *stage, plan.batch.get(), &plan.hyperparameters())
         }
         Step::Transformer { part, scales, things, scenes, several, oblong, dialogues, plan } => {
             let (all, batch) = (run.recipe.scales, plan.batch.get());
@@ -204,14 +204,14 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 let message = format!("--batch {batch} is too few for some dialogues of every kind");
                 return Err(Error::usage(message).hint(format!("--batch {LEAST_WITH_DIALOGUES}")));
             }
-            if *dialogues && !sampler.has_things() {
+            if *dialogues && !dataset.has_things() {
                 let message = "dialogues are about things with names, and the picture library has none";
                 return Err(Error::usage(message).hint("leave out --dialogues"));
             }
             let (tokenizer, text) = (tokenizer(&run)?, text()?);
             let things = things.unwrap_or(usize::MAX);
             let sizes = PoolSizes { things, backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
-            let pool = Pool::build(&sampler, &tokenizer, &text, sizes, run.recipe.scales)?;
+            let pool = Pool::build(&dataset, &tokenizer, &text, sizes, run.recipe.scales)?;
             if pool.is_empty() {
                 return Err(Error::usage("there is nothing to learn from").hint("--scenes 3000"));
             }
@@ -223,7 +223,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 quantizer: &quantizer,
                 pool: &pool,
                 scales,
-                dialogues: dialogues.then_some((&sampler, &text)),
+                dialogues: dialogues.then_some((&dataset, &text)),
             };
             train::transformer::train(&lesson, batch, &plan.hyperparameters())
         }

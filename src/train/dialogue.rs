@@ -1,7 +1,7 @@
 //! Dialogues for supervised training: edits, questions, drawing on request, reasoning, stories and small talk. Every one
 //! is a pure function of the seed and its index.
 
-use super::sampler::Sampler;
+use super::dataset::Dataset;
 use crate::chat::template::{Part, Role};
 use crate::generate::prompt;
 use crate::library::{Canvas, SIDE, Style, with_article};
@@ -47,40 +47,40 @@ fn picture(scene: &Scene) -> Canvas {
 }
 
 /// A dialogue that is not held out.
-pub fn dialogue(sampler: &Sampler, index: u64, length: Length) -> Turns {
-    let rng = sampler.rng(index, 40 + length as u64);
-    let of = |purpose: u64| sampler.rng(index, 50 + 10 * purpose + length as u64);
+pub fn dialogue(dataset: &Dataset, index: u64, length: Length) -> Turns {
+    let rng = dataset.rng(index, 40 + length as u64);
+    let of = |purpose: u64| dataset.rng(index, 50 + 10 * purpose + length as u64);
     match (length, rng.below(0, 100)) {
-        (Length::Short, 0..26) => drawing(sampler, &of(0)),
+        (Length::Short, 0..26) => drawing(dataset, &of(0)),
         (Length::Short, 26..46) => questions(&of(1), FEW),
-        (Length::Short, 46..68) => thing_question(sampler, &of(2)),
-        (Length::Short, 68..94) => thinking(sampler, &of(3)),
+        (Length::Short, 46..68) => thing_question(dataset, &of(2)),
+        (Length::Short, 68..94) => thinking(dataset, &of(3)),
         (Length::Short, _) => talk(&of(4)),
-        (Length::Words, 0..25) => thinking(sampler, &of(10)),
+        (Length::Words, 0..25) => thinking(dataset, &of(10)),
         (Length::Words, 25..70) => told_edit(&of(11)),
         (Length::Words, 70..94) => told_questions(&of(12)),
         (Length::Words, _) => talk(&of(4)),
         (Length::Look, 0..50) => questions(&of(1), MANY),
         (Length::Look, 50..90) => edit(&of(5), rng.below(1, 3)),
-        (Length::Look, _) => thing_question(sampler, &of(2)),
-        (Length::Long, 0..8) => copy(sampler, &of(9)),
+        (Length::Look, _) => thing_question(dataset, &of(2)),
+        (Length::Long, 0..8) => copy(dataset, &of(9)),
         (Length::Long, 8..72) => edit(&of(5), 0),
-        (Length::Long, 72..86) => thing_edit(sampler, &of(6)),
+        (Length::Long, 72..86) => thing_edit(dataset, &of(6)),
         (Length::Long, 86..97) => several_turns(&of(7), index),
         (Length::Long, _) => story(&of(8)),
     }
 }
 
 /// "draw a cat": an image and nothing else.
-fn drawing(sampler: &Sampler, rng: &Rng) -> Turns {
+fn drawing(dataset: &Dataset, rng: &Rng) -> Turns {
     let (caption, canvas) = match rng.below(0, 3) {
         0 => {
             let scene = Scene::sample(&rng.fork(1), Split::Train);
             (scene.caption(&rng.fork(2)), picture(&scene))
         }
         _ => {
-            let pictures = sampler.everyday();
-            let sample = sampler.single(pictures[rng.below(1, pictures.len())], None, SIDE, SIDE);
+            let pictures = dataset.everyday();
+            let sample = dataset.single(pictures[rng.below(1, pictures.len())], None, SIDE, SIDE);
             (sample.captions[rng.below(2, sample.captions.len().min(2))].clone(), sample.canvas)
         }
     };
@@ -119,16 +119,16 @@ pub const WHAT: [&str; 5] =
     ["what is this?", "what is it?", "what do you see?", "what does this picture show?", "name this thing"];
 
 /// A question about an everyday thing that is not held out.
-fn thing_question(sampler: &Sampler, rng: &Rng) -> Turns {
-    let (picture, name, name_zh) = sampler.thing(rng, 0);
+fn thing_question(dataset: &Dataset, rng: &Rng) -> Turns {
+    let (picture, name, name_zh) = dataset.thing(rng, 0);
     let background = (rng.uniform(2) < 0.3).then(|| &BACKGROUNDS[rng.below(3, BACKGROUNDS.len())]);
-    let canvas = sampler.single(picture, background, SIDE, SIDE).canvas;
+    let canvas = dataset.single(picture, background, SIDE, SIDE).canvas;
     let phrase = with_article(name);
     let (text, answer) = match rng.below(4, 12) {
         0..6 => (WHAT[rng.below(5, WHAT.len())].to_string(), phrase),
         6 if !name_zh.is_empty() => ("这是什么？".into(), name_zh.to_string()),
         7 | 8 => (format!("is this {phrase}?"), "yes".into()),
-        9 | 10 => match sampler.thing(rng, 6).1 {
+        9 | 10 => match dataset.thing(rng, 6).1 {
             other if other != name => (format!("is this {}?", with_article(other)), "no".into()),
             _ => (format!("is this {phrase}?"), "yes".into()),
         },
@@ -138,7 +138,7 @@ fn thing_question(sampler: &Sampler, rng: &Rng) -> Turns {
 }
 
 /// Reasoning first, then the image (the paper's chain of thought).
-fn thinking(sampler: &Sampler, rng: &Rng) -> Turns {
+fn thinking(dataset: &Dataset, rng: &Rng) -> Turns {
     if rng.uniform(0) < 0.15 {
         // What needs no reasoning.
         let scene = Scene::sample(&rng.fork(1), Split::Train);
@@ -151,7 +151,7 @@ fn thinking(sampler: &Sampler, rng: &Rng) -> Turns {
     let riddle = Riddle::sample(&rng.fork(2), Split::Train);
     let canvas = match (&riddle.scene, &riddle.name) {
         (Some(scene), _) => Some(picture(scene)),
-        (None, Some(name)) => sampler.named(name).map(|p| sampler.single(p, None, SIDE, SIDE).canvas),
+        (None, Some(name)) => dataset.named(name).map(|p| dataset.single(p, None, SIDE, SIDE).canvas),
         (None, None) => None,
     };
     vec![user(vec![], &format!("{}{}", prompt::THINK, riddle.clue)), model(&riddle.answer(), canvas)]
@@ -195,12 +195,12 @@ pub const COPY: [&str; 6] =
     ["copy it", "draw it again", "show the same picture", "keep it as it is", "do not change anything", "照着再画一张"];
 
 /// An image, and the same again: where to look for what is to be kept, which every edit needs.
-fn copy(sampler: &Sampler, rng: &Rng) -> Turns {
+fn copy(dataset: &Dataset, rng: &Rng) -> Turns {
     let canvas = match rng.below(0, 2) {
         0 => picture(&Scene::sample(&rng.fork(1), Split::Train)),
         _ => {
             let background = (rng.uniform(1) < 0.3).then(|| &BACKGROUNDS[rng.below(2, BACKGROUNDS.len())]);
-            sampler.single(sampler.thing(rng, 3).0, background, SIDE, SIDE).canvas
+            dataset.single(dataset.thing(rng, 3).0, background, SIDE, SIDE).canvas
         }
     };
     vec![user(vec![canvas.clone()], COPY[rng.below(4, COPY.len())]), model("", Some(canvas))]
@@ -214,11 +214,11 @@ pub const STYLES: [(Style, [&str; 3]); 3] = [
 ];
 
 /// An everyday thing that is not held out, and what an instruction makes of it.
-fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
-    let (first, name, _) = sampler.thing(rng, 0);
-    let (second, other, _) = sampler.thing(rng, 2);
-    let white = |p| sampler.single(p, None, SIDE, SIDE).canvas;
-    let small = |places: &[(usize, i32)]| sampler.row(places);
+fn thing_edit(dataset: &Dataset, rng: &Rng) -> Turns {
+    let (first, name, _) = dataset.thing(rng, 0);
+    let (second, other, _) = dataset.thing(rng, 2);
+    let white = |p| dataset.single(p, None, SIDE, SIDE).canvas;
+    let small = |places: &[(usize, i32)]| dataset.row(places);
     // What is kept goes without a name, so that it need not be known.
     let same = |change: &str| format!("{}the same{change}", prompt::FINAL);
     let becomes = |name: &str| format!("{}{}", prompt::FINAL, with_article(name));
@@ -226,7 +226,7 @@ fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
     let (before, text, thought, after) = match rng.below(4, 12) {
         0..3 => {
             let background = &BACKGROUNDS[rng.below(5, BACKGROUNDS.len())];
-            let coloured = sampler.single(first, Some(background), SIDE, SIDE).canvas;
+            let coloured = dataset.single(first, Some(background), SIDE, SIDE).canvas;
             let on = |name: &str| same(&format!(" on a {name} background"));
             let forms = ["make the background {}", "change the background to {}", "put it on a {} background"];
             match rng.below(6, 4) {
@@ -242,10 +242,10 @@ fn thing_edit(sampler: &Sampler, rng: &Rng) -> Turns {
             (before, text, same(" from the other side"), after)
         }
         5..8 => {
-            let concept = sampler.concept(first);
+            let concept = dataset.concept(first);
             let (to, forms) = &STYLES[rng.below(5, STYLES.len())];
             let (from, _) = &STYLES[rng.below(6, STYLES.len())];
-            match (sampler.in_style(concept, *from), sampler.in_style(concept, *to)) {
+            match (dataset.in_style(concept, *from), dataset.in_style(concept, *to)) {
                 (Some(from), Some(to)) if from != to => {
                     (white(from), say(7, forms), same(&format!(" {}", forms[1])), white(to))
                 }

@@ -1,6 +1,7 @@
 //! The trainer: data, the tokenizer's stages, the transformer, and the checkpoint that ships.
 
 mod codebook;
+pub mod dataset;
 pub mod dialogue;
 pub mod export;
 mod names;
@@ -10,7 +11,6 @@ pub mod prepare;
 mod progress;
 pub mod recipe;
 pub mod run;
-pub mod sampler;
 pub mod semantic;
 mod sequence;
 pub mod tokenizer;

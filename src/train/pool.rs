@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::sampler::{Sample, Sampler};
+use super::dataset::{Dataset, Sample};
 use crate::error::Result;
 use crate::generate::schedule;
 use crate::pixels;
@@ -43,8 +43,8 @@ pub struct PoolSizes {
 }
 
 impl PoolSizes {
-    fn things<'a>(&self, sampler: &'a Sampler) -> &'a [usize] {
-        let all = sampler.everyday();
+    fn things<'a>(&self, dataset: &'a Dataset) -> &'a [usize] {
+        let all = dataset.everyday();
         &all[..self.things.min(all.len())]
     }
 }
@@ -76,7 +76,7 @@ const OBLONG: usize = 8;
 impl Pool {
     /// Renders and encodes everything, for images of `scales` scales.
     pub fn build(
-        sampler: &Sampler,
+        dataset: &Dataset,
         tokenizer: &ImageTokenizer,
         text: &Text,
         sizes: PoolSizes,
@@ -87,13 +87,13 @@ impl Pool {
             let grids = schedule::nearest_of(ratio, scales).prefix(scales);
             let stride = tokenizer.config().encoder.stride();
             let (h, w) = grids.last().map_or((0, 0), |&(h, w)| (h * stride, w * stride));
-            let everyday = sizes.things(sampler);
+            let everyday = sizes.things(dataset);
             let singles = if everyday.is_empty() { 0 } else { sizes.oblong / 2 };
             let single = |n: usize| {
                 let background = BACKGROUNDS.get(n % (2 * BACKGROUNDS.len()));
-                sampler.single(everyday[(n * RATIOS.len() + i) % everyday.len()], background, w, h)
+                dataset.single(everyday[(n * RATIOS.len() + i) % everyday.len()], background, w, h)
             };
-            let scene = |n: usize| sampler.scene((1 << 32 | i << 24 | n) as u64, w, h);
+            let scene = |n: usize| dataset.scene((1 << 32 | i << 24 | n) as u64, w, h);
             Ok(Shelf {
                 grids,
                 plain: encode(singles, single, tokenizer, text)?,
@@ -103,7 +103,7 @@ impl Pool {
             })
         });
         let oblong = oblong.collect::<Result<_>>()?;
-        Ok(Self { square: Shelf::square(sampler, tokenizer, text, sizes, scales)?, oblong })
+        Ok(Self { square: Shelf::square(dataset, tokenizer, text, sizes, scales)?, oblong })
     }
 
     /// Images held.
@@ -130,22 +130,22 @@ impl Pool {
 
 impl Shelf {
     fn square(
-        sampler: &Sampler,
+        dataset: &Dataset,
         tokenizer: &ImageTokenizer,
         text: &Text,
         sizes: PoolSizes,
         scales: usize,
     ) -> Result<Self> {
         let side = crate::library::SIDE;
-        let everyday = sizes.things(sampler);
-        let plain = |n: usize| sampler.single(everyday[n], None, side, side);
+        let everyday = sizes.things(dataset);
+        let plain = |n: usize| dataset.single(everyday[n], None, side, side);
         let coloured = |i: usize| {
             let (i, n) = (i / everyday.len(), i % everyday.len());
             let background = &BACKGROUNDS[(n * 7 + i * 3) % BACKGROUNDS.len()];
-            sampler.single(everyday[n], Some(background), side, side)
+            dataset.single(everyday[n], Some(background), side, side)
         };
-        let scene = |i: usize| sampler.scene(i as u64, side, side);
-        let several = |i: usize| sampler.several(everyday, i as u64);
+        let scene = |i: usize| dataset.scene(i as u64, side, side);
+        let several = |i: usize| dataset.several(everyday, i as u64);
         let groups = if everyday.is_empty() { 0 } else { sizes.several };
         Ok(Self {
             grids: schedule::nearest(1.0).prefix(scales),
@@ -219,9 +219,9 @@ mod tests {
         let (run, library) = (tests::run(&folder)?, tests::library());
         let recipe = &run.recipe;
         let (tokenizer, _) = run.load(&[], |w| ImageTokenizer::load(w, &recipe.tokenizer))?;
-        let sampler = Sampler::new(&library, 1)?;
+        let dataset = Dataset::new(&library, 1)?;
         let sizes = PoolSizes { things: 0, backgrounds: 0, scenes: 0, several: 0, oblong: 2 };
-        let pool = Pool::build(&sampler, &tokenizer, &tests::text()?, sizes, recipe.scales)?;
+        let pool = Pool::build(&dataset, &tokenizer, &tests::text()?, sizes, recipe.scales)?;
         let config = recipe.model(recipe.tokenizer.clone(), Sampling::default());
         for (i, ratio) in RATIOS.into_iter().enumerate() {
             let shelf = pool.shelf(OBLONG * (i + 1) - 1);

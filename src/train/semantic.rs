@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+use super::dataset::Dataset;
 use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::run::Run;
-use super::sampler::Sampler;
 use crate::checkpoint::{Init, Weights};
 use crate::error;
 use crate::library::SIDE;
@@ -52,7 +52,7 @@ impl TextTower {
 }
 
 /// Trains the semantic encoder for `plan.steps` steps of `batch` captioned pictures.
-pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
+pub fn train(run: &Run, dataset: &Dataset, text: &Text, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     const FILE: &str = "semantic.safetensors";
     let config = &run.recipe.tokenizer.semantic;
     let ((encoder, tower), vars) = run.load(&[&run.file(FILE)], |w| {
@@ -68,7 +68,7 @@ pub fn train(run: &Run, sampler: &Sampler, text: &Text, batch: usize, plan: &Hyp
     progress.say(&format!("{} parameters", optimizer.count()));
     while optimizer.step < plan.steps {
         let first = optimizer.step * batch;
-        let samples: Vec<_> = (0..batch).into_par_iter().map(|i| sampler.captioned((first + i) as u64)).collect();
+        let samples: Vec<_> = (0..batch).into_par_iter().map(|i| dataset.captioned((first + i) as u64)).collect();
         let rows: Vec<&[u8]> = samples.iter().map(|s| s.0.as_slice()).collect();
         let captions = samples.iter().map(|s| text.encode(&s.1)).collect::<error::Result<Vec<_>>>()?;
         let images = encoder.embed(&pixels::to_tensor(&rows, SIDE, SIDE, &run.device)?)?;

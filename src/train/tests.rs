@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{Device, Tensor};
 
 use super::Hyperparameters;
+use super::dataset::Dataset;
 use super::pool::{Pool, PoolSizes};
 use super::recipe::Recipe;
 use super::run::Run;
-use super::sampler::Sampler;
 use super::tokenizer::Stage;
 use super::transformer::Lesson;
 use crate::checkpoint::Weights;
@@ -73,32 +73,32 @@ pub(super) fn text() -> Result<Text> {
 /// All parts in order, every one first for some steps and then for the rest.
 fn train(run: &Run, stops: &[usize]) -> Result<()> {
     let (library, text) = (library(), text()?);
-    let sampler = |part: &str| Sampler::new(&library, run.seed(part));
+    let dataset = |part: &str| Dataset::new(&library, run.seed(part));
     for &steps in stops {
-        super::semantic::train(run, &sampler("semantic")?, &text, 4, &plan(steps))?;
+        super::semantic::train(run, &dataset("semantic")?, &text, 4, &plan(steps))?;
     }
     for stage in [Stage::Pixel, Stage::Joint] {
         for &steps in stops {
-            super::tokenizer::train(run, &sampler(&stage.name())?, stage, 2, &plan(steps))?;
+            super::tokenizer::train(run, &dataset(&stage.name())?, stage, 2, &plan(steps))?;
         }
     }
     for part in ["one", "two"] {
         for &steps in stops {
-            transformer(run, part, &sampler(part)?, &text, steps)?;
+            transformer(run, part, &dataset(part)?, &text, steps)?;
         }
     }
     for &steps in stops {
-        super::tokenizer::train(run, &sampler("decoder")?, Stage::Decoder, 2, &plan(steps))?;
+        super::tokenizer::train(run, &dataset("decoder")?, Stage::Decoder, 2, &plan(steps))?;
     }
     Ok(())
 }
 
-fn transformer(run: &Run, part: &str, sampler: &Sampler, text: &Text, steps: usize) -> Result<()> {
+fn transformer(run: &Run, part: &str, dataset: &Dataset, text: &Text, steps: usize) -> Result<()> {
     let file = run.file("image_tokenizer.safetensors");
     let (tokenizer, _) = run.load(&[&file], |w| ImageTokenizer::load(w, &run.recipe.tokenizer))?;
     let sizes = PoolSizes { things: 2, backgrounds: 1, scenes: 4, several: 2, oblong: 2 };
-    let pool = Pool::build(sampler, &tokenizer, text, sizes, run.recipe.scales)?;
-    let dialogues = (part == "two").then_some((sampler, text));
+    let pool = Pool::build(dataset, &tokenizer, text, sizes, run.recipe.scales)?;
+    let dialogues = (part == "two").then_some((dataset, text));
     let (quantizer, scales) = (tokenizer.quantizer(), run.recipe.scales);
     let lesson = Lesson { run, part, tokenizer: &tokenizer, quantizer, pool: &pool, scales, dialogues };
     super::transformer::train(&lesson, 4, &plan(steps))
@@ -143,7 +143,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
     train(&run, &[1])?;
     assert!(before == bytes());
     let (library, more) = (library(), plan(2));
-    let error = super::tokenizer::train(&run, &Sampler::new(&library, 1)?, Stage::Joint, 2, &more);
+    let error = super::tokenizer::train(&run, &Dataset::new(&library, 1)?, Stage::Joint, 2, &more);
     let error = error.unwrap_err();
     assert!(error.message.contains("tokenizer-decoder.state"), "{}", error.message);
     assert!(before == bytes());
@@ -152,7 +152,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
     other.decoder_final.ch = 16;
     std::fs::write(run.file("recipe.json"), serde_json::to_vec(&other).unwrap())?;
     let run = Run::open(folder.path(), Device::Cpu)?;
-    let decoder = super::tokenizer::train(&run, &Sampler::new(&library, 1)?, Stage::Decoder, 2, &more);
+    let decoder = super::tokenizer::train(&run, &Dataset::new(&library, 1)?, Stage::Decoder, 2, &more);
     let error = decoder.unwrap_err();
     let told =
         ["decoder.conv_blocks.0.", ": found (16", ", expected (32"].iter().all(|part| error.message.contains(part));
@@ -165,7 +165,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
 fn a_part_that_another_has_gone_on_from_is_over() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (run, library, text) = (run(&folder)?, library(), text()?);
-    let train = |part: &str, steps| transformer(&run, part, &Sampler::new(&library, run.seed(part))?, &text, steps);
+    let train = |part: &str, steps| transformer(&run, part, &Dataset::new(&library, run.seed(part))?, &text, steps);
     let (file, read) = (run.file("model.safetensors"), || std::fs::read(run.file("model.safetensors")));
     train("first", 1)?;
     train("second", 1)?;
@@ -187,7 +187,7 @@ fn parts_draw_samples_of_their_own() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let run = run(&folder)?;
     let library = library();
-    let [one, two] = ["talk", "talk2"].map(|part| Sampler::new(&library, run.seed(part)));
+    let [one, two] = ["talk", "talk2"].map(|part| Dataset::new(&library, run.seed(part)));
     let (one, two) = (one?, two?);
     assert!((0..8).all(|i| one.picture(i) == one.picture(i)));
     assert!((0..8).any(|i| one.picture(i) != two.picture(i)));

@@ -9,10 +9,10 @@ use clap::ValueEnum;
 use rayon::prelude::*;
 
 use super::codebook::{Assignments, Codebook};
+use super::dataset::Dataset;
 use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::run::Run;
-use super::sampler::Sampler;
 use crate::error::{self, Error};
 use crate::generate::schedule;
 use crate::library::SIDE;
@@ -62,7 +62,7 @@ impl Stage {
     }
 }
 
-/// What a stage draws for. The sampler, which has the same seed, numbers its purposes far below.
+/// What a stage draws for. The dataset, which has the same seed, numbers its purposes far below.
 #[derive(Clone, Copy)]
 enum Purpose {
     /// The scales that are left out of an image.
@@ -87,7 +87,7 @@ const ABSOLUTE: f64 = 0.1;
 const CONTINUOUS: usize = 300;
 
 /// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
-pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
+pub fn train(run: &Run, dataset: &Dataset, stage: Stage, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     let config = if stage == Stage::Decoder { run.recipe.tokenizer_final() } else { run.recipe.tokenizer.clone() };
     let files = [run.file(FILE), run.file("semantic.safetensors")];
     let (tokenizer, vars) = run.load(&[&files[0], &files[1]], |w| ImageTokenizer::load(w, &config))?;
@@ -109,12 +109,12 @@ pub fn train(run: &Run, sampler: &Sampler, stage: Stage, batch: usize, plan: &Hy
     while optimizer.step < plan.steps {
         let step = optimizer.step;
         let images: Vec<Vec<u8>> =
-            (0..batch).into_par_iter().map(|i| sampler.picture((step * batch + i) as u64)).collect();
+            (0..batch).into_par_iter().map(|i| dataset.picture((step * batch + i) as u64)).collect();
         let rows: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
         let images = pixels::to_tensor(&rows, SIDE, SIDE, &run.device)?;
         let continuous = stage == Stage::Pixel && step < CONTINUOUS;
         if stage == Stage::Pixel && step == CONTINUOUS {
-            settle(run, &tokenizer, &mut codebook, sampler, batch)?;
+            settle(run, &tokenizer, &mut codebook, dataset, batch)?;
         }
         let losses = losses(run, &tokenizer, &mut codebook, &images, stage, step, continuous)?;
         let total = losses.total()?;
@@ -142,12 +142,12 @@ fn settle(
     run: &Run,
     tokenizer: &ImageTokenizer,
     codebook: &mut Codebook,
-    sampler: &Sampler,
+    dataset: &Dataset,
     batch: usize,
 ) -> Result<()> {
     for round in 0..40u64 {
         let images: Vec<Vec<u8>> =
-            (0..batch as u64).into_par_iter().map(|i| sampler.picture(1 << 40 | (round * batch as u64 + i))).collect();
+            (0..batch as u64).into_par_iter().map(|i| dataset.picture(1 << 40 | (round * batch as u64 + i))).collect();
         let rows: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
         let images = pixels::to_tensor(&rows, SIDE, SIDE, tokenizer.quantizer().device())?;
         let (f, _) = features(tokenizer, &images, Stage::Pixel)?;

@@ -7,12 +7,12 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
+use super::dataset::Dataset;
 use super::dialogue::{Length, Turns, dialogue};
 use super::optimizer::{Hyperparameters, Optimizer};
 use super::pool::{Pool, Shelf};
 use super::progress::Progress;
 use super::run::Run;
-use super::sampler::Sampler;
 use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
 use crate::chat::template::{Part, Piece, Role, Template};
@@ -43,7 +43,7 @@ pub struct Lesson<'a> {
     /// The first so many scales are learnt.
     pub scales: usize,
     /// Where dialogues come from, if they are part of it.
-    pub dialogues: Option<(&'a Sampler<'a>, &'a Text)>,
+    pub dialogues: Option<(&'a Dataset<'a>, &'a Text)>,
 }
 
 /// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
@@ -128,10 +128,10 @@ impl Lesson<'_> {
     /// where images would begin, each by the name that the log has for the loss of its words.
     fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
         let mut groups = vec![("interleaved", self.sequences(size, step)?)];
-        if let Some((sampler, text)) = self.dialogues {
+        if let Some((dataset, text)) = self.dialogues {
             // Without images they are short.
             for (name, length, size) in [("words", Length::Words, size), ("look", Length::Look, size / 4)] {
-                groups.push((name, self.dialogues(sampler, text, size, step, length)?));
+                groups.push((name, self.dialogues(dataset, text, size, step, length)?));
             }
         }
         Ok(groups)
@@ -141,16 +141,16 @@ impl Lesson<'_> {
     /// so that steps take about as long as each other.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let shelf = self.pool.shelf(step / 2);
-        let Some((sampler, text)) = self.dialogues else {
+        let Some((dataset, text)) = self.dialogues else {
             return self.captioned(self.pool.shelf(step), size, step);
         };
         match step % 2 {
-            1 => self.dialogues(sampler, text, size / 2, step, Length::Long),
+            1 => self.dialogues(dataset, text, size / 2, step, Length::Long),
             _ if !self.pool.is_square(shelf) => self.captioned(shelf, size, step),
             _ => {
                 let dialogues = size / 4;
                 let mut sequences = self.captioned(shelf, size - dialogues, step)?;
-                sequences.extend(self.dialogues(sampler, text, dialogues, step, Length::Short)?);
+                sequences.extend(self.dialogues(dataset, text, dialogues, step, Length::Short)?);
                 Ok(sequences)
             }
         }
@@ -181,7 +181,7 @@ impl Lesson<'_> {
 
     fn dialogues(
         &self,
-        sampler: &Sampler,
+        dataset: &Dataset,
         text: &Text,
         size: usize,
         step: usize,
@@ -189,7 +189,7 @@ impl Lesson<'_> {
     ) -> Result<Vec<Sequence>> {
         let first = (step * size) as u64;
         let dialogues: Vec<Turns> =
-            (0..size as u64).into_par_iter().map(|i| dialogue(sampler, first + i, length)).collect();
+            (0..size as u64).into_par_iter().map(|i| dialogue(dataset, first + i, length)).collect();
         let template = Template::of(text, false)?;
         let short = length.ends_at_images();
         let mut features = self.features(&dialogues, short)?.into_iter();

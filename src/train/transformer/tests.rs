@@ -10,10 +10,10 @@ fn with_lesson(test: impl FnOnce(&Lesson, &Text) -> Result<()>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (run, library, text) = (tests::run(&folder)?, tests::library(), tests::text()?);
     let (tokenizer, _) = run.load(&[], |w| ImageTokenizer::load(w, &run.recipe.tokenizer))?;
-    let sampler = Sampler::new(&library, 1)?;
+    let dataset = Dataset::new(&library, 1)?;
     let sizes = PoolSizes { things: 2, backgrounds: 0, scenes: 4, several: 0, oblong: 0 };
     let (scales, quantizer) = (run.recipe.scales, tokenizer.quantizer());
-    let pool = Pool::build(&sampler, &tokenizer, &text, sizes, scales)?;
+    let pool = Pool::build(&dataset, &tokenizer, &text, sizes, scales)?;
     let (tokenizer, pool) = (&tokenizer, &pool);
     test(&Lesson { run: &run, part: "full", tokenizer, quantizer, pool, scales, dialogues: None }, &text)
 }

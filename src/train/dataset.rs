@@ -15,7 +15,7 @@ pub struct Sample {
 }
 
 /// Draws samples from the library and from composed scenes.
-pub struct Sampler<'a> {
+pub struct Dataset<'a> {
     library: &'a Library,
     seed: u64,
     /// Pictures of every concept that is not held out: the tokenizer's.
@@ -31,8 +31,8 @@ pub struct Sampler<'a> {
 
 const WHITE: [u8; 3] = [255, 255, 255];
 
-impl<'a> Sampler<'a> {
-    /// A sampler over `library`.
+impl<'a> Dataset<'a> {
+    /// A dataset over `library`.
     ///
     /// Errors: usage, if there is nothing to draw that is not held out.
     pub fn new(library: &'a Library, seed: u64) -> Result<Self> {
@@ -276,18 +276,18 @@ mod tests {
             [["my dog Rex on a sofa", "沙发上的狗"], ["our boat", "notre bateau à nous"], ["my bicycle", "mein Rad"]];
         let concepts = own.iter().enumerate().map(|(i, captions)| concept(captions[0], captions, i == 2)).collect();
         let library = library(concepts, None, 255);
-        let sampler = Sampler::new(&library, 1).unwrap();
-        assert_eq!((sampler.everyday(), sampler.has_things()), (&[0, 1, 2][..], false));
+        let dataset = Dataset::new(&library, 1).unwrap();
+        assert_eq!((dataset.everyday(), dataset.has_things()), (&[0, 1, 2][..], false));
         for (p, captions) in own.iter().enumerate() {
-            let sample = sampler.single(p, Some(&BACKGROUNDS[0]), SIDE, SIDE);
+            let sample = dataset.single(p, Some(&BACKGROUNDS[0]), SIDE, SIDE);
             assert_eq!(sample.captions, captions);
             assert!(sample.canvas.rgb == library.over(p, WHITE));
         }
         for i in 0..200 {
-            assert_eq!(sampler.picture(i).len(), SIDE * SIDE * 3);
-            let (_, caption, concept) = sampler.captioned(i);
+            assert_eq!(dataset.picture(i).len(), SIDE * SIDE * 3);
+            let (_, caption, concept) = dataset.captioned(i);
             assert!(own[..2][concept].contains(&caption.as_str()), "{caption}");
-            let Sample { captions, .. } = sampler.several(sampler.everyday(), i);
+            let Sample { captions, .. } = dataset.several(dataset.everyday(), i);
             let [both, sides] = &captions[..] else { panic!("{captions:?}") };
             let [left, right] = both.split(" and ").collect::<Vec<_>>()[..] else { panic!("{both}") };
             assert!([left, right].iter().all(|c| own.iter().any(|own| own[0] == *c)), "{both}");
@@ -298,12 +298,12 @@ mod tests {
     #[test]
     fn named_things_keep_their_articles_plurals_and_backgrounds() {
         let library = library(vec![concept("owl", &[], false), concept("bus", &[], true)], Some(Style::ThreeD), 200);
-        let sampler = Sampler::new(&library, 1).unwrap();
-        let rng = sampler.rng(0, 1);
-        assert!(sampler.has_things() && (0..20).all(|i| sampler.thing(&rng, i) == (0, "owl", "")));
-        let sample = sampler.single(0, Some(&BACKGROUNDS[0]), SIDE, SIDE);
+        let dataset = Dataset::new(&library, 1).unwrap();
+        let rng = dataset.rng(0, 1);
+        assert!(dataset.has_things() && (0..20).all(|i| dataset.thing(&rng, i) == (0, "owl", "")));
+        let sample = dataset.single(0, Some(&BACKGROUNDS[0]), SIDE, SIDE);
         assert_eq!(sample.captions[0], format!("an owl on a {} background", BACKGROUNDS[0].name));
-        let said: Vec<String> = (0..200).flat_map(|i| sampler.several(&[0, 1], i).captions).collect();
+        let said: Vec<String> = (0..200).flat_map(|i| dataset.several(&[0, 1], i).captions).collect();
         for caption in ["an owl and a bus", "a bus on the left and an owl on the right", "three buses", "two owls"] {
             assert!(said.iter().any(|c| c == caption), "{caption} in {said:?}");
         }
@@ -318,7 +318,7 @@ mod tests {
             library(vec![concept("owl", &[], false)], Some(Style::Flat), 255),
             library(vec![faces], Some(Style::ThreeD), 255),
         ] {
-            let error = Sampler::new(&library, 1).err().unwrap();
+            let error = Dataset::new(&library, 1).err().unwrap();
             assert_eq!(error.exit_code(), 2);
             assert!(error.hint.unwrap().contains("--folder"));
         }
