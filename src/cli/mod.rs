@@ -37,8 +37,6 @@ pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
 pub use model::ModelArgs;
 
-use std::ffi::OsStr;
-
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -94,7 +92,10 @@ pub fn parse() -> Result<Option<Command>> {
             let _ = terminal::emit(e.render().to_string().as_bytes())?;
             Ok(None)
         }
-        Err(e) => Err(one_sentence(&e, std::env::args_os().nth(1).as_deref().and_then(OsStr::to_str))),
+        Err(e) => {
+            let typed: Vec<String> = std::env::args_os().skip(1).filter_map(|arg| arg.into_string().ok()).collect();
+            Err(one_sentence(&e, &typed.iter().map(String::as_str).collect::<Vec<_>>()))
+        }
     }
 }
 
@@ -128,13 +129,18 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// clap's paragraphs as one sentence and one hint, about the command that was named `first`, if it is one.
-fn one_sentence(error: &clap::Error, first: Option<&str>) -> Error {
+/// clap's paragraphs about what was typed as one sentence and one hint, which names the command and its own command.
+fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
     let text = error.render().to_string();
     // The other tips tell how to say what was not meant.
     let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: ")).filter(|tip| tip.contains("similar"));
-    let named = first.filter(|name| Cli::command().find_subcommand(name).is_some());
-    let command = named.map_or("nextflow".into(), |name| format!("nextflow {name}"));
+    let (mut at, mut command) = (Cli::command(), String::from("nextflow"));
+    for name in typed {
+        if let Some(named) = at.find_subcommand(name).cloned() {
+            command = format!("{command} {name}");
+            at = named;
+        }
+    }
     let sentence = match error.kind() {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => format!("{command} needs to be told what to do"),
         _ => text.split("\n\n").next().unwrap_or_default().trim_start_matches("error:").into(),
@@ -148,7 +154,7 @@ mod tests {
     use super::*;
 
     fn fails(args: &[&str]) -> Error {
-        one_sentence(&Cli::try_parse_from([&["nextflow"], args].concat()).unwrap_err(), args.first().copied())
+        one_sentence(&Cli::try_parse_from([&["nextflow"], args].concat()).unwrap_err(), args)
     }
 
     #[test]
@@ -178,5 +184,7 @@ mod tests {
         assert_eq!(fails(&[]).hint.unwrap(), "nextflow --help");
         #[cfg(feature = "hub")]
         assert_eq!(fails(&["models"]).message, "nextflow models needs to be told what to do");
+        #[cfg(feature = "hub")]
+        assert_eq!(fails(&["models", "rm"]).hint.unwrap(), "nextflow models rm --help");
     }
 }
