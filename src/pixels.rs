@@ -6,7 +6,7 @@ mod pillow;
 use candle_core::{DType, Device, Result, Tensor};
 use image::RgbImage;
 
-pub use file::{cover, open, open_or_read};
+pub use file::{contain, cover, open, open_or_read, place_within};
 pub use pillow::{Filter, centre_crop, pad_to_square, resize};
 
 /// A linear resampling along one axis: `weights` is (to, from), row-major.

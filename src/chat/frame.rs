@@ -4,7 +4,7 @@ use image::{RgbImage, imageops};
 
 use crate::error::Result;
 use crate::generate::ModelConfig;
-use crate::pixels::{Filter, resize};
+use crate::pixels;
 use crate::size::Size;
 
 /// Where an image lies in the model's. It is scaled until it fits, stands in the middle, and its outermost pixels are
@@ -15,9 +15,7 @@ pub struct Frame {
     pub scales: Vec<(usize, usize)>,
     /// The model's image, (width, height) in pixels.
     outer: (u32, u32),
-    /// Left, top, width and height of the given image in it.
-    inner: [u32; 4],
-    /// The same of what is cut out of it: the given image, or all if a size was asked for.
+    /// Left, top, width and height of what is cut out of it: the given image, or all if a size was asked for.
     kept: [u32; 4],
 }
 
@@ -25,25 +23,17 @@ impl Frame {
     /// For an image of (width, height) pixels, in grids of its own ratio or, if it is asked for, of `size`.
     ///
     /// Errors: usage, for a size that the model does not draw.
-    pub fn of(config: &ModelConfig, (width, height): (u32, u32), size: Size) -> Result<Self> {
+    pub fn of(config: &ModelConfig, dimensions: (u32, u32), size: Size) -> Result<Self> {
         let asked = size != Size::Auto;
-        let scales = size.or_of(config, (width, height)).grids(config)?;
+        let scales = size.or_of(config, dimensions).grids(config)?;
         let outer = config.pixels(&scales);
-        let fit = (f64::from(outer.0) / f64::from(width)).min(f64::from(outer.1) / f64::from(height));
-        let side = |from: u32, most: u32| ((f64::from(from) * fit).round() as u32).clamp(1, most);
-        let (w, h) = (side(width, outer.0), side(height, outer.1));
-        let inner = [(outer.0 - w) / 2, (outer.1 - h) / 2, w, h];
-        Ok(Self { scales, outer, inner, kept: if asked { [0, 0, outer.0, outer.1] } else { inner } })
+        let kept = if asked { [0, 0, outer.0, outer.1] } else { pixels::place_within(dimensions, outer) };
+        Ok(Self { scales, outer, kept })
     }
 
     /// The model's image of a given one.
     pub fn fit(&self, image: &RgbImage) -> RgbImage {
-        let [left, top, width, height] = self.inner;
-        let scaled = resize(image, (width, height), Filter::Bicubic);
-        RgbImage::from_fn(self.outer.0, self.outer.1, |x, y| {
-            let inside = |at: u32, from: u32, length: u32| at.saturating_sub(from).min(length - 1);
-            *scaled.get_pixel(inside(x, left, width), inside(y, top, height))
-        })
+        pixels::contain(image, self.outer)
     }
 
     /// Of what is cut out of the model's image: (width, height) in pixels.

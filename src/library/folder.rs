@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use image::{Pixel, RgbImage, RgbaImage};
+use image::Pixel;
 use rayon::prelude::*;
 
 use super::{BYTES, Concept, Library, Picture, SIDE, held_out};
 use crate::error::{Error, Result};
 use crate::input::{quoted, without_bom};
-use crate::pixels::{self, Filter};
+use crate::pixels;
 
 /// Endings of files that are read as images, in small letters or capitals.
 const IMAGES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
@@ -27,7 +27,9 @@ impl Library {
         let mut rgba = vec![0; paths.len() * BYTES];
         let read = |(picture, path): (&mut [u8], &PathBuf)| {
             let captions = captions(path)?;
-            picture.copy_from_slice(&fitted(&pixels::open(path)?));
+            let image = pixels::contain(&pixels::open(path)?, (SIDE as u32, SIDE as u32));
+            let pixels = picture.chunks_exact_mut(4).zip(image.pixels());
+            pixels.for_each(|(to, pixel)| to.copy_from_slice(&pixel.to_rgba().0));
             Ok(captions)
         };
         // Threads come to faults in any order; the first by name is told.
@@ -87,20 +89,9 @@ fn captions(image: &Path) -> Result<Vec<String>> {
     Ok(captions)
 }
 
-/// An image as a picture, (128, 128, 4): scaled until it fits, in the middle, its outermost pixels repeated beside it.
-fn fitted(image: &RgbImage) -> Vec<u8> {
-    let side = SIDE as u32;
-    let (width, height) = image.dimensions();
-    let scale = f64::from(side) / f64::from(width.max(height));
-    let [w, h] = [width, height].map(|length| ((f64::from(length) * scale).round() as u32).clamp(1, side));
-    let scaled = pixels::resize(image, (w, h), Filter::Bicubic);
-    let inside = |at: u32, length: u32| at.saturating_sub((side - length) / 2).min(length - 1);
-    RgbaImage::from_fn(side, side, |x, y| scaled.get_pixel(inside(x, w), inside(y, h)).to_rgba()).into_raw()
-}
-
 #[cfg(test)]
 mod tests {
-    use image::{ImageFormat, Rgb};
+    use image::{ImageFormat, Rgb, RgbImage, RgbaImage};
 
     use super::*;
 

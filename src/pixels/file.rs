@@ -91,6 +91,24 @@ pub fn cover(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     pillow::resize_part(image, (w, h), Filter::Bicubic, ((w - width) / 2, (h - height) / 2), (width, height))
 }
 
+/// Where an image of (width, height) pixels lies within `outer` ones if it is scaled until it fits and stands in the middle: left,
+/// top, width, height.
+pub fn place_within((width, height): (u32, u32), outer: (u32, u32)) -> [u32; 4] {
+    let fit = (f64::from(outer.0) / f64::from(width)).min(f64::from(outer.1) / f64::from(height));
+    let side = |from: u32, most: u32| ((f64::from(from) * fit).round() as u32).clamp(1, most);
+    let (w, h) = (side(width, outer.0), side(height, outer.1));
+    [(outer.0 - w) / 2, (outer.1 - h) / 2, w, h]
+}
+
+/// The whole image at its [place](place_within) within (width, height) pixels, bicubic, antialiased, its outermost pixels repeated
+/// around it.
+pub fn contain(image: &RgbImage, outer: (u32, u32)) -> RgbImage {
+    let [left, top, width, height] = place_within(image.dimensions(), outer);
+    let scaled = pillow::resize(image, (width, height), Filter::Bicubic);
+    let inside = |at: u32, from: u32, length: u32| at.saturating_sub(from).min(length - 1);
+    RgbImage::from_fn(outer.0, outer.1, |x, y| *scaled.get_pixel(inside(x, left, width), inside(y, top, height)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
