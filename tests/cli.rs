@@ -143,6 +143,8 @@ fn bad_sampler_values() {
     }
     refused(&["gen", "-p", "x", "--cfg=-inf"], b"", 2, "--cfg -inf", "--cfg");
     refused(&["gen", "-p", "x", "--top-k", "0"], b"", 2, "--top-k 0", "--top-k");
+    refused(&["gen", "-p", "x", "--passes", "2"], b"", 2, "nano draws every scale in one pass", "leave out --passes");
+    refused(&["gen", "-p", "x", "--passes", "4"], b"", 2, "4 is not in 1..=3", "nextflow gen --help");
     refused(&["gen", "-p", "x", "--top-k", "-3"], b"", 2, "--top-k", "");
     refused(&["gen", "-p", "x", "--top-p", "0"], b"", 2, "--top-p 0", "--top-p");
     refused(&["gen", "-p", "x", "--top-p", "1.5"], b"", 2, "--top-p 1.5", "--top-p");

@@ -77,13 +77,13 @@ fn codes_that_do_not_fit_are_refused() {
     changed(&|v| v["codes"][2][1] = 4_000_000_000u32.into());
     refused(here, &decode, "scale 3 has code 4000000000, but there are");
     changed(&|v| v["codes"][1] = serde_json::json!([1, 2, 3]));
-    refused(here, &decode, "scale 2 of 2x2 has 3 codes");
+    refused(here, &decode, "scale 2 (2x2) has 3 codes");
     changed(&|v| v["scales"][7] = serde_json::json!([4096, 4096]));
     refused(here, &decode, "has no schedule");
     changed(&|v| v["codebook_size"] = 7.into());
     refused(here, &decode, "codebook of 7");
     changed(&|v| v["codes"] = serde_json::json!([]));
-    refused(here, &decode, "codes of 0 scales");
+    refused(here, &decode, "codes of no scale");
     changed(&|v| v["more"] = 1.into());
     refused(here, &decode, "unknown field");
     // Those of another model may still mean something.
