@@ -107,8 +107,11 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     Ok((args, old))
 }
 
+/// Grids (height, width) of an image, coarse to fine.
+type Grids = Vec<(usize, usize)>;
+
 /// Flags with what a PNG tells in their place, what they ask for, and the grids of its images.
-fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Vec<(usize, usize)>)> {
+fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
     let (args, old) = match &typed.from {
         Some(path) => filled(typed, path).map(|(args, old)| (args, Some(old)))?,
         None => (typed.clone(), None),
