@@ -8,6 +8,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use nextflow::settings::{self, Settings};
+
 fn command(folder: &Path, args: &[&str]) -> Command {
     common::command(folder, &[&["gen"], args].concat())
 }
@@ -275,6 +277,14 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
     gen_ok(here, &["-p", "a red circle", "--size", "8:5", "--seed", "1", "-o", "wide.png"]);
     gen_ok(here, &["--from", "wide.png", "-o", "wide-again.png"]);
     assert!(read("wide-again.png") == read("wide.png"));
+    // Passes that this model does not take are left out, as another model's are; typed, they are refused.
+    let mut told = Settings::of_png(&read("one.png")).unwrap();
+    told.passes = Some(2);
+    let picture = image::open(here.join("one.png")).unwrap().to_rgb8();
+    fs::write(here.join("passes.png"), settings::encode(&picture, &told).unwrap()).unwrap();
+    gen_ok(here, &["--from", "passes.png", "-o", "once.png"]);
+    assert!(read("once.png") == read("one.png"));
+    assert_eq!(command(here, &["--from", "one.png", "--passes", "2"]).status().unwrap().code(), Some(2));
     // What is typed is not the fault of the PNG.
     let there = command(here, &["--from", "one.png", "-o", "one.png"]).output().unwrap();
     assert!(String::from_utf8(there.stderr).unwrap().starts_with("error: one.png already exists"));

@@ -112,7 +112,7 @@ type Grids = Vec<(usize, usize)>;
 
 /// Flags with what a PNG tells in their place, what they ask for, and the grids of its images.
 fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
-    let (args, old) = match &typed.from {
+    let (mut args, old) = match &typed.from {
         Some(path) => filled(typed, path).map(|(args, old)| (args, Some(old)))?,
         None => (typed.clone(), None),
     };
@@ -123,6 +123,8 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         }
         _ => e,
     })?;
+    // Of a PNG by another model what does not fit this one is left out.
+    args.passes = typed.passes.or(args.passes.filter(|_| tokenflow::takes_passes(&request.config)));
     args.set_passes(&mut request)?;
     if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));

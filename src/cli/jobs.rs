@@ -91,9 +91,6 @@ struct Failed<'a> {
     code: u8,
 }
 
-/// Grids (height, width) of an image, coarse to fine.
-type Grids = [(usize, usize)];
-
 /// What `--dry-run` tells.
 #[derive(Serialize)]
 struct Plan<'a> {
@@ -291,7 +288,7 @@ fn is_file(place: &Destination) -> bool {
 }
 
 /// Memory for the largest of the jobs, or for what the flags tell where they are still to come.
-fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual: &Grids) -> Result<Memory> {
+fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual: &[(usize, usize)]) -> Result<Memory> {
     let tasks = || all.iter().flatten().filter(|task| !task.there);
     let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));
     let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided_scales(usual.len()));

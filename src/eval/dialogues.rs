@@ -141,7 +141,10 @@ impl Examiner<'_> {
 
     /// What the model makes of an image.
     pub(super) fn edit(&self, image: &RgbImage, text: &str, case: usize) -> Result<RgbImage> {
-        let source = self.model.encode("source", image, &self.model.usual_scales()?)?;
+        self.edit_picture(self.model.encode("source", image, &self.model.usual_scales()?)?, text, case)
+    }
+
+    fn edit_picture(&self, source: Picture, text: &str, case: usize) -> Result<RgbImage> {
         let mut session = Session::new(self.model)?;
         session.draw(vec![source], text, &self.options(case)?, None, &mut |_| ControlFlow::Continue(()))?;
         self.last_image(&session)
@@ -152,11 +155,11 @@ impl Examiner<'_> {
         for case in 0..self.per_kind {
             let rng = self.rng(case, step);
             let edit = Edit::of_kind(&rng, kind, self.split);
-            let source = render(&edit.source)?;
-            let copy = self.model.decode(&self.scene(&edit.source)?)?;
+            let source = self.scene(&edit.source)?;
+            let copy = self.model.decode(&source)?;
             let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
             for (right, &words) in right.iter_mut().zip(self.wordings()) {
-                let image = self.edit(&source, &edit.instruction(&rng.fork(1), words), case)?;
+                let image = self.edit_picture(source.clone(), &edit.instruction(&rng.fork(1), words), case)?;
                 let done = succeeded(&image);
                 *right += done;
                 unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done > 0));

@@ -32,11 +32,16 @@ pub fn sampling(passes: usize) -> Sampling {
     Sampling { cfg: 7.5, top_k: first.top_k, top_p: first.top_p, refine, ..Sampling::default() }
 }
 
+/// Whether a model may draw a scale in several passes: its inputs are sums of scales, so that it can read a scale's own codes.
+pub fn takes_passes(config: &ModelConfig) -> bool {
+    config.backbone.input_mode == InputMode::Cumulative
+}
+
 /// Draws every scale but the first in so many passes, each with the filter that [`sampling`] has for it.
 ///
-/// Errors: usage, for a model whose inputs are no sums of scales: what a further pass reads is nothing that it has learnt.
+/// Errors: usage, for more than one where the model [takes](takes_passes) no more.
 pub fn set_passes(config: &mut ModelConfig, passes: usize) -> Result<()> {
-    if config.backbone.input_mode != InputMode::Cumulative {
+    if !takes_passes(config) {
         if passes == 1 {
             return Ok(());
         }
