@@ -81,7 +81,9 @@ impl Client {
         wanted.sort_by(|a, b| a.name.cmp(&b.name));
         wanted.dedup_by(|a, b| a.name == b.name);
         let bytes = wanted.iter().filter_map(|f| f.size).fold(0, u64::saturating_add);
-        observer(Event::Status(&format!("{id}: {} files, {}", wanted.len(), size(bytes))))?;
+        // A mirror may state sizes only in its answers for the files.
+        let total = if bytes > 0 { format!(", {}", size(bytes)) } else { String::new() };
+        observer(Event::Status(&format!("{id}: {} files{total}", wanted.len())))?;
         for file in wanted {
             self.fetch(id, &commit, file, &store, observer)?;
         }
