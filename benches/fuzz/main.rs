@@ -99,15 +99,15 @@ fn args() -> Result<Args, String> {
             name => parsed.targets.push(Target::named(name)?),
         }
     }
-    match parsed.targets.is_empty() {
-        true => Err(format!("cargo bench --bench fuzz -- {}|all [--minutes N]", Target::names().join("|"))),
-        false => Ok(parsed),
-    }
+    Ok(parsed)
 }
 
 fn main() -> ExitCode {
     let run = || -> Result<bool, String> {
         let args = args()?;
+        if args.targets.is_empty() {
+            eprintln!("cargo bench --bench fuzz -- {}|all [--minutes N]", Target::names().join("|"));
+        }
         if args.worker {
             work(&args).map_err(|e| e.to_string())?;
             return Ok(true);
