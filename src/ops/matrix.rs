@@ -37,6 +37,12 @@ pub enum WeightMatrix {
     },
 }
 
+impl From<Tensor> for WeightMatrix {
+    fn from(weights: Tensor) -> Self {
+        Self::Dense(weights)
+    }
+}
+
 impl From<QTensor> for WeightMatrix {
     fn from(blocks: QTensor) -> Self {
         let rows = blocks.shape().dims().first().copied().unwrap_or(0);
