@@ -8,7 +8,8 @@ use candle_core::{DType, Result, Tensor};
 use crate::checkpoint::{Init, Weights};
 use crate::ops::{self, Filters, WeightMatrix};
 
-/// Initial weights of a layer with `fan_in` inputs whose outputs are as large as its inputs (LeCun).
+/// Initial weights of a layer with `fan_in` inputs whose outputs are as large as its inputs
+/// (LeCun).
 pub fn lecun_normal(fan_in: usize) -> Init {
     Init::Normal { std: (fan_in as f64).powf(-0.5) }
 }

@@ -2,6 +2,7 @@
 //! candle-transformers has.
 
 use candle_core::{Result, Tensor, bail};
+use candle_nn::ops::{pixel_shuffle, pixel_unshuffle};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Init, Weights};
@@ -209,7 +210,7 @@ impl Encoder {
 
     /// `x` in [-1, 1].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(&ops::pixel_unshuffle(x, self.patch)?)?;
+        let mut x = self.conv_in.forward(&pixel_unshuffle(x, self.patch)?)?;
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(down) = &level.resize {
@@ -262,7 +263,7 @@ impl Decoder {
                 x = up.forward_upsampled(&x)?;
             }
         }
-        ops::pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?, self.patch)
+        pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?, self.patch)
     }
 }
 
