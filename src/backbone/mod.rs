@@ -162,3 +162,6 @@ impl Backbone {
         self.text_head.linear(hidden, None)
     }
 }
+
+#[cfg(test)]
+mod tests;
