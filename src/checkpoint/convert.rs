@@ -103,7 +103,7 @@ fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<
         };
         let tensor = match (blocks, tensor.dims()) {
             (Some(blocks), &[rows, columns]) => {
-                ops::quantise(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
+                ops::quantize(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
             }
             _ => QTensor::quantize(&tensor, GgmlDType::F32)?,
         };
