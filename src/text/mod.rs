@@ -21,6 +21,8 @@ pub struct Text {
     tokenizer: Tokenizer,
     /// Ids of the control tokens.
     control: BTreeMap<String, u32>,
+    /// Control tokens that are shown in a reply: those that the file does not call special, such as `<tool_call>`.
+    shown: BTreeMap<u32, String>,
 }
 
 impl Text {
@@ -44,18 +46,31 @@ impl Text {
         let added = file["added_tokens"].as_array().into_iter().flatten();
         let control = added.filter_map(|t| Some((t["content"].as_str()?.into(), t["id"].as_u64()?.try_into().ok()?)));
         let control: BTreeMap<String, u32> = control.collect();
+        let added = file["added_tokens"].as_array().into_iter().flatten().filter(|t| t["special"] == false);
+        let shown = added.filter_map(|t| Some((t["id"].as_u64()?.try_into().ok()?, t["content"].as_str()?.into())));
+        let shown: BTreeMap<u32, String> = shown.collect();
         if let Some(fields) = file.as_object_mut() {
             // Control words would be recognised in prompts, and the other two would silently change them.
             fields.insert("added_tokens".into(), Value::Array(Vec::new()));
             fields.insert("truncation".into(), Value::Null);
             fields.insert("padding".into(), Value::Null);
         }
-        guard(|| serde_json::from_value(file).map_err(|e| bad(&e))).map(|tokenizer| Self { tokenizer, control })
+        guard(|| serde_json::from_value(file).map_err(|e| bad(&e))).map(|tokenizer| Self { tokenizer, control, shown })
     }
 
     /// The id of a control token, such as `<|im_start|>`.
     pub fn control(&self, word: &str) -> Option<u32> {
         self.control.get(word).copied()
+    }
+
+    /// Every control token with its id.
+    pub fn controls(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.control.iter().map(|(word, id)| (word.as_str(), *id))
+    }
+
+    /// Whether a control token is shown in a reply.
+    pub fn is_shown(&self, id: u32) -> bool {
+        self.shown.contains_key(&id)
     }
 
     /// Ids of a text; never those of control tokens.
@@ -65,7 +80,12 @@ impl Text {
 
     /// The text of ids.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        guard(|| self.tokenizer.decode(ids, false).map_err(|e| bad(&e)))
+        let runs = ids.chunk_by(|a, b| !self.is_shown(*a) && !self.is_shown(*b));
+        let words = runs.map(|run| match self.shown.get(&run[0]) {
+            Some(word) => Ok(word.clone()),
+            None => guard(|| self.tokenizer.decode(run, false).map_err(|e| bad(&e))),
+        });
+        words.collect()
     }
 
     /// Ids there are.
@@ -78,7 +98,7 @@ impl Text {
         let json = self.tokenizer.to_string(false).map_err(|e| bad(&e))?;
         let mut file: Value = serde_json::from_str(&json).map_err(|e| bad(&e))?;
         let added = self.control.iter().map(|(content, id)| {
-            serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+            serde_json::json!({"id": id, "content": content, "special": !self.is_shown(*id), "normalized": false,
                 "single_word": false, "lstrip": false, "rstrip": false})
         });
         file["added_tokens"] = added.collect();
