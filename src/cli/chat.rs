@@ -176,6 +176,8 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         }
     }
     let sampling = sampling(args, config.sampling)?;
+    // Before anything is counted in sizes that the weights may not have.
+    source.check(TRANSFORMER, |w| config.build(w))?;
     let plan = plan(args, text.as_deref(), &config, &source, &images, &device)?;
     if args.dry_run {
         ChatModel::check(&source, &config)?;
@@ -186,6 +188,9 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     let mut console = Console::new(Level::new(args.quiet, args.verbose), 1);
     let model = console.load("the model", || ChatModel::load(&source, config, &device, args.quant))?;
+    if !args.quiet {
+        model.config().notes.iter().for_each(|note| terminal::note(note));
+    }
     let pictures = args.images.iter().zip(&images).map(|(path, image)| {
         let started = Instant::now();
         let picture = model.picture(&path.display().to_string(), image)?;
