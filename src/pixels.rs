@@ -1,6 +1,8 @@
 //! Pixels in and out of tensors, and exact resampling: every resize is two small matrix products.
 
 mod file;
+mod foreign;
+mod jpeg;
 mod pillow;
 
 use candle_core::{DType, Device, Result, Tensor};
