@@ -352,8 +352,6 @@ pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<Has
 /// Writes a file; `path` has either its old content or all of the new.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |e: io::Error| Error::unwritten(path, &output::reason(&e));
-    let file = output::write_beside(path, bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
+    output::sweep(output::parent(path));
+    output::Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(failed)
 }
