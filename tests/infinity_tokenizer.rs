@@ -1,5 +1,5 @@
-//! Infinity's image tokenizers against the reference's own numbers. Which there are, and their shapes and images, is read from
-//! tests/data/infinity/infinity.json.
+//! Infinity's image tokenizers against the reference's own numbers. Which there are, and their
+//! shapes and images, is read from tests/data/infinity/infinity.json.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -175,7 +175,8 @@ fn sums_and_inputs_from_bits_equal_the_reference() {
                 let flat = Tensor::from_slice(&all[si - 1], want.dims(), &Device::Cpu).unwrap();
                 close("all inputs", &flat, want, FEATURES);
             }
-            // Another pass would see the scale's own codes as well, which on the last grid is the sum itself.
+            // Another pass would see the scale's own codes as well, which on the last grid is the
+            // sum itself.
             let with = input.with(&q.codes(&codes[si]).unwrap(), si).unwrap();
             assert_eq!(with.dims(), [1, scales[si].0 * scales[si].1, q.config().per_token()]);
             if si + 1 == scales.len() && q.config().patch == 1 {
@@ -286,7 +287,7 @@ fn schedules_equal_the_reference() {
         }
         assert_eq!(ratios::nearest(ratio.h_over_w).h_over_w, ratio.h_over_w);
     }
-    // By linear difference: in logarithms 16:9 would be nearer to 0.571 as well, but 0.9 would not be nearer to 0.8.
+    // By linear difference, the first of equals.
     for (wanted, nearest) in [(9.0 / 16.0, 0.571), (0.9, 1.0), (1.125, 1.0), (100.0, 3.0), (0.0, 0.333)] {
         assert_eq!(ratios::nearest(wanted).h_over_w, nearest, "{wanted}");
     }
@@ -377,7 +378,9 @@ fn plain(keys: &BTreeMap<String, (Vec<usize>, String)>) -> BTreeMap<String, (Vec
     let plain = |key: &str| {
         let mut parts: Vec<&str> = key.split('.').collect();
         let extra = parts.len().checked_sub(2).filter(|&at| parts[at] == "conv" || parts[at] == "norm");
-        extra.into_iter().for_each(|at| drop(parts.remove(at)));
+        if let Some(at) = extra {
+            parts.remove(at);
+        }
         parts.join(".")
     };
     keys.iter().map(|(key, value)| (plain(key), value.clone())).collect()
@@ -529,7 +532,8 @@ fn pictures_have_default_schedules() {
     }
 }
 
-/// What a folder holds is found; of several one is to be named; what lacks a tensor is refused by its name.
+/// What a folder holds is found; of several one is to be named; what lacks a tensor is refused by
+/// its name.
 #[test]
 fn folders_and_broken_files() {
     let (dir, Some((tokenizer, _))) = (tempfile::tempdir().unwrap(), cases().pop_first()) else { return };

@@ -21,8 +21,8 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what NEXTFLOW_MODEL names, else the model
-    /// inside the program]
+    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what
+    /// NEXTFLOW_MODEL names, else the model inside the program]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON in place of text

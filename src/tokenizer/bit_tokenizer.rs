@@ -9,7 +9,8 @@ use super::{BitConfig, BitQuantizer, CnnConfig, CnnLayout, Code};
 use crate::checkpoint::{Init, Inventory, Weights};
 use crate::error::Error;
 
-/// Pixels of a token along each side, in every public one: an autoencoder of stride 8 has tokens of 2x2 cells.
+/// Pixels per token along each side in every public tokenizer: a stride of 8 means tokens of 2x2
+/// cells.
 const TOKEN: usize = 16;
 /// Groups of every group norm.
 const GROUPS: usize = 32;
@@ -51,7 +52,8 @@ impl BitTokenizerConfig {
         self.decoder.stride() * self.bits.patch
     }
 
-    /// That of the weights in some files, by keys and shapes; nothing if they are another model's.
+    /// Derives the config from keys and shapes; `None` if the weights are those of another model.
+    /// Group count and patch are in no shape: both are those of the public tokenizers.
     pub fn of_weights(files: &Inventory) -> Option<Self> {
         let layout = [CnnLayout::Infinity, CnnLayout::InfinityPlain]
             .into_iter()
@@ -71,7 +73,8 @@ impl BitTokenizerConfig {
     }
 }
 
-/// The half of an autoencoder whose levels are at `levels`, with all the residual blocks of a level.
+/// Shape of the half whose levels are under `levels`; `num_res_blocks` counts all blocks of a
+/// level.
 fn half(files: &Inventory, layout: CnnLayout, levels: &str) -> Option<CnnConfig> {
     let shape = |key: String| files.shape(&layout.weight(&key));
     let width = |level: usize| shape(format!("{levels}.{level}.block.0.conv1"))?.first().copied();
@@ -96,7 +99,7 @@ fn half(files: &Inventory, layout: CnnLayout, levels: &str) -> Option<CnnConfig>
     })
 }
 
-/// A loaded tokenizer, for both ways; who only draws needs a [`BitDecoder`].
+/// A loaded tokenizer, for both ways; drawing needs only its [`BitDecoder`].
 #[derive(Debug)]
 pub struct BitTokenizer {
     encoder: Encoder,
@@ -107,10 +110,11 @@ pub struct BitTokenizer {
 impl BitTokenizer {
     /// Infinity's public keys: `encoder`, `decoder`.
     ///
-    /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`] refuses.
+    /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`]
+    /// refuses.
     pub fn load(w: &Weights, config: &BitTokenizerConfig) -> Result<Self> {
         config.check()?;
-        // Powers of two, for labels that are numbers; the same under two names.
+        // Powers of two for integer labels, stored twice.
         for name in ["quantize.lfq", "quantizer.lfq"] {
             w.unused().pp(name).get(config.bits.dim, "mask", Init::Zeros)?;
         }
@@ -136,14 +140,17 @@ impl BitTokenizer {
         &self.images
     }
 
-    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), h and w being those of cells, not of tokens.
+    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), h and w being those of cells,
+    /// not of tokens.
     pub fn features(&self, image: &Tensor) -> Result<Tensor> {
         self.encoder.forward(image)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
-    /// Codes of every image of a batch (B, 3, H, W), whose grid of tokens must be the last of `scales`.
+    /// Codes of every image of a batch (B, 3, H, W), whose grid of tokens must be the last of
+    /// `scales`.
     ///
-    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not finite.
+    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not
+    /// finite.
     pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> crate::error::Result<Vec<Vec<Vec<Code>>>> {
         let (cell, (_, _, height, width)) = (self.config.cell(), image.dims4()?);
         if scales.last().map(|(h, w)| (h * cell, w * cell)) != Some((height, width)) {

@@ -1,5 +1,5 @@
-//! Images to codes and back, coarse to fine. TokenFlow: two encoders (semantic, pixel) share one index into a dual codebook.
-//! Infinity: an autoencoder whose codes are the signs of its channels.
+//! Images to codes and back, coarse to fine. TokenFlow: two encoders (semantic, pixel) share one
+//! index into a dual codebook. Infinity: an autoencoder whose codes are the signs of its channels.
 
 mod bit_tokenizer;
 mod bits;
