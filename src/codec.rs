@@ -13,7 +13,7 @@ use crate::memory;
 use crate::pixels;
 use crate::size::Size;
 use crate::tokenizer::{
-    BitPreset, BitTokenizer, BitTokenizerConfig, CnnConfig, Code, CodeSpace, ImageDecoder, ImageTokenizer, Preset,
+    BitEncoder, BitPreset, BitTokenizerConfig, CnnConfig, Code, CodeSpace, ImageDecoder, ImageTokenizer, Preset,
     TokenizerConfig,
 };
 
@@ -173,8 +173,8 @@ impl Codec {
             Place::Model(source, config) => config.load_images(source, device, None, ImageTokenizer::load)?,
             Place::File(path, preset) => of_tokenflow(path, preset, device, ImageTokenizer::load)?,
             Place::Bits(path, config) => {
-                room(config, &config.encoder, |w| BitTokenizer::load(w, config).map(drop), scales, device)?;
-                let tokenizer = load_file(path, LAYOUT, DType::F32, device, |w| BitTokenizer::load(w, config))?;
+                room(config, &config.encoder, |w| BitEncoder::load(w, config).map(drop), scales, device)?;
+                let tokenizer = load_file(path, LAYOUT, DType::F32, device, |w| BitEncoder::load(w, config))?;
                 return Ok(tokenizer.encode(&pixels()?, scales)?.remove(0));
             }
         };

@@ -76,7 +76,8 @@ impl<'de> Deserialize<'de> for JsonCode {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<JsonCode, E> {
-                let code = Some(text).filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
+                let digits = |text: &&str| text.len() <= 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+                let code = Some(text).filter(digits);
                 let code = code.and_then(|text| Code::from_str_radix(text, 16).ok());
                 code.map(|code| JsonCode::Digits(code, text.len()))
                     .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
 use crate::input::quoted;
 use crate::terminal;
-use crate::tokenizer::{BitPreset, BitTokenizer, BitTokenizerConfig};
+use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig};
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -123,7 +123,8 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
     let files = inventory.files();
     if let Some(config) = BitTokenizerConfig::of_weights(inventory) {
         let asked = Weights::inventory();
-        BitTokenizer::load(&asked, &config)?;
+        BitEncoder::load(&asked, &config)?;
+        BitDecoder::load(&asked, &config)?;
         let fit = Some(inventory.compare(&asked));
         let family = format!("Infinity image tokenizer {}", bit_names(&config));
         let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;

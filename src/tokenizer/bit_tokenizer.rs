@@ -1,10 +1,10 @@
-//! Infinity's image tokenizer: a convolutional autoencoder whose codes are bits.
+//! Infinity's image tokenizer, a convolutional autoencoder whose codes are bits: its shape, and the half
+//! that encodes.
 
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::cnn::Encoder;
-use super::image_decoder::BitDecoder;
 use super::{BitConfig, BitQuantizer, CnnConfig, CnnLayout, Code};
 use crate::checkpoint::{Init, Inventory, Weights};
 use crate::error::Error;
@@ -99,16 +99,16 @@ fn half(files: &Inventory, layout: CnnLayout, levels: &str) -> Option<CnnConfig>
     })
 }
 
-/// A loaded tokenizer, for both ways; drawing needs only its [`BitDecoder`].
+/// Pixels to codes.
 #[derive(Debug)]
-pub struct BitTokenizer {
+pub struct BitEncoder {
     encoder: Encoder,
-    images: BitDecoder,
-    config: BitTokenizerConfig,
+    quantizer: BitQuantizer,
+    cell: usize,
 }
 
-impl BitTokenizer {
-    /// Infinity's public keys: `encoder`, `decoder`.
+impl BitEncoder {
+    /// The keys `encoder` of Infinity; what else there is is not read.
     ///
     /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`]
     /// refuses.
@@ -120,39 +120,27 @@ impl BitTokenizer {
         }
         Ok(Self {
             encoder: Encoder::load(&w.pp("encoder"), &config.encoder)?,
-            images: BitDecoder::load(w, config)?,
-            config: config.clone(),
+            quantizer: BitQuantizer::new(config.bits, w.device())?,
+            cell: config.cell(),
         })
-    }
-
-    /// Shape.
-    pub fn config(&self) -> &BitTokenizerConfig {
-        &self.config
     }
 
     /// The quantiser.
     pub fn quantizer(&self) -> &BitQuantizer {
-        self.images.quantizer()
+        &self.quantizer
     }
 
-    /// The half that draws.
-    pub fn images(&self) -> &BitDecoder {
-        &self.images
-    }
-
-    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), h and w being those of cells,
-    /// not of tokens.
+    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), where h and w count cells, not
+    /// tokens.
     pub fn features(&self, image: &Tensor) -> Result<Tensor> {
         self.encoder.forward(image)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
-    /// Codes of every image of a batch (B, 3, H, W), whose grid of tokens must be the last of
-    /// `scales`.
+    /// Codes of every image of a batch (B, 3, H, W), whose token grid must be the last of `scales`.
     ///
-    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not
-    /// finite.
+    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not finite.
     pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> crate::error::Result<Vec<Vec<Vec<Code>>>> {
-        let (cell, (_, _, height, width)) = (self.config.cell(), image.dims4()?);
+        let (cell, (_, _, height, width)) = (self.cell, image.dims4()?);
         if scales.last().map(|(h, w)| (h * cell, w * cell)) != Some((height, width)) {
             let message = format!("an image of {height}x{width} does not fit the scales {scales:?}");
             return Err(candle_core::Error::Msg(message).into());
@@ -161,6 +149,6 @@ impl BitTokenizer {
         if !f.iter().flatten().all(|v| v.is_finite()) {
             return Err(Error::non_finite("features"));
         }
-        Ok(f.iter().map(|f| self.quantizer().encode(f, scales, |_, _| {})).collect())
+        Ok(f.iter().map(|f| self.quantizer.encode(f, scales, |_, _| {})).collect())
     }
 }

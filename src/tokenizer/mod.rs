@@ -18,7 +18,7 @@ use candle_core::{Result, Tensor, bail};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-pub use bit_tokenizer::{BitTokenizer, BitTokenizerConfig};
+pub use bit_tokenizer::{BitEncoder, BitTokenizerConfig};
 pub use bits::{BitConfig, BitQuantizer};
 pub use cnn::{CnnConfig, CnnLayout};
 pub use code::{Code, CodeSpace, pack, unpack};
