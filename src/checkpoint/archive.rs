@@ -93,7 +93,9 @@ impl Archive {
                 (&mut file).take(64).read_to_end(&mut start)?;
                 header::check_pointer(&name, &start)?;
                 let message = format!("{name} is not a PyTorch checkpoint in a zip archive, as torch.save writes it");
-                return Err(Error::model(message).hint("load it in Python and save it with save_pretrained: safetensors"));
+                return Err(
+                    Error::model(message).hint("load it in Python and save it with save_pretrained: safetensors")
+                );
             }
             _ => header::read(&name, &file, file.metadata()?.len())?,
         };

@@ -104,7 +104,8 @@ impl ChatTemplate {
             serde_json::Value::Object(token) => token["content"].as_str().map(Value::from),
             value => value.as_str().map(Value::from),
         };
-        let names = ["bos_token", "eos_token", "pad_token", "unk_token"].map(|key| (key, name(key).unwrap_or_default()));
+        let names =
+            ["bos_token", "eos_token", "pad_token", "unk_token"].map(|key| (key, name(key).unwrap_or_default()));
         let shape = Shape { lists: false, inline: false };
         Ok(Self { environment, file, names: names.into_iter().collect(), shape })
     }
@@ -120,7 +121,8 @@ impl ChatTemplate {
             self.shape = Shape { lists, inline };
             let probe = |parts: &[Part<()>]| {
                 let pieces = self.render(text, "", [(Role::User, parts)], &[])?;
-                let words = pieces.iter().filter_map(|(piece, _)| if let Piece::Words(w) = piece { Some(w) } else { None });
+                let words =
+                    pieces.iter().filter_map(|(piece, _)| if let Piece::Words(w) = piece { Some(w) } else { None });
                 let words = words.map(|ids| text.decode(ids)).collect::<Result<Vec<_>>>()?;
                 let printed = words.iter().any(|words| words.contains(PROBE));
                 let images = pieces.iter().filter(|(piece, _)| matches!(piece, Piece::Image(()))).count();
@@ -157,15 +159,19 @@ impl ChatTemplate {
         })?;
         let marked = controls.cut(&marked, &mark);
         // With the texts, in which marks are numbered from the first that stands for no text.
-        let printed = self.print(&messages, opens, |words, spoken| controls.escaped(words, spoken, &mark, texts.len()))?;
-        let whole: String = marked.iter().map(|stretch| match stretch {
-            Stretch::Words(words) => (*words).into(),
-            Stretch::Control(id) => controls.word(*id).to_string(),
-            Stretch::Mark(i) => texts.get(*i).map_or_else(
-                || mark.text(*i),
-                |(words, _, spoken)| controls.escaped(words, *spoken, &mark, texts.len()),
-            ),
-        }).collect();
+        let printed =
+            self.print(&messages, opens, |words, spoken| controls.escaped(words, spoken, &mark, texts.len()))?;
+        let whole: String = marked
+            .iter()
+            .map(|stretch| match stretch {
+                Stretch::Words(words) => (*words).into(),
+                Stretch::Control(id) => controls.word(*id).to_string(),
+                Stretch::Mark(i) => texts.get(*i).map_or_else(
+                    || mark.text(*i),
+                    |(words, _, spoken)| controls.escaped(words, *spoken, &mark, texts.len()),
+                ),
+            })
+            .collect();
         let mut writer = Writer { text, controls: &controls, open: String::new(), pieces: Vec::new(), images: vec![] };
         writer.images = messages.iter().rev().flat_map(|m| m.parts.iter().rev()).filter_map(Content::image).collect();
         if whole == printed {
@@ -178,7 +184,8 @@ impl ChatTemplate {
         } else {
             let printed = controls.cut(&printed, &mark);
             if !controls.structure(&marked).eq(controls.structure(&printed)) {
-                let message = format!("the chat template in {} lets the text of a message act as control tokens", self.file);
+                let message =
+                    format!("the chat template in {} lets the text of a message act as control tokens", self.file);
                 return Err(Error::usage(message).hint("leave out words like <|im_start|> in the message"));
             }
             for stretch in printed {
