@@ -13,15 +13,13 @@ use serde_json::{Value, json};
 
 const QUESTION: &str = "what is this";
 /// What is said to the folder as it is, after `wide.png`, and the same without an image to the message "no".
-const USUAL: [u32; 24] = [
-    19, 158, 28, 116, 255, 5, 277, 252, 143, 60, 100, 91, 104, 110, 274, 158, 275, 101, 158, 158, 112, 3, 22, 137,
-];
+const USUAL: [u32; 24] =
+    [19, 158, 28, 116, 255, 5, 277, 252, 143, 60, 100, 91, 104, 110, 274, 158, 275, 101, 158, 158, 112, 3, 22, 137];
 const TIED: [u32; 24] = [
     200, 113, 124, 125, 38, 206, 124, 125, 168, 168, 168, 168, 30, 236, 270, 168, 238, 151, 231, 56, 248, 49, 168, 238,
 ];
-const SMALLER: [u32; 24] = [
-    51, 137, 147, 48, 225, 53, 1, 101, 34, 101, 3, 192, 116, 101, 116, 263, 241, 234, 178, 242, 278, 51, 242, 240,
-];
+const SMALLER: [u32; 24] =
+    [51, 137, 147, 48, 225, 53, 1, 101, 34, 101, 3, 192, 116, 101, 116, 263, 241, 234, 178, 242, 278, 51, 242, 240];
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/qwen").join(name)
@@ -179,9 +177,8 @@ fn the_folder_as_it_is() {
     assert_eq!(code, 0, "{stderr}");
     let text = answer["text"].as_str().unwrap();
     assert!(["<|repo_name|>", "<|fim_suffix|>", "</tool_call>"].iter().all(|word| text.contains(word)), "{text}");
-    let ids = [
-        41, 34, 48, 91, 276, 147, 28, 101, 95, 112, 124, 104, 274, 178, 249, 50, 157, 59, 47, 41, 60, 271, 49, 252,
-    ];
+    let ids =
+        [41, 34, 48, 91, 276, 147, 28, 101, 95, 112, 124, 104, 274, 178, 249, 50, 157, 59, 47, 41, 60, 271, 49, 252];
     assert_eq!(text, words(&ids));
 }
 
@@ -194,7 +191,8 @@ fn key_names_of_every_version_are_read() {
     // The base model without its head, which is tied; and a wrapped text model.
     let bare = |key: &str| without_head(key).map(|key| key.replacen("model.", "language_model.", 1));
     Folder::new().rename(1, bare).change("config.json", |c| c["tie_word_embeddings"] = true.into()).answers(141, &TIED);
-    let wrapped = |key: &str| Some(if key.starts_with("visual.") { key.into() } else { format!("language_model.{key}") });
+    let wrapped =
+        |key: &str| Some(if key.starts_with("visual.") { key.into() } else { format!("language_model.{key}") });
     Folder::new().rename(2, wrapped).answers(141, &USUAL);
     // Both names of one tensor.
     let folder = Folder::new();
@@ -226,7 +224,8 @@ fn configs_of_every_version_are_read() {
 
 #[test]
 fn rope_scaling_is_computed_or_refused_by_name() {
-    let yarn = json!({"type": "yarn", "mrope_section": [2, 3, 3], "factor": 4, "original_max_position_embeddings": 1024});
+    let yarn =
+        json!({"type": "yarn", "mrope_section": [2, 3, 3], "factor": 4, "original_max_position_embeddings": 1024});
     let ids = [
         105, 3, 22, 155, 252, 19, 4, 277, 247, 158, 101, 212, 34, 147, 193, 275, 110, 112, 192, 278, 170, 122, 22, 196,
     ];
@@ -238,8 +237,20 @@ fn rope_scaling_is_computed_or_refused_by_name() {
     let sharp = json!({"rope_type": "yarn", "mrope_section": [2, 3, 3], "factor": 8.0, "beta_fast": 16, "beta_slow": 2,
         "original_max_position_embeddings": 512, "attention_factor": 0.9});
     for (rope, ids) in [
-        (linear, [86, 177, 235, 196, 196, 196, 147, 124, 124, 124, 124, 124, 242, 192, 178, 249, 249, 100, 209, 101, 74, 5, 101, 74]),
-        (sharp, [269, 59, 269, 140, 14, 21, 186, 101, 147, 124, 124, 124, 124, 124, 3, 53, 67, 66, 3, 116, 42, 101, 192, 43]),
+        (
+            linear,
+            [
+                86, 177, 235, 196, 196, 196, 147, 124, 124, 124, 124, 124, 242, 192, 178, 249, 249, 100, 209, 101, 74,
+                5, 101, 74,
+            ],
+        ),
+        (
+            sharp,
+            [
+                269, 59, 269, 140, 14, 21, 186, 101, 147, 124, 124, 124, 124, 124, 3, 53, 67, 66, 3, 116, 42, 101, 192,
+                43,
+            ],
+        ),
     ] {
         let folder = Folder::new();
         folder.change("config.json", |c| c["rope_scaling"] = rope.clone());
@@ -299,7 +310,8 @@ fn fields_that_are_null_or_left_out_are_the_librarys() {
     let folder = Folder::new();
     folder.change("config.json", |c| {
         let vision = c["vision_config"].as_object_mut().unwrap();
-        for key in ["patch_size", "spatial_merge_size", "window_size", "temporal_patch_size", "hidden_act", "in_chans"] {
+        for key in ["patch_size", "spatial_merge_size", "window_size", "temporal_patch_size", "hidden_act", "in_chans"]
+        {
             vision.remove(key);
         }
         c["sliding_window"] = Value::Null;
@@ -326,7 +338,10 @@ fn extra_files_and_fields_of_other_programs_change_nothing() {
         .write("added_tokens.json", &json!({"<tool_call>": 270}))
         .write("special_tokens_map.json", &json!({"eos_token": "<|im_end|>"}))
         .write("trainer_state.json", &json!({"epoch": 1.0}))
-        .write("tokenizer_config.json", &json!({"add_bos_token": false, "chat_template": null, "eos_token": "<|im_end|>"}));
+        .write(
+            "tokenizer_config.json",
+            &json!({"add_bos_token": false, "chat_template": null, "eos_token": "<|im_end|>"}),
+        );
     fs::write(folder.file("training_args.bin"), b"PK").unwrap();
     fs::write(folder.file("optimizer.pt.tmp"), b"x").unwrap();
     folder.answers(141, &USUAL);
@@ -369,9 +384,11 @@ fn the_folders_own_chat_template_is_used() {
 fn what_is_not_read_is_named_with_a_way_out() {
     for method in ["awq", "gptq", "bitsandbytes", "compressed-tensors", "fp8"] {
         let encoding = json!({"quant_method": method, "bits": 4});
-        Folder::new()
-            .change("config.json", |c| c["quantization_config"] = encoding)
-            .refused(&[&format!("quantised by {method}"), "quantization_config", "--quant"]);
+        Folder::new().change("config.json", |c| c["quantization_config"] = encoding).refused(&[
+            &format!("quantised by {method}"),
+            "quantization_config",
+            "--quant",
+        ]);
     }
     // Its names alone, without the config's word.
     let packed = |key: &str| Some(key.replace("q_proj.weight", "q_proj.qweight"));
@@ -449,9 +466,17 @@ fn llama_cpps_names_are_named() {
 #[test]
 fn pointers_of_git_lfs_are_named_in_any_file() {
     let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 7031645\n", "0".repeat(64));
-    for file in ["tokenizer.json", "config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors",
-        "tokenizer_config.json", "chat_template.jinja", "processor_config.json", "model.safetensors.index.json"]
-    {
+    for file in [
+        "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "processor_config.json",
+        "model.safetensors.index.json",
+    ] {
         let folder = Folder::new();
         if file.ends_with("index.json") {
             folder.remove("model.safetensors");

@@ -14,8 +14,8 @@ use rayon::prelude::*;
 
 pub use block::{Context, Step};
 pub use cache::Cache;
-pub(crate) use config::{MAX_LAYERS, check_sizes};
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
+pub(crate) use config::{MAX_LAYERS, check_sizes};
 pub use rope::{Position, Rope, RopeScaling};
 
 use crate::checkpoint::{Init, Weights};

@@ -12,8 +12,8 @@ use std::io::{self, BufReader, Read};
 use candle_core::quantized::GgmlDType;
 use safetensors::Dtype;
 
-use super::keys;
 use super::header::{Entry, Header, MAX_HEADER, Stored, broken};
+use super::keys;
 use crate::error::Result;
 
 /// How a file begins.
@@ -205,9 +205,9 @@ fn tensor(reader: &mut Reader<impl Read>) -> Result<(String, Vec<u64>, Stored, u
     let kind = reader.u32()?;
     let stored = stored(kind).ok_or_else(|| match keys::is_llama_cpp(&name) {
         true => format!("is llama.cpp's, whose names of tensors and types are not read: {name:?}"),
-        false => format!(
-            "has a tensor of GGML's type {kind}, which is none of F32, F16, BF16, Q8_0 and Q4_K: {name:?}"
-        ),
+        false => {
+            format!("has a tensor of GGML's type {kind}, which is none of F32, F16, BF16, Q8_0 and Q4_K: {name:?}")
+        }
     })?;
     Ok((name, shape, stored, reader.u64()?))
 }

@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::archive::Archive;
 use super::header::{Fault, Stored};
-use super::{Source, keys};
 use super::weights::{Asked, Weights, check};
+use super::{Source, keys};
 use crate::error::{Error, Result};
 
 /// The tensors of some files.

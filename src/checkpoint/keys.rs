@@ -58,9 +58,8 @@ pub(super) fn renamed(name: &str, header: Header) -> Result<Header> {
 pub(super) fn unread(archives: &[impl Borrow<Archive>]) -> Option<Error> {
     const OTHER: &str = "use the model's safetensors as they were published, with --quant q8_0 or --quant q4_K";
     let named = |is: fn(&str) -> bool| archives.iter().map(Borrow::borrow).find(|a: &&Archive| a.has_key(is));
-    let error = |archive: &Archive, what: &str, hint: &str| {
-        Some(Error::model(format!("{} {what}", archive.name())).hint(hint))
-    };
+    let error =
+        |archive: &Archive, what: &str, hint: &str| Some(Error::model(format!("{} {what}", archive.name())).hint(hint));
     if let Some(archive) = named(is_llama_cpp) {
         return error(archive, "has llama.cpp's names of tensors (blk.0.attn_q.weight), which are not read", OTHER);
     }

@@ -43,8 +43,8 @@ pub use init::Init;
 pub use inventory::{FileSummary, Fit, Inventory};
 pub use source::{NANO, Source, copy_weights, load_file};
 pub use weight_type::{Matrices, WeightType};
-pub(crate) use weights::placeholder;
 pub use weights::Weights;
+pub(crate) use weights::placeholder;
 
 #[cfg(test)]
 mod tests;

@@ -17,8 +17,7 @@ const MAX_SHARDS: usize = 10_000;
 const PYTORCH: (&str, &str) = ("model.safetensors", "pytorch_model.bin");
 
 /// Extensions of weights, read or not, that a message names where the expected file is missing.
-const WEIGHTS: [&str; 10] =
-    ["safetensors", "gguf", "bin", "pt", "pth", "ckpt", "onnx", "npz", "msgpack", "h5"];
+const WEIGHTS: [&str; 10] = ["safetensors", "gguf", "bin", "pt", "pth", "ckpt", "onnx", "npz", "msgpack", "h5"];
 
 /// `model.safetensors.index.json`.
 #[derive(Deserialize)]
@@ -115,7 +114,8 @@ pub(super) fn absent(path: &Path) -> Error {
     let Err(missing) = archive::open(path) else { return Error::model(format!("{} is of no use", path.display())) };
     let file = path.file_name().unwrap_or_default();
     if file == "tokenizer.json" && folder.join("vocab.json").exists() {
-        return missing.hint("in Python: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes it of vocab.json");
+        return missing
+            .hint("in Python: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes it of vocab.json");
     }
     if file != PYTORCH.0 && file != "config.json" {
         return missing;
@@ -133,7 +133,8 @@ pub(super) fn absent(path: &Path) -> Error {
     }
     let more = if weights.len() > SHOWN { ", ..." } else { "" };
     let shown = weights.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
-    let message = format!("{}; in its place there is {shown}{more}, whose name is not that of a model", missing.message);
+    let message =
+        format!("{}; in its place there is {shown}{more}, whose name is not that of a model", missing.message);
     Error::model(message).hint(format!(
         "nextflow info {}; weights are read from model.safetensors, its shards, model.gguf of nextflow quantize, or \
          pytorch_model.bin",

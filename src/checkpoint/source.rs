@@ -83,8 +83,9 @@ impl Source {
 
     /// The content of a small text file in UTF-8.
     pub fn read_text(&self, file: &str) -> Result<String> {
-        String::from_utf8(self.bytes(file)?.into_owned())
-            .map_err(|_| Error::model(format!("{file} of {self} is not UTF-8")).hint("copy the file from its origin again"))
+        String::from_utf8(self.bytes(file)?.into_owned()).map_err(|_| {
+            Error::model(format!("{file} of {self} is not UTF-8")).hint("copy the file from its origin again")
+        })
     }
 
     /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.

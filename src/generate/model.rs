@@ -223,7 +223,10 @@ impl ModelConfig {
         }
         if self.scales > MAX_SCALES || self.prompt.padded_to > Some(MAX_PADDED) {
             let padded = self.prompt.padded_to.unwrap_or(0);
-            return Err(format!("{} scales or a prompt of {padded} tokens: {MAX_SCALES} and {MAX_PADDED} are the limits", self.scales));
+            return Err(format!(
+                "{} scales or a prompt of {padded} tokens: {MAX_SCALES} and {MAX_PADDED} are the limits",
+                self.scales
+            ));
         }
         if let Some(bos) = self.prompt.bos.filter(|&id| id as usize >= backbone.vocab_size) {
             return Err(format!("prompt.bos {bos} is none of {} tokens", backbone.vocab_size));

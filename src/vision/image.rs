@@ -54,7 +54,8 @@ impl ImageProcessor {
         if least > most || *least > MOST_PIXELS || *most == 0 {
             return Err(format!("images cannot have {least} to {most} pixels"));
         }
-        if !image_mean.iter().all(|mean| mean.is_finite()) || !image_std.iter().all(|std| std.is_finite() && *std > 0.0) {
+        if !image_mean.iter().all(|mean| mean.is_finite()) || !image_std.iter().all(|std| std.is_finite() && *std > 0.0)
+        {
             return Err(format!("image_mean {image_mean:?} or image_std {image_std:?} cannot be"));
         }
         Ok(())

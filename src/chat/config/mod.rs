@@ -101,12 +101,16 @@ impl QwenConfig {
 }
 
 fn bad(source: &Source, file: &str, what: String) -> Error {
-    Error::model(format!("{file} of {source}: {what}")).hint("copy the file from the checkpoint again")
+    Error::model(format!("{file} of {source}: {what}")).hint("correct the file, or copy it from its origin again")
 }
 
 /// A file of JSON without its nulls, or an empty object where there is none.
 fn optional(source: &Source, file: &str) -> Result<Value> {
-    if source.has_file(file) { source.read_json(file).map(without_nulls) } else { Ok(Value::Object(Default::default())) }
+    if source.has_file(file) {
+        source.read_json(file).map(without_nulls)
+    } else {
+        Ok(Value::Object(Default::default()))
+    }
 }
 
 /// The value without fields that are null, which are as if left out.
@@ -123,5 +127,9 @@ fn without_nulls(value: Value) -> Value {
 fn whole<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<usize>, D::Error> {
     let number = f64::deserialize(deserializer)?;
     let whole = number.fract() == 0.0 && (0.0..=2f64.powi(53)).contains(&number);
-    if whole { Ok(Some(number as usize)) } else { Err(serde::de::Error::custom(format!("{number} is no whole number"))) }
+    if whole {
+        Ok(Some(number as usize))
+    } else {
+        Err(serde::de::Error::custom(format!("{number} is no whole number")))
+    }
 }

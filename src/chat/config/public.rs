@@ -173,7 +173,9 @@ impl Text {
         };
         if window && sliding {
             let window = self.sliding_window;
-            return Err(format!("attention in a sliding window (use_sliding_window, {window} tokens) is not supported"));
+            return Err(format!(
+                "attention in a sliding window (use_sliding_window, {window} tokens) is not supported"
+            ));
         }
         Ok(())
     }
