@@ -19,8 +19,9 @@ pub(crate) use config::{MAX_LAYERS, check_sizes};
 pub use rope::{Position, Rope, RopeScaling};
 
 use crate::checkpoint::{Init, Weights};
+use crate::nn::RmsNorm;
 use crate::ops::WeightMatrix;
-use block::{Block, RmsNorm};
+use block::Block;
 use image::ImageEnds;
 
 /// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once for all rows.
@@ -161,3 +162,6 @@ impl Backbone {
         self.text_head.linear(hidden, None)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -100,6 +100,17 @@ impl ChatConfig {
         Ok((inventory.files(), inventory.compare(&asked)))
     }
 
+    /// How many more tokens the model's context has room for after so many.
+    ///
+    /// Errors: usage, if it has no room for these.
+    pub fn room(&self, tokens: usize) -> Result<usize> {
+        self.context.checked_sub(tokens).ok_or_else(|| {
+            let context = self.context;
+            Error::usage(format!("the conversation has {tokens} tokens, the model's limit is {context}"))
+                .hint("fewer words, fewer images, or smaller ones")
+        })
+    }
+
     /// The transformer and, where there is one, the image encoder.
     pub fn build(&self, w: &Weights) -> candle_core::Result<(Backbone, Option<VisionTower>)> {
         let vision = self.vision.as_ref().map(|(config, _)| VisionTower::load(&w.pp("visual"), config)).transpose()?;

@@ -214,13 +214,13 @@ impl Archive {
                     let length = entry.length / rows as u64 * count as u64;
                     let piece = Entry { stored: entry.stored, shape: vec![count, columns], start: 0, length };
                     let values = decode(&mut *file, &piece, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-                    bytes.extend_from_slice(&ops::quantise(&values, (count, columns), dtype, &Device::Cpu)?.data()?);
+                    bytes.extend_from_slice(&ops::quantize(&values, (count, columns), dtype, &Device::Cpu)?.data()?);
                 }
                 Ok(QTensor::new(QStorage::from_data(bytes.into(), device, dtype)?, (rows, columns))?.into())
             }
             _ => {
                 let values = self.read(key, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-                Ok(ops::quantise(&values, (rows, columns), dtype, device)?.into())
+                Ok(ops::quantize(&values, (rows, columns), dtype, device)?.into())
             }
         }
     }
@@ -294,7 +294,7 @@ fn decode(file: &mut impl Read, entry: &Entry, dtype: DType) -> candle_core::Res
 fn unblock(file: &mut impl Read, entry: &Entry, dtype: GgmlDType) -> candle_core::Result<Tensor> {
     let bytes = numbers(file, entry.length, |[b]: [u8; 1]| b)?;
     let mut values = vec![0f32; entry.shape.iter().product()];
-    ops::dequantise(&bytes, dtype, &mut values)?;
+    ops::dequantize(&bytes, dtype, &mut values)?;
     Tensor::from_vec(values, entry.shape.as_slice(), &Device::Cpu)
 }
 
@@ -354,8 +354,6 @@ pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<Has
 /// Writes a file; `path` has either its old content or all of the new.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |e: io::Error| Error::unwritten(path, &output::reason(&e));
-    let file = output::write_beside(path, bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
+    output::sweep(output::parent(path));
+    output::Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(failed)
 }

@@ -16,7 +16,7 @@ use super::shards;
 use super::weight_type::{Matrices, WeightType};
 use super::weights::Weights;
 use crate::error::{Error, Kind, Result, told};
-use crate::ops::Bytes;
+use crate::ops::Int8Matrix;
 use crate::text::Text;
 
 /// How many faults of a file a message spells out.
@@ -119,7 +119,7 @@ impl Source {
     /// a CPU and bf16 elsewhere, but GGUF stays what it is, as do bytes with a scale per row on a CPU that multiplies them.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
         let weights = weights.filter(|_| !self.is_gguf(file));
-        let multiplied = device.is_cpu() && Bytes::suits(1);
+        let multiplied = device.is_cpu() && Int8Matrix::supports(1);
         if weights.is_none() && multiplied && self.archives(file).is_ok_and(|all| all.iter().any(Archive::has_bytes)) {
             return (DType::F32, Matrices::Bytes);
         }

@@ -15,7 +15,7 @@ use super::init::Init;
 use super::synthetic;
 use super::trainable::Trainable;
 use super::weight_type::Matrices;
-use crate::ops::{ByteFilters, Bytes, Filters, WeightMatrix};
+use crate::ops::{Filters, Int8Filters, Int8Matrix, WeightMatrix};
 
 /// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
 const MAX_PROBLEMS: usize = 100_000;
@@ -184,8 +184,10 @@ impl Weights {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
             match matrices {
-                Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => elements + 4 * asked.shape[0],
-                Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if ByteFilters::suits([o, c, k, l])) => {
+                Matrices::Bytes if asked.matrix && Int8Matrix::supports(asked.shape[1]) => {
+                    elements + 4 * asked.shape[0]
+                }
+                Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if Int8Filters::supports([o, c, k, l])) => {
                     elements + 4 * asked.shape[0]
                 }
                 Matrices::Blocks(blocks) if asked.matrix => match fitting(blocks, asked.shape[1]) {
@@ -245,9 +247,9 @@ impl Weights {
             }
             Store::Synthetic(_) => match (self.matrices, self.blocks(shape.1)) {
                 (_, Some(blocks)) => synthetic::matrix(shape, init, blocks, &self.device),
-                (Matrices::Bytes, _) if self.keeps_bytes() && Bytes::suits(shape.1) => {
+                (Matrices::Bytes, _) if self.keeps_bytes() && Int8Matrix::supports(shape.1) => {
                     let (bytes, scales) = synthetic::bytes(shape, init);
-                    Bytes::new(bytes.into(), &scales, shape).map(WeightMatrix::Bytes)
+                    Int8Matrix::new(bytes.into(), &scales, shape).map(WeightMatrix::Int8)
                 }
                 _ => self.get(shape, name, init).map(WeightMatrix::Dense),
             },
@@ -262,9 +264,9 @@ impl Weights {
                 let plain = |blocks: &GgmlDType| blocks.block_size() == 1 && !self.device.is_cpu();
                 match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
-                    None if self.keeps_bytes() && archive.is_bytes(&key) && Bytes::suits(shape.1) => {
+                    None if self.keeps_bytes() && archive.is_bytes(&key) && Int8Matrix::supports(shape.1) => {
                         let (bytes, scales) = archive.read_bytes(&key)?;
-                        Bytes::new(bytes, &scales, shape).map(WeightMatrix::Bytes)
+                        Int8Matrix::new(bytes, &scales, shape).map(WeightMatrix::Int8)
                     }
                     None => self.get(shape, name, init).map(WeightMatrix::Dense),
                 }
@@ -278,19 +280,19 @@ impl Weights {
 
     /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.
     pub fn filters(&self, shape: [usize; 4], name: &str, init: Init) -> Result<Filters> {
-        if self.keeps_bytes() && !self.unused && ByteFilters::suits(shape) {
+        if self.keeps_bytes() && !self.unused && Int8Filters::supports(shape) {
             match &*self.store {
                 Store::Files(archives, _) => {
                     let key = self.key(name);
                     let archive = find(archives, &key, &shape.to_vec().into())?;
                     if archive.is_bytes(&key) {
                         let (bytes, scales) = archive.read_bytes(&key)?;
-                        return ByteFilters::new(&bytes, &scales, shape).map(Filters::Bytes);
+                        return Int8Filters::new(&bytes, &scales, shape).map(Filters::Int8);
                     }
                 }
                 Store::Synthetic(_) => {
                     let (bytes, scales) = synthetic::bytes((shape[0], shape[1..].iter().product()), init);
-                    return ByteFilters::new(&bytes, &scales, shape).map(Filters::Bytes);
+                    return Int8Filters::new(&bytes, &scales, shape).map(Filters::Int8);
                 }
                 _ => {}
             }

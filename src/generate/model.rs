@@ -4,7 +4,9 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_after, schedule, tokenflow};
+use super::{
+    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, schedule, tokenflow,
+};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result, told};
@@ -108,6 +110,13 @@ impl ModelConfig {
             return Err(format!("the transformer has {of}, the image tokenizer {are}"));
         }
         self.check_image()
+    }
+
+    /// What counts the tokens of prompts.
+    ///
+    /// Errors: a text tokenizer that is missing or broken.
+    pub fn prompt_counter(&self, source: &Source) -> Result<PromptCounter> {
+        Ok(PromptCounter::new(source.text_of(self.backbone.vocab_size)?, self.conversation.context))
     }
 
     /// Whether it draws images of these grids (height, width), coarse to fine.

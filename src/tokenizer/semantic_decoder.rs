@@ -3,10 +3,11 @@
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
-use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
+use super::layers::{Block, BlockShape};
 use super::vit::{PositionResampling, VitConfig, positions_at};
 use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{LayerNorm, Linear, lecun_normal};
 
 const EPS: f64 = 1e-6;
 
@@ -67,7 +68,7 @@ impl SemanticDecoder {
             eps: EPS,
         };
         let (d, proj) = (shape.width, w.pp("patch_embed.proj"));
-        let weight = proj.get((d, code_dim, 1, 1), "weight", fan_in(code_dim))?;
+        let weight = proj.get((d, code_dim, 1, 1), "weight", lecun_normal(code_dim))?;
         let weight = proj.derive((d, code_dim), || weight.reshape((d, code_dim)))?;
         let tokens = encoder.native_grid * encoder.native_grid + 1;
         Ok(Self {

@@ -4,9 +4,10 @@
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
-use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
+use super::layers::{Block, BlockShape};
 use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{LayerNorm, Linear, lecun_normal};
 use crate::pixels::{GridResampling, Resampling};
 
 /// Shape of the semantic encoder.
@@ -174,7 +175,7 @@ impl SemanticEncoder {
         let normed = config.features == VitFeatures::Normed;
         let encoder = Self {
             patch_embedding: match config.layout {
-                VitLayout::Naflex => Linear::load(&patch, 3 * p * p, d)?,
+                VitLayout::Naflex => Linear::load_dense(&patch, 3 * p * p, d)?,
                 _ => Linear::new(convolution(&patch, d, p)?, Some(patch.get(d, "bias", Init::Zeros)?)),
             },
             class_embedding: None,
@@ -194,10 +195,10 @@ impl SemanticEncoder {
         head.get((1, 1, d), "probe", Init::Zeros)?;
         head.pp("attention").get((3 * d, d), "in_proj_weight", Init::Zeros)?;
         head.pp("attention").get(3 * d, "in_proj_bias", Init::Zeros)?;
-        Linear::load(&head.pp("attention.out_proj"), d, d)?;
+        Linear::load_dense(&head.pp("attention.out_proj"), d, d)?;
         LayerNorm::load(&head.pp("layernorm"), d, shape.eps)?;
-        Linear::load(&head.pp("mlp.fc1"), d, shape.mlp)?;
-        Linear::load(&head.pp("mlp.fc2"), shape.mlp, d)?;
+        Linear::load_dense(&head.pp("mlp.fc1"), d, shape.mlp)?;
+        Linear::load_dense(&head.pp("mlp.fc2"), shape.mlp, d)?;
         Ok(encoder)
     }
 
@@ -286,6 +287,6 @@ const TABLE: Init = Init::Normal { std: 0.02 };
 
 /// A convolution whose stride is its side, as the matrix (D, 3 * p * p) that it is.
 fn convolution(w: &Weights, d: usize, p: usize) -> Result<Tensor> {
-    let weight = w.get((d, 3, p, p), "weight", fan_in(3 * p * p))?;
+    let weight = w.get((d, 3, p, p), "weight", lecun_normal(3 * p * p))?;
     w.derive((d, 3 * p * p), || weight.reshape((d, 3 * p * p)))
 }
