@@ -34,7 +34,7 @@ enum Data {
 
 /// Opens a regular file; anything else (a folder, a pipe) is refused.
 pub(super) fn open(path: &Path) -> Result<File> {
-    const FILES: &str = "--model FOLDER, with config.json, tokenizer.json and model.safetensors in FOLDER";
+    const FILES: &str = "--model FOLDER, with all files of one model in FOLDER; nextflow info FOLDER lists them";
     let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
     let cannot = |e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => refuse("is missing".into()),
