@@ -31,6 +31,7 @@ pub mod settings;
 pub mod size;
 pub mod terminal;
 pub mod text;
+pub mod threads;
 pub mod tokenizer;
 #[cfg(feature = "train")]
 pub mod train;

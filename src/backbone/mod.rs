@@ -14,9 +14,9 @@ use rayon::prelude::*;
 
 pub use block::{Context, Step};
 pub use cache::Cache;
-pub(crate) use config::MAX_LAYERS;
+pub(crate) use config::{MAX_LAYERS, check_sizes};
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
-pub use rope::{Position, Rope};
+pub use rope::{Position, Rope, RopeScaling};
 
 use crate::checkpoint::{Init, Weights};
 use crate::nn::RmsNorm;

@@ -93,8 +93,12 @@ impl Lines {
                 break;
             }
         }
+        let hint = match input::is_utf16(&text) {
+            true => "iconv -f UTF-16 -t UTF-8 FILE | nextflow chat",
+            false => "say it again",
+        };
         let bad = |e: std::str::Utf8Error| {
-            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint("say it again")
+            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint(hint)
         };
         Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
     }
@@ -123,7 +127,17 @@ impl Lines {
             (_, 0) => "> ".to_string(),
             (_, n) => format!("[{n} image{}] > ", if n > 1 { "s" } else { "" }),
         };
-        match editor.readline(&prompt) {
+        let mut line = editor.readline(&prompt);
+        if is_no_text(&line) {
+            // The rest of the line belongs to what cannot be read.
+            while is_no_text(&line) {
+                line = editor.readline(&prompt);
+            }
+            if line.is_ok() {
+                return Err(Error::usage("the line is not UTF-8").hint("say it again, or set the terminal to UTF-8"));
+            }
+        }
+        match line {
             Ok(line) => {
                 if line.len() <= MAX_MESSAGE {
                     let _ = editor.add_history_entry(&line);
@@ -135,6 +149,11 @@ impl Lines {
             Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
         }
     }
+}
+
+/// Whether bytes were typed that are no UTF-8.
+fn is_no_text(line: &rustyline::Result<String>) -> bool {
+    matches!(line, Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData)
 }
 
 /// A line of standard input; the rest of one that is too long is passed over.

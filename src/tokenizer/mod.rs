@@ -21,6 +21,7 @@ pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
 pub use semantic_decoder::SemanticDecoderConfig;
 pub use vit::{PositionResampling, SemanticEncoder, VitConfig, VitFeatures, VitLayout};
 
+use crate::backbone::check_sizes;
 use crate::checkpoint::{Init, Weights};
 use crate::error::Error;
 use crate::nn::{Conv, Linear};
@@ -56,8 +57,11 @@ impl TokenizerConfig {
         self.semantic_decoder.check(&self.semantic)?;
         self.encoder.check()?;
         self.decoder.check()?;
+        let CodebookConfig { size, semantic_dim, pixel_dim, .. } = self.codebook;
+        let sizes = [("codebook size", size), ("semantic_dim", semantic_dim), ("pixel_dim", pixel_dim)];
+        check_sizes(sizes).map_err(candle_core::Error::Msg)?;
         let (grid, pixels) = (self.encoder.stride(), self.decoder.stride());
-        if grid != pixels || self.codebook.size == 0 || self.codebook.dim() == 0 || self.image_size == Some(0) {
+        if grid != pixels || self.image_size == Some(0) {
             bail!("a tokenizer needs codes, and one stride: its encoder's is {grid}, its decoder's {pixels}");
         }
         if self.image_size > Some(MAX_SIDE) {

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::layers::{Block, BlockShape};
-use crate::backbone::MAX_LAYERS;
+use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
 use crate::nn::{LayerNorm, Linear, lecun_normal};
 use crate::pixels::{GridResampling, Resampling};
@@ -78,11 +78,19 @@ pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+/// Sides of patches, and of the grid of positions, are no larger.
+const MAX_SIDE: usize = 1 << 10;
+
 impl VitConfig {
     /// Errors: sizes that fit no encoder.
     pub(super) fn check(&self) -> Result<()> {
         if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             bail!("{} heads do not divide a width of {}", self.num_attention_heads, self.hidden_size);
+        }
+        let sizes = [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)];
+        check_sizes(sizes).map_err(candle_core::Error::Msg)?;
+        if self.patch_size > MAX_SIDE || self.native_grid > MAX_SIDE {
+            bail!("patches of {} pixels and a grid of {} are above {MAX_SIDE}", self.patch_size, self.native_grid);
         }
         if self.patch_size == 0 || self.native_grid == 0 || !(1..=MAX_LAYERS).contains(&self.num_hidden_layers) {
             bail!("a semantic encoder needs patches, a grid and 1 to {MAX_LAYERS} layers");
@@ -279,5 +287,6 @@ const TABLE: Init = Init::Normal { std: 0.02 };
 
 /// A convolution whose stride is its side, as the matrix (D, 3 * p * p) that it is.
 fn convolution(w: &Weights, d: usize, p: usize) -> Result<Tensor> {
-    w.get((d, 3, p, p), "weight", lecun_normal(3 * p * p))?.reshape((d, 3 * p * p))
+    let weight = w.get((d, 3, p, p), "weight", lecun_normal(3 * p * p))?;
+    w.derive((d, 3 * p * p), || weight.reshape((d, 3 * p * p)))
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 pub use image::{ImageProcessor, Patches};
 
-use crate::backbone::MAX_LAYERS;
+use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::Weights;
 use crate::nn::{Linear, RmsNorm, lecun_normal};
 use crate::ops::{self, Mask};
@@ -19,8 +19,10 @@ const EPS: f64 = 1e-6;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-/// Shape of the encoder; names as in `vision_config` of the public config.json, whose other fields do not matter here.
+/// Shape of the encoder; names as in `vision_config` of the public config.json. Fields that are left
+/// out have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct VisionConfig {
     /// Blocks.
     pub depth: usize,
@@ -44,6 +46,13 @@ pub struct VisionConfig {
     pub fullatt_block_indexes: Vec<usize>,
 }
 
+impl Default for VisionConfig {
+    /// The defaults of transformers' `Qwen2_5_VLVisionConfig`, which are no published encoder's.
+    fn default() -> Self {
+        Self { hidden_size: 3584, ..Self::qwen2_5_vl(3584) }
+    }
+}
+
 impl VisionConfig {
     /// The encoder of Qwen2.5-VL-3B and 7B, for a transformer of width `out`.
     pub fn qwen2_5_vl(out: usize) -> Self {
@@ -64,11 +73,17 @@ impl VisionConfig {
     /// What would make the encoder panic or mislead, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { hidden_size, num_heads, patch_size, spatial_merge_size: merge, window_size, .. } = *self;
+        check_sizes([
+            ("hidden_size", hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("out_hidden_size", self.out_hidden_size),
+            ("window_size", window_size),
+        ])?;
         if num_heads == 0 || hidden_size % num_heads != 0 || hidden_size / num_heads % 4 != 0 {
             return Err(format!("{num_heads} heads do not divide a width of {hidden_size} into multiples of 4"));
         }
         if !(1..=256).contains(&patch_size)
-            || !(1..=16).contains(&merge)
+            || !(1..=8).contains(&merge)
             || !(1..=16).contains(&self.temporal_patch_size)
         {
             return Err("the sizes of patches make no sense".into());
@@ -191,7 +206,7 @@ impl VisionTower {
         let kernel = w.pp("patch_embed.proj").get((d, 3, frames, p, p), "weight", lecun_normal(3 * frames * p * p))?;
         let (merger, merged) = (w.pp("merger"), d * config.spatial_merge_size.pow(2));
         Ok(Self {
-            patch_embed: kernel.sum(2)?.reshape((d, 3 * p * p))?,
+            patch_embed: w.derive((d, 3 * p * p), || kernel.sum(2)?.reshape((d, 3 * p * p)))?,
             blocks: (0..config.depth).map(|i| Block::load(&w.pp("blocks").pp(i), config, i)).collect::<Result<_>>()?,
             ln_q: RmsNorm::load(&merger.pp("ln_q"), d, EPS)?,
             merger: [

@@ -1,6 +1,13 @@
-//! The chat template, ChatML as Qwen2.5-VL has it: from what is said to control tokens, words and images.
+//! The chat template: from what is said to control tokens, words and images. It is ChatML as Qwen2.5-VL has it, or the
+//! checkpoint's own.
+
+mod jinja;
+
+use std::sync::Arc;
 
 use serde::Serialize;
+
+pub use jinja::ChatTemplate;
 
 use crate::error::{Error, Result};
 use crate::text::Text;
@@ -56,14 +63,15 @@ pub enum Piece<'a, I> {
 /// A rendered conversation; `said` tells whether a piece is the model's, the token that ends its message included.
 pub type Pieces<'a, I> = Vec<(Piece<'a, I>, bool)>;
 
-/// Control tokens of ChatML.
-#[derive(Clone, Copy, Debug)]
+/// Control tokens of ChatML, and the template in its place if the checkpoint has one.
+#[derive(Clone, Debug)]
 pub struct Template {
     start: u32,
     /// Ends a message.
     pub end: u32,
     /// What stands before and after an image that brings no such tokens itself.
     around_images: Option<(u32, u32)>,
+    own: Option<Arc<ChatTemplate>>,
 }
 
 impl Template {
@@ -81,7 +89,12 @@ impl Template {
             true => Some((id("<|vision_start|>")?, id("<|vision_end|>")?)),
             false => None,
         };
-        Ok(Self { start: id("<|im_start|>")?, end: id("<|im_end|>")?, around_images })
+        Ok(Self { start: id("<|im_start|>")?, end: id("<|im_end|>")?, around_images, own: None })
+    }
+
+    /// The same, with the checkpoint's own template in the place of ChatML.
+    pub fn with_own(self, own: ChatTemplate) -> Self {
+        Self { own: Some(Arc::new(own)), ..self }
     }
 
     /// A whole conversation. Behind the last message of a user stands what opens the model's, and what it has said of it:
@@ -89,10 +102,13 @@ impl Template {
     pub fn render<'a, I>(
         &self,
         text: &Text,
-        system: &str,
+        system: &'a str,
         turns: impl IntoIterator<Item = (Role, &'a [Part<I>])>,
         reply: &'a [Part<I>],
     ) -> Result<Pieces<'a, I>> {
+        if let Some(own) = &self.own {
+            return own.render(text, system, turns, reply);
+        }
         let newline = text.encode("\n")?;
         let close = |pieces: &mut Pieces<I>, said| {
             pieces.push((Piece::Words(vec![self.end]), said));
