@@ -8,6 +8,8 @@ use clap::builder::FalseyValueParser;
 
 use crate::checkpoint::Source;
 use crate::codec::Codec;
+#[cfg(feature = "hub")]
+use crate::error::Error;
 use crate::error::Result;
 use crate::generate::TRANSFORMER;
 #[cfg(feature = "hub")]
@@ -38,7 +40,7 @@ impl ModelArgs {
     /// Errors: [`crate::error::Kind::Model`] if there is no such model, and those of a download.
     pub fn source(&self) -> Result<Source> {
         #[cfg(feature = "hub")]
-        if let Some(id) = self.name().and_then(hub_id) {
+        if let Some(id) = self.name().map(hub_id).transpose()?.flatten() {
             return self.fetch(&id);
         }
         Source::parse(self.name())
@@ -74,10 +76,22 @@ impl ModelArgs {
     }
 }
 
-/// What looks like an id of the hub and is nothing on the disk.
+/// The model of the hub that `name` is, if it is nothing on the disk: OWNER/NAME, or an address of the hub.
+///
+/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`] for a name in a folder
+/// that is there and has no such model.
 #[cfg(feature = "hub")]
-fn hub_id(name: &str) -> Option<hub::Id> {
-    let parent = Path::new(name).parent().filter(|p| !p.as_os_str().is_empty());
-    let here = Path::new(name).exists() || parent.is_some_and(Path::is_dir);
-    if here { None } else { name.parse().ok() }
+fn hub_id(name: &str) -> Result<Option<hub::Id>> {
+    if Path::new(name).exists() {
+        return Ok(None);
+    }
+    if name.contains("://") {
+        return name.parse().map(Some);
+    }
+    let Ok(id) = name.parse::<hub::Id>() else { return Ok(None) };
+    match Path::new(name).parent().filter(|p| !p.as_os_str().is_empty() && p.is_dir()) {
+        Some(folder) => Err(Error::model(format!("the folder {} has no model {name}", folder.display()))
+            .hint(format!("--model hf://{id} takes the one of the hub; nextflow models list shows what is here"))),
+        None => Ok(Some(id)),
+    }
 }
