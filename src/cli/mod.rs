@@ -223,13 +223,14 @@ fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
         error.kind() == ErrorKind::UnknownArgument
             && ["nextflow gen", "nextflow edit", "nextflow chat"].contains(&&*command)
     });
-    let hint = match (tip, unknown.and_then(|arg| typed.iter().find(|typed| typed.starts_with(&arg)))) {
-        (Some(tip), _) => tip.into(),
-        (None, Some(words)) => {
-            format!("{command} --help, or if these are words: {command} -- {}", input::quoted_words(words))
-        }
-        (None, None) => format!("{command} --help"),
-    };
+    let hint =
+        match (tip, unknown.and_then(|arg| typed.iter().find(|typed| typed.len() > 2 && typed.starts_with(&arg)))) {
+            (Some(tip), _) => tip.into(),
+            (None, Some(words)) => {
+                format!("{command} --help, or if these are words: {command} -- {}", input::quoted_words(words))
+            }
+            (None, None) => format!("{command} --help"),
+        };
     Error::usage(sentence.split_whitespace().collect::<Vec<_>>().join(" ")).hint(hint)
 }
 
