@@ -21,6 +21,7 @@ pub mod hub;
 pub mod input;
 pub mod library;
 pub mod memory;
+mod nn;
 pub mod ops;
 pub mod output;
 pub mod pixels;
@@ -30,6 +31,7 @@ pub mod settings;
 pub mod size;
 pub mod terminal;
 pub mod text;
+pub mod threads;
 pub mod tokenizer;
 #[cfg(feature = "train")]
 pub mod train;

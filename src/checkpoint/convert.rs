@@ -41,8 +41,17 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
 }
 
 /// What a model folder may have beside weights.
-const SMALL: [&str; 5] =
-    ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json", "preprocessor_config.json"];
+const SMALL: [&str; 9] = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+];
 
 /// Where a folder is being made.
 static PART: Mutex<Option<PathBuf>> = Mutex::new(None);
@@ -66,19 +75,11 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         let message = format!("cannot write {}: there is no folder {}", folder.display(), parent.display());
         return Err(Error::usage(message).hint(format!("mkdir -p {}", quoted(parent))));
     }
-    let part = tempfile::Builder::new()
-        .prefix(".nextflow-")
-        .tempdir_in(parent)
-        .map_err(|e| Error::unwritten(folder, &output::reason(&e)))?;
+    output::sweep(parent);
+    let part = output::TempFolder::new(parent).map_err(|e| Error::unwritten(folder, &output::reason(&e)))?;
     *PART.lock().unwrap_or_else(PoisonError::into_inner) = Some(part.path().into());
     fill(part.path())?;
-    // A temporary folder is private; this one is to become an ordinary one.
-    #[cfg(unix)]
-    fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .map_err(|e| Error::unwritten(folder, &e))?;
-    fs::rename(part.path(), folder).map_err(|e| Error::unwritten(folder, &e))?;
-    let _ = part.keep();
-    Ok(())
+    part.rename(folder).map_err(|e| Error::unwritten(folder, &e))
 }
 
 /// Every tensor that is asked for, in blocks.
@@ -103,7 +104,7 @@ fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<
         };
         let tensor = match (blocks, tensor.dims()) {
             (Some(blocks), &[rows, columns]) => {
-                ops::quantise(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
+                ops::quantize(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
             }
             _ => QTensor::quantize(&tensor, GgmlDType::F32)?,
         };

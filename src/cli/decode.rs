@@ -9,8 +9,8 @@ use image::ImageFormat;
 use super::{DeviceArgs, ModelArgs, request};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
-use crate::output::Destination;
-use crate::{input, pixels, terminal};
+use crate::output::{self, Destination};
+use crate::{input, terminal};
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
@@ -36,7 +36,7 @@ pub struct DecodeArgs {
 
 /// Runs `nextflow decode`.
 pub(super) fn run(args: &DecodeArgs) -> Result<()> {
-    let destination = match args.output.as_os_str() == "-" {
+    let destination = match output::is_stdout(&args.output) {
         true => Destination::Stdout,
         false => Destination::File { path: args.output.clone(), force: args.force },
     };
@@ -62,8 +62,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         }
         codes.codes.truncate(scales);
     }
-    let decoder = codec.load_decoder(&device)?;
-    let image = pixels::to_image(&decoder.decode(&codes.codes, &codes.scales)?)?;
+    let image = codec.decode(&codes.codes, &codes.scales, &device)?;
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
     let png = png.into_inner();

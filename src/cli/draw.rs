@@ -1,11 +1,13 @@
 //! The flags that everything that draws has in common, and what is told of what was drawn.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use clap::Args;
 use image::RgbImage;
 use serde::Serialize;
@@ -15,10 +17,11 @@ use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::{Batch, Event, Job, Model, Sampling};
+use crate::generate::{Batch, Event, Job, Model, Sampling, sampler};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Preview, Stop};
+use crate::tokenizer::Code;
 
 /// What to draw, in words.
 #[derive(Args, Clone, Debug, Default)]
@@ -65,10 +68,10 @@ pub struct DrawArgs {
     /// Write the image here; `-` writes the PNG to standard output
     #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
     pub output: Option<PathBuf>,
-    /// Write the images, under unused names, into this folder [default: the current one]
+    /// Write the images, under unused names unless --force is given, into this folder [default: the current one]
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
-    /// Let -o replace a file
+    /// Replace files of the same name
     #[arg(long)]
     pub force: bool,
     /// Which model.
@@ -130,10 +133,16 @@ impl DrawArgs {
     ///
     /// Errors: usage, where they cannot.
     pub fn preview(&self) -> Result<Option<Preview>> {
-        match self.preview && !terminal::shows() {
-            true => Err(Error::usage("--preview needs standard output to be a terminal, and NO_COLOR not to be set")
-                .hint("leave out --preview")),
-            false => Ok(self.preview.then(|| Preview::new(!self.verbose))),
+        if !self.preview {
+            return Ok(None);
+        }
+        match terminal::cannot_show() {
+            Some(why) => Err(Error::usage(format!("--preview cannot show images: {why}")).hint(match why {
+                "NO_COLOR is set" => "NO_COLOR= nextflow gen ..., or leave out --preview",
+                "TERM is dumb" => "set TERM as your terminal does (TERM=xterm-256color), or leave out --preview",
+                _ => "leave out --preview",
+            })),
+            None => Ok(Some(Preview::new(!self.verbose))),
         }
     }
 
@@ -165,18 +174,26 @@ pub(super) struct Delivery<'a> {
     pub preview: Option<Preview>,
     /// What is changed, and how.
     pub edit: Option<&'a EditArgs>,
+    /// What was written under names made of prompt and seed.
+    saved: HashSet<PathBuf>,
 }
 
-impl Delivery<'_> {
+impl<'a> Delivery<'a> {
+    /// Without previews and sources.
+    pub fn new(request: &'a Request, console: Console, stop: Stop, json: bool) -> Self {
+        Self { request, console, stop, json, preview: None, edit: None, saved: HashSet::new() }
+    }
+
     /// Tells of a step, and shows the first of the images as far as it is, of which `decode` makes pixels; `Break` when the
     /// user asked to stop.
     pub fn event(
         &mut self,
         event: &Event,
-        decode: impl FnOnce(&[Vec<u32>], &[(usize, usize)]) -> Result<RgbImage>,
+        decode: impl FnOnce(&[Vec<Code>], &[(usize, usize)]) -> Result<RgbImage>,
     ) -> ControlFlow<()> {
         if let (Event::Scale { codes, scales, drawn }, Some(preview)) = (event, &mut self.preview) {
-            let first = codes.iter().map(|codes| codes.get(0)?.to_vec1()).collect::<candle_core::Result<Vec<_>>>();
+            let first = |codes: &Tensor| sampler::to_host(&codes.narrow(0, 0, 1)?).map(|mut images| images.remove(0));
+            let first: Result<Vec<_>, sampler::Fault> = codes.iter().map(first).collect();
             // The last scale is the image itself.
             let partial = first.ok().filter(|codes| codes.len() < *drawn);
             if let Some(image) = partial.and_then(|codes| decode(&codes, scales).ok()) {
@@ -238,7 +255,7 @@ impl Delivery<'_> {
             return Err(terminal::interrupted());
         }
         let seconds = took.as_secs_f64();
-        let path = to.save(&png, &job.prompt, job.seed)?;
+        let path = to.save_beside(&png, &job.prompt, job.seed, &mut self.saved)?;
         self.console.clear();
         if let Some(preview) = &mut self.preview {
             preview.end(image);

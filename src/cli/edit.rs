@@ -11,8 +11,9 @@ use super::request::Request;
 use crate::chat::Frame;
 use crate::chat::{ChatConfig, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
-use crate::generate::{cost, schedule};
+use crate::generate::schedule;
 use crate::terminal::{self, Console};
+use crate::tokenizer::Code;
 use crate::{memory, pixels};
 
 /// Flags of `nextflow edit`.
@@ -46,7 +47,7 @@ const THOUGHT: usize = 64;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
-    let sources = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
+    let sources = pixels::open_all(&args.images, PIPE)?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
     if args.free && request.sampling.cfg == 0.0 {
@@ -56,8 +57,9 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     args.draw.check_scales(&request.sampling, frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
-    let words = cost::longest(&request.prompts);
-    let tokens = read.sum::<Result<usize>>()? + words + AROUND + THOUGHT + schedule::codes(&frame.scales);
+    let said = read.sum::<Result<usize>>()? + request.tokens + AROUND;
+    config.room(said)?;
+    let tokens = said + THOUGHT + schedule::codes(&frame.scales);
     let memory =
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
     let preview = args.draw.preview()?;
@@ -76,7 +78,8 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
     let mut session = Session::new(&model)?;
-    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json, preview, edit: Some(args) };
+    let mut delivery = Delivery::new(&request, console, stop, args.draw.json);
+    (delivery.preview, delivery.edit) = (preview, Some(args));
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
         delivery.console.start(1);
@@ -88,7 +91,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
             guide_from_sources: !args.free,
         };
         let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&frame.scales), &mut |heard| {
-            let pixels = |codes: &[Vec<u32>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
+            let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
             match heard {
                 ReplyEvent::Drawing(event) => delivery.event(&event, pixels),
                 _ => delivery.stop.check(),

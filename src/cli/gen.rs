@@ -14,7 +14,7 @@ use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::{Job, Model, TRANSFORMER, tokenflow};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 use crate::terminal::{self, Console};
 use crate::{input, memory};
 
@@ -65,8 +65,12 @@ const MAX_PNG: u64 = 256 << 20;
 fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     const HINT: &str = "name a PNG that nextflow gen drew; other programs may have taken the text out of it";
     let other = |why: &str| Error::usage(format!("{} {why}", input::shown(path)));
-    let Some(old) = Settings::of_png(&input::piped(path, MAX_PNG, HINT)?) else {
-        return Err(other("does not tell how it was drawn").hint(HINT));
+    let png = input::piped(path, MAX_PNG, HINT)?;
+    let Some(old) = Settings::of_png(&png) else {
+        return Err(match settings::stranger(&png) {
+            Some(what) => other(&what).hint("name a PNG that nextflow gen drew"),
+            None => other("does not tell how it was drawn").hint(HINT),
+        });
     };
     // What a file says is no part of a command to be copied.
     if old.conversation {
@@ -98,8 +102,10 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     draw.cfg = draw.cfg.or(Some(old.cfg));
     args.negative = args.negative.or(old.negative.clone().map(OsString::from).filter(|_| draw.cfg != Some(0.0)));
     draw.temperature = draw.temperature.or(Some(old.temperature));
-    draw.top_k = draw.top_k.or(old.top_k);
-    draw.top_p = draw.top_p.or(Some(old.top_p));
+    if draw.temperature != Some(0.0) {
+        draw.top_k = draw.top_k.or(old.top_k);
+        draw.top_p = draw.top_p.or(Some(old.top_p));
+    }
     // Without guidance there is nothing to end.
     draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| draw.cfg != Some(0.0)));
     args.draft = args.draft.or(old.draft).or(Some(0));
@@ -134,7 +140,7 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         Some(old) if typed.draw.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
         _ => request.size.grids(&request.config)?,
     };
-    request.negative = negative(&args, &request, scales.len())?;
+    set_negative(&args, &mut request, scales.len())?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
@@ -174,7 +180,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
     let console = Console::new(args.draw.level(), request.images());
     let stop = terminal::interrupts()?;
-    let delivery = Delivery { request: &request, console, stop, json, preview, edit: None };
+    let mut delivery = Delivery::new(&request, console, stop, json);
+    delivery.preview = preview;
     match thinking {
         Some(config) => think::run(delivery, config, &scales),
         None => draw(delivery, &scales, batch),
@@ -219,9 +226,13 @@ impl GenArgs {
     }
 }
 
-/// What guidance is to lead away from.
-pub(super) fn negative(args: &GenArgs, request: &Request, scales: usize) -> Result<Option<String>> {
-    request::negative(args.negative.as_deref().map(OsStr::as_encoded_bytes), &request.sampling, scales)
+/// Takes what guidance is to lead away from.
+pub(super) fn set_negative(args: &GenArgs, request: &mut Request, scales: usize) -> Result<()> {
+    let text = args.negative.as_deref().map(OsStr::as_encoded_bytes);
+    if let Some((text, tokens)) = request::negative(text, &request.counter, &request.sampling, scales)? {
+        (request.negative, request.tokens) = (Some(text), request.tokens.max(tokens));
+    }
+    Ok(())
 }
 
 /// How many of so many images are drawn at once.
@@ -235,7 +246,6 @@ pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
 }
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
-    let Request { config, source, weights, sampling, device, prompts, .. } = request;
-    let words = cost::longest(prompts.iter().chain(&request.negative));
-    cost::memory(config, source, *weights, Work { scales, images: batch, words, sampling }, device)
+    let Request { config, source, weights, sampling, device, tokens, .. } = request;
+    cost::memory(config, source, *weights, Work { scales, images: batch, words: *tokens, sampling }, device)
 }

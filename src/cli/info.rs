@@ -7,12 +7,13 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::chat::{self, ChatConfig};
-use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
+use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source, Weights};
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
 use crate::input::quoted;
 use crate::terminal;
+use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig};
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -20,8 +21,8 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt or .gguf) [default: what NEXTFLOW_MODEL names, else the model
-    /// inside the program]
+    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what
+    /// NEXTFLOW_MODEL names, else the model inside the program]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON in place of text
@@ -55,6 +56,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         Some(path) => match config(path)? {
             Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
             Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
+            Some(config) if chat::other_family(&config).is_some() => of_family(path, &config)?,
             None if is_whole(path) => {
                 return Err(Error::model(format!("{} holds a model, but config.json is missing", path.display()))
                     .hint(format!("copy it from its origin; nextflow info {}", quoted(&path.join(TRANSFORMER)))));
@@ -62,7 +64,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
             _ => match Inventory::open(path)? {
                 none if none.files().is_empty() => {
                     return Err(Error::model(format!("{} holds no weights", path.display()))
-                        .hint("name a folder or file with .safetensors, .pt or .gguf"));
+                        .hint("name a folder or file with .safetensors, .pt, .pth or .gguf"));
                 }
                 weights => of_weights(&weights)?,
             },
@@ -73,7 +75,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         true => terminal::emit_json(&info)?,
         false => terminal::emit(info.text().as_bytes())?,
     };
-    Ok(())
+    info.check()
 }
 
 /// A folder's config, if there is one.
@@ -86,6 +88,14 @@ fn config(folder: &Path) -> Result<Option<serde_json::Value>> {
 fn is_whole(folder: &Path) -> bool {
     let source = Source::Folder(folder.into());
     source.has(TRANSFORMER) && source.has(IMAGE_TOKENIZER)
+}
+
+/// A model of a family that is not read, by the name that its config has for it.
+fn of_family(folder: &Path, config: &serde_json::Value) -> Result<Info> {
+    let inventory = Inventory::open(folder)?;
+    let family = chat::other_family(config).unwrap_or_default();
+    let family = format!("a model of the family {family}, which is not read");
+    Ok(Info { family, config: None, files: inventory.files(), words: None, fit: None })
 }
 
 /// Words of a model's text tokenizer, if it has one, at most so many.
@@ -120,6 +130,15 @@ fn of_model(source: &Source) -> Result<Info> {
 /// Weights without a config of ours, by their keys.
 fn of_weights(inventory: &Inventory) -> Result<Info> {
     let files = inventory.files();
+    if let Some(config) = BitTokenizerConfig::of_weights(inventory) {
+        let asked = Weights::inventory();
+        BitEncoder::load(&asked, &config)?;
+        BitDecoder::load(&asked, &config)?;
+        let fit = Some(inventory.compare(&asked));
+        let family = format!("Infinity image tokenizer {}", bit_names(&config));
+        let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+        return Ok(Info { family, config: Some(config), files, words: None, fit });
+    }
     if inventory.has("quantize.embedding_vqgan.weight") {
         let (preset, fit) = codec::nearest(inventory)?;
         let config = serde_json::to_value(&preset.config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
@@ -131,7 +150,9 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
             fit: Some(fit),
         });
     }
+    let unread = inventory.unread().map(|e| e.message);
     let family = match () {
+        _ if let Some(unread) = &unread => unread,
         _ if inventory.has("model.pos_1LC") || inventory.has("pos_1LC") => "TokenFlow-t2i language model",
         _ if inventory.has("visual.patch_embed.proj.weight") => "Qwen2.5-VL",
         _ if inventory.has("model.layers.0.self_attn.q_proj.bias") => "a language model of Qwen2's layout",
@@ -141,7 +162,31 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
     Ok(Info { family: family.into(), config: None, files, words: None, fit: None })
 }
 
+/// The public tokenizers of a shape, the transformers that need them, and the shape of their codes.
+fn bit_names(config: &BitTokenizerConfig) -> String {
+    let named = |preset: BitPreset| match preset.transformer {
+        Some(transformer) => format!("{} (of {transformer})", preset.name),
+        None => preset.name.to_string(),
+    };
+    let names: Vec<String> = BitPreset::of(config).into_iter().map(named).collect();
+    let names = if names.is_empty() { "of a shape of its own".to_string() } else { names.join(" or ") };
+    format!("{names}: {} bits for a token of {} pixels", config.bits.per_token(), config.cell())
+}
+
 impl Info {
+    /// Errors: weights that do not fit their config.
+    fn check(&self) -> Result<()> {
+        let Some(fit) = self.fit.as_ref().filter(|fit| !fit.is_complete()) else { return Ok(()) };
+        let faults = fit.misshapen.iter().cloned().chain(fit.missing.iter().map(|key| format!("{key}: missing")));
+        let shown: Vec<String> = faults.take(SHOWN).collect();
+        let (missing, misshapen) = (fit.missing.len(), fit.misshapen.len());
+        let message = format!(
+            "the weights do not fit the config, tensors {missing} missing, {misshapen} misshapen: {}",
+            shown.join("; ")
+        );
+        Err(Error::model(message).hint("copy config.json and all weights from one checkpoint"))
+    }
+
     fn text(&self) -> String {
         let mut text = String::new();
         // Names and keys come from files. A String takes every line.

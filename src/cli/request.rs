@@ -1,6 +1,5 @@
 //! One checked request: everything that can be refused is refused here, before weights load.
 
-use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -10,9 +9,9 @@ use candle_core::Device;
 use super::{DrawArgs, PromptArgs};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, ModelConfig, Sampling, TRANSFORMER};
+use crate::generate::{Job, ModelConfig, PromptCounter, Sampling, TRANSFORMER};
 use crate::input::{self, shown};
-use crate::output::Destination;
+use crate::output::{self, Destination};
 use crate::size::Size;
 use crate::text;
 
@@ -22,6 +21,10 @@ pub struct Request {
     pub prompts: Vec<String>,
     /// What guidance leads away from, if that is not the model's own.
     pub negative: Option<String>,
+    /// Counts the tokens of prompts.
+    pub counter: PromptCounter,
+    /// Tokens of the longest of the prompts.
+    pub tokens: usize,
     /// With all of them; never empty.
     pub seeds: Vec<u64>,
     /// Images per prompt and seed; their seeds count up.
@@ -82,13 +85,20 @@ impl Request {
         let source = args.model.source()?;
         let config = ModelConfig::read(&source)?;
         source.check_type(TRANSFORMER, args.quant)?;
+        let counter = config.prompt_counter(&source)?;
+        let tokens = longest(&prompts, &counter)?;
         let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
         let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
+        if let Some(flag) = without_effect(args.top_k, args.top_p, &sampling) {
+            return Err(no_effect(flag));
+        }
         let count = args.count;
         let negative = None;
         Ok(Self {
             prompts,
             negative,
+            counter,
+            tokens,
             seeds,
             count,
             size,
@@ -139,17 +149,53 @@ pub(crate) fn check_sampler(args: &DrawArgs) -> Result<()> {
     Err(Error::usage(format!("--{flag} {value} is not {rule}")).hint(format!("--{flag} {example}")))
 }
 
-/// What guidance leads away from.
+/// Tokens of the longest prompt.
+fn longest(prompts: &[String], counter: &PromptCounter) -> Result<usize> {
+    let mut longest = 0;
+    for (i, prompt) in prompts.iter().enumerate() {
+        let located = |e: Error| match prompts.len() {
+            1 => e,
+            of => Error { message: format!("prompt {} of {of}: {}", i + 1, e.message), ..e },
+        };
+        longest = longest.max(counter.count(prompt).map_err(located)?);
+    }
+    Ok(longest)
+}
+
+/// Which of the given filters changes nothing, because the likeliest code is taken anyway.
+pub(crate) fn without_effect(top_k: Option<usize>, top_p: Option<f64>, sampling: &Sampling) -> Option<&'static str> {
+    match sampling.temperature == 0.0 {
+        true if top_k.is_some() => Some("top-k"),
+        // 1 asks for nothing.
+        true if top_p.is_some_and(|p| p < 1.0) => Some("top-p"),
+        _ => None,
+    }
+}
+
+/// The error of a filter where the likeliest is taken anyway.
+pub(super) fn no_effect(flag: &str) -> Error {
+    Error::usage(format!("--{flag} has no effect with --temperature 0, which takes the likeliest"))
+        .hint(format!("leave out --{flag}, or --temperature 1"))
+}
+
+/// What guidance leads away from, and its tokens.
 ///
-/// Errors: usage, for what is no prompt, and where none of so many scales is guided.
-pub(crate) fn negative(text: Option<&[u8]>, sampling: &Sampling, scales: usize) -> Result<Option<String>> {
+/// Errors: usage, for what is no prompt or too long, and where none of so many scales is guided.
+pub(crate) fn negative(
+    text: Option<&[u8]>,
+    counter: &PromptCounter,
+    sampling: &Sampling,
+    scales: usize,
+) -> Result<Option<(String, usize)>> {
     let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
     if sampling.guided_scales(scales) == 0 {
         return Err(Error::usage("a negative prompt without guidance leads away from nothing")
             .hint("leave out one of them, or set cfg to 3"));
     }
     let located = |e: Error| Error { message: format!("negative: {}", e.message), ..e };
-    text::check_prompt(text).map(Some).map_err(located)
+    let text = text::check_prompt(text).map_err(located)?;
+    let tokens = counter.count(&text).map_err(located)?;
+    Ok(Some((text, tokens)))
 }
 
 /// The model's own sampling with the given settings in its place.
@@ -185,13 +231,16 @@ fn prompts(args: &PromptArgs) -> Result<Vec<String>> {
 
 /// One prompt a line; empty lines are passed over.
 fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
-    let bytes = input::without_bom(bytes);
     let mut prompts = Vec::new();
     for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
         let line = line.trim_ascii();
         if !line.is_empty() {
-            let located =
-                |e: Error| Error { message: format!("line {} of {}: {}", i + 1, shown(path), e.message), ..e };
+            let located = |e: Error| {
+                let message = format!("line {} of {}: {}", i + 1, shown(path), e.message);
+                let encoding = || "iconv -f WINDOWS-1252 -t UTF-8 FILE, or with the encoding that it has".into();
+                let hint = if std::str::from_utf8(line).is_err() { Some(encoding()) } else { e.hint };
+                Error { message, hint, kind: e.kind }
+            };
             prompts.push(text::check_prompt(line).map_err(located)?);
         }
     }
@@ -202,7 +251,7 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    input::read(path, MAX_INPUT, "--prompt-file FILE, of up to 16 MB, or - for standard input")
+    input::read(path, MAX_INPUT, "--prompt-file FILE, of up to 16 MB, or - for standard input").map(input::utf8)
 }
 
 fn trim_newline(bytes: &[u8]) -> &[u8] {
@@ -212,16 +261,12 @@ fn trim_newline(bytes: &[u8]) -> &[u8] {
 
 fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
     let Some(path) = &args.output else {
-        if args.force {
-            return Err(Error::usage("--force lets -o replace a file, and there is no -o")
-                .hint("leave out --force: names in a folder are free ones; or name a file with -o"));
-        }
-        return Ok(Destination::Folder(args.out_dir.clone().unwrap_or_default()));
+        return Ok(Destination::Folder { path: args.out_dir.clone().unwrap_or_default(), force: args.force });
     };
     if several {
         return Err(Error::usage("-o names one file, but several images are to be drawn").hint("--out-dir FOLDER"));
     }
-    if path != OsStr::new("-") {
+    if !output::is_stdout(path) {
         return Ok(Destination::File { path: PathBuf::from(path), force: args.force });
     }
     if args.json || args.force {
@@ -274,7 +319,7 @@ mod tests {
     #[test]
     fn prompt_files_hold_one_prompt_a_line() {
         let path = Path::new("p.txt");
-        assert_eq!(lines(b"\xef\xbb\xbfa cat\r\n\r\n  \na dog", path).unwrap(), ["a cat", "a dog"]);
+        assert_eq!(lines(b"a cat\r\n\r\n  \na dog", path).unwrap(), ["a cat", "a dog"]);
         assert_eq!(lines(b"\n\n", path).unwrap_err().exit_code(), 2);
         let error = lines(b"a cat\n\xff\xfe\n", path).unwrap_err();
         assert!(error.message.starts_with("line 2 of p.txt: "), "{}", error.message);

@@ -8,7 +8,7 @@ use super::{ModelConfig, Sampling, TRANSFORMER, schedule};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::Result;
-use crate::tokenizer::{ImageDecoder, TokenizerConfig};
+use crate::tokenizer::{CnnConfig, ImageDecoder};
 
 /// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -62,16 +62,6 @@ pub struct Work<'a> {
     pub sampling: &'a Sampling,
 }
 
-/// About how many tokens a text has.
-pub fn tokens(text: &str) -> usize {
-    text.len().div_ceil(3)
-}
-
-/// About how many the longest of some texts has.
-pub fn longest<'a>(texts: impl IntoIterator<Item = &'a String>) -> usize {
-    texts.into_iter().map(|text| tokens(text)).max().unwrap_or(0)
-}
-
 /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
 ///
 /// Errors: a source whose header cannot be read.
@@ -118,7 +108,7 @@ pub fn synthetic_memory(
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width).max(pass(c, rows * prefix, width)),
         tokenizer: tokenizer.bytes(pixels, filters),
-        decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
+        decode: decoding(&config.tokenizer.decoder, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })
 }
@@ -138,12 +128,12 @@ pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool)
     pass(c, rows * codes, width).max((copies * images * at_once * c.codebook_size * 4) as u64)
 }
 
-/// Bytes that decoding the pixels of a grid of so many `codes` holds at once, with numbers of `width` bytes.
-pub fn decoding(tokenizer: &TokenizerConfig, codes: usize, width: usize) -> u64 {
-    let cnn = &tokenizer.decoder;
+/// Bytes that decoding the pixels of a grid of so many cells holds at once, with numbers of `width`
+/// bytes; encoding them as well.
+pub fn decoding(cnn: &CnnConfig, cells: usize, width: usize) -> u64 {
     let side = cnn.stride() / cnn.patch;
     let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
-    (DECODE * codes * side * side * first * width) as u64
+    (DECODE * cells * side * side * first * width) as u64
 }
 
 /// Tokens around a text, what opens an image among them.

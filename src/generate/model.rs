@@ -4,13 +4,15 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_after, schedule, tokenflow};
+use super::inputs::NextInput;
+use super::{
+    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, schedule, tokenflow,
+};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result, told};
-use crate::pixels;
 use crate::text::Text;
-use crate::tokenizer::{ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
+use crate::tokenizer::{Code, ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
 
 /// The file of the transformer's weights.
 pub const TRANSFORMER: &str = "model.safetensors";
@@ -19,6 +21,10 @@ pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
 
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
+
+/// More scales than any image has, and more tokens than a prompt is padded to.
+const MAX_SCALES: usize = 1000;
+const MAX_PADDED: usize = 1 << 16;
 
 /// What the model is told if the user tells nothing (Qwen2.5-VL's chat template).
 pub const SYSTEM: &str = "You are a helpful assistant.";
@@ -104,6 +110,13 @@ impl ModelConfig {
             return Err(format!("the transformer has {of}, the image tokenizer {are}"));
         }
         self.check_image()
+    }
+
+    /// What counts the tokens of prompts.
+    ///
+    /// Errors: a text tokenizer that is missing or broken.
+    pub fn prompt_counter(&self, source: &Source) -> Result<PromptCounter> {
+        Ok(PromptCounter::new(source.text_of(self.backbone.vocab_size)?, self.conversation.context))
     }
 
     /// Whether it draws images of these grids (height, width), coarse to fine.
@@ -217,6 +230,16 @@ impl ModelConfig {
         if self.grids.iter().any(|&(h, w)| h == 0 || w == 0 || h > MAX_GRID || w > MAX_GRID) {
             return Err(format!("grids must have sides from 1 to {MAX_GRID}"));
         }
+        if self.scales > MAX_SCALES || self.prompt.padded_to > Some(MAX_PADDED) {
+            let padded = self.prompt.padded_to.unwrap_or(0);
+            return Err(format!(
+                "{} scales or a prompt of {padded} tokens: {MAX_SCALES} and {MAX_PADDED} are the limits",
+                self.scales
+            ));
+        }
+        if let Some(bos) = self.prompt.bos.filter(|&id| id as usize >= backbone.vocab_size) {
+            return Err(format!("prompt.bos {bos} is none of {} tokens", backbone.vocab_size));
+        }
         let needed = self.scales + usize::from(backbone.context_last_scale);
         if self.scales == 0 || backbone.spatial_extent.is_some() && backbone.max_scales < needed {
             return Err(format!("{} scales need max_scales of {needed} or more", self.scales));
@@ -282,8 +305,8 @@ impl Model {
     }
 
     /// Pixels from the codes of all scales, or of a prefix of them.
-    pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
-        pixels::to_image(&self.images.decode(codes, scales)?)
+    pub fn decode(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<RgbImage> {
+        self.images.decode_image(codes, scales)
     }
 
     /// Draws one image.
@@ -311,10 +334,10 @@ impl Model {
             |prompt: &str| Ok::<_, Error>(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
         let prompts = prompts.iter().map(|prompt| prefix(prompt)).collect::<Result<Vec<_>>>()?;
         let negative = negative.map(prefix).transpose()?;
-        let quantizer = self.images.quantizer();
+        let input = NextInput::of(&self.images, self.backbone.config().input_mode, batch.scales);
         let images = draw_after(
             &self.backbone,
-            quantizer,
+            input,
             &prompts,
             negative.as_ref().unwrap_or(&self.unconditional),
             batch,
