@@ -569,7 +569,10 @@ fn folders_and_broken_files() {
     hollow(&here.join("broken.safetensors"), &keys);
     let what = ["does not fit Infinity's image tokenizer", "1 missing: encoder.mid.block_2.norm1.norm.bias"];
     refused(here, 3, &["encode", "in.png", "--model", "broken.safetensors", "--scales", "1x1"], &what);
-    let info = works(here, &["info", "broken.safetensors"]);
+    // Incomplete weights are described, and the exit code says so.
+    let info = nextflow(here, &["info", "broken.safetensors"]);
+    assert_eq!(info.status.code(), Some(3));
+    let info = String::from_utf8(info.stdout).unwrap();
     assert!(
         info.contains("d16 (of Infinity 125M)") && info.contains("1 missing: encoder.mid.block_2.norm1.norm.bias"),
         "{info}"
