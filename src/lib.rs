@@ -18,6 +18,7 @@ pub mod eval;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod infinity;
 pub mod input;
 pub mod library;
 pub mod memory;
@@ -29,6 +30,7 @@ pub mod scenes;
 pub mod settings;
 pub mod size;
 pub mod terminal;
+pub mod t5;
 pub mod text;
 pub mod tokenizer;
 #[cfg(feature = "train")]

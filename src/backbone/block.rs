@@ -3,6 +3,7 @@
 
 use candle_core::{Result, Tensor};
 
+use super::linear::Linear;
 use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
 use crate::ops::{self, Mask, WeightMatrix};
@@ -95,28 +96,6 @@ impl RmsNorm {
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::rms_norm(x, &self.weight, self.eps)
-    }
-}
-
-#[derive(Debug)]
-struct Linear {
-    weight: WeightMatrix,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    fn load(w: &Weights, from: usize, to: usize, bias: bool, init: Init) -> Result<Self> {
-        let bias = if bias { Some(w.get(to, "bias", Init::Zeros)?) } else { None };
-        Ok(Self { weight: w.matrix((to, from), "weight", init)?, bias })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.linear(x, self.bias.as_ref())
-    }
-
-    /// As [`Self::forward`] of `y`, added to x, which nothing else may need.
-    fn forward_onto(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        ops::add_linear(x, y, &self.weight, self.bias.as_ref())
     }
 }
 

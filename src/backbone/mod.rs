@@ -5,6 +5,7 @@ mod block;
 mod cache;
 mod config;
 mod image;
+mod linear;
 pub mod presets;
 pub mod rope;
 pub mod sequence;
@@ -16,6 +17,7 @@ pub use block::{Context, Step};
 pub use cache::Cache;
 pub(crate) use config::MAX_LAYERS;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
+pub(crate) use linear::Linear;
 pub use rope::{Position, Rope};
 
 use crate::checkpoint::{Init, Weights};

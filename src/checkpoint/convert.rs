@@ -24,7 +24,7 @@ use crate::output;
 /// not fit, [`Kind::Failure`] if it cannot be written.
 pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
     whole_folder(folder, |part| {
-        let tensors = tensors(source, asked, weights)?;
+        let tensors = blocks(source, "model.safetensors", asked, weights)?;
         let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
         let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(folder, e);
         let mut file = BufWriter::new(File::create(part.join("model.gguf")).map_err(|e| unwritten(&e))?);
@@ -81,18 +81,19 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     Ok(())
 }
 
-/// Every tensor that is asked for, in blocks.
-fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
-    const MODEL: &str = "model.safetensors";
+/// Every tensor that is `asked` for of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.
+///
+/// Errors: [`Kind::Model`] for a file that does not fit.
+pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
     let misfit = |what: String| Error::model(what).hint("nextflow info FOLDER lists what does not fit");
-    let fit = Inventory::of(source, MODEL)?.compare(asked);
+    let fit = Inventory::of(source, file)?.compare(asked);
     if let Some(key) = fit.missing.first() {
-        return Err(misfit(format!("{key} is missing from {MODEL} of {source}")));
+        return Err(misfit(format!("{key} is missing from {file} of {source}")));
     }
     if let Some(what) = fit.misshapen.first() {
-        return Err(misfit(format!("{MODEL} of {source} does not fit its config.json: {what}")));
+        return Err(misfit(format!("{file} of {source} does not fit its config.json: {what}")));
     }
-    let archives = source.archives(MODEL)?;
+    let archives = source.archives(file)?;
     let mut tensors = Vec::new();
     for (key, asked) in asked.wishes() {
         let Some(archive) = archives.iter().rev().find(|a| a.entry(&key).is_some()) else { continue };

@@ -80,6 +80,11 @@ impl Inventory {
         self.archives.iter().any(|a| a.entry(key).is_some())
     }
 
+    /// The shape of a tensor, if any file has it.
+    pub fn shape(&self, key: &str) -> Option<&[usize]> {
+        self.archives.iter().rev().find_map(|a| a.entry(key)).map(|entry| &entry.shape[..])
+    }
+
     /// Every file in numbers.
     pub fn files(&self) -> Vec<FileSummary> {
         let summary = |archive: &Archive| {

@@ -27,6 +27,17 @@ pub enum Source {
     Embedded,
     /// A model folder, as described in [`crate::checkpoint`].
     Folder(PathBuf),
+    /// A model whose files have names of their own, in one folder or several.
+    Parts(Parts),
+}
+
+/// Where the files of a model are that are not called as those of a model folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// What the model is called: its folder, with what tells it from others there.
+    pub name: String,
+    /// What a file is called in a model folder, and its path here.
+    pub files: Vec<(&'static str, PathBuf)>,
 }
 
 impl fmt::Display for Source {
@@ -34,6 +45,7 @@ impl fmt::Display for Source {
         match self {
             Self::Embedded => f.write_str("the built-in model"),
             Self::Folder(path) => path.display().fmt(f),
+            Self::Parts(parts) => f.write_str(&parts.name),
         }
     }
 }
@@ -65,10 +77,29 @@ impl Source {
 
     /// Whether there is a file of this name.
     pub fn has_file(&self, file: &str) -> bool {
-        match self {
-            Self::Embedded => embedded::file(file).is_some(),
-            Self::Folder(folder) => folder.join(file).is_file(),
+        match self.path(file) {
+            None => embedded::file(file).is_some(),
+            Some(path) => path.is_file(),
         }
+    }
+
+    /// Where a file of the model is, or would be; nothing for the model in the binary.
+    fn path(&self, file: &str) -> Option<PathBuf> {
+        match self {
+            Self::Embedded => None,
+            Self::Folder(folder) => Some(folder.join(file)),
+            Self::Parts(parts) => {
+                let known = parts.files.iter().find(|(name, _)| *name == file);
+                Some(known.map_or_else(|| Path::new(&parts.name).join(file), |(_, path)| path.clone()))
+            }
+        }
+    }
+
+    /// The files that stand for `file`, whether they are there or not; none for the model in the binary.
+    fn files(&self, file: &str) -> Result<Vec<PathBuf>> {
+        let Some(path) = self.path(file) else { return Ok(Vec::new()) };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        shards::find(path.parent().unwrap_or(Path::new("")), &name)
     }
 
     /// The content of a small file of JSON.
@@ -81,10 +112,7 @@ impl Source {
 
     /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
-        let sentencepiece = match self {
-            Self::Folder(folder) => !folder.join("tokenizer.json").exists() && folder.join("tokenizer.model").exists(),
-            Self::Embedded => false,
-        };
+        let sentencepiece = !self.has_file("tokenizer.json") && self.has_file("tokenizer.model");
         let text = match sentencepiece {
             true => Text::from_sentencepiece(&self.bytes("tokenizer.model")?),
             false => Text::from_bytes(&self.bytes("tokenizer.json")?),
@@ -161,7 +189,7 @@ impl Source {
     pub fn has(&self, file: &str) -> bool {
         match self {
             Self::Embedded => embedded::file(file).is_some(),
-            Self::Folder(folder) => shards::find(folder, file).is_ok_and(|files| files.iter().all(|f| f.exists())),
+            _ => self.files(file).is_ok_and(|files| files.iter().all(|f| f.exists())),
         }
     }
 
@@ -174,16 +202,18 @@ impl Source {
     ///
     /// Errors: those of [`Source::load`], for a file that is not.
     pub fn find(&self, file: &str) -> Result<()> {
-        match self {
-            Self::Embedded => Ok(()),
-            Self::Folder(folder) => shards::find(folder, file)?.iter().try_for_each(|f| archive::open(f).map(drop)),
-        }
+        self.files(file)?.iter().try_for_each(|f| archive::open(f).map(drop))
     }
 
     /// Whether what [`Source::load`] would read for `file` is GGUF, whose weights stay in the type that they have there.
     pub fn is_gguf(&self, file: &str) -> bool {
-        let gguf = |files: Vec<PathBuf>| files.iter().all(|f| f.extension().is_some_and(|e| e == "gguf"));
-        matches!(self, Self::Folder(folder) if shards::find(folder, file).is_ok_and(gguf))
+        self.gguf(file).is_some()
+    }
+
+    /// The path of that GGUF file.
+    pub fn gguf(&self, file: &str) -> Option<PathBuf> {
+        let files = self.files(file).ok()?;
+        files.into_iter().next().filter(|f| f.extension().is_some_and(|e| e == "gguf"))
     }
 
     /// Bytes of the program itself that hold the model's weights.
@@ -191,19 +221,20 @@ impl Source {
         let bytes = |name: &str| embedded::file(name).map_or(0, |bytes| bytes.len() as u64);
         match self {
             Self::Embedded => bytes("model.safetensors") + bytes("image_tokenizer.safetensors"),
-            Self::Folder(_) => 0,
+            _ => 0,
         }
     }
 
     /// Copies a file, or its shards and their index, into a folder, where it is called `name`.
     pub fn copy(&self, file: &str, name: &str, folder: &Path) -> Result<()> {
-        let Self::Folder(from) = self else { return archive::write(&folder.join(name), self.embedded(file)?) };
-        let index = format!("{file}.index.json");
-        for path in shards::find(from, file)?.into_iter().chain(Some(from.join(&index)).filter(|i| i.exists())) {
+        let Some(whole) = self.path(file) else { return archive::write(&folder.join(name), self.embedded(file)?) };
+        let from = whole.parent().unwrap_or(Path::new(""));
+        let index = format!("{}.index.json", whole.file_name().unwrap_or_default().to_string_lossy());
+        for path in self.files(file)?.into_iter().chain(Some(from.join(&index)).filter(|i| i.exists())) {
             let own = path.file_name().unwrap_or_default();
             let to = match path.extension() {
                 _ if own == OsStr::new(&index) => folder.join(format!("{name}.index.json")),
-                Some(kind) if path.file_stem() == Path::new(file).file_stem() => folder.join(name).with_extension(kind),
+                Some(kind) if path.file_stem() == whole.file_stem() => folder.join(name).with_extension(kind),
                 _ => folder.join(own),
             };
             copy_file(&path, &to)?;
@@ -215,16 +246,13 @@ impl Source {
     pub(super) fn archives(&self, file: &str) -> Result<Vec<Archive>> {
         match self {
             Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
-            Self::Folder(folder) => shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect(),
+            _ => self.files(file)?.iter().map(|f| Archive::open(f)).collect(),
         }
     }
 
     /// How messages call a file.
     fn name(&self, file: &str) -> String {
-        match self {
-            Self::Embedded => format!("{file} of {self}"),
-            Self::Folder(folder) => folder.join(file).display().to_string(),
-        }
+        self.path(file).map_or_else(|| format!("{file} of {self}"), |path| path.display().to_string())
     }
 
     fn embedded(&self, file: &str) -> Result<&'static [u8]> {
@@ -232,9 +260,12 @@ impl Source {
             .ok_or_else(|| Error::model("this build of nextflow has no built-in model").hint("--model FOLDER"))
     }
 
-    fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
-        let Self::Folder(folder) = self else { return self.embedded(file).map(Cow::Borrowed) };
-        Ok(archive::read_json(&folder.join(file))?.into())
+    /// The content of a small file.
+    pub fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+        match self.path(file) {
+            None => self.embedded(file).map(Cow::Borrowed),
+            Some(path) => Ok(archive::read_json(&path)?.into()),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt::{self, Display};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 
 use super::archive::Archive;
@@ -181,6 +181,15 @@ impl Weights {
         &self.device
     }
 
+    /// The type of tensors that are asked for here.
+    pub fn dtype(&self) -> DType {
+        let stored = match &*self.store {
+            Store::Files(_, dtype) | Store::Plan(_, dtype, _) | Store::Synthetic(dtype) => *dtype,
+            Store::Trainable { .. } | Store::Inventory(_) => DType::F32,
+        };
+        self.dtype.unwrap_or(stored)
+    }
+
     /// Every trainable tensor that was asked for so far; none unless the weights are trainable.
     pub fn vars(&self) -> BTreeMap<String, Var> {
         match &*self.store {
@@ -298,6 +307,22 @@ impl Weights {
             }
             _ => self.get(shape, name, init).map(WeightMatrix::Dense),
         }
+    }
+
+    /// Every tensor that was asked of an [inventory](Self::inventory), as a GGUF file holds it: matrices in the blocks of these
+    /// weights, others in f32.
+    pub fn all_blocks(&self, asked: &Self) -> Result<Vec<(String, QTensor)>> {
+        let tensor = |(key, Asked { shape, matrix, init, .. }): (String, Asked)| {
+            if let (true, &[rows, columns]) = (matrix, &shape[..])
+                && let WeightMatrix::Blocks { blocks, .. } = self.matrix((rows, columns), &key, init)?
+                && let Some(blocks) = Arc::into_inner(blocks)
+            {
+                return Ok((key, blocks));
+            }
+            let tensor = self.get(shape, &key, init)?;
+            Ok((key, QTensor::quantize(&tensor, GgmlDType::F32)?))
+        };
+        asked.wishes().into_iter().map(tensor).collect()
     }
 
     /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.

@@ -81,6 +81,33 @@ impl WeightMatrix {
         }
     }
 
+    /// Its rows in another order, of which `order` names each.
+    ///
+    /// Errors: a row that is not there, and bytes, which are laid out for products.
+    pub fn reordered(&self, order: &[u32]) -> Result<Self> {
+        match self {
+            // One number that stands for all, of weights that are only planned.
+            Self::Dense(tensor) if tensor.stride().iter().all(|&stride| stride == 0) => Ok(self.clone()),
+            Self::Dense(tensor) => {
+                tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Self::Dense)
+            }
+            Self::Mixed(_) | Self::Bytes(_) => bail!("rows of these weights stay where they are"),
+            Self::Blocks { blocks, first, rows, .. } => {
+                let (_, columns) = blocks.shape().dims2()?;
+                let (data, bytes) = (blocks.data()?, row_bytes(blocks, columns));
+                let mut part = Vec::with_capacity(order.len() * bytes);
+                for row in order.iter().map(|&row| row as usize) {
+                    if row >= *rows {
+                        bail!("row {row} of {rows}");
+                    }
+                    part.extend_from_slice(&data[(first + row) * bytes..][..bytes]);
+                }
+                let storage = QStorage::from_data(part.into(), &blocks.device(), blocks.dtype())?;
+                Ok(QTensor::new(storage, (order.len(), columns))?.into())
+            }
+        }
+    }
+
     /// The rows `ids` (u32, N): (N, columns).
     pub fn select(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
@@ -314,6 +341,12 @@ mod tests {
             }
             let ids = Tensor::new(&[0u32, 299, 5], &Device::Cpu)?;
             assert_eq!(far(&blocks.select(&ids)?, &dense.select(&ids)?), 0.0);
+            let (order, all) = ([299u32, 7, 7], Tensor::new(&[0u32, 1, 2], &Device::Cpu)?);
+            for (whole, want) in [(&blocks, &dense), (&blocks.narrow(0, 300)?, &dense)] {
+                let want = want.select(&Tensor::new(&order, &Device::Cpu)?)?;
+                assert_eq!(far(&whole.reordered(&order)?.select(&all)?, &want), 0.0);
+            }
+            assert!(blocks.narrow(0, 10)?.reordered(&[10]).is_err());
         }
         Ok(())
     }

@@ -26,6 +26,7 @@ mod layout;
 mod linear;
 mod loss;
 mod matrix;
+mod modulate;
 mod norm;
 mod optim;
 #[cfg(target_arch = "x86_64")]
@@ -48,6 +49,7 @@ pub use group_norm::group_norm;
 pub use linear::linear;
 pub use loss::cross_entropy;
 pub use matrix::{WeightMatrix, add_linear, gated_linear, linear_each};
+pub use modulate::{add_gated, modulated_norm};
 pub use norm::{layer_norm, rms_norm};
 pub use optim::{adamw_step, adamw_stepped, muon_step, muon_stepped};
 pub use resize::{pixel_shuffle, pixel_unshuffle};

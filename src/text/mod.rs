@@ -34,16 +34,35 @@ impl Text {
         Self::from_json(sentencepiece::convert(bytes)?)
     }
 
-    fn from_json(mut file: Value) -> Result<Self> {
+    /// Reads a `tokenizer.json` with a Unigram, as T5's. The pieces of its vocabulary that are control tokens match no text: here
+    /// they would be the likeliest pieces of all.
+    pub fn from_unigram(bytes: &[u8]) -> Result<Self> {
+        let mut file: Value = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+        if file["model"]["type"] != "Unigram" {
+            return Err(bad(&"not a Unigram"));
+        }
+        let control = control(&file);
+        for (id, piece) in file["model"]["vocab"].as_array_mut().into_iter().flatten().enumerate() {
+            if let Some(piece) = piece.get_mut(0).filter(|word| word.as_str().is_some_and(|w| control.contains_key(w))) {
+                // No prompt holds a control character.
+                *piece = format!("\0{id}").into();
+            }
+        }
+        Self::without_added_tokens(file, control)
+    }
+
+    fn from_json(file: Value) -> Result<Self> {
         // Other models, and these two affixes, reach code of the library that panics on crafted files.
         let model = &file["model"];
         let none = |key: &str| matches!(&model[key], Value::Null) || model[key] == "";
         if model["type"] != "BPE" || !none("continuing_subword_prefix") || !none("end_of_word_suffix") {
             return Err(bad(&"not a plain BPE"));
         }
-        let added = file["added_tokens"].as_array().into_iter().flatten();
-        let control = added.filter_map(|t| Some((t["content"].as_str()?.into(), t["id"].as_u64()?.try_into().ok()?)));
-        let control: BTreeMap<String, u32> = control.collect();
+        let control = control(&file);
+        Self::without_added_tokens(file, control)
+    }
+
+    fn without_added_tokens(mut file: Value, control: BTreeMap<String, u32>) -> Result<Self> {
         if let Some(fields) = file.as_object_mut() {
             // Control words would be recognised in prompts, and the other two would silently change them.
             fields.insert("added_tokens".into(), Value::Array(Vec::new()));
@@ -85,6 +104,13 @@ impl Text {
         let json = serde_json::to_string_pretty(&file).map_err(|e| bad(&e))?;
         crate::checkpoint::write(path, json.as_bytes())
     }
+}
+
+/// Ids of the control tokens of a `tokenizer.json`.
+fn control(file: &Value) -> BTreeMap<String, u32> {
+    let added = file["added_tokens"].as_array().into_iter().flatten();
+    let control = added.filter_map(|t| Some((t["content"].as_str()?.into(), t["id"].as_u64()?.try_into().ok()?)));
+    control.collect()
 }
 
 fn bad(what: &dyn std::fmt::Display) -> Error {
@@ -221,6 +247,33 @@ mod tests {
             assert_eq!(ids.len(), word.len());
             assert!(ids.iter().all(|&id| id < 94), "{ids:?}");
         }
+    }
+
+    #[test]
+    fn control_words_of_a_unigram_are_plain_text_in_a_prompt() {
+        let mut vocab = vec![("<pad>".to_string(), 0.0), ("</s>".into(), 0.0), ("<unk>".into(), 0.0), ("\u{2581}".into(), -2.0)];
+        vocab.extend((b'!'..=b'~').map(|b| ((b as char).to_string(), -8.0)));
+        vocab.extend([("\u{2581}cat".into(), -6.0), ("<extra_id_0>".into(), 0.0)]);
+        let last = vocab.len() as u32 - 1;
+        let added: Vec<Value> = [(0, "<pad>"), (1, "</s>"), (2, "<unk>"), (last, "<extra_id_0>")]
+            .map(|(id, content)| serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false}))
+            .to_vec();
+        let spaces = serde_json::json!({"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
+            {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true}]});
+        let file = serde_json::json!({"version": "1.0", "added_tokens": added, "pre_tokenizer": spaces,
+            "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": false}});
+        let text = Text::from_unigram(file.to_string().as_bytes()).unwrap();
+        assert_eq!(text.encode("cat  \t cat").unwrap(), [last - 1; 2]);
+        for word in ["</s>", "<pad>", "<extra_id_0>", "<unk>"] {
+            let ids = text.encode(word).unwrap();
+            assert_eq!(ids.len(), 1 + word.len(), "{word}: {ids:?}");
+            assert!(ids.iter().all(|&id| (3..last).contains(&id)), "{word}: {ids:?}");
+        }
+        assert_eq!(text.encode("\u{732b}").unwrap(), [3, 2]);
+        assert_eq!(text.vocab_size(), vocab.len());
+        assert_eq!(Text::from_bytes(file.to_string().as_bytes()).unwrap_err().exit_code(), 3);
+        assert_eq!(Text::from_unigram(b"{}").unwrap_err().exit_code(), 3);
     }
 
     #[cfg(feature = "train")]
