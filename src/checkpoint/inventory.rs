@@ -62,7 +62,8 @@ impl Inventory {
         let mut files = BTreeSet::new();
         for entry in std::fs::read_dir(path)? {
             let file = entry?.path();
-            let weights = file.extension().is_some_and(|e| e == "safetensors" || e == "pt" || e == "gguf");
+            let weights =
+                file.extension().is_some_and(|e| e == "safetensors" || e == "pt" || e == "pth" || e == "gguf");
             if weights && file.is_file() {
                 files.insert(file);
             }
@@ -80,9 +81,9 @@ impl Inventory {
         self.archives.iter().any(|a| a.entry(key).is_some())
     }
 
-    /// The shape of a tensor, if any file has it.
+    /// The shape of the tensor of this key, if there is one.
     pub fn shape(&self, key: &str) -> Option<&[usize]> {
-        self.archives.iter().rev().find_map(|a| a.entry(key)).map(|entry| &entry.shape[..])
+        self.archives.iter().rev().find_map(|archive| archive.entry(key)).map(|entry| &entry.shape[..])
     }
 
     /// Every file in numbers.
@@ -115,6 +116,8 @@ impl Inventory {
         for (key, Asked { shape, required, .. }) in &asked {
             match check(&self.archives, key, shape) {
                 Err((_, Fault::Missing)) if !required && !self.has(key) => {}
+                // What is not read may be of any type.
+                Err((_, Fault::Type(_))) if !required => {}
                 Err((key, Fault::Missing)) => fit.missing.push(key),
                 Err((key, fault)) => fit.misshapen.push(format!("{key}: {fault}")),
                 Ok(_) => {}

@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use clap::Args;
 use image::RgbImage;
 use serde::Serialize;
@@ -15,10 +16,11 @@ use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::{Batch, Event, Job, Model, Sampling};
+use crate::generate::{Batch, Event, Job, Model, Sampling, sampler};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Preview, Stop};
+use crate::tokenizer::Code;
 
 /// What to draw, in words.
 #[derive(Args, Clone, Debug, Default)]
@@ -173,10 +175,11 @@ impl Delivery<'_> {
     pub fn event(
         &mut self,
         event: &Event,
-        decode: impl FnOnce(&[Vec<u32>], &[(usize, usize)]) -> Result<RgbImage>,
+        decode: impl FnOnce(&[Vec<Code>], &[(usize, usize)]) -> Result<RgbImage>,
     ) -> ControlFlow<()> {
         if let (Event::Scale { codes, scales, drawn }, Some(preview)) = (event, &mut self.preview) {
-            let first = codes.iter().map(|codes| codes.get(0)?.to_vec1()).collect::<candle_core::Result<Vec<_>>>();
+            let first = |codes: &Tensor| sampler::to_host(&codes.narrow(0, 0, 1)?).map(|mut images| images.remove(0));
+            let first: Result<Vec<_>, sampler::Fault> = codes.iter().map(first).collect();
             // The last scale is the image itself.
             let partial = first.ok().filter(|codes| codes.len() < *drawn);
             if let Some(image) = partial.and_then(|codes| decode(&codes, scales).ok()) {

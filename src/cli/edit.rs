@@ -13,6 +13,7 @@ use crate::chat::{ChatConfig, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::{cost, schedule};
 use crate::terminal::{self, Console};
+use crate::tokenizer::Code;
 use crate::{memory, pixels};
 
 /// Flags of `nextflow edit`.
@@ -88,7 +89,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
             guide_from_sources: !args.free,
         };
         let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&frame.scales), &mut |heard| {
-            let pixels = |codes: &[Vec<u32>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
+            let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
             match heard {
                 ReplyEvent::Drawing(event) => delivery.event(&event, pixels),
                 _ => delivery.stop.check(),

@@ -7,12 +7,13 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::chat::{self, ChatConfig};
-use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
+use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source, Weights};
 use crate::codec;
 use crate::error::{Error, Result};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
 use crate::input::quoted;
 use crate::terminal;
+use crate::tokenizer::{BitPreset, BitTokenizer, BitTokenizerConfig};
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -20,7 +21,7 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt or .gguf) [default: what NEXTFLOW_MODEL names, else the model
+    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what NEXTFLOW_MODEL names, else the model
     /// inside the program]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
@@ -62,7 +63,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
             _ => match Inventory::open(path)? {
                 none if none.files().is_empty() => {
                     return Err(Error::model(format!("{} holds no weights", path.display()))
-                        .hint("name a folder or file with .safetensors, .pt or .gguf"));
+                        .hint("name a folder or file with .safetensors, .pt, .pth or .gguf"));
                 }
                 weights => of_weights(&weights)?,
             },
@@ -120,6 +121,14 @@ fn of_model(source: &Source) -> Result<Info> {
 /// Weights without a config of ours, by their keys.
 fn of_weights(inventory: &Inventory) -> Result<Info> {
     let files = inventory.files();
+    if let Some(config) = BitTokenizerConfig::of_weights(inventory) {
+        let asked = Weights::inventory();
+        BitTokenizer::load(&asked, &config)?;
+        let fit = Some(inventory.compare(&asked));
+        let family = format!("Infinity image tokenizer {}", bit_names(&config));
+        let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+        return Ok(Info { family, config: Some(config), files, words: None, fit });
+    }
     if inventory.has("quantize.embedding_vqgan.weight") {
         let (preset, fit) = codec::nearest(inventory)?;
         let config = serde_json::to_value(&preset.config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
@@ -139,6 +148,17 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         _ => "weights of no family that is known here",
     };
     Ok(Info { family: family.into(), config: None, files, words: None, fit: None })
+}
+
+/// The public tokenizers of a shape, the transformers that need them, and the shape of their codes.
+fn bit_names(config: &BitTokenizerConfig) -> String {
+    let named = |preset: BitPreset| match preset.transformer {
+        Some(transformer) => format!("{} (of {transformer})", preset.name),
+        None => preset.name.to_string(),
+    };
+    let names: Vec<String> = BitPreset::of(config).into_iter().map(named).collect();
+    let names = if names.is_empty() { "of a shape of its own".to_string() } else { names.join(" or ") };
+    format!("{names}: {} bits for a token of {} pixels", config.bits.per_token(), config.cell())
 }
 
 impl Info {

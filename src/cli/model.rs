@@ -9,8 +9,9 @@ use clap::builder::FalseyValueParser;
 use crate::checkpoint::Source;
 use crate::codec::Codec;
 use crate::error::Result;
+use crate::generate::TRANSFORMER;
 #[cfg(feature = "hub")]
-use crate::generate::{TRANSFORMER, tokenflow};
+use crate::generate::tokenflow;
 #[cfg(feature = "hub")]
 use crate::hub;
 
@@ -43,13 +44,18 @@ impl ModelArgs {
         Source::parse(self.name())
     }
 
-    /// The image tokenizer of the model, or the one in a file of its own.
+    /// The image tokenizer of the model, or the one in a file of its own, or the only one of Infinity in a folder.
     ///
     /// Errors: as [`Self::source`].
     pub fn codec(&self) -> Result<Codec> {
-        match self.name().map(Path::new).filter(|path| path.is_file()) {
-            Some(file) => Codec::of_file(file),
-            None => Codec::of_model(self.source()?),
+        match self.name().map(Path::new) {
+            Some(file) if file.is_file() => Codec::of_file(file),
+            // The hub's folder of Infinity has a config.json that says nothing.
+            Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => match Codec::of_folder(folder)? {
+                Some(codec) => Ok(codec),
+                None => Codec::of_model(self.source()?),
+            },
+            _ => Codec::of_model(self.source()?),
         }
     }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Sampling;
 use crate::rng::{Rng, Stream};
+use crate::tokenizer::{Code, pack};
 
 /// Why there are no codes.
 #[derive(Debug)]
@@ -52,6 +53,29 @@ pub struct Filter {
 
 /// What a GPU draws where the logits are not finite, so that nothing waits for it to tell: no codebook is as large.
 pub const NON_FINITE: u32 = u32::MAX;
+/// The same in place of a bit, which is 0 or 1.
+pub const NON_FINITE_BIT: u8 = u8::MAX;
+
+/// Codes of one scale, (images, T) u32 or, as bits, (images, T, bits) u8, image by image.
+///
+/// Errors: a position that is marked with [`NON_FINITE`] or [`NON_FINITE_BIT`].
+pub fn to_host(codes: &Tensor) -> Result<Vec<Vec<Code>>, Fault> {
+    let marked = |position: Option<usize>| position.map_or(Ok(()), |position| Err(Fault::NonFinite { position }));
+    if codes.dtype() == DType::U32 {
+        let row = |codes: Vec<u32>| {
+            marked(codes.iter().position(|&code| code == NON_FINITE))?;
+            Ok(codes.into_iter().map(Code::from).collect())
+        };
+        return codes.to_vec2()?.into_iter().map(row).collect();
+    }
+    let (_, tokens, bits) = codes.dims3()?;
+    let all = codes.flatten_all()?.to_vec1::<u8>()?;
+    let row = |image: &[u8]| {
+        marked(image.iter().position(|&bit| bit > 1).map(|at| at / bits))?;
+        Ok(image.chunks_exact(bits).map(pack).collect())
+    };
+    all.chunks_exact(tokens * bits).map(row).collect()
+}
 
 /// One code for each of the positions from `first` on, by their [`guided`] logits: (R, T, codes) -> (images, T) u32 on the
 /// same device. The rows are one of every image and then, with guidance, the unconditional one of every image.
@@ -82,10 +106,11 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
 
-/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`]) from the pass before.
+/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`], [`NON_FINITE_BIT`]) from the pass before.
 pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Tensor> {
     match codes.device().is_cpu() {
         true => Ok(codes),
+        false if codes.dtype() == DType::U8 => before.eq(NON_FINITE_BIT)?.where_cond(before, &codes),
         false => before.eq(NON_FINITE)?.where_cond(before, &codes),
     }
 }
