@@ -29,8 +29,8 @@ pub mod rng;
 pub mod scenes;
 pub mod settings;
 pub mod size;
-pub mod terminal;
 pub mod t5;
+pub mod terminal;
 pub mod text;
 pub mod tokenizer;
 #[cfg(feature = "train")]

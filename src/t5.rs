@@ -171,6 +171,11 @@ fn plain(w: &Weights, config: &Config) -> CandleResult<T5EncoderModel> {
     T5EncoderModel::load(VarBuilder::from_backend(Box::new(Checked(w.clone())), DType::F32, device), config)
 }
 
+/// Asks an inventory for the tensors of an encoder, in a GGUF file of ours or in others.
+pub fn ask(w: &Weights, config: &Config, gguf: bool) -> CandleResult<()> {
+    if gguf { ask_for_blocks(w, config) } else { plain(w, config).map(drop) }
+}
+
 /// Asks for what an encoder of blocks has: its decoder, which has no layers here, brings a norm.
 fn ask_for_blocks(w: &Weights, config: &Config) -> CandleResult<()> {
     plain(w, config)?;
@@ -208,12 +213,12 @@ fn quantised(
 }
 
 /// Whether weights of this type are blocks of less than 16 bits a number.
-fn is_small(weights: WeightType) -> bool {
+pub fn is_small(weights: WeightType) -> bool {
     matches!(weights, WeightType::Q8_0 | WeightType::Q4K)
 }
 
 /// How tensors are kept that are no such blocks.
-fn dtype(weights: Option<WeightType>) -> DType {
+pub fn dtype(weights: Option<WeightType>) -> DType {
     match weights {
         Some(WeightType::Bf16) => DType::BF16,
         Some(WeightType::F16) => DType::F16,
@@ -309,6 +314,13 @@ impl TextEncoder {
         }
     }
 
+    /// How many words the encoder at `source` knows.
+    ///
+    /// Errors: files that are missing or broken.
+    pub fn words(source: &Source) -> Result<usize> {
+        Ok(Words::read(source, &read_config(source)?)?.text.vocab_size())
+    }
+
     /// Loads the encoder and its words onto `device`, with matrices in f32 or as `weights`; a GGUF file stays what it is. What is
     /// computed is f32 in any case.
     ///
@@ -388,7 +400,9 @@ mod tests {
             golden.keys().filter_map(|key| key.strip_prefix("ids.")).map(String::from).collect();
         texts.sort();
         assert!(texts.len() >= 2);
-        let short = |i: &String| far(&encoder.forward(&ids(&golden[&format!("ids.{i}")])).unwrap(), &golden[&format!("features.{i}")]);
+        let short = |i: &String| {
+            far(&encoder.forward(&ids(&golden[&format!("ids.{i}")])).unwrap(), &golden[&format!("features.{i}")])
+        };
         let mut errors: Vec<f32> = texts.iter().map(short).collect();
         // 512 tokens, of which every 16th is compared.
         let long = encoder.forward(&ids(&golden["long_ids"])).unwrap();

@@ -10,7 +10,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device};
 
 use super::weights::{Weights, fitting};
-use super::{Inventory, Source, WeightType};
+use super::{Inventory, Source, WeightType, archive};
 use crate::error::{Error, Result};
 use crate::input::quoted;
 use crate::ops;
@@ -25,12 +25,7 @@ use crate::output;
 pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
     whole_folder(folder, |part| {
         let tensors = blocks(source, "model.safetensors", asked, weights)?;
-        let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
-        let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(folder, e);
-        let mut file = BufWriter::new(File::create(part.join("model.gguf")).map_err(|e| unwritten(&e))?);
-        let architecture = Value::String("nextflow".into());
-        gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
-        file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))?;
+        write_gguf(&part.join("model.gguf"), &tensors)?;
         for name in SMALL {
             if source.has_file(name) {
                 source.copy(name, name, part)?;
@@ -38,6 +33,27 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
         }
         others.iter().try_for_each(|file| source.copy(file, file, part))
     })
+}
+
+/// Writes a GGUF file.
+///
+/// Errors: [`Kind::Failure`] if it cannot be written.
+pub fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) -> Result<()> {
+    let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
+    let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(path, e);
+    let mut file = BufWriter::new(File::create(path).map_err(|e| unwritten(&e))?);
+    let architecture = Value::String("nextflow".into());
+    gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
+    file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))
+}
+
+/// Writes those tensors of a file of `source` that are `asked` for as safetensors of a type: of a dump of a training, the weights.
+///
+/// Errors: as [`blocks`], and [`Kind::Failure`] if it cannot be written.
+pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path: &Path) -> Result<()> {
+    let tensors = blocks(source, file, asked, WeightType::F32)?;
+    let plain = |(key, tensor): (String, QTensor)| Ok((key, tensor.dequantize(&Device::Cpu)?.to_dtype(dtype)?));
+    archive::save(path, tensors.into_iter().map(plain).collect::<candle_core::Result<_>>()?, None)
 }
 
 /// What a model folder may have beside weights.

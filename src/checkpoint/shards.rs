@@ -29,19 +29,30 @@ pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
     let (gguf, pytorch) = (whole.with_extension("gguf"), whole.with_extension("pt"));
     match () {
         _ if whole.exists() => Ok(vec![whole]),
-        _ if index.exists() => shards(folder, &index),
+        _ if index.exists() => shards(folder, &index, |_| true),
         _ if gguf.exists() => Ok(vec![gguf]),
         _ if pytorch.exists() => Ok(vec![pytorch]),
         _ => Ok(vec![whole]),
     }
 }
 
-fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+/// Of the files that [`find`] gives, those that hold a key that is `wanted`: others of an index need not be there.
+///
+/// Errors: as [`find`].
+pub fn files_with(folder: &Path, file: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    let index = folder.join(format!("{file}.index.json"));
+    if folder.join(file).exists() || !index.exists() { find(folder, file) } else { shards(folder, &index, wanted) }
+}
+
+/// Names of the files of an index that hold a key that is `wanted`.
+///
+/// Errors: a broken index, or one that names anything but plain files beside it.
+pub fn shard_names(index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let broken =
         |what: &str| Error::model(format!("{} {what}", index.display())).hint("copy the file from its origin again");
     let Index { weight_map } =
         serde_json::from_slice(&archive::read_json(index)?).map_err(|e| broken(&format!("is not an index: {e}")))?;
-    let names: BTreeSet<&String> = weight_map.values().collect();
+    let names: BTreeSet<String> = weight_map.into_iter().filter(|(key, _)| wanted(key)).map(|(_, file)| file).collect();
     if names.is_empty() {
         return Err(broken("names no files"));
     }
@@ -52,7 +63,11 @@ fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     if let Some(name) = names.iter().find(|n| !plain(n)) {
         return Err(broken(&format!("names {name:?}, which is not a plain file beside it")));
     }
-    let paths: Vec<PathBuf> = names.iter().map(|n| folder.join(n)).collect();
+    Ok(names.into_iter().collect())
+}
+
+fn shards(folder: &Path, index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    let paths: Vec<PathBuf> = shard_names(index, wanted)?.iter().map(|n| folder.join(n)).collect();
     let missing: Vec<String> = paths.iter().filter(|p| !p.exists()).map(|p| p.display().to_string()).collect();
     if !missing.is_empty() {
         let more = if missing.len() > SHOWN { ", ..." } else { "" };

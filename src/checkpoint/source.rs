@@ -36,8 +36,13 @@ pub enum Source {
 pub struct Parts {
     /// What the model is called: its folder, with what tells it from others there.
     pub name: String,
-    /// What a file is called in a model folder, and its path here.
-    pub files: Vec<(&'static str, PathBuf)>,
+    /// Where those files are that have no path below.
+    pub folder: PathBuf,
+    /// What stands for `config.json`.
+    pub config: serde_json::Value,
+    /// What a file is called in a model folder, and what stands for it here: itself, its shards, or the whole of which they are
+    /// shards.
+    pub files: Vec<(&'static str, Vec<PathBuf>)>,
 }
 
 impl fmt::Display for Source {
@@ -47,6 +52,12 @@ impl fmt::Display for Source {
             Self::Folder(path) => path.display().fmt(f),
             Self::Parts(parts) => f.write_str(&parts.name),
         }
+    }
+}
+
+impl Parts {
+    fn paths(&self, file: &str) -> &[PathBuf] {
+        self.files.iter().find(|(name, _)| *name == file).map_or(&[], |(_, paths)| paths)
     }
 }
 
@@ -72,12 +83,16 @@ impl Source {
 
     /// The content of `config.json`.
     pub fn read_config(&self) -> Result<serde_json::Value> {
-        self.read_json("config.json")
+        match self {
+            Self::Parts(parts) => Ok(parts.config.clone()),
+            _ => self.read_json("config.json"),
+        }
     }
 
     /// Whether there is a file of this name.
     pub fn has_file(&self, file: &str) -> bool {
         match self.path(file) {
+            Some(_) if file == "config.json" && matches!(self, Self::Parts(_)) => true,
             None => embedded::file(file).is_some(),
             Some(path) => path.is_file(),
         }
@@ -88,18 +103,25 @@ impl Source {
         match self {
             Self::Embedded => None,
             Self::Folder(folder) => Some(folder.join(file)),
-            Self::Parts(parts) => {
-                let known = parts.files.iter().find(|(name, _)| *name == file);
-                Some(known.map_or_else(|| Path::new(&parts.name).join(file), |(_, path)| path.clone()))
-            }
+            Self::Parts(parts) => Some(parts.paths(file).first().cloned().unwrap_or_else(|| parts.folder.join(file))),
         }
     }
 
     /// The files that stand for `file`, whether they are there or not; none for the model in the binary.
-    fn files(&self, file: &str) -> Result<Vec<PathBuf>> {
+    ///
+    /// Errors: an index that is broken, or names shards that are missing.
+    pub fn files(&self, file: &str) -> Result<Vec<PathBuf>> {
         let Some(path) = self.path(file) else { return Ok(Vec::new()) };
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        shards::find(path.parent().unwrap_or(Path::new("")), &name)
+        let paths = match self {
+            Self::Parts(parts) if parts.paths(file).len() > 1 => parts.paths(file).to_vec(),
+            _ => vec![path],
+        };
+        let mut files = Vec::new();
+        for path in paths {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            files.append(&mut shards::find(path.parent().unwrap_or(Path::new("")), &name)?);
+        }
+        Ok(files)
     }
 
     /// The content of a small file of JSON.
@@ -251,7 +273,7 @@ impl Source {
     }
 
     /// How messages call a file.
-    fn name(&self, file: &str) -> String {
+    pub(crate) fn name(&self, file: &str) -> String {
         self.path(file).map_or_else(|| format!("{file} of {self}"), |path| path.display().to_string())
     }
 

@@ -77,6 +77,8 @@ pub(super) struct Asked {
     pub(super) matrix: bool,
     /// What it would begin with.
     pub(super) init: Init,
+    /// Its type, whatever that of the others is.
+    pub(super) dtype: Option<DType>,
 }
 
 /// Why a tensor cannot be had.
@@ -216,6 +218,7 @@ impl Weights {
     pub fn bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
+            let dtype = asked.dtype.unwrap_or(dtype);
             match matrices {
                 Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => elements + 4 * asked.shape[0],
                 Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if ByteFilters::suits([o, c, k, l])) => {
@@ -248,7 +251,8 @@ impl Weights {
         match &*self.store {
             Store::Inventory(asked) => {
                 let (dims, required) = (shape.dims().to_vec(), !self.unused);
-                lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init });
+                let dtype = self.dtype;
+                lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init, dtype });
                 Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
             }
             _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
@@ -272,7 +276,7 @@ impl Weights {
         match &*self.store {
             Store::Inventory(asked) => {
                 let required = !self.unused;
-                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init };
+                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init, dtype: None };
                 lock(asked).insert(self.key(name), wish);
                 Ok(WeightMatrix::Dense(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?))
             }

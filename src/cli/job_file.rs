@@ -8,11 +8,11 @@ use std::str::FromStr;
 use serde::Deserialize;
 
 use super::DrawArgs;
+use super::per_scale::PerScale;
 use super::request::{self, Request};
 use crate::error::{Error, Kind, Result};
 use crate::generate::Job;
 use crate::output::{self, Destination, slug};
-use crate::size::Size;
 use crate::{input, terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
@@ -33,9 +33,9 @@ struct Line {
     out: Option<String>,
     seed: Option<u64>,
     size: Option<String>,
-    cfg: Option<f64>,
+    cfg: Option<PerScale>,
     cfg_until: Option<usize>,
-    temperature: Option<f64>,
+    temperature: Option<PerScale>,
     top_k: Option<usize>,
     top_p: Option<f64>,
     draft: Option<usize>,
@@ -198,9 +198,10 @@ impl<'a> Jobs<'a> {
         flags.top_k = line.top_k.or(flags.top_k);
         flags.top_p = line.top_p.or(flags.top_p);
         request::check_sampler(&flags)?;
-        let scales = flags.size.parse::<Size>()?.grids(&request.config)?;
-        let usual = &request.config.sampling;
+        let scales = request.config.grids(flags.size.parse()?)?;
+        let usual = request.config.sampling();
         let mut sampling = request::sampling(&flags, usual.clone());
+        sampling.cfg_layers.clone_from(&request.sampling.cfg_layers);
         sampling.draft = line.draft.or(draft).unwrap_or(usual.draft);
         sampling.check(scales.len())?;
         flags.check_scales(&sampling, scales.len())?;

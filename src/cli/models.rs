@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 
 use crate::checkpoint::{NANO, Source};
 use crate::error::{Error, Result};
+use crate::generate::infinity;
 use crate::hub::{Cache, Cached, Client, Id};
 use crate::terminal;
 
@@ -27,8 +28,8 @@ enum Action {
     },
     /// Download a model, or go on with a download
     Pull {
-        /// OWNER/NAME, or OWNER/NAME@REVISION
-        id: Id,
+        /// OWNER/NAME, or OWNER/NAME@REVISION; FoundationVision/Infinity:2b for one of several
+        id: String,
         #[arg(long, hide = true, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
         offline: bool,
         /// Say nothing but results and errors
@@ -56,7 +57,12 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
             Err(Error::usage(format!("{id} is to be downloaded, but HF_HUB_OFFLINE or --offline forbids it"))
                 .hint(format!("HF_HUB_OFFLINE=0 nextflow models pull {id}")))
         }
+        Action::Pull { id, .. } if infinity_id(id)?.is_some() => {
+            let (id, choice) = infinity::split(id);
+            super::infinity_hub::fetch(&id.parse()?, choice, false).map(drop)
+        }
         Action::Pull { id, quiet, .. } => {
+            let id: &Id = &id.parse()?;
             let folder = Client::from_env().pull(id, None, &cache, &mut progress(*quiet)?)?;
             terminal::emit_path(&folder).map(drop)
         }
@@ -66,6 +72,12 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
             terminal::emit(format!("removed {id}, {} freed\n", size(bytes)).as_bytes()).map(drop)
         }
     }
+}
+
+/// Infinity's id, if that is what is named: it holds several models, of which nobody wants all.
+fn infinity_id(name: &str) -> Result<Option<Id>> {
+    let id: Id = infinity::split(name).0.parse()?;
+    Ok(Some(id).filter(|id| id.is(infinity::HUB)))
 }
 
 fn list(cache: &Cache, json: bool) -> Result<()> {

@@ -81,7 +81,9 @@ mod tests {
         let logits = golden["logits"].to_vec2::<f32>().unwrap();
         let mut seen = 0;
         for (name, want) in &golden {
-            let Some((k, p)) = name.strip_prefix("prob.topk").and_then(|rest| rest.split_once("_topp")) else { continue };
+            let Some((k, p)) = name.strip_prefix("prob.topk").and_then(|rest| rest.split_once("_topp")) else {
+                continue;
+            };
             let (k, p): (usize, f64) = (k.parse().unwrap(), p.parse().unwrap());
             let kept = Filter { top_k: Some(k).filter(|&k| k > 0), top_p: if p > 0.0 { p } else { 1.0 } };
             for (pair, want) in logits.iter().zip(want.to_vec2::<f32>().unwrap()) {

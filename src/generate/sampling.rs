@@ -48,9 +48,10 @@ pub struct Sampling {
     /// The temperature of every scale, in place of `temperature`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temperature_scales: Vec<f64>,
-    /// Guidance takes place before the last so many blocks in place of on the logits; Infinity alone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cfg_layer: Option<usize>,
+    /// Guidance takes place within the network, so many blocks before its end, each time; 0 is on the logits, as without any.
+    /// Infinity alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cfg_layers: Vec<usize>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -71,7 +72,7 @@ impl Default for Sampling {
             guidance: Guidance::Ramp,
             cfg_scales: Vec::new(),
             temperature_scales: Vec::new(),
-            cfg_layer: None,
+            cfg_layers: Vec::new(),
         }
     }
 }
@@ -98,6 +99,9 @@ impl Sampling {
 
     /// Errors: usage, if the draft leaves none of so many scales, and if there is a value for each of other scales.
     pub fn check(&self, scales: usize) -> Result<()> {
+        if self.guidance == Guidance::Ramp && !self.cfg_scales.is_empty() {
+            return Err(Error::usage("--cfg with a value for every scale is for Infinity").hint("--cfg 3"));
+        }
         for (flag, list) in [("cfg", &self.cfg_scales), ("temperature", &self.temperature_scales)] {
             if !list.is_empty() && list.len() != scales {
                 let message = format!("--{flag} has {} values, but the image has {scales} scales", list.len());
@@ -123,7 +127,8 @@ impl Sampling {
     pub fn guided_scales(&self, scales: usize) -> usize {
         let until = self.cfg_until.unwrap_or(scales).min(scales);
         match self.guidance {
-            Guidance::Ramp => if self.cfg > 0.0 { until } else { 0 },
+            Guidance::Ramp if self.cfg > 0.0 => until,
+            Guidance::Ramp => 0,
             Guidance::Constant => (0..until).rfind(|&scale| self.constant(scale) != 0.0).map_or(0, |scale| scale + 1),
         }
     }

@@ -19,7 +19,7 @@ const MAX_LIST: u64 = 32 << 20;
 /// A connection is taken up again so many times.
 const ATTEMPTS: usize = 5;
 /// Files that a model may need.
-const WANTED: [&str; 5] = ["json", "safetensors", "pt", "gguf", "model"];
+const WANTED: [&str; 6] = ["json", "safetensors", "pt", "pth", "gguf", "model"];
 
 /// Told of every file as it grows: name, bytes so far, bytes in all. Breaking off is an error of its own.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<()>;

@@ -56,6 +56,11 @@ impl fmt::Display for Id {
 }
 
 impl Id {
+    /// Whether it names a model, OWNER/NAME, in any revision.
+    pub fn is(&self, model: &str) -> bool {
+        model.split_once('/') == Some((&self.owner, &self.name))
+    }
+
     /// The model's folder in the cache.
     fn folder(&self) -> String {
         format!("models--{}--{}", self.owner, self.name)

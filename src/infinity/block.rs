@@ -63,7 +63,8 @@ impl Block {
         let pairs = [0, width as u32].into_iter().flat_map(|first| turned.iter().map(move |row| first + row));
         let order: Vec<u32> = pairs.chain(2 * width as u32..3 * width as u32).collect();
         let qkv = sa.pp("mat_qkv").matrix((3 * width, width), "weight", normal(width))?.reordered(&order)?;
-        let q_bias = sa.get(width, "q_bias", Init::Zeros)?.index_select(&Tensor::new(turned, w.device())?, 0)?;
+        let q_bias =
+            sa.get(width, "q_bias", Init::Zeros)?.contiguous()?.index_select(&Tensor::new(turned, w.device())?, 0)?;
         let part = |i: usize, bias: Option<Tensor>| Result::Ok(Linear { weight: qkv.narrow(i * width, width)?, bias });
         let shape = if c.heads_first { (1, c.heads, 1, 1) } else { (1, 1, c.heads, 1) };
         let scales = plain.pp("sa").get(shape, "scale_mul_1H11", Init::Ones)?.reshape((c.heads, 1))?;

@@ -64,11 +64,11 @@ impl Conditions {
     }
 }
 
-/// Guidance within the network: after a block both rows of an image go on from one mixture.
-#[derive(Clone, Copy, Debug)]
+/// Guidance within the network: after some blocks both rows of an image go on from one mixture.
+#[derive(Clone, Debug)]
 pub struct Mixture {
-    /// Index of the block.
-    pub after: usize,
+    /// Indices of the blocks.
+    pub after: Vec<usize>,
     /// Weight of the conditional row; that of the other is 1 less it.
     pub weight: f64,
 }
@@ -121,8 +121,10 @@ impl Infinity {
 
     /// What the layers see of texts, one for each row, whose features (tokens, text_width) are given.
     pub fn condition(&self, texts: &[Tensor]) -> Result<Conditions> {
-        let seen: Vec<(Tensor, Tensor)> =
-            texts.iter().map(|features| self.text.forward(&features.to_device(&self.device)?)).collect::<Result<_>>()?;
+        let seen: Vec<(Tensor, Tensor)> = texts
+            .iter()
+            .map(|features| self.text.forward(&features.to_device(&self.device)?))
+            .collect::<Result<_>>()?;
         let (pooled, texts): (Vec<Tensor>, Vec<Tensor>) = seen.into_iter().unzip();
         let pooled = Tensor::cat(&pooled, 0)?;
         let active = pooled.silu()?;
@@ -169,14 +171,14 @@ impl Infinity {
         rope: &Rope,
         conditions: &Conditions,
         (caches, keep): (&mut [Cache], bool),
-        mixture: Option<Mixture>,
+        mixture: Option<&Mixture>,
     ) -> Result<Tensor> {
         let tokens = x.dim(1)?;
         for (i, (block, text)) in self.blocks.iter().zip(&conditions.keys).enumerate() {
             x = block.forward(x, i, &conditions.ada, &Seen { rope, caches, keep, text })?;
-            if let Some(Mixture { weight, .. }) = mixture.filter(|mixture| mixture.after == i) {
+            if let Some(Mixture { weight, .. }) = mixture.filter(|mixture| mixture.after.contains(&i)) {
                 let half = x.dim(0)? / 2;
-                let mixed = ((x.narrow(0, 0, half)? * weight)? + (x.narrow(0, half, half)? * (1.0 - weight))?)?;
+                let mixed = ((x.narrow(0, 0, half)? * *weight)? + (x.narrow(0, half, half)? * (1.0 - weight))?)?;
                 x = Tensor::cat(&[&mixed, &mixed], 0)?;
             }
         }

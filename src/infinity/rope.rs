@@ -66,7 +66,10 @@ mod tests {
     fn halves_go_to_the_even_number() {
         assert_eq!((0..4).map(|i| coordinate(i, 4, 6)).collect::<Vec<_>>(), [0, 2, 3, 4]);
         assert_eq!((0..4).map(|i| coordinate(i, 4, 10)).collect::<Vec<_>>(), [0, 2, 5, 8]);
-        assert_eq!((0..32).map(|i| coordinate(i, 32, 64)).collect::<Vec<_>>(), (0..32).map(|i| 2 * i).collect::<Vec<_>>());
+        assert_eq!(
+            (0..32).map(|i| coordinate(i, 32, 64)).collect::<Vec<_>>(),
+            (0..32).map(|i| 2 * i).collect::<Vec<_>>()
+        );
     }
 
     /// Every coordinate of every ratio's table.

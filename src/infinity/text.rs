@@ -25,7 +25,10 @@ pub(super) struct TextProjections {
 
 /// A linear layer of f32, whatever the other weights are.
 pub(super) fn exact(w: &Weights, from: usize, to: usize) -> Result<Linear> {
-    Ok(Linear { weight: exact_matrix(w, from, to)?, bias: Some(w.with_dtype(DType::F32).get(to, "bias", Init::Zeros)?) })
+    Ok(Linear {
+        weight: exact_matrix(w, from, to)?,
+        bias: Some(w.with_dtype(DType::F32).get(to, "bias", Init::Zeros)?),
+    })
 }
 
 fn exact_matrix(w: &Weights, from: usize, to: usize) -> Result<WeightMatrix> {

@@ -88,9 +88,7 @@ impl WeightMatrix {
         match self {
             // One number that stands for all, of weights that are only planned.
             Self::Dense(tensor) if tensor.stride().iter().all(|&stride| stride == 0) => Ok(self.clone()),
-            Self::Dense(tensor) => {
-                tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Self::Dense)
-            }
+            Self::Dense(tensor) => tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Self::Dense),
             Self::Mixed(_) | Self::Bytes(_) => bail!("rows of these weights stay where they are"),
             Self::Blocks { blocks, first, rows, .. } => {
                 let (_, columns) = blocks.shape().dims2()?;

@@ -43,7 +43,8 @@ impl Text {
         }
         let control = control(&file);
         for (id, piece) in file["model"]["vocab"].as_array_mut().into_iter().flatten().enumerate() {
-            if let Some(piece) = piece.get_mut(0).filter(|word| word.as_str().is_some_and(|w| control.contains_key(w))) {
+            if let Some(piece) = piece.get_mut(0).filter(|word| word.as_str().is_some_and(|w| control.contains_key(w)))
+            {
                 // No prompt holds a control character.
                 *piece = format!("\0{id}").into();
             }
@@ -251,13 +252,16 @@ mod tests {
 
     #[test]
     fn control_words_of_a_unigram_are_plain_text_in_a_prompt() {
-        let mut vocab = vec![("<pad>".to_string(), 0.0), ("</s>".into(), 0.0), ("<unk>".into(), 0.0), ("\u{2581}".into(), -2.0)];
+        let mut vocab =
+            vec![("<pad>".to_string(), 0.0), ("</s>".into(), 0.0), ("<unk>".into(), 0.0), ("\u{2581}".into(), -2.0)];
         vocab.extend((b'!'..=b'~').map(|b| ((b as char).to_string(), -8.0)));
         vocab.extend([("\u{2581}cat".into(), -6.0), ("<extra_id_0>".into(), 0.0)]);
         let last = vocab.len() as u32 - 1;
         let added: Vec<Value> = [(0, "<pad>"), (1, "</s>"), (2, "<unk>"), (last, "<extra_id_0>")]
-            .map(|(id, content)| serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false}))
+            .map(|(id, content)| {
+                serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false})
+            })
             .to_vec();
         let spaces = serde_json::json!({"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
             {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true}]});

@@ -96,7 +96,10 @@ mod tests {
             }
             let read = store.read(&["a cat", "a dog", "\"红\" \n"], 4).unwrap();
             let first = |t: &Tensor| t.to_vec2::<f32>().unwrap()[0][0];
-            assert_eq!(read.iter().map(|(k, t)| (k.as_str(), first(t))).collect::<Vec<_>>(), [("\"红\" \n", 2.0), ("a cat", 3.0)]);
+            assert_eq!(
+                read.iter().map(|(k, t)| (k.as_str(), first(t))).collect::<Vec<_>>(),
+                [("\"红\" \n", 2.0), ("a cat", 3.0)]
+            );
             assert_eq!(store.read(&["a cat"], 5).unwrap_err().exit_code(), 3);
         }
     }

@@ -56,17 +56,20 @@ impl<'a> InfinityRows<'a> {
         let images = self.caches.len() / 2;
         let mixture = self.mixture(si);
         let keep = si + 1 < self.sampling.drawn(self.scales);
-        let hidden = self.model.forward(x, &self.ropes[si], &self.conditions, (&mut self.caches, keep), mixture)?;
-        // Both rows of an image are the same now.
-        if mixture.is_some() { hidden.narrow(0, 0, images) } else { Ok(hidden) }
+        let caches = (&mut self.caches[..], keep);
+        let hidden = self.model.forward(x, &self.ropes[si], &self.conditions, caches, mixture.as_ref())?;
+        // What is guided already has no use for the other rows.
+        let guided = mixture.is_some() && !self.sampling.cfg_layers.contains(&0);
+        if guided { hidden.narrow(0, 0, images) } else { Ok(hidden) }
     }
 
-    /// Guidance within the network at a scale, if that is where it takes place.
+    /// Guidance within the network at a scale, if it takes place there.
     fn mixture(&self, si: usize) -> Option<Mixture> {
-        let weight = 1.0 + self.sampling.guidance(si, self.scales);
-        let from_end = self.sampling.cfg_layer.filter(|_| si < self.sampling.guided_scales(self.scales))?;
-        let after = self.model.config().depth.checked_sub(from_end)?;
-        (weight != 1.0).then_some(Mixture { after, weight })
+        let (weight, depth) = (1.0 + self.sampling.guidance(si, self.scales), self.model.config().depth);
+        let layers = self.sampling.cfg_layers.iter().filter(|&&from_end| from_end > 0);
+        let after: Vec<usize> = layers.filter_map(|&from_end| depth.checked_sub(from_end)).collect();
+        let guided = si < self.sampling.guided_scales(self.scales) && weight != 1.0;
+        (guided && !after.is_empty()).then_some(Mixture { after, weight })
     }
 }
 

@@ -94,10 +94,14 @@ impl Variant {
         VARIANTS.iter().find(|variant| variant.name.eq_ignore_ascii_case(name))
     }
 
+    /// Whether a transformer of this shape may be it.
+    pub fn fits(&self, shape: &InfinityConfig) -> bool {
+        *shape == InfinityConfig { heads_first: shape.heads_first, ..self.shape.clone() }
+    }
+
     /// The one of a shape; of the two with one shape, that for 1024 pixels.
     pub fn of_shape(shape: &InfinityConfig) -> Option<&'static Self> {
-        let same = |variant: &&Self| *shape == InfinityConfig { heads_first: shape.heads_first, ..variant.shape.clone() };
-        VARIANTS.iter().find(same)
+        VARIANTS.iter().find(|variant| variant.fits(shape))
     }
 
     /// What it takes to have it, in words.
