@@ -5,19 +5,21 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use image::RgbImage;
 
-use crate::checkpoint::{Fit, Inventory, Source, Weights, copy_weights, load_file};
+use crate::checkpoint::{Fit, Inventory, Matrices, Source, Weights, copy_weights, load_file};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, ImageCodes, ModelConfig, infinity, ratios};
+use crate::generate::{IMAGE_TOKENIZER, ImageCodes, ModelConfig, cost, infinity, ratios};
 use crate::input::quoted;
+use crate::memory;
 use crate::pixels;
 use crate::size::Size;
 use crate::tokenizer::{
-    BitPreset, BitTokenizer, BitTokenizerConfig, CodeSpace, ImageDecoder, ImageTokenizer, Preset, TokenizerConfig,
+    BitEncoder, BitPreset, BitTokenizerConfig, CnnConfig, Code, CodeSpace, ImageDecoder, ImageTokenizer, Preset,
+    TokenizerConfig,
 };
 
-/// The levels of Infinity that its tokenizers are used at by themselves: squares of 256, 512 and 1024 pixels.
+/// Scales of the levels that stand-alone encoding uses: squares of 256, 512 and 1024 pixels.
 const BIT_LEVELS: [usize; 3] = [7, 10, 13];
-/// The most tokens along a side, and the most scales, of a schedule that is given.
+/// The largest grid side and the most scales of an explicit schedule.
 const MAX_SIDE: usize = 128;
 const MAX_SCALES: usize = 64;
 
@@ -47,9 +49,9 @@ impl Codec {
         Ok(Self { name: preset.name.into(), place: Place::File(path.into(), Box::new(preset)) })
     }
 
-    /// The one tokenizer of Infinity in a folder without a model of ours; nothing if there is none.
+    /// The only Infinity tokenizer in a folder; `None` if the folder has none.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for several, of which one has to be named.
+    /// Errors: [`crate::error::Kind::Model`] if there are several.
     pub fn of_folder(folder: &Path) -> Result<Option<Self>> {
         let mut files = Vec::new();
         for entry in std::fs::read_dir(folder)? {
@@ -104,7 +106,8 @@ impl Codec {
         }
     }
 
-    /// Whether images have these grids (height, width), coarse to fine. Bits need no schedule of a table.
+    /// Whether images can have these grids (height, width), coarse to fine. Bitwise tokenizers
+    /// accept any schedule that grows.
     pub fn has_scales(&self, scales: &[(usize, usize)]) -> bool {
         let side = 1..=MAX_SIDE;
         match &self.place {
@@ -119,7 +122,8 @@ impl Codec {
         }
     }
 
-    /// An image as it is encoded, in pixels of the last grid, and the grids: those of `size`, or `scales`.
+    /// The image resized and cropped for encoding, and its grids: `scales` if given, else those of
+    /// `size`.
     ///
     /// Errors: usage, for a size or scales that it cannot have.
     pub fn prepare(
@@ -175,23 +179,46 @@ impl Codec {
             Place::Model(source, config) => config.load_images(source, device, None, ImageTokenizer::load)?,
             Place::File(path, preset) => of_tokenflow(path, preset, device, ImageTokenizer::load)?,
             Place::Bits(path, config) => {
-                let tokenizer = load_file(path, LAYOUT, DType::F32, device, |w| BitTokenizer::load(w, config))?;
+                room(config, &config.encoder, |w| BitEncoder::load(w, config).map(drop), scales, device)?;
+                let tokenizer = load_file(path, LAYOUT, DType::F32, device, |w| BitEncoder::load(w, config))?;
                 return Ok(tokenizer.encode(&pixels()?, scales)?.remove(0));
             }
         };
         Ok(tokenizer.encode(&pixels()?, scales)?.remove(0).codes)
     }
 
-    /// Loads the half that draws.
-    pub fn load_decoder(&self, device: &Device) -> Result<ImageDecoder> {
-        match &self.place {
-            Place::Model(source, config) => config.load_images(source, device, None, ImageDecoder::load),
-            Place::File(path, preset) => of_tokenflow(path, preset, device, ImageDecoder::load),
+    /// The image of codes that fit, or of those of a prefix of the scales.
+    ///
+    /// Errors: weights that cannot be loaded, and pixels that are not finite.
+    pub fn decode(&self, codes: &[Vec<Code>], scales: &[(usize, usize)], device: &Device) -> Result<RgbImage> {
+        let images = match &self.place {
+            Place::Model(source, config) => config.load_images(source, device, None, ImageDecoder::load)?,
+            Place::File(path, preset) => of_tokenflow(path, preset, device, ImageDecoder::load)?,
             Place::Bits(path, config) => {
-                load_file(path, LAYOUT, DType::F32, device, |w| ImageDecoder::load_bits(w, config))
+                room(config, &config.decoder, |w| ImageDecoder::load_bits(w, config).map(drop), scales, device)?;
+                load_file(path, LAYOUT, DType::F32, device, |w| ImageDecoder::load_bits(w, config))?
             }
-        }
+        };
+        images.decode_image(codes, scales)
     }
+}
+
+/// Checks that memory has room for the weights that `build` asks for and for an image of `scales`
+/// in one `half` of the tokenizer.
+///
+/// Errors: [`crate::error::Kind::Memory`] if it does not.
+fn room(
+    config: &BitTokenizerConfig,
+    half: &CnnConfig,
+    build: impl Fn(&Weights) -> candle_core::Result<()>,
+    scales: &[(usize, usize)],
+    device: &Device,
+) -> Result<()> {
+    let asked = Weights::inventory();
+    build(&asked)?;
+    let cells = scales.last().map_or(0, |(h, w)| h * w * config.bits.patch * config.bits.patch);
+    let needed = asked.bytes(DType::F32, Matrices::Tensors) + cost::decoding(half, cells, DType::F32.size_in_bytes());
+    memory::check(needed, device, "nextflow encode IMAGE --size 256x256 makes codes of a smaller image")
 }
 
 /// What a file of Infinity's is compared with.
@@ -207,8 +234,8 @@ fn of_tokenflow<T>(
     load_file(path, &layout, DType::F32, device, |w| build(w, &preset.config))
 }
 
-/// The grids of an image of (width, height) pixels by itself: of the ratio nearest to `size` or its own, at the largest level
-/// that takes no more pixels than it has.
+/// Default grids of an image of (width, height) pixels: the ratio nearest to `size`, or to the
+/// image's own, at the largest level that has no more pixels than the image.
 fn bit_scales(size: Size, (width, height): (u32, u32), cell: usize) -> Result<Vec<(usize, usize)>> {
     let area = width as usize * height as usize;
     let level = |ratio: &ratios::Ratio| {
@@ -218,7 +245,8 @@ fn bit_scales(size: Size, (width, height): (u32, u32), cell: usize) -> Result<Ve
     size.of_ratios(f64::from(height) / f64::from(width), &ratios::LEVELS, level, cell)
 }
 
-/// What a tokenizer of Infinity is called: as its file, if that is the name of one of its shape, else as the first of these.
+/// The name of an Infinity tokenizer: the public name with its shape that is also its file's name,
+/// else the first public name with its shape.
 fn bit_name(config: &BitTokenizerConfig, path: &Path) -> String {
     let presets = BitPreset::of(config);
     let stem = path.file_stem().unwrap_or_default().to_string_lossy().replace("d32_reg", "d32reg");

@@ -31,8 +31,8 @@ pub struct Codes {
     pub codes: ImageCodes,
 }
 
-/// The same as JSON. A table's codes are numbers; bits are a string of hexadecimal digits for each token, most significant
-/// first, because what reads JSON often has no more than 53 bits for a number.
+/// The JSON form. Table codes are numbers; bitwise codes are one string of hexadecimal digits per
+/// token, most significant first, because many JSON readers keep only 53 bits of a number.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Json {
@@ -48,7 +48,7 @@ struct Json {
 /// A code as JSON has it.
 enum JsonCode {
     Number(Code),
-    /// In so many digits.
+    /// With this many digits.
     Digits(Code, usize),
 }
 
@@ -76,7 +76,8 @@ impl<'de> Deserialize<'de> for JsonCode {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<JsonCode, E> {
-                let code = Some(text).filter(|text| text.bytes().all(|b| b.is_ascii_hexdigit()));
+                let digits = |text: &&str| text.len() <= 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+                let code = Some(text).filter(digits);
                 let code = code.and_then(|text| Code::from_str_radix(text, 16).ok());
                 code.map(|code| JsonCode::Digits(code, text.len()))
                     .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
@@ -114,7 +115,7 @@ impl Json {
     }
 }
 
-/// The codes that a file says it is made of.
+/// The code space that a file declares.
 fn space(codebook_size: Option<usize>, bits: Option<usize>) -> Result<CodeSpace, String> {
     match (codebook_size, bits) {
         (Some(size), None) => Ok(CodeSpace::Table(size)),
@@ -149,8 +150,8 @@ impl Codes {
         Ok(json)
     }
 
-    /// A safetensors file with tensors `scale.00`, `scale.01`, ..., u32 (h, w) of a table or u8 (h, w, bits) of bits, and the
-    /// rest as metadata.
+    /// A safetensors file with tensors `scale.00`, `scale.01`, ..., u32 (h, w) of a table or u8 (h,
+    /// w, bits) of bits, and the rest as metadata.
     pub fn to_safetensors(&self) -> Result<Vec<u8>> {
         let tensor = |codes: &[Code], (h, w): (usize, usize)| match self.space {
             CodeSpace::Table(_) => {

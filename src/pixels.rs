@@ -57,8 +57,8 @@ impl Resampling {
         Self { from, to, weights }
     }
 
-    /// Bilinear without antialiasing, `align_corners` false, edges clamped: two taps wherever it shrinks, too. Coordinates and
-    /// weights are computed in f32, for PyTorch's are.
+    /// Bilinear without antialiasing, `align_corners` false, edges clamped: two taps wherever it
+    /// shrinks, too. Coordinates and weights are computed in f32, for PyTorch's are.
     pub fn bilinear(from: usize, to: usize) -> Self {
         let mut weights = vec![0f32; to * from];
         let step = from as f32 / to as f32;
@@ -196,8 +196,8 @@ pub const TOKENFLOW_GREY: f32 = 128.0;
 /// What zero becomes in Infinity's bytes, before it is truncated.
 pub const INFINITY_GREY: f32 = 127.5;
 
-/// One image of (3, H, W) in [-1, 1]: clamp(127.5 x + grey, 0, 255), truncated; `grey` is [`TOKENFLOW_GREY`] or
-/// [`INFINITY_GREY`].
+/// One image of (3, H, W) in [-1, 1]: clamp(127.5 x + grey, 0, 255), truncated; `grey` is
+/// [`TOKENFLOW_GREY`] or [`INFINITY_GREY`].
 ///
 /// Errors: [`crate::error::Kind::NonFinite`], for pixels that are not finite.
 pub fn to_image(x: &Tensor, grey: f32) -> crate::error::Result<RgbImage> {

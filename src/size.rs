@@ -84,8 +84,9 @@ impl Size {
         }
     }
 
-    /// The grids of an image of Infinity, whose tokens have `cell` pixels along each side: of one of the `levels` for a size in
-    /// pixels, else of the ratio nearest to this one, or to `auto`, at the level that `level` gives for it.
+    /// The grids of an Infinity image with `cell` pixels per token along each side. A size in
+    /// pixels must be that of a ratio at one of `levels`; a ratio, or `auto` (height over width)
+    /// where the user gave none, takes the nearest ratio at the level that `level` returns for it.
     ///
     /// Errors: usage, for a size in pixels that no level has.
     pub fn of_ratios(
@@ -122,7 +123,8 @@ impl Size {
     }
 }
 
-/// The one of some schedules whose images have (width, height) pixels, with `cell` pixels for a code along each side.
+/// The one of some schedules whose images have (width, height) pixels, with `cell` pixels for a
+/// code along each side.
 ///
 /// Errors: usage, with the size of the one that comes closest.
 fn exactly<'a>(
@@ -136,7 +138,8 @@ fn exactly<'a>(
     let distance = |scales: &[(usize, usize)]| {
         let (w, h) = pixels(scales);
         let (x, y) = (log(w, width), log(h, height));
-        // Several ratios can share a last grid: the one whose coarser grids keep closest to it is the best.
+        // Several ratios can share a last grid: the one whose coarser grids keep closest to it is
+        // the best.
         let bend: f64 = scales.iter().map(|(r, c)| log(*r as u64 * w, *c as u64 * h).abs()).sum();
         // A wrong shape is worse than a wrong size.
         ((x + y).abs() + 2.0 * (x - y).abs(), bend)

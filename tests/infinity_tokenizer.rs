@@ -1,5 +1,5 @@
-//! Infinity's image tokenizers against the reference's own numbers. Which there are, and their shapes and images, is read from
-//! tests/data/infinity/infinity.json.
+//! Infinity's image tokenizers against the reference's own numbers. Which there are, and their
+//! shapes and images, is read from tests/data/infinity/infinity.json.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use nextflow::generate::inputs::NextInput;
 use nextflow::generate::ratios;
 use nextflow::pixels::{self, GridResampling};
 use nextflow::tokenizer::{
-    BitConfig, BitPreset, BitTokenizer, BitTokenizerConfig, CnnConfig, CnnLayout, Code, CodeSpace, ImageDecoder, pack,
-    unpack,
+    BitConfig, BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig, CnnConfig, CnnLayout, Code, CodeSpace,
+    ImageDecoder, pack, unpack,
 };
 use serde::Deserialize;
 
@@ -112,13 +112,24 @@ fn image(golden: &HashMap<String, Tensor>, name: &str) -> RgbImage {
     RgbImage::from_raw(w as u32, h as u32, bytes.flatten_all().unwrap().to_vec1().unwrap()).unwrap()
 }
 
+/// Both halves of a tokenizer.
+struct Tokenizer {
+    encoder: BitEncoder,
+    decoder: BitDecoder,
+}
+
+fn load(name: &str, config: &BitTokenizerConfig) -> Tokenizer {
+    let read = Weights::from_safetensors(&[weights(name)], DType::F32, &Device::Cpu).unwrap();
+    let (encoder, decoder) = (BitEncoder::load(&read, config).unwrap(), BitDecoder::load(&read, config).unwrap());
+    Tokenizer { encoder, decoder }
+}
+
 /// Calls `check` with every image of every tokenizer.
-fn each(mut check: impl FnMut(&BitTokenizer, &HashMap<String, Tensor>, &str, &Picture)) {
+fn each(mut check: impl FnMut(&Tokenizer, &HashMap<String, Tensor>, &str, &Picture)) {
     for (tokenizer, case) in cases() {
         let config = case.config();
         assert_eq!(config.decoder.stride(), case.stride);
-        let read = Weights::from_safetensors(&[weights(&tokenizer)], DType::F32, &Device::Cpu).unwrap();
-        let loaded = BitTokenizer::load(&read, &config).unwrap();
+        let loaded = load(&tokenizer, &config);
         let golden = tensors(&format!("{tokenizer}.io.safetensors"));
         for (name, picture) in &case.images {
             let patched = |(h, w): &Grid| (h * config.bits.patch, w * config.bits.patch);
@@ -134,14 +145,16 @@ fn every_stage_of_encoding_equals_the_reference() {
         let get = |part: &str| &golden[&format!("{name}.{part}")];
         let (h, w) = picture.pixels;
         let input = pixels::to_tensor(&[image(golden, name).as_raw()], h, w, &Device::Cpu).unwrap();
-        let features = tokenizer.features(&input).unwrap();
+        let features = tokenizer.encoder.features(&input).unwrap();
         close("features", &channels_first(&features), get("features"), FEATURES);
         // The quantiser alone, of the reference's features.
-        let bits = tokenizer.config().bits;
+        let bits = *tokenizer.encoder.quantizer().config();
         let f = get("features").permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mut residuals = Vec::new();
-        let codes =
-            tokenizer.quantizer().encode(&f, &picture.token_grids, |_, residual| residuals.push(residual.to_vec()));
+        let codes = tokenizer
+            .encoder
+            .quantizer()
+            .encode(&f, &picture.token_grids, |_, residual| residuals.push(residual.to_vec()));
         for (si, (residual, (h, w))) in residuals.into_iter().zip(&picture.code_grids).enumerate() {
             let signs: Vec<u8> = residual.iter().map(|x| u8::from(*x > 0.0)).collect();
             let residual = Tensor::from_vec(residual, (1, *h, *w, bits.dim), &Device::Cpu).unwrap();
@@ -154,14 +167,14 @@ fn every_stage_of_encoding_equals_the_reference() {
         }
         let want = golden_codes(golden, name, picture, bits.per_token());
         assert_eq!(codes, want, "{name}");
-        assert_eq!(tokenizer.encode(&input, &picture.token_grids).unwrap(), [want], "{name}");
+        assert_eq!(tokenizer.encoder.encode(&input, &picture.token_grids).unwrap(), [want], "{name}");
     });
 }
 
 #[test]
 fn sums_and_inputs_from_bits_equal_the_reference() {
     each(|tokenizer, golden, name, picture| {
-        let (q, scales) = (tokenizer.quantizer(), &picture.token_grids);
+        let (q, scales) = (tokenizer.encoder.quantizer(), &picture.token_grids);
         let codes = golden_codes(golden, name, picture, q.config().per_token());
         let (h, w) = *picture.code_grids.last().unwrap();
         let mut input = NextInput::of_bits(q, scales);
@@ -175,7 +188,8 @@ fn sums_and_inputs_from_bits_equal_the_reference() {
                 let flat = Tensor::from_slice(&all[si - 1], want.dims(), &Device::Cpu).unwrap();
                 close("all inputs", &flat, want, FEATURES);
             }
-            // Another pass would see the scale's own codes as well, which on the last grid is the sum itself.
+            // Another pass would see the scale's own codes as well, which on the last grid is the
+            // sum itself.
             let with = input.with(&q.codes(&codes[si]).unwrap(), si).unwrap();
             assert_eq!(with.dims(), [1, scales[si].0 * scales[si].1, q.config().per_token()]);
             if si + 1 == scales.len() && q.config().patch == 1 {
@@ -194,7 +208,7 @@ fn sums_and_inputs_from_bits_equal_the_reference() {
 #[test]
 fn several_images_are_summed_together_as_apart() {
     each(|tokenizer, golden, name, picture| {
-        let (q, scales) = (tokenizer.quantizer(), &picture.token_grids);
+        let (q, scales) = (tokenizer.encoder.quantizer(), &picture.token_grids);
         let codes = golden_codes(golden, name, picture, q.config().per_token());
         let other: Vec<Vec<Code>> = codes.iter().map(|codes| codes.iter().rev().map(|code| !code).collect()).collect();
         let both = |si: usize| Tensor::cat(&[q.codes(&codes[si]).unwrap(), q.codes(&other[si]).unwrap()], 0).unwrap();
@@ -211,12 +225,12 @@ fn several_images_are_summed_together_as_apart() {
 fn decoding_equals_the_reference() {
     each(|tokenizer, golden, name, picture| {
         let get = |part: &str| &golden[&format!("{name}.{part}")];
-        let decoded = tokenizer.images().decode_features(&get("z").permute((0, 2, 3, 1)).unwrap()).unwrap();
+        let decoded = tokenizer.decoder.decode_features(&get("z").permute((0, 2, 3, 1)).unwrap()).unwrap();
         close("decoded", &decoded, get("decoded"), PIXELS);
-        let codes = golden_codes(golden, name, picture, tokenizer.config().bits.per_token());
+        let codes = golden_codes(golden, name, picture, tokenizer.decoder.quantizer().config().per_token());
         close(
             "from codes",
-            &tokenizer.images().decode(&codes, &picture.token_grids).unwrap(),
+            &tokenizer.decoder.decode(&codes, &picture.token_grids).unwrap(),
             &get("decoded").get(0).unwrap(),
             PIXELS,
         );
@@ -286,7 +300,7 @@ fn schedules_equal_the_reference() {
         }
         assert_eq!(ratios::nearest(ratio.h_over_w).h_over_w, ratio.h_over_w);
     }
-    // By linear difference: in logarithms 16:9 would be nearer to 0.571 as well, but 0.9 would not be nearer to 0.8.
+    // By linear difference, the first of equals.
     for (wanted, nearest) in [(9.0 / 16.0, 0.571), (0.9, 1.0), (1.125, 1.0), (100.0, 3.0), (0.0, 0.333)] {
         assert_eq!(ratios::nearest(wanted).h_over_w, nearest, "{wanted}");
     }
@@ -377,7 +391,9 @@ fn plain(keys: &BTreeMap<String, (Vec<usize>, String)>) -> BTreeMap<String, (Vec
     let plain = |key: &str| {
         let mut parts: Vec<&str> = key.split('.').collect();
         let extra = parts.len().checked_sub(2).filter(|&at| parts[at] == "conv" || parts[at] == "norm");
-        extra.into_iter().for_each(|at| drop(parts.remove(at)));
+        if let Some(at) = extra {
+            parts.remove(at);
+        }
         parts.join(".")
     };
     keys.iter().map(|(key, value)| (plain(key), value.clone())).collect()
@@ -397,7 +413,8 @@ fn public_checkpoints_are_recognised_and_complete() {
             let presets = BitPreset::of(&config);
             assert!(presets[0].name == name && presets.len() == if name == "d32reg" { 2 } else { 1 }, "{name}");
             let asked = Weights::inventory();
-            BitTokenizer::load(&asked, &config).unwrap();
+            BitEncoder::load(&asked, &config).unwrap();
+            BitDecoder::load(&asked, &config).unwrap();
             let fit = files.compare(&asked);
             assert!(fit.is_complete() && fit.unknown.is_empty(), "{name}: {fit:?}");
         }
@@ -529,7 +546,8 @@ fn pictures_have_default_schedules() {
     }
 }
 
-/// What a folder holds is found; of several one is to be named; what lacks a tensor is refused by its name.
+/// What a folder holds is found; of several one is to be named; what lacks a tensor is refused by
+/// its name.
 #[test]
 fn folders_and_broken_files() {
     let (dir, Some((tokenizer, _))) = (tempfile::tempdir().unwrap(), cases().pop_first()) else { return };
@@ -547,13 +565,13 @@ fn folders_and_broken_files() {
         &["holds 2 image tokenizers", "--model 'one/a second one.safetensors'"],
     );
     let (_, mut keys) = public_tokenizers().swap_remove(0);
-    keys.remove("decoder.mid.block_2.norm1.norm.bias");
+    keys.remove("encoder.mid.block_2.norm1.norm.bias");
     hollow(&here.join("broken.safetensors"), &keys);
-    let what = ["does not fit Infinity's image tokenizer", "1 missing: decoder.mid.block_2.norm1.norm.bias"];
+    let what = ["does not fit Infinity's image tokenizer", "1 missing: encoder.mid.block_2.norm1.norm.bias"];
     refused(here, 3, &["encode", "in.png", "--model", "broken.safetensors", "--scales", "1x1"], &what);
     let info = works(here, &["info", "broken.safetensors"]);
     assert!(
-        info.contains("d16 (of Infinity 125M)") && info.contains("1 missing: decoder.mid.block_2.norm1.norm.bias"),
+        info.contains("d16 (of Infinity 125M)") && info.contains("1 missing: encoder.mid.block_2.norm1.norm.bias"),
         "{info}"
     );
     // The same keys and more are Stable Diffusion's.

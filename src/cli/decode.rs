@@ -62,8 +62,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         }
         codes.codes.truncate(scales);
     }
-    let decoder = codec.load_decoder(&device)?;
-    let image = decoder.decode_image(&codes.codes, &codes.scales)?;
+    let image = codec.decode(&codes.codes, &codes.scales, &device)?;
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
     let png = png.into_inner();

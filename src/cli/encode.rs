@@ -14,7 +14,10 @@ use crate::{input, pixels, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  nextflow encode photo.jpg -o codes.json && nextflow decode codes.json -o back.png")]
+#[command(
+    after_help = "Examples:\n  nextflow encode photo.jpg -o codes.json && nextflow decode codes.json -o back.png\n  \
+                        nextflow encode photo.jpg --model infinity_vae_d32reg.pth --size 512x512 -o bits.safetensors"
+)]
 pub struct EncodeArgs {
     /// PNG, JPEG or WebP; `-` reads standard input
     #[arg(value_name = "IMAGE")]
@@ -22,7 +25,7 @@ pub struct EncodeArgs {
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); what does not fit is cut off
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// An explicit schedule in place of --size, for Infinity's tokenizers: grids of tokens ROWSxCOLUMNS, coarse to fine
+    /// Explicit token grids ROWSxCOLUMNS, coarse to fine, in place of --size (Infinity tokenizers)
     #[arg(long, value_name = "1x1,2x2,...", conflicts_with = "size")]
     pub scales: Option<String>,
     /// Write here, as safetensors if the name ends in .safetensors, else as JSON [default: JSON to standard output]

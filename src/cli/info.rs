@@ -16,7 +16,7 @@ use crate::infinity::{Infinity, InfinityConfig};
 use crate::input::quoted;
 use crate::t5::TextEncoder;
 use crate::terminal;
-use crate::tokenizer::{BitPreset, BitTokenizer, BitTokenizerConfig};
+use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig};
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -24,8 +24,8 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what NEXTFLOW_MODEL names, else the model
-    /// inside the program]
+    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what
+    /// NEXTFLOW_MODEL names, else the model inside the program]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON in place of text
@@ -161,7 +161,8 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
     let files = inventory.files();
     if let Some(config) = BitTokenizerConfig::of_weights(inventory) {
         let asked = Weights::inventory();
-        BitTokenizer::load(&asked, &config)?;
+        BitEncoder::load(&asked, &config)?;
+        BitDecoder::load(&asked, &config)?;
         let fit = Some(inventory.compare(&asked));
         let family = format!("Infinity image tokenizer {}", bit_names(&config));
         let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;

@@ -62,7 +62,8 @@ impl ModelArgs {
         }
     }
 
-    /// The image tokenizer of the model, or the one in a file of its own, or the only one of Infinity in a folder.
+    /// The image tokenizer of the model, or the one in a file of its own, or the only one of
+    /// Infinity in a folder.
     ///
     /// Errors: as [`Self::source`].
     pub fn codec(&self) -> Result<Codec> {

@@ -166,11 +166,12 @@ pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool)
     pass(c, rows * codes, width).max((copies * images * at_once * c.codebook_size * 4) as u64)
 }
 
-/// Bytes that a pixel decoder holds at once for a grid of so many `codes`, with numbers of `width` bytes.
-pub fn decoding(cnn: &CnnConfig, codes: usize, width: usize) -> u64 {
+/// Bytes that decoding the pixels of a grid of so many cells holds at once, with numbers of `width`
+/// bytes; encoding them as well.
+pub fn decoding(cnn: &CnnConfig, cells: usize, width: usize) -> u64 {
     let side = cnn.stride() / cnn.patch;
     let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
-    (DECODE * codes * side * side * first * width) as u64
+    (DECODE * cells * side * side * first * width) as u64
 }
 
 /// Tokens around a text, what opens an image among them.

@@ -12,8 +12,8 @@ pub struct NextInput<'a> {
     rule: Rule<'a>,
     /// Grids (height, width), coarse to fine.
     scales: &'a [(usize, usize)],
-    /// What the scales before the current one sum up to: of a table, in cumulative mode, on the current grid; of bits on the
-    /// last one.
+    /// Sum of the scales before the current one: on the current grid for table codes in cumulative
+    /// mode, on the last grid for bits.
     sum: Option<Tensor>,
 }
 
@@ -24,17 +24,17 @@ enum Rule<'a> {
 }
 
 impl<'a> NextInput<'a> {
-    /// Before the first scale of codes of a table: (images, h * w) u32.
+    /// For table codes, (images, h * w) u32, before the first scale.
     pub fn of_table(quantizer: &'a Quantizer, mode: InputMode, scales: &'a [(usize, usize)]) -> Self {
         Self { rule: Rule::Table(quantizer, mode), scales, sum: None }
     }
 
-    /// Before the first scale of codes of bits, (images, h * w, bits) u8, whose sum is on the last grid.
+    /// For bitwise codes, (images, h * w, bits) u8, before the first scale.
     pub fn of_bits(quantizer: &'a BitQuantizer, scales: &'a [(usize, usize)]) -> Self {
         Self { rule: Rule::Bits(quantizer), scales, sum: None }
     }
 
-    /// As `images` has codes; `mode` is that of a table.
+    /// For the codes of `images`; `mode` applies to table codes.
     pub fn of(images: &'a ImageDecoder, mode: InputMode, scales: &'a [(usize, usize)]) -> Self {
         match images {
             ImageDecoder::Table(images) => Self::of_table(images.quantizer(), mode, scales),

@@ -66,8 +66,8 @@ pub enum Event<'a> {
     },
     /// One more scale was drawn or, on a GPU, has been asked for.
     Scale {
-        /// Codes of every scale so far, coarse to fine, (images, h * w) u32 or, of bits, (images, h * w, bits) u8; who reads
-        /// them waits for them: [`sampler::to_host`].
+        /// Codes of every scale so far, coarse to fine: (images, h * w) u32, or (images, h * w,
+        /// bits) u8 for bitwise codes. Reading them ([`sampler::to_host`]) waits for the device.
         codes: &'a [Tensor],
         /// All grids of the image.
         scales: &'a [(usize, usize)],

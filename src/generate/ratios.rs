@@ -28,7 +28,8 @@ impl Ratio {
     }
 }
 
-/// Scales of the levels of 0.06, 0.25, 0.6 and 1 megapixel: squares of 256, 512, 768 and 1024 pixels.
+/// Scales of the levels of 0.06, 0.25, 0.6 and 1 megapixel: squares of 256, 512, 768 and 1024
+/// pixels.
 pub const LEVELS: [usize; 4] = [7, 10, 12, 13];
 
 #[derive(Default, Deserialize)]

@@ -53,7 +53,7 @@ pub struct Filter {
 
 /// What a GPU draws where the logits are not finite, so that nothing waits for it to tell: no codebook is as large.
 pub const NON_FINITE: u32 = u32::MAX;
-/// The same in place of a bit, which is 0 or 1.
+/// The same mark in place of a bit, which is 0 or 1.
 pub const NON_FINITE_BIT: u8 = u8::MAX;
 
 /// Codes of one scale, (images, T) u32 or, as bits, (images, T, bits) u8, image by image.
@@ -106,7 +106,8 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
 
-/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`], [`NON_FINITE_BIT`]) from the pass before.
+/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`], [`NON_FINITE_BIT`]) from the
+/// pass before.
 pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Tensor> {
     match codes.device().is_cpu() {
         true => Ok(codes),

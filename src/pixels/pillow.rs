@@ -150,8 +150,8 @@ pub fn centre_crop(image: &RgbImage, side: u32) -> RgbImage {
     resize_part(&halved, size, Filter::Bicubic, ((size.0 - side) / 2, (size.1 - side) / 2), (side, side))
 }
 
-/// The middle of an image in (width, height) pixels, as Infinity reads one: resized by Lanczos until it covers them, the longer
-/// side truncated, then cropped.
+/// The middle of an image in (width, height) pixels, as Infinity reads one: resized by Lanczos
+/// until it covers them, the longer side truncated, then cropped.
 pub fn cover_lanczos(image: &RgbImage, (width, height): (u32, u32)) -> RgbImage {
     let ratio = f64::from(image.width()) / f64::from(image.height().max(1));
     let size = match ratio <= f64::from(width) / f64::from(height.max(1)) {

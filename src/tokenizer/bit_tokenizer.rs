@@ -1,15 +1,16 @@
-//! Infinity's image tokenizer: a convolutional autoencoder whose codes are bits.
+//! Infinity's image tokenizer, a convolutional autoencoder whose codes are bits: its shape, and the half
+//! that encodes.
 
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::cnn::Encoder;
-use super::image_decoder::BitDecoder;
 use super::{BitConfig, BitQuantizer, CnnConfig, CnnLayout, Code};
 use crate::checkpoint::{Init, Inventory, Weights};
 use crate::error::Error;
 
-/// Pixels of a token along each side, in every public one: an autoencoder of stride 8 has tokens of 2x2 cells.
+/// Pixels per token along each side in every public tokenizer: a stride of 8 means tokens of 2x2
+/// cells.
 const TOKEN: usize = 16;
 /// Groups of every group norm.
 const GROUPS: usize = 32;
@@ -51,7 +52,8 @@ impl BitTokenizerConfig {
         self.decoder.stride() * self.bits.patch
     }
 
-    /// That of the weights in some files, by keys and shapes; nothing if they are another model's.
+    /// Derives the config from keys and shapes; `None` if the weights are those of another model.
+    /// Group count and patch are in no shape: both are those of the public tokenizers.
     pub fn of_weights(files: &Inventory) -> Option<Self> {
         let layout = [CnnLayout::Infinity, CnnLayout::InfinityPlain]
             .into_iter()
@@ -71,7 +73,8 @@ impl BitTokenizerConfig {
     }
 }
 
-/// The half of an autoencoder whose levels are at `levels`, with all the residual blocks of a level.
+/// Shape of the half whose levels are under `levels`; `num_res_blocks` counts all blocks of a
+/// level.
 fn half(files: &Inventory, layout: CnnLayout, levels: &str) -> Option<CnnConfig> {
     let shape = |key: String| files.shape(&layout.weight(&key));
     let width = |level: usize| shape(format!("{levels}.{level}.block.0.conv1"))?.first().copied();
@@ -96,56 +99,48 @@ fn half(files: &Inventory, layout: CnnLayout, levels: &str) -> Option<CnnConfig>
     })
 }
 
-/// A loaded tokenizer, for both ways; who only draws needs a [`BitDecoder`].
+/// Pixels to codes.
 #[derive(Debug)]
-pub struct BitTokenizer {
+pub struct BitEncoder {
     encoder: Encoder,
-    images: BitDecoder,
-    config: BitTokenizerConfig,
+    quantizer: BitQuantizer,
+    cell: usize,
 }
 
-impl BitTokenizer {
-    /// Infinity's public keys: `encoder`, `decoder`.
+impl BitEncoder {
+    /// The keys `encoder` of Infinity; what else there is is not read.
     ///
-    /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`] refuses.
+    /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`]
+    /// refuses.
     pub fn load(w: &Weights, config: &BitTokenizerConfig) -> Result<Self> {
         config.check()?;
-        // Powers of two, for labels that are numbers; the same under two names.
+        // Powers of two for integer labels, stored twice.
         for name in ["quantize.lfq", "quantizer.lfq"] {
             w.unused().pp(name).get(config.bits.dim, "mask", Init::Zeros)?;
         }
         Ok(Self {
             encoder: Encoder::load(&w.pp("encoder"), &config.encoder)?,
-            images: BitDecoder::load(w, config)?,
-            config: config.clone(),
+            quantizer: BitQuantizer::new(config.bits, w.device())?,
+            cell: config.cell(),
         })
-    }
-
-    /// Shape.
-    pub fn config(&self) -> &BitTokenizerConfig {
-        &self.config
     }
 
     /// The quantiser.
     pub fn quantizer(&self) -> &BitQuantizer {
-        self.images.quantizer()
+        &self.quantizer
     }
 
-    /// The half that draws.
-    pub fn images(&self) -> &BitDecoder {
-        &self.images
-    }
-
-    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), h and w being those of cells, not of tokens.
+    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), where h and w count cells, not
+    /// tokens.
     pub fn features(&self, image: &Tensor) -> Result<Tensor> {
         self.encoder.forward(image)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
-    /// Codes of every image of a batch (B, 3, H, W), whose grid of tokens must be the last of `scales`.
+    /// Codes of every image of a batch (B, 3, H, W), whose token grid must be the last of `scales`.
     ///
     /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not finite.
     pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> crate::error::Result<Vec<Vec<Vec<Code>>>> {
-        let (cell, (_, _, height, width)) = (self.config.cell(), image.dims4()?);
+        let (cell, (_, _, height, width)) = (self.cell, image.dims4()?);
         if scales.last().map(|(h, w)| (h * cell, w * cell)) != Some((height, width)) {
             let message = format!("an image of {height}x{width} does not fit the scales {scales:?}");
             return Err(candle_core::Error::Msg(message).into());
@@ -154,6 +149,6 @@ impl BitTokenizer {
         if !f.iter().flatten().all(|v| v.is_finite()) {
             return Err(Error::non_finite("features"));
         }
-        Ok(f.iter().map(|f| self.quantizer().encode(f, scales, |_, _| {})).collect())
+        Ok(f.iter().map(|f| self.quantizer.encode(f, scales, |_, _| {})).collect())
     }
 }

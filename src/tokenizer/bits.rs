@@ -1,5 +1,5 @@
-//! Multi-scale residual binary spherical quantisation (BSQ, arXiv 2406.07548; Infinity, arXiv 2412.04431): without a codebook,
-//! a code is the signs of its channels.
+//! Multi-scale residual binary spherical quantisation (BSQ, arXiv 2406.07548; Infinity, arXiv
+//! 2412.04431): without a codebook, a code is the signs of its channels.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
@@ -10,18 +10,19 @@ use crate::pixels::GridResampling;
 /// A grid, (height, width).
 type Grid = (usize, usize);
 
-/// Shape of the codes.
+/// Shape of bitwise codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BitConfig {
     /// Channels of what is quantised, a bit each.
     pub dim: usize,
-    /// Cells of the autoencoder along each side of a token, whose bits are those of all of them: 2 in Infinity 8B, else 1.
+    /// Autoencoder cells per token along each side: 2 in Infinity 8B, else 1.
     pub patch: usize,
 }
 
 impl BitConfig {
-    /// Bits of a token: channel c of the cell in row y and column x of the patch is bit (c * patch + y) * patch + x.
+    /// Bits of a token: channel c of the cell in row y and column x of the patch is bit (c * patch
+    /// + y) * patch + x.
     pub fn per_token(&self) -> usize {
         self.dim.saturating_mul(self.patch).saturating_mul(self.patch)
     }
@@ -45,7 +46,8 @@ impl BitConfig {
     }
 }
 
-/// The quantiser. Grids in its interface are those of tokens; F is the sum of all scales on the autoencoder's last grid.
+/// The quantiser. Grids in its interface are token grids; F is the sum of all scales on the
+/// autoencoder's last grid.
 #[derive(Clone, Debug)]
 pub struct BitQuantizer {
     config: BitConfig,
@@ -59,25 +61,26 @@ impl BitQuantizer {
         Ok(Self { config, device: device.clone() })
     }
 
-    /// Shape of the codes.
+    /// Shape of bitwise codes.
     pub fn config(&self) -> &BitConfig {
         &self.config
     }
 
-    /// What a channel of a code adds to F, up or down: a code has length 1.
+    /// Magnitude of every channel of a code, which has unit length.
     fn unit(&self) -> f32 {
         1.0 / (self.config.dim as f32).sqrt()
     }
 
-    /// The codes of one scale of one image as the loop has them: (1, T, bits) u8 on the tokenizer's device.
+    /// The codes of one scale of one image as the loop has them: (1, T, bits) u8 on the tokenizer's
+    /// device.
     pub fn codes(&self, codes: &[Code]) -> Result<Tensor> {
         let count = self.config.per_token();
         let bits: Vec<u8> = codes.iter().flat_map(|&code| unpack(code, count)).collect();
         Tensor::from_vec(bits, (1, codes.len(), count), &self.device)
     }
 
-    /// F after one more scale: `sum`, (B, H * W, dim) or nothing before the first one, and the codes of the grid `from`, (B, T,
-    /// bits) u8, stretched to the grid `last`.
+    /// F after one more scale: `sum`, (B, H * W, dim) or nothing before the first one, and the
+    /// codes of the grid `from`, (B, T, bits) u8, stretched to the grid `last`.
     pub fn add(&self, sum: Option<&Tensor>, codes: &Tensor, from: Grid, last: Grid) -> Result<Tensor> {
         let unit = f64::from(self.unit());
         let signs = codes.to_dtype(DType::F32)?.affine(2.0 * unit, -unit)?;
@@ -117,7 +120,8 @@ impl BitQuantizer {
         x.reshape((b, h * w, dim * p * p))
     }
 
-    /// The codes of one image's features `f`, (H * W, dim) on the autoencoder's grid of the last of `scales`.
+    /// The codes of one image's features `f`, (H * W, dim) on the autoencoder's grid of the last of
+    /// `scales`.
     ///
     /// `visit(scale, residual)` sees what is quantised at every scale, (cells, dim).
     pub fn encode(&self, f: &[f32], scales: &[Grid], mut visit: impl FnMut(usize, &[f32])) -> Vec<Vec<Code>> {

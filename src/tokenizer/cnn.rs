@@ -1,68 +1,16 @@
-//! The pixel branch: the convolutional encoder and decoder of TokenFlow and of Infinity, with their public key names, which no
-//! autoencoder of candle-transformers has.
+//! The pixel branch: the convolutional encoder and decoder of TokenFlow and of Infinity, with their
+//! public key names, which no autoencoder of candle-transformers has.
 
-use candle_core::{DType, Result, Tensor, bail};
-use serde::{Deserialize, Serialize};
+mod config;
 
-use super::vit::is_default;
+use candle_core::{DType, Result, Tensor};
+
+pub use config::{CnnConfig, CnnLayout};
+
 use crate::checkpoint::{Init, Weights};
 use crate::ops::{self, Filters, Mask};
 
 const EPS: f64 = 1e-6;
-
-/// Shape of one convolutional half.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CnnConfig {
-    /// Channels of the level with the most pixels.
-    pub ch: usize,
-    /// Multiple of `ch` at each level; every level but the last halves the grid.
-    pub ch_mult: Vec<usize>,
-    /// Residual blocks a level (the decoder has one more).
-    pub num_res_blocks: usize,
-    /// Channels between this half and its 1x1 quantisation convolution or, without one, those of a code.
-    pub z_channels: usize,
-    /// Groups of every group norm.
-    pub groups: usize,
-    /// Pixels are folded into channels by patches of this side first (1: plain pixels, as TokenFlow).
-    pub patch: usize,
-    /// Whose keys, and whether there is attention.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub layout: CnnLayout,
-}
-
-/// Whose keys a pixel branch follows, and whether it attends.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CnnLayout {
-    /// TokenFlow: `conv_blocks.N.{res,attn}.B`, numbered as they run; attention at the level with the fewest pixels.
-    #[default]
-    Tokenflow,
-    /// Infinity: `down.N.block.B` and `up.N.block.B`, both numbered from the level with the most pixels, and one more part in
-    /// the key of every convolution (`.conv`) and norm (`.norm`); no attention.
-    Infinity,
-    /// Infinity without that part.
-    InfinityPlain,
-}
-
-impl CnnLayout {
-    fn conv(self, w: &Weights) -> Weights {
-        if self == Self::Infinity { w.pp("conv") } else { w.clone() }
-    }
-
-    fn norm(self, w: &Weights) -> Weights {
-        if self == Self::Infinity { w.pp("norm") } else { w.clone() }
-    }
-
-    /// The key of the weight of a convolution.
-    pub(super) fn weight(self, conv: &str) -> String {
-        if self == Self::Infinity { format!("{conv}.conv.weight") } else { format!("{conv}.weight") }
-    }
-
-    fn attends(self) -> bool {
-        self == Self::Tokenflow
-    }
-}
 
 /// What all layers of a branch have in common.
 #[derive(Clone, Copy)]
@@ -81,26 +29,9 @@ impl Style {
     }
 }
 
-impl CnnConfig {
-    fn style(&self) -> Style {
-        Style { groups: self.groups, layout: self.layout }
-    }
-
-    /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups do not divide.
-    pub(super) fn check(&self) -> Result<()> {
-        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > 1 << 16 {
-            bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
-        }
-        let split = |mult: &usize| self.ch * mult > 0 && (self.ch * mult).is_multiple_of(self.groups);
-        if self.groups == 0 || self.num_res_blocks > 1000 || self.ch > 1 << 20 || !self.ch_mult.iter().all(split) {
-            bail!("{} groups do not divide {} channels times {:?}", self.groups, self.ch, self.ch_mult);
-        }
-        Ok(())
-    }
-
-    /// Pixels per code along each axis.
-    pub fn stride(&self) -> usize {
-        self.patch << (self.ch_mult.len() - 1)
+impl From<&CnnConfig> for Style {
+    fn from(config: &CnnConfig) -> Self {
+        Self { groups: config.groups, layout: config.layout }
     }
 }
 
@@ -314,7 +245,7 @@ pub struct Encoder {
 impl Encoder {
     /// Keys `conv_in`, `conv_blocks.N` or `down.N`, `mid`, `norm_out`, `conv_out`.
     pub fn load(w: &Weights, config: &CnnConfig) -> Result<Self> {
-        let (last, style) = (config.ch_mult.len() - 1, config.style());
+        let (last, style) = (config.ch_mult.len() - 1, Style::from(config));
         let attends = style.layout.attends();
         let names = w.pp(if attends { "conv_blocks" } else { "down" });
         let mut from = config.ch;
@@ -360,10 +291,10 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Keys as [`Encoder::load`], with `up.N` for `down.N`; of `conv_blocks` 0 is the level with the fewest pixels, of `up` the
-    /// one with the most.
+    /// Keys as [`Encoder::load`], with `up.N` for `down.N`; of `conv_blocks` 0 is the level with
+    /// the fewest pixels, of `up` the one with the most.
     pub fn load(w: &Weights, config: &CnnConfig) -> Result<Self> {
-        let (last, style) = (config.ch_mult.len() - 1, config.style());
+        let (last, style) = (config.ch_mult.len() - 1, Style::from(config));
         let lowest = config.ch * config.ch_mult[last];
         let mut from = lowest;
         let mut levels = Vec::new();

@@ -1,4 +1,4 @@
-//! Codes as they are kept outside of tensors, and which of them there are.
+//! Codes outside of tensors, and which of them are valid.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ pub type Code = u64;
 /// The most bits of a token.
 pub const MAX_BITS: usize = Code::BITS as usize;
 
-/// The codes that a tokenizer has.
+/// The set of valid codes of a tokenizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CodeSpace {
     /// The rows of a codebook of this size.
@@ -37,7 +37,8 @@ impl CodeSpace {
 
     /// Whether `codes` are those of a prefix of `scales`.
     ///
-    /// Errors: more scales than there are, a scale with too few or too many codes, a code that does not exist.
+    /// Errors: more scales than there are, a scale with too few or too many codes, a code that does
+    /// not exist.
     pub fn check(self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<(), String> {
         if codes.len() > scales.len() {
             return Err(format!("codes of {} scales, of {} at most", codes.len(), scales.len()));

@@ -8,7 +8,7 @@ use super::{BitConfig, BitQuantizer, BitTokenizerConfig, Code, CodeSpace, Quanti
 use crate::checkpoint::Weights;
 use crate::pixels::{self, GridResampling};
 
-/// Codes to pixels, of either family.
+/// Codes to pixels, for both families of tokenizers.
 #[derive(Debug)]
 pub enum ImageDecoder {
     /// TokenFlow's.
@@ -36,7 +36,8 @@ impl ImageDecoder {
         }
     }
 
-    /// Pixels of one image from its codes, or from those of a prefix of its scales: (3, H, W) around [-1, 1].
+    /// Pixels of one image from its codes, or from those of a prefix of its scales: (3, H, W)
+    /// around [-1, 1].
     ///
     /// Errors: codes that [`CodeSpace::check`] refuses.
     pub fn decode(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<Tensor> {
@@ -48,7 +49,8 @@ impl ImageDecoder {
 
     /// The same as bytes, rounded as the family does.
     ///
-    /// Errors: as [`Self::decode`], and [`crate::error::Kind::NonFinite`] for pixels that are not finite.
+    /// Errors: as [`Self::decode`], and [`crate::error::Kind::NonFinite`] for pixels that are not
+    /// finite.
     pub fn decode_image(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> crate::error::Result<RgbImage> {
         match self {
             Self::Table(images) => images.decode_image(codes, scales),
@@ -57,7 +59,8 @@ impl ImageDecoder {
     }
 }
 
-/// Eight bits a colour need no f32: on a GPU pixels come from bf16. What is quantised is f32 everywhere.
+/// Eight bits a colour need no f32: on a GPU pixels come from bf16. What is quantised is f32
+/// everywhere.
 fn of_pixels(w: &Weights) -> Weights {
     if w.device().is_cuda() { w.with_dtype(DType::BF16) } else { w.clone() }
 }
@@ -125,7 +128,8 @@ pub struct BitDecoder {
 impl BitDecoder {
     /// The keys `decoder` of Infinity; what else there is is not read.
     ///
-    /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`] refuses.
+    /// Errors: tensors that are missing or misshapen, and what [`BitTokenizerConfig::check`]
+    /// refuses.
     pub fn load(w: &Weights, config: &BitTokenizerConfig) -> Result<Self> {
         config.check()?;
         Ok(Self {

@@ -1,5 +1,5 @@
-//! Images to codes and back, coarse to fine. TokenFlow: two encoders (semantic, pixel) share one index into a dual codebook.
-//! Infinity: an autoencoder whose codes are the signs of its channels.
+//! Images to codes and back, coarse to fine. TokenFlow: two encoders (semantic, pixel) share one
+//! index into a dual codebook. Infinity: an autoencoder whose codes are the signs of its channels.
 
 mod bit_tokenizer;
 mod bits;
@@ -18,7 +18,7 @@ use candle_core::{Result, Tensor, bail};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-pub use bit_tokenizer::{BitTokenizer, BitTokenizerConfig};
+pub use bit_tokenizer::{BitEncoder, BitTokenizerConfig};
 pub use bits::{BitConfig, BitQuantizer};
 pub use cnn::{CnnConfig, CnnLayout};
 pub use code::{Code, CodeSpace, pack, unpack};

@@ -1,4 +1,5 @@
-//! TokenFlow's two public tokenizers, the semantic encoder that NextFlow names, and Infinity's six public tokenizers.
+//! TokenFlow's two public tokenizers, the semantic encoder that NextFlow names, and Infinity's six
+//! public tokenizers.
 
 use super::{
     BitConfig, BitTokenizerConfig, CnnConfig, CnnLayout, CodebookConfig, PositionResampling, SemanticDecoderConfig,
@@ -87,7 +88,8 @@ pub struct BitPreset {
 }
 
 impl BitPreset {
-    /// Every preset. `d32` and `d32reg` have the same shape: what else is in a file does not tell them apart.
+    /// Every preset. `d32` and `d32reg` have the same shape, so a file alone cannot tell which it
+    /// is.
     pub fn all() -> [Self; 6] {
         let f16 = |name, dim, transformer| {
             let config = bit_tokenizer(&[1, 2, 4, 4, 4], BitConfig { dim, patch: 1 });

@@ -146,7 +146,8 @@ impl Quantizer {
         codes.iter().flat_map(|&c| self.entry(c)).copied().collect()
     }
 
-    /// The codes of one scale of one image as the loop has them: (1, T) u32 on the tokenizer's device.
+    /// The codes of one scale of one image as the loop has them: (1, T) u32 on the tokenizer's
+    /// device.
     pub fn codes(&self, codes: &[Code]) -> Result<Tensor> {
         let rows: Vec<u32> = codes.iter().map(|&code| code as u32).collect();
         Tensor::from_vec(rows, (1, codes.len()), self.device())
