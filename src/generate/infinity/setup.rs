@@ -17,7 +17,7 @@ use crate::generate::{Guidance, IMAGE_TOKENIZER, Sampling, TRANSFORMER, schedule
 use crate::infinity::{Infinity, InfinityConfig};
 use crate::size::Size;
 use crate::t5::{self as encoder, TEXT_CONFIG, TEXT_ENCODER, TEXT_WORDS, TextEncoder};
-use crate::tokenizer::{BitPreset, BitTokenizer, BitTokenizerConfig, ImageDecoder};
+use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig, ImageDecoder};
 
 /// Shapes and settings of a whole model.
 #[derive(Clone, Debug)]
@@ -138,7 +138,7 @@ impl InfinitySetup {
             match (file, &self.text) {
                 (TRANSFORMER, _) => drop(Infinity::load(&asked, &self.transformer)?),
                 (TEXT_ENCODER, Some(text)) => encoder::ask(&asked, text, source.is_gguf(TEXT_ENCODER))?,
-                _ => drop(BitTokenizer::load(&asked, &self.tokenizer)?),
+                _ => self.ask_for_images(&asked)?,
             }
             let part = inventory.compare(&asked);
             files.extend(inventory.files());
@@ -168,7 +168,7 @@ impl InfinitySetup {
                 &part.join("model.gguf"),
                 &checkpoint::blocks(source, TRANSFORMER, &transformer, weights)?,
             )?;
-            BitTokenizer::load(&tokenizer, &self.tokenizer)?;
+            self.ask_for_images(&tokenizer)?;
             let images = part.join(IMAGE_TOKENIZER);
             checkpoint::extract(source, IMAGE_TOKENIZER, &tokenizer, DType::F32, &images)?;
             std::fs::create_dir(part.join("text_encoder"))?;
@@ -190,6 +190,13 @@ impl InfinitySetup {
             let config = serde_json::to_vec_pretty(&source.read_config()?).map_err(candle_core::Error::msg)?;
             checkpoint::write(&part.join("config.json"), &config)
         })
+    }
+
+    /// Asks an inventory for both halves of the image tokenizer.
+    fn ask_for_images(&self, w: &Weights) -> Result<()> {
+        BitEncoder::load(w, &self.tokenizer)?;
+        BitDecoder::load(w, &self.tokenizer)?;
+        Ok(())
     }
 
     /// What a config of ours would say.
