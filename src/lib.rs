@@ -22,6 +22,7 @@ pub mod infinity;
 pub mod input;
 pub mod library;
 pub mod memory;
+mod nn;
 pub mod ops;
 pub mod output;
 pub mod pixels;

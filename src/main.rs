@@ -11,7 +11,7 @@ fn main() -> ExitCode {
         memory::keep(cli::trains(&command));
         rayon::scope(|_| cli::run(command))
     };
-    match cli::parse().and_then(|command| command.map_or(Ok(()), run)) {
+    match cli::parse(std::env::args_os()).and_then(|command| command.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             terminal::report(&error);

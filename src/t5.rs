@@ -314,6 +314,13 @@ impl TextEncoder {
         }
     }
 
+    /// The words of the encoder at `source`.
+    ///
+    /// Errors: files that are missing or broken.
+    pub fn text(source: &Source) -> Result<Text> {
+        Ok(Words::read(source, &read_config(source)?)?.text)
+    }
+
     /// How many words the encoder at `source` knows.
     ///
     /// Errors: files that are missing or broken.

@@ -57,8 +57,17 @@ pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path:
 }
 
 /// What a model folder may have beside weights.
-const SMALL: [&str; 5] =
-    ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json", "preprocessor_config.json"];
+const SMALL: [&str; 9] = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+];
 
 /// Where a folder is being made.
 static PART: Mutex<Option<PathBuf>> = Mutex::new(None);
@@ -120,7 +129,7 @@ pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType)
         };
         let tensor = match (blocks, tensor.dims()) {
             (Some(blocks), &[rows, columns]) => {
-                ops::quantise(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
+                ops::quantize(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
             }
             _ => QTensor::quantize(&tensor, GgmlDType::F32)?,
         };

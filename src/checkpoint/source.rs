@@ -10,11 +10,13 @@ use candle_core::{DType, Device};
 
 use super::archive::{self, Archive};
 use super::embedded;
+use super::header::Fault;
+use super::keys;
 use super::shards;
 use super::weight_type::{Matrices, WeightType};
-use super::weights::{Fault, Weights};
+use super::weights::Weights;
 use crate::error::{Error, Kind, Result, told};
-use crate::ops::Bytes;
+use crate::ops::Int8Matrix;
 use crate::text::Text;
 
 /// How many faults of a file a message spells out.
@@ -132,6 +134,13 @@ impl Source {
         })
     }
 
+    /// The content of a small text file in UTF-8.
+    pub fn read_text(&self, file: &str) -> Result<String> {
+        String::from_utf8(self.bytes(file)?.into_owned()).map_err(|_| {
+            Error::model(format!("{file} of {self} is not UTF-8")).hint("copy the file from its origin again")
+        })
+    }
+
     /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
         let sentencepiece = !self.has_file("tokenizer.json") && self.has_file("tokenizer.model");
@@ -160,7 +169,7 @@ impl Source {
     /// a CPU and bf16 elsewhere, but GGUF stays what it is, as do bytes with a scale per row on a CPU that multiplies them.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
         let weights = weights.filter(|_| !self.is_gguf(file));
-        let multiplied = device.is_cpu() && Bytes::suits(1);
+        let multiplied = device.is_cpu() && Int8Matrix::supports(1);
         if weights.is_none() && multiplied && self.archives(file).is_ok_and(|all| all.iter().any(Archive::has_bytes)) {
             return (DType::F32, Matrices::Bytes);
         }
@@ -176,6 +185,13 @@ impl Source {
             return Err(Error::usage(message).hint("leave out --quant"));
         }
         Ok(())
+    }
+
+    /// Whether the files of `file` have a tensor of this key.
+    ///
+    /// Errors: those of [`Source::load`], as far as headers tell.
+    pub fn has_tensor(&self, file: &str, key: &str) -> Result<bool> {
+        Ok(self.archives(file)?.iter().any(|archive| archive.entry(key).is_some()))
     }
 
     /// Builds a part of the model from a file of weights or its shards, as `dtype` on `device`. Tensors that nothing asks for are
@@ -268,7 +284,11 @@ impl Source {
     pub(super) fn archives(&self, file: &str) -> Result<Vec<Archive>> {
         match self {
             Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
-            _ => self.files(file)?.iter().map(|f| Archive::open(f)).collect(),
+            _ => {
+                let mut archives: Vec<_> = self.files(file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?;
+                keys::publish(&mut archives)?;
+                Ok(archives)
+            }
         }
     }
 
@@ -284,10 +304,11 @@ impl Source {
 
     /// The content of a small file.
     pub fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
-        match self.path(file) {
-            None => self.embedded(file).map(Cow::Borrowed),
-            Some(path) => Ok(archive::read_json(&path)?.into()),
+        let Some(path) = self.path(file) else { return self.embedded(file).map(Cow::Borrowed) };
+        if !path.exists() {
+            return Err(shards::absent(&path));
         }
+        Ok(archive::read_small(&path)?.into())
     }
 }
 
@@ -327,7 +348,8 @@ fn plan<T>(
     let planned = build(&plan).map(drop);
     let problems = plan.problems();
     if !problems.is_empty() {
-        return Err(misfit(name, layout, &problems, planned.is_err()));
+        let name = if let [archive] = &archives[..] { archive.name() } else { name };
+        return Err(keys::unread(&archives).unwrap_or_else(|| misfit(name, layout, &problems, planned.is_err())));
     }
     planned.map(|()| archives).map_err(|e| failure(name, e))
 }

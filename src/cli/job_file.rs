@@ -52,6 +52,8 @@ pub struct Task {
     pub out: Option<PathBuf>,
     /// How it is drawn.
     pub job: Job,
+    /// Tokens of its prompt, or of what guidance leads away from.
+    pub tokens: usize,
     /// Its image is there already, and [`Reading::resume`] leaves it out.
     pub there: bool,
 }
@@ -206,8 +208,15 @@ impl<'a> Jobs<'a> {
         sampling.check(scales.len())?;
         flags.check_scales(&sampling, scales.len())?;
         let prompt = text::check_prompt(line.prompt.as_bytes())?;
+        let mut tokens = request.counter.count(&prompt)?;
         let negative = match &line.negative {
-            Some(text) => request::negative(Some(text.as_bytes()), &sampling, scales.len())?,
+            Some(text) => {
+                let negative = request::negative(Some(text.as_bytes()), &request.counter, &sampling, scales.len())?;
+                negative.map(|(negative, count)| {
+                    tokens = tokens.max(count);
+                    negative
+                })
+            }
             None => request.negative.clone().filter(|_| sampling.guided_scales(scales.len()) > 0),
         };
         if there && !resume {
@@ -216,7 +225,7 @@ impl<'a> Jobs<'a> {
         }
         let seed = line.seed.or(flags.seed.first().copied()).unwrap_or_else(request::any_seed);
         let job = Job { prompt, negative, scales, sampling, seed };
-        Ok(Task { line: self.read, id: line.id, out, job, there })
+        Ok(Task { line: self.read, id: line.id, out, job, tokens, there })
     }
 
     /// Takes a place below the folder of all images; whether there is an image already.

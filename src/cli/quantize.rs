@@ -10,7 +10,7 @@ use crate::chat::{self, ChatConfig, ChatModel};
 use crate::checkpoint::{self, WeightType, Weights};
 use crate::error::Result;
 use crate::generate::infinity::{self, InfinitySetup};
-use crate::generate::{Model, ModelConfig};
+use crate::generate::{Model, ModelConfig, tokenflow};
 use crate::terminal;
 
 /// Flags of `nextflow quantize`.
@@ -35,10 +35,15 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = args.model.source()?;
     terminal::interrupts_after(checkpoint::abandon)?;
     let asked = Weights::inventory();
-    let stated = source.read_config()?;
-    if infinity::is_config(&stated) {
+    let config = source.read_config()?;
+    if infinity::is_config(&config) {
         InfinitySetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
-    } else if chat::is_qwen(&stated) {
+        return terminal::emit_path(&args.output).map(drop);
+    }
+    if let Some(family) = chat::other_family(&config).filter(|_| !tokenflow::is_public(&config)) {
+        return Err(chat::unknown_family(&source, family));
+    }
+    if chat::is_qwen(&config) {
         let config = ChatConfig::read(&source)?;
         ChatModel::check(&source, &config)?;
         config.build(&asked)?;

@@ -7,10 +7,11 @@ use image::RgbImage;
 
 use super::cost::{self, Memory, Work};
 use super::infinity::{self, FeatureStore, InfinityModel, InfinitySetup};
-use super::{Batch, Model, ModelConfig, Observer, Sampling};
+use super::{Batch, Model, ModelConfig, Observer, PromptCounter, Sampling};
 use crate::checkpoint::{FileSummary, Fit, Source, WeightType};
 use crate::error::{Error, Result};
 use crate::size::Size;
+use crate::t5::TextEncoder;
 use crate::tokenizer::Code;
 
 /// A model before its weights are loaded.
@@ -41,6 +42,19 @@ impl GeneratorConfig {
             Self::NextFlow(config) => Ok(config),
             Self::Infinity(setup) => Err(Error::usage(format!("{} draws, but neither edits nor talks", setup.name))
                 .hint("nextflow gen --model FOLDER -p TEXT, or leave out --model to use nano")),
+        }
+    }
+
+    /// Counts the tokens of prompts as the model does.
+    ///
+    /// Errors: those of [`Source::text_of`].
+    pub fn prompt_counter(&self, source: &Source) -> Result<PromptCounter> {
+        match self {
+            Self::NextFlow(config) => config.prompt_counter(source),
+            Self::Infinity(setup) => {
+                let text = setup.text.as_ref().map(|_| TextEncoder::text(source)).transpose()?;
+                Ok(PromptCounter::cutting(text))
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use candle_core::Tensor;
 
 pub use generator::{Generator, GeneratorConfig};
 pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, SYSTEM, TRANSFORMER};
-pub use prompt::{Prefix, PromptConfig};
+pub use prompt::{Prefix, PromptConfig, PromptCounter};
 pub use rows::Rows;
 pub use sampling::{Guidance, Sampling};
 

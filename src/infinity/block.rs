@@ -3,8 +3,9 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{InfinityConfig, rope};
-use crate::backbone::{Cache, Linear, Rope};
+use crate::backbone::{Cache, Rope};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{Linear, lecun_normal};
 use crate::ops::{self, Mask};
 
 /// Of every layer norm.
@@ -53,8 +54,7 @@ impl Block {
     pub(super) fn load(w: &Weights, c: &InfinityConfig) -> Result<Self> {
         let (width, d) = (c.width, c.head_dim());
         let (sa, ca, ffn, plain) = (w.pp("sa"), w.pp("ca"), w.pp("ffn"), w.with_dtype(DType::F32));
-        let normal = |from: usize| Init::Normal { std: (from as f64).powf(-0.5) };
-        let linear = |w: Weights, from: usize, to: usize| Linear::load(&w, from, to, true, normal(from));
+        let linear = |w: Weights, from: usize, to: usize| Linear::load(&w, from, to);
         // Stored, all zero, and never added.
         sa.unused().get(width, "zero_k_bias", Init::Zeros)?;
         ca.unused().get(width, "zero_k_bias", Init::Zeros)?;
@@ -62,10 +62,10 @@ impl Block {
         let turned: Vec<u32> = rope::halves(width, d).collect();
         let pairs = [0, width as u32].into_iter().flat_map(|first| turned.iter().map(move |row| first + row));
         let order: Vec<u32> = pairs.chain(2 * width as u32..3 * width as u32).collect();
-        let qkv = sa.pp("mat_qkv").matrix((3 * width, width), "weight", normal(width))?.reordered(&order)?;
+        let qkv = sa.pp("mat_qkv").matrix((3 * width, width), "weight", lecun_normal(width))?.reordered(&order)?;
         let q_bias =
             sa.get(width, "q_bias", Init::Zeros)?.contiguous()?.index_select(&Tensor::new(turned, w.device())?, 0)?;
-        let part = |i: usize, bias: Option<Tensor>| Result::Ok(Linear { weight: qkv.narrow(i * width, width)?, bias });
+        let part = |i: usize, bias: Option<Tensor>| Result::Ok(Linear::new(qkv.narrow(i * width, width)?, bias));
         let shape = if c.heads_first { (1, c.heads, 1, 1) } else { (1, 1, c.heads, 1) };
         let scales = plain.pp("sa").get(shape, "scale_mul_1H11", Init::Ones)?.reshape((c.heads, 1))?;
         let v_bias = ca.get(width, "v_bias", Init::Zeros)?;
@@ -82,10 +82,10 @@ impl Block {
                 plain.pp("ca_norm").get(width, "bias", Init::Zeros)?,
             ),
             cross_q: linear(ca.pp("mat_q"), width, width)?,
-            cross_kv: Linear {
-                weight: ca.pp("mat_kv").matrix((2 * width, width), "weight", normal(width))?,
-                bias: Some(Tensor::cat(&[v_bias.zeros_like()?, v_bias], 0)?),
-            },
+            cross_kv: Linear::new(
+                ca.pp("mat_kv").matrix((2 * width, width), "weight", lecun_normal(width))?,
+                Some(Tensor::cat(&[v_bias.zeros_like()?, v_bias], 0)?),
+            ),
             cross_proj: linear(ca.pp("proj"), width, width)?,
             fc1: linear(ffn.pp("fc1"), width, c.mlp)?,
             fc2: linear(ffn.pp("fc2"), c.mlp, width)?,
@@ -124,7 +124,7 @@ impl Block {
     /// What the heads attend to among all scales so far and this one, (R, T, C).
     fn attend(&self, x: &Tensor, layer: usize, seen: &Seen) -> Result<Tensor> {
         let (rows, tokens, width) = x.dims3()?;
-        let layers = [&self.q, &self.k, &self.v].map(|layer| (&layer.weight, layer.bias.as_ref()));
+        let layers = [&self.q, &self.k, &self.v].map(|layer| (layer.weight(), layer.bias()));
         let [q, k, v] = ops::linear_each(x, layers)?;
         let heads = |y: Tensor| y.reshape((rows, tokens, self.heads, ()));
         let unit = |y: Tensor| ops::rms_norm(&heads(y)?, &self.unit, f32::MIN_POSITIVE);

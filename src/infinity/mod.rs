@@ -10,8 +10,9 @@ use candle_core::{DType, Device, Result, Tensor};
 
 pub use config::{InfinityConfig, presets};
 
-use crate::backbone::{Cache, Linear, Rope};
+use crate::backbone::{Cache, Rope};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::Linear;
 use crate::ops;
 use block::{Block, EPS, Seen, Text};
 use text::{TextProjections, exact};

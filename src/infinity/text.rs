@@ -3,8 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::InfinityConfig;
-use crate::backbone::Linear;
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{Linear, lecun_normal};
 use crate::ops::{self, Mask, WeightMatrix};
 
 /// Of the norm of the text encoder's features.
@@ -25,15 +25,11 @@ pub(super) struct TextProjections {
 
 /// A linear layer of f32, whatever the other weights are.
 pub(super) fn exact(w: &Weights, from: usize, to: usize) -> Result<Linear> {
-    Ok(Linear {
-        weight: exact_matrix(w, from, to)?,
-        bias: Some(w.with_dtype(DType::F32).get(to, "bias", Init::Zeros)?),
-    })
+    Ok(Linear::new(exact_matrix(w, from, to)?, Some(w.with_dtype(DType::F32).get(to, "bias", Init::Zeros)?)))
 }
 
 fn exact_matrix(w: &Weights, from: usize, to: usize) -> Result<WeightMatrix> {
-    let init = Init::Normal { std: (from as f64).powf(-0.5) };
-    w.with_dtype(DType::F32).get((to, from), "weight", init).map(WeightMatrix::Dense)
+    w.with_dtype(DType::F32).get((to, from), "weight", lecun_normal(from)).map(WeightMatrix::Dense)
 }
 
 impl TextProjections {
@@ -49,10 +45,10 @@ impl TextProjections {
         Ok(Self {
             norm: w.pp("text_norm").get(text, "weight", Init::Ones)?,
             query: pool.get((1, c.text_heads, head_dim), "mat_q", normal)?.unsqueeze(1)?,
-            pool_kv: Linear {
-                weight: exact_matrix(&pool.pp("mat_kv"), text, 2 * width)?,
-                bias: Some(Tensor::cat(&[v_bias.zeros_like()?, v_bias], 0)?),
-            },
+            pool_kv: Linear::new(
+                exact_matrix(&pool.pp("mat_kv"), text, 2 * width)?,
+                Some(Tensor::cat(&[v_bias.zeros_like()?, v_bias], 0)?),
+            ),
             pool_proj: exact(&pool.pp("proj"), width, width)?,
             to_blocks: [exact(&to_blocks.pp(0), text, width)?, exact(&to_blocks.pp(2), width, width)?],
             unconditional: w.get((c.max_words, text), "cfg_uncond", normal)?,

@@ -4,8 +4,8 @@
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::norm::moments;
-use super::slice;
+use super::cpu::operand::{Operand, are_f32};
+use super::cpu::reduce::{moments, vectorized};
 
 /// Elements one thread takes at a time, in whole positions: fewer are not worth waking another.
 const CHUNK: usize = 1 << 15;
@@ -17,7 +17,7 @@ const CHUNK: usize = 1 << 15;
 pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f64) -> Result<Tensor> {
     check("modulated_norm", x, scale)?;
     check("modulated_norm", x, shift)?;
-    match slice::fused(&[x, scale, shift]) {
+    match are_f32(&[x, scale, shift]) {
         true => {
             let op = Modulate::Norm { eps: eps as f32 };
             x.contiguous()?.apply_op3_no_bwd(&scale.contiguous()?, &shift.contiguous()?, &op)
@@ -34,7 +34,7 @@ pub fn add_gated(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("add_gated: {:?} and {:?} differ", x.dims(), y.dims());
     }
-    match slice::fused(&[x, y, gate]) {
+    match are_f32(&[x, y, gate]) {
         true => x.contiguous()?.apply_op3_no_bwd(&y.contiguous()?, &gate.contiguous()?, &Modulate::Add),
         false => plain_add(x, y, gate),
     }
@@ -72,7 +72,7 @@ enum Modulate {
 fn positions(out: &mut [f32], (tokens, c): (usize, usize), f: impl Fn(usize, usize, &mut [f32]) + Sync) {
     let at_once = (CHUNK / c).max(1);
     out.par_chunks_mut(at_once * c).enumerate().for_each(|(chunk, out)| {
-        slice::wide(
+        vectorized(
             #[inline(always)]
             || {
                 for (i, out) in out.chunks_exact_mut(c).enumerate() {
@@ -98,8 +98,8 @@ impl CustomOp3 for Modulate {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, a, b) =
-            (slice::contiguous::<f32>(s1, l1)?, slice::contiguous::<f32>(s2, l2)?, slice::contiguous::<f32>(s3, l3)?);
+        let [x, a, b] = [(s1, l1), (s2, l2), (s3, l3)].map(|(s, l)| Operand::new(s, l).slice::<f32>());
+        let (x, a, b) = (x?, a?, b?);
         let (_, tokens, c) = l1.shape().dims3()?;
         let mut y = vec![0f32; x.len()];
         match *self {
@@ -124,7 +124,7 @@ impl CustomOp3 for Modulate {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::random;
+    use super::super::testing::random;
     use super::*;
 
     fn far(a: &Tensor, b: &Tensor) -> f32 {

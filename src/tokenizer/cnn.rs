@@ -4,13 +4,17 @@
 mod config;
 
 use candle_core::{DType, Result, Tensor};
+use candle_nn::ops::{pixel_shuffle, pixel_unshuffle};
 
 pub use config::{CnnConfig, CnnLayout};
 
 use crate::checkpoint::{Init, Weights};
-use crate::ops::{self, Filters, Mask};
+use crate::nn::{Conv, GroupNorm};
+use crate::ops::{self, Mask};
 
 const EPS: f64 = 1e-6;
+/// Top, bottom, left and right, at stride 2, as the reference's downsampling.
+const DOWNSAMPLING_PADDING: [usize; 4] = [0, 1, 0, 1];
 
 /// What all layers of a branch have in common.
 #[derive(Clone, Copy)]
@@ -25,7 +29,7 @@ impl Style {
     }
 
     fn norm(self, w: &Weights, channels: usize) -> Result<GroupNorm> {
-        GroupNorm::load(&self.layout.norm(w), channels, self.groups)
+        GroupNorm::load(&self.layout.norm(w), channels, self.groups, EPS)
     }
 }
 
@@ -35,75 +39,9 @@ impl From<&CnnConfig> for Style {
     }
 }
 
-/// A convolution with bias; `same` padding for odd kernels at stride 1.
-#[derive(Debug)]
-pub(super) struct Conv {
-    weight: Filters,
-    bias: Tensor,
-}
-
-impl Conv {
-    pub(super) fn load(w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Self> {
-        let bound = 1.0 / ((from * kernel * kernel) as f64).sqrt();
-        Self::load_with(w, from, to, kernel, Init::Uniform { bound })
-    }
-
-    /// Starts at zero, so that the block it closes begins as the identity.
-    fn load_zero(w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Self> {
-        Self::load_with(w, from, to, kernel, Init::Zeros)
-    }
-
-    fn load_with(w: &Weights, from: usize, to: usize, kernel: usize, init: Init) -> Result<Self> {
-        let weight = match w.filters([to, from, kernel, kernel], "weight", init)? {
-            // As the kernels for CUDA take them: channels last.
-            Filters::Dense(weight) if w.device().is_cuda() && weight.dtype() == DType::BF16 => {
-                Filters::Dense(weight.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2))?)
-            }
-            weight => weight,
-        };
-        Ok(Self { weight, bias: w.get(to, "bias", Init::Zeros)? })
-    }
-
-    pub(super) fn dtype(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.same_conv2d(x, &self.bias)
-    }
-
-    /// As [`Self::forward`], added to `base`.
-    fn forward_onto(&self, base: &Tensor, x: &Tensor) -> Result<Tensor> {
-        self.weight.add_conv2d(base, x, &self.bias)
-    }
-
-    /// Of the image of twice the size.
-    fn forward_up(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.upsampled_conv2d(x, &self.bias)
-    }
-
-    /// Stride 2, padded by one at the bottom and on the right, as the reference's downsampling.
-    fn forward_down(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.conv2d(x, &self.bias, 2, [0, 1, 0, 1])
-    }
-}
-
-#[derive(Debug)]
-struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
-    groups: usize,
-}
-
-impl GroupNorm {
-    fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
-        let weight = w.get(channels, "weight", Init::Ones)?;
-        Ok(Self { weight, bias: w.get(channels, "bias", Init::Zeros)?, groups })
-    }
-
-    fn forward(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
-        ops::group_norm(x, &self.weight, &self.bias, self.groups, EPS, silu)
-    }
+/// A convolution that starts at zero, so that the block it closes begins as the identity.
+fn load_zeros(w: &Weights, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv> {
+    Conv::load_with(w, inputs, outputs, kernel, Init::Zeros)
 }
 
 /// GroupNorm, SiLU, conv 3x3, twice, beside a shortcut (1x1 where channels change).
@@ -122,17 +60,17 @@ impl ResBlock {
             norm1: style.norm(&w.pp("norm1"), from)?,
             conv1: style.conv(&w.pp("conv1"), from, to, 3)?,
             norm2: style.norm(&w.pp("norm2"), to)?,
-            conv2: Conv::load_zero(&style.layout.conv(&w.pp("conv2")), to, to, 3)?,
+            conv2: load_zeros(&style.layout.conv(&w.pp("conv2")), to, to, 3)?,
             nin_shortcut: (from != to).then(|| style.conv(&w.pp("nin_shortcut"), from, to, 1)).transpose()?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward(x, true)?)?;
-        let h = self.norm2.forward(&h, true)?;
+        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        let h = self.norm2.forward_silu(&h)?;
         match &self.nin_shortcut {
-            Some(shortcut) => self.conv2.forward_onto(&shortcut.forward(x)?, &h),
-            None => self.conv2.forward_onto(x, &h),
+            Some(shortcut) => self.conv2.forward_add(&shortcut.forward(x)?, &h),
+            None => self.conv2.forward_add(x, &h),
         }
     }
 }
@@ -151,21 +89,21 @@ impl AttnBlock {
     fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
         let conv = |name| Conv::load(&w.pp(name), channels, channels, 1);
         Ok(Self {
-            norm: GroupNorm::load(&w.pp("norm"), channels, groups)?,
+            norm: GroupNorm::load(&w.pp("norm"), channels, groups, EPS)?,
             q: conv("q")?,
             k: conv("k")?,
             v: conv("v")?,
-            proj_out: Conv::load_zero(&w.pp("proj_out"), channels, channels, 1)?,
+            proj_out: load_zeros(&w.pp("proj_out"), channels, channels, 1)?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
-        let normed = self.norm.forward(x, false)?;
+        let normed = self.norm.forward(x)?;
         let tokens = |conv: &Conv| conv.forward(&normed)?.permute((0, 2, 3, 1))?.reshape((b, h * w, 1, c));
         let scale = 1.0 / (c as f32).sqrt();
         let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, Mask::None, scale)?;
-        self.proj_out.forward_onto(x, &out.reshape((b, h, w, c))?.permute((0, 3, 1, 2))?)
+        self.proj_out.forward_add(x, &out.reshape((b, h, w, c))?.permute((0, 3, 1, 2))?)
     }
 }
 
@@ -268,14 +206,14 @@ impl Encoder {
 
     /// `x` in [-1, 1].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(&ops::pixel_unshuffle(x, self.patch)?)?;
+        let mut x = self.conv_in.forward(&pixel_unshuffle(x, self.patch)?)?;
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(down) = &level.resize {
-                x = down.forward_down(&x)?;
+                x = down.forward_strided(&x, 2, DOWNSAMPLING_PADDING)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.forward(&self.mid.forward(&x)?, true)?)
+        self.conv_out.forward(&self.norm_out.forward_silu(&self.mid.forward(&x)?)?)
     }
 }
 
@@ -329,10 +267,10 @@ impl Decoder {
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(up) = &level.resize {
-                x = up.forward_up(&x)?;
+                x = up.forward_upsampled(&x)?;
             }
         }
-        ops::pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward(&x, true)?)?, self.patch)
+        pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?, self.patch)
     }
 }
 

@@ -3,9 +3,10 @@
 use candle_core::{DType, Result, Tensor, bail};
 use image::RgbImage;
 
-use super::cnn::{Conv, Decoder};
+use super::cnn::Decoder;
 use super::{BitConfig, BitQuantizer, BitTokenizerConfig, Code, CodeSpace, Quantizer, TokenizerConfig};
 use crate::checkpoint::Weights;
+use crate::nn::Conv;
 use crate::pixels::{self, GridResampling};
 
 /// Codes to pixels, for both families of tokenizers.

@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 use super::super::vit::is_default;
 use crate::checkpoint::Weights;
 
+/// Channels of any level, and pixels for a code along a side, are no more.
+const MAX_CHANNELS: usize = 1 << 20;
+const MAX_STRIDE: usize = 1 << 10;
+
 /// Shape of one convolutional half.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,11 +34,16 @@ pub struct CnnConfig {
 impl CnnConfig {
     /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups do not divide.
     pub(in crate::tokenizer) fn check(&self) -> Result<()> {
-        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > 1 << 16 {
+        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > MAX_STRIDE {
             bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
         }
-        let split = |mult: &usize| self.ch * mult > 0 && (self.ch * mult).is_multiple_of(self.groups);
-        if self.groups == 0 || self.num_res_blocks > 1000 || self.ch > 1 << 20 || !self.ch_mult.iter().all(split) {
+        let channels = |mult: &usize| self.ch.checked_mul(*mult).filter(|n| (1..=MAX_CHANNELS).contains(n));
+        if !(1..=MAX_CHANNELS).contains(&self.z_channels) || self.stride() > MAX_STRIDE {
+            let (z, stride) = (self.z_channels, self.stride());
+            bail!("{z} z_channels are not 1 to {MAX_CHANNELS}, or {stride} pixels for a code above {MAX_STRIDE}");
+        }
+        let split = |mult: &usize| channels(mult).is_some_and(|n| n.is_multiple_of(self.groups));
+        if self.groups == 0 || self.num_res_blocks > 100 || !self.ch_mult.iter().all(split) {
             bail!("{} groups do not divide {} channels times {:?}", self.groups, self.ch, self.ch_mult);
         }
         Ok(())
