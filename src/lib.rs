@@ -33,6 +33,7 @@ pub mod size;
 pub mod t5;
 pub mod terminal;
 pub mod text;
+pub mod threads;
 pub mod tokenizer;
 #[cfg(feature = "train")]
 pub mod train;

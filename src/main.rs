@@ -2,14 +2,15 @@
 
 use std::process::ExitCode;
 
-use nextflow::{cli, memory, terminal};
+use nextflow::{cli, memory, terminal, threads};
 
 fn main() -> ExitCode {
-    // A thread of the pool shares work with the others at once; any other thread would fall asleep and be woken for every
-    // product of matrices.
+    terminal::ignore_file_size_signal();
+    // The main thread is one of the pool: any other would fall asleep and be woken for every product of matrices.
     let run = |command| {
         memory::keep(cli::trains(&command));
-        rayon::scope(|_| cli::run(command))
+        threads::start();
+        cli::run(command)
     };
     match cli::parse(std::env::args_os()).and_then(|command| command.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,

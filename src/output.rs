@@ -1,13 +1,16 @@
 //! Where images go: names, and atomic writes that never replace a file unasked.
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+mod temp;
 
-use tempfile::NamedTempFile;
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 use crate::input::quoted;
+
+pub(crate) use temp::{Temp, TempFolder, sweep};
 
 /// Where the images of a run go.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,8 +24,13 @@ pub enum Destination {
         /// Replace what is there.
         force: bool,
     },
-    /// Free names in a folder, which is made when the first image is there; empty is the current one.
-    Folder(PathBuf),
+    /// Names made of prompt and seed in a folder, which is made when the first image is there.
+    Folder {
+        /// Its path; empty is the current one.
+        path: PathBuf,
+        /// Replace a file of the name that was there before the run; otherwise a free name is found.
+        force: bool,
+    },
 }
 
 impl Destination {
@@ -31,28 +39,74 @@ impl Destination {
         match self {
             Self::Stdout => Ok(()),
             Self::File { path, force } => check_file(path, *force),
-            Self::Folder(folder) => check_folder(folder),
+            Self::Folder { path, .. } => check_folder(path),
         }
     }
 
     /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the terminal's to write.
     pub fn save(&self, png: &[u8], prompt: &str, seed: u64) -> Result<Option<PathBuf>> {
+        self.save_beside(png, prompt, seed, &mut HashSet::new())
+    }
+
+    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not replaced by force; the
+    /// new one becomes one of them.
+    pub fn save_beside(
+        &self,
+        png: &[u8],
+        prompt: &str,
+        seed: u64,
+        saved: &mut HashSet<PathBuf>,
+    ) -> Result<Option<PathBuf>> {
         match self {
             Self::Stdout => Ok(None),
             Self::File { path, force } => {
                 let target = target(path, *force);
                 // It was there when the path was checked, unless the path was made up since.
                 fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, &e))?;
-                let temp = write_beside(&target, png).map_err(|e| cannot_write(path, &e))?;
-                let result = if *force { temp.persist(&target) } else { temp.persist_noclobber(&target) };
+                let temp = Temp::beside(&target, png).map_err(|e| cannot_write(path, &e))?;
+                let result = match force {
+                    true => temp.replace(&target),
+                    false => temp.persist_new(&target).map_err(|(e, _)| e),
+                };
                 match result {
-                    Ok(_) => Ok(Some(path.clone())),
-                    Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
-                    Err(e) => Err(cannot_write(path, &e.error)),
+                    Ok(()) => Ok(Some(path.clone())),
+                    Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
+                    Err(e) => Err(cannot_write(path, &e)),
                 }
             }
-            Self::Folder(folder) => save_free(folder, png, &format!("{}-{seed}", slug(prompt))).map(Some),
+            Self::Folder { path: folder, force } => {
+                let stem = format!("{}-{seed}", slug(prompt));
+                let path = folder.join(format!("{stem}.png"));
+                let path = match *force && !saved.contains(&path) && path.is_file() {
+                    true => Self::File { path, force: true }.save(png, prompt, seed)?,
+                    false => Some(save_free(folder, png, &stem)?),
+                };
+                saved.extend(path.clone());
+                Ok(path)
+            }
         }
+    }
+}
+
+/// Whether a path names standard output.
+pub fn is_stdout(path: &Path) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path.as_os_str() == *name)
+}
+
+/// Whether `path` stays below `folder` also where links lead.
+///
+/// Errors: usage, if a link leads elsewhere.
+pub fn check_inside(folder: &Path, path: &Path) -> Result<()> {
+    // Below a folder that is still to be made there are no links.
+    let Ok(root) = here(folder).canonicalize() else { return Ok(()) };
+    let mut there = path;
+    while fs::symlink_metadata(there).is_err() && there != folder && there.parent().is_some() {
+        there = parent(there);
+    }
+    match there.canonicalize() {
+        Ok(real) if real.starts_with(&root) => Ok(()),
+        _ => Err(Error::usage(format!("{} leads out of {} by a link", path.display(), here(folder).display()))
+            .hint("name a place below the folder of the images, or choose another --out-dir")),
     }
 }
 
@@ -66,42 +120,17 @@ fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     if !folder.as_os_str().is_empty() {
         fs::create_dir_all(folder).map_err(|e| cannot_write(folder, &e))?;
     }
-    let mut temp = write_temp(here(folder), png).map_err(|e| cannot_write(folder, &e))?;
+    let mut temp = Temp::in_folder(here(folder), png).map_err(|e| cannot_write(folder, &e))?;
     for n in 1u64.. {
         let name = if n == 1 { format!("{stem}.png") } else { format!("{stem}-{n}.png") };
         let path = folder.join(name);
-        match temp.persist_noclobber(&path) {
-            Ok(_) => return Ok(path),
-            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => temp = e.file,
-            Err(e) => return Err(cannot_write(&path, &e.error)),
+        match temp.persist_new(&path) {
+            Ok(()) => return Ok(path),
+            Err((e, file)) if e.kind() == io::ErrorKind::AlreadyExists => temp = file,
+            Err((e, _)) => return Err(cannot_write(&path, &e)),
         }
     }
     Err(exists(folder))
-}
-
-/// A file beside its final place, with the permissions of the file that it is to replace, if there is one.
-pub(crate) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
-    let mut file = write_temp(parent(path), b"")?;
-    if let Ok(old) = fs::metadata(path) {
-        file.as_file().set_permissions(old.permissions())?;
-    }
-    file.write_all(bytes)?;
-    Ok(file)
-}
-
-/// A new file in the folder of its final place: only a rename within one file system is atomic.
-fn write_temp(folder: &Path, bytes: &[u8]) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".nextflow-").suffix(".tmp");
-    #[cfg(unix)]
-    {
-        // As any new file, less the umask; a private 0600 would surprise.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    Ok(file)
 }
 
 fn check_file(path: &Path, force: bool) -> Result<()> {
@@ -132,7 +161,10 @@ fn check_file(path: &Path, force: bool) -> Result<()> {
     let target = target(path, force);
     let folder = parent(&target);
     match folder.is_dir() {
-        true => write_beside(&target, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE")),
+        true => {
+            sweep(folder);
+            Temp::beside(&target, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE"))
+        }
         false => Err(Error::usage(format!("cannot write {shown}: there is no folder {}", folder.display()))
             .hint(format!("mkdir -p {}", quoted(folder)))),
     }
@@ -147,7 +179,8 @@ fn check_folder(folder: &Path) -> Result<()> {
         let message = format!("{} is not a folder", there.display());
         return Err(Error::usage(message).hint("choose another --out-dir"));
     }
-    write_temp(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
+    sweep(there);
+    Temp::in_folder(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
 }
 
 /// The folder of `path`.
@@ -227,7 +260,7 @@ mod tests {
     #[test]
     fn free_names_never_replace() {
         let folder = tempfile::tempdir().unwrap();
-        let to = Destination::Folder(folder.path().join("new/sub"));
+        let to = Destination::Folder { path: folder.path().join("new/sub"), force: false };
         to.check().unwrap();
         assert!(!folder.path().join("new").exists(), "a check leaves nothing behind");
         let names: Vec<PathBuf> = (0..3u8).map(|i| to.save(&[i], "A cat", 7).unwrap().unwrap()).collect();
@@ -269,6 +302,36 @@ mod tests {
     }
 
     #[test]
+    fn force_replaces_what_was_there_before_the_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = folder.path().join("a-cat-7.png");
+        fs::write(&old, "old").unwrap();
+        let to = Destination::Folder { path: folder.path().into(), force: true };
+        let saved = &mut HashSet::new();
+        // Two prompts with one name: the second must not replace the first.
+        assert_eq!(to.save_beside(b"one", "A cat", 7, saved).unwrap().unwrap(), old);
+        assert!(to.save_beside(b"two", "a cat!", 7, saved).unwrap().unwrap().ends_with("a-cat-7-2.png"));
+        assert_eq!(fs::read(&old).unwrap(), b"one");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_do_not_lead_outside() {
+        let folder = tempfile::tempdir().unwrap();
+        let (out, other) = (folder.path().join("out"), folder.path().join("other"));
+        [&out, &out.join("sub"), &other].into_iter().for_each(|folder| fs::create_dir(folder).unwrap());
+        let link = |to: &Path, from: &str| std::os::unix::fs::symlink(to, out.join(from)).unwrap();
+        link(&other, "away");
+        link(&out.join("sub"), "within");
+        link(&folder.path().join("nothing"), "lost.png");
+        let inside = |path: &str| check_inside(&out, &out.join(path)).is_ok();
+        assert!(inside("a.png") && inside("sub/a.png") && inside("new/a.png") && inside("within/a.png"));
+        assert!(!inside("away/a.png") && !inside("away/new/a.png") && !inside("lost.png"));
+        assert!(check_inside(&folder.path().join("new"), &folder.path().join("new/a.png")).is_ok());
+    }
+
+    #[test]
     fn unusable_places_are_refused_up_front() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
@@ -286,8 +349,9 @@ mod tests {
             let error = as_file(path.clone()).unwrap_err();
             assert_eq!((error.exit_code(), error.hint.is_some()), (2, true), "{path:?}");
         }
-        assert_eq!(Destination::Folder(file.join("under")).check().unwrap_err().exit_code(), 2);
-        assert_eq!(Destination::Folder(file).check().unwrap_err().exit_code(), 2);
+        let as_folder = |path: PathBuf| Destination::Folder { path, force: false }.check();
+        assert_eq!(as_folder(file.join("under")).unwrap_err().exit_code(), 2);
+        assert_eq!(as_folder(file).unwrap_err().exit_code(), 2);
         // Behind a link it is the folder of the file that counts.
         #[cfg(unix)]
         {
@@ -300,9 +364,7 @@ mod tests {
         #[cfg(target_os = "linux")]
         assert!(check_file(Path::new("/dev/null"), false).unwrap_err().hint.unwrap().ends_with("-o - > /dev/null"));
         #[cfg(target_os = "linux")]
-        for error in
-            [as_file("/dev/null".into()), as_file("/proc/a.png".into()), Destination::Folder("/proc/a".into()).check()]
-        {
+        for error in [as_file("/dev/null".into()), as_file("/proc/a.png".into()), as_folder("/proc/a".into())] {
             assert_eq!(error.unwrap_err().exit_code(), 2);
         }
     }

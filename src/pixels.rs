@@ -2,6 +2,8 @@
 
 mod decode;
 mod file;
+mod foreign;
+mod jpeg;
 mod pillow;
 
 use candle_core::{DType, Device, Result, Tensor};

@@ -1,6 +1,8 @@
 //! What decided an image, as text in its PNG.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
@@ -104,7 +106,7 @@ impl Settings {
 
     /// Those in the bytes of a PNG that [`encode`] made; nothing in others.
     pub fn of_png(png: &[u8]) -> Option<Self> {
-        serde_json::from_str(&text(png, "nextflow")?).ok()
+        serde_json::from_str(&text(&info(png)?, "nextflow")?).ok()
     }
 
     /// The same in the form that other tools read: the prompt, then one line of `Key: value` pairs (A1111).
@@ -175,17 +177,86 @@ fn is_latin1(text: &str) -> bool {
 /// The most bytes of a text.
 const MAX_TEXT: usize = 1 << 20;
 
-/// The text of a keyword before the pixels of a PNG, if there is one and it is not longer than [`MAX_TEXT`].
-fn text(png: &[u8], keyword: &str) -> Option<String> {
-    let reader = png::Decoder::new(io::Cursor::new(png)).read_info().ok()?;
-    let latin1 = || reader.info().uncompressed_latin1_text.iter().rfind(|chunk| chunk.keyword == keyword);
-    // Others are left compressed: a few megabytes may hold some billions.
-    let Some(utf8) = reader.info().utf8_text.iter().rfind(|chunk| chunk.keyword == keyword) else {
-        return latin1().map(|chunk| chunk.text.clone());
+/// What stands in a PNG beside its pixels, before or behind them; nothing of what is no PNG.
+fn info(png: &[u8]) -> Option<png::Info<'static>> {
+    let mut reader = png::Decoder::new(io::Cursor::new(png)).read_info().ok()?;
+    // A file that is cut off further on has what was found until there.
+    let _ = reader.finish();
+    Some(reader.info().clone())
+}
+
+/// The text of a keyword, if there is one and it is not longer than [`MAX_TEXT`]. A few megabytes that are compressed
+/// may hold some billions.
+fn text(info: &png::Info, keyword: &str) -> Option<String> {
+    if let Some(utf8) = info.utf8_text.iter().rfind(|chunk| chunk.keyword == keyword) {
+        let mut utf8 = utf8.clone();
+        utf8.decompress_text_with_limit(MAX_TEXT).ok()?;
+        return utf8.get_text().ok();
+    }
+    if let Some(latin1) = info.compressed_latin1_text.iter().rfind(|chunk| chunk.keyword == keyword) {
+        let mut latin1 = latin1.clone();
+        latin1.decompress_text_with_limit(MAX_TEXT).ok()?;
+        return latin1.get_text().ok();
+    }
+    info.uncompressed_latin1_text.iter().rfind(|chunk| chunk.keyword == keyword).map(|chunk| chunk.text.clone())
+}
+
+/// What is to be said of a file without [`Settings`], if it tells whose it is.
+pub fn stranger(file: &[u8]) -> Option<String> {
+    let Some(info) = info(file) else { return Some("is no PNG, or a damaged one".into()) };
+    let has = |keyword: &str| text(&info, keyword).is_some();
+    if has("nextflow") {
+        return Some("has settings that this version of nextflow cannot read".into());
+    }
+    let parameters = text(&info, "parameters");
+    let program = match parameters.as_deref() {
+        _ if has("workflow") => Some("ComfyUI"),
+        _ if text(&info, "prompt").is_some_and(|json| json.trim_start().starts_with('{')) => Some("ComfyUI"),
+        _ if has("invokeai_metadata") || has("sd-metadata") || has("Dream") => Some("InvokeAI"),
+        _ if has("fooocus_scheme") => Some("Fooocus"),
+        Some(text) if text.contains("sui_image_params") => Some("SwarmUI"),
+        Some(text) if text.contains("Version: nextflow") => {
+            return Some("was drawn by nextflow, but its settings were taken out, all but A1111's parameters".into());
+        }
+        Some(_) => Some("A1111's web UI or one that writes its parameters"),
+        None => None,
     };
-    let mut utf8 = utf8.clone();
-    utf8.decompress_text_with_limit(MAX_TEXT).ok()?;
-    utf8.get_text().ok()
+    if let Some(program) = program {
+        return Some(format!("was drawn by another program, {program}"));
+    }
+    let software = text(&info, "Software")?.chars().take(60).collect::<String>();
+    Some(format!("was written by another program, {software}, and does not tell how it was drawn"))
+}
+
+/// The largest PNG of which [`is_whole_png`] is asked, in bytes.
+const MAX_PNG: u64 = 1 << 30;
+
+/// Whether a file is a PNG from its first chunk to its last, with the right check sums.
+pub fn is_whole_png(path: &Path) -> bool {
+    let read = || {
+        let mut bytes = Vec::new();
+        File::open(path).and_then(|file| file.take(MAX_PNG).read_to_end(&mut bytes))?;
+        io::Result::Ok(bytes)
+    };
+    let Ok(bytes) = read() else { return false };
+    let Some(mut rest) = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n") else { return false };
+    let (mut first, mut pixels) = (true, false);
+    while let Some((length, after)) = rest.split_first_chunk::<4>() {
+        // Its name and its data.
+        let Some((chunk, after)) = after.split_at_checked(u32::from_be_bytes(*length) as usize + 4) else {
+            return false;
+        };
+        let Some((sum, after)) = after.split_first_chunk::<4>() else { return false };
+        if crc32fast::hash(chunk) != u32::from_be_bytes(*sum) || first != chunk.starts_with(b"IHDR") {
+            return false;
+        }
+        pixels |= chunk.starts_with(b"IDAT");
+        if chunk == b"IEND" {
+            return pixels;
+        }
+        (rest, first) = (after, false);
+    }
+    false
 }
 
 #[cfg(test)]
@@ -209,7 +280,7 @@ mod tests {
             assert_eq!(png, encode(&image, &settings).unwrap());
             assert_eq!(image::load_from_memory(&png).unwrap().to_rgb8(), image);
             assert_eq!(Settings::of_png(&png).unwrap(), settings);
-            let parameters = text(&png, "parameters").unwrap();
+            let parameters = text(&info(&png).unwrap(), "parameters").unwrap();
             let rest = "\nSteps: 2, Sampler: NextFlow, CFG scale: 2.5, Seed: 42, Size: 32x16, Model: nano, ";
             assert!(parameters.starts_with(&format!("{prompt}{rest}")), "{parameters}");
         }
@@ -230,5 +301,79 @@ mod tests {
         let mut plain = Vec::new();
         image.write_to(&mut io::Cursor::new(&mut plain), image::ImageFormat::Png).unwrap();
         assert!(Settings::of_png(&plain).is_none());
+    }
+    /// A PNG of one pixel with texts before its pixels and behind them: the kind of a chunk, its keyword and its text.
+    fn with(before: &[(char, &str, &str)], behind: &[(char, &str, &str)]) -> Vec<u8> {
+        use png::text_metadata::{ITXtChunk, TEXtChunk, ZTXtChunk};
+        let mut png = Vec::new();
+        let mut writer = png::Encoder::new(&mut png, 1, 1).write_header().unwrap();
+        let write = |writer: &mut png::Writer<_>, chunks: &[(char, &str, &str)]| {
+            for (kind, key, text) in chunks {
+                let mut utf8 = ITXtChunk::new(*key, *text);
+                utf8.compressed = true;
+                let written = match kind {
+                    't' => writer.write_text_chunk(&TEXtChunk::new(*key, *text)),
+                    'z' => writer.write_text_chunk(&ZTXtChunk::new(*key, *text)),
+                    _ => writer.write_text_chunk(&utf8),
+                };
+                written.unwrap();
+            }
+        };
+        write(&mut writer, before);
+        writer.write_image_data(&[0]).unwrap();
+        write(&mut writer, behind);
+        writer.finish().unwrap();
+        png
+    }
+
+    #[test]
+    fn text_is_found_compressed_and_behind_the_pixels() {
+        let settings = settings("un café");
+        let json = serde_json::to_string(&settings).unwrap();
+        for kind in ['t', 'z', 'i'] {
+            let chunk = [(kind, "nextflow", &*json)];
+            assert_eq!(Settings::of_png(&with(&chunk, &[])).unwrap(), settings);
+            assert_eq!(Settings::of_png(&with(&[], &chunk)).unwrap(), settings);
+        }
+        assert!(Settings::of_png(&with(&[('z', "nextflow", &" ".repeat(1 << 24))], &[])).is_none());
+    }
+
+    #[test]
+    fn other_programs_are_named() {
+        let says = |texts: &[(&str, &str)]| {
+            let texts: Vec<_> = texts.iter().map(|(key, text)| ('t', *key, *text)).collect();
+            stranger(&with(&texts, &[])).unwrap_or_default()
+        };
+        for (texts, part) in [
+            (&[("prompt", "{\"3\": {}}"), ("workflow", "{}")][..], "ComfyUI"),
+            (&[("parameters", "a cat\nSteps: 20, Sampler: Euler a")], "A1111"),
+            (&[("parameters", "a cat\nSteps: 8, Sampler: NextFlow, Version: nextflow 0.1.0")], "were taken out"),
+            (&[("invokeai_metadata", "{}")], "InvokeAI"),
+            (&[("Software", "GIMP 3.0")], "was written by another program, GIMP 3.0"),
+            (&[("nextflow", "{\"version\": \"9\"}")], "this version of nextflow cannot read"),
+        ] {
+            assert!(says(texts).contains(part), "{texts:?}: {}", says(texts));
+        }
+        assert_eq!(says(&[("Comment", "mine")]), "");
+        assert!(stranger(b"\xff\xd8\xff").unwrap().contains("no PNG"));
+    }
+
+    #[test]
+    fn a_whole_png_is_known_from_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.png");
+        let whole = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            is_whole_png(&path)
+        };
+        let png = encode(&RgbImage::new(16, 16), &settings("a cat")).unwrap();
+        assert!(whole(&png) && whole(&[&png[..], b"more"].concat()));
+        assert!((0..png.len()).all(|cut| !whole(&png[..cut])));
+        for at in (0..png.len()).step_by(7) {
+            let mut damaged = png.clone();
+            damaged[at] ^= 0x10;
+            assert!(!whole(&damaged), "{at}");
+        }
+        assert!(!whole(b"<html>") && !is_whole_png(folder.path()) && !is_whole_png(&folder.path().join("none")));
     }
 }

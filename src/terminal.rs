@@ -1,32 +1,37 @@
 //! What people see: progress and errors on stderr, data alone on stdout, nothing raw from outside.
 
+mod interrupt;
 mod picture;
 
-pub use picture::{Preview, show, shows};
+pub use interrupt::{Stop, ignore_file_size_signal, interrupted, interrupts, interrupts_after};
+pub use picture::{Preview, cannot_show, show};
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::generate::{Event, schedule::codes};
 
+/// Whether a character drives a terminal: controls (C0, DEL and C1), and what breaks lines or changes the direction of
+/// the text around it.
+fn drives(c: char) -> bool {
+    let direction =
+        matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || direction || matches!(c, '\u{2028}' | '\u{2029}')
+}
+
 /// `text` with control characters and direction overrides spelt out, so that no prompt, file name or tensor key can
 /// drive a terminal.
 pub fn clean(text: &str) -> Cow<'_, str> {
-    let unsafe_char = |c: char| {
-        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    if !text.contains(unsafe_char) {
+    if !text.contains(drives) {
         return Cow::Borrowed(text);
     }
-    let spell = |c: char| if unsafe_char(c) { c.escape_default().to_string() } else { c.to_string() };
+    let spell = |c: char| if drives(c) { c.escape_default().to_string() } else { c.to_string() };
     Cow::Owned(text.chars().map(spell).collect())
 }
 
@@ -85,91 +90,17 @@ pub fn emit_path(path: &Path) -> Result<ControlFlow<()>> {
 /// Writes one JSON object as one line to stdout.
 pub fn emit_json(value: &impl Serialize) -> Result<ControlFlow<()>> {
     let json = serde_json::to_string(value).map_err(|e| Error::new(Kind::Failure, e.to_string()))?;
-    emit((ascii_controls(&json) + "\n").as_bytes())
+    emit((escaped(&json) + "\n").as_bytes())
 }
 
-/// JSON escapes the control characters below 0x20 by itself; DEL and C1, which also drive terminals, are ours to escape.
-fn ascii_controls(json: &str) -> String {
+/// JSON of one line with all that drives a terminal as `\u` escapes. JSON itself asks for those below 0x20 only.
+pub fn escaped(json: &str) -> String {
     let spell = |c: char| match c {
-        '\u{7f}'..='\u{9f}' => format!("\\u{:04x}", c as u32),
+        // Between values there are line breaks, as at the end; none of these characters is beyond 16 bits.
+        c if drives(c) && c != '\n' => format!("\\u{:04x}", c as u32),
         c => c.to_string(),
     };
     json.chars().map(spell).collect()
-}
-
-/// Whether the user asked to stop.
-#[derive(Clone)]
-pub struct Stop(Arc<AtomicBool>, Arc<AtomicU8>);
-
-/// What Ctrl-C means.
-#[repr(u8)]
-enum Meaning {
-    /// The end of the process, if its work does not end within a moment.
-    End,
-    /// Its end at once: a conversation waits for the user.
-    Leave,
-    /// The end of a reply; once more, of the process.
-    Hush,
-}
-
-impl Stop {
-    /// `Break` once the user pressed Ctrl-C.
-    pub fn check(&self) -> ControlFlow<()> {
-        if self.0.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
-
-    /// A conversation waits for the user: Ctrl-C leaves it.
-    pub fn waiting(&self) {
-        self.1.store(Meaning::Leave as u8, Ordering::Relaxed);
-    }
-
-    /// A reply is on its way: Ctrl-C ends it and no more.
-    pub fn speaking(&self) {
-        self.0.store(false, Ordering::Relaxed);
-        self.1.store(Meaning::Hush as u8, Ordering::Relaxed);
-    }
-}
-
-/// What is done before the process ends on Ctrl-C.
-static CLEAN: OnceLock<fn()> = OnceLock::new();
-
-/// As [`interrupts`], and `clean` is called where a process is ended in the middle of its work.
-pub fn interrupts_after(clean: fn()) -> Result<Stop> {
-    let _ = CLEAN.set(clean);
-    interrupts()
-}
-
-/// Takes over Ctrl-C and SIGTERM: work stops at its next step or, where that takes too long, the process ends.
-pub fn interrupts() -> Result<Stop> {
-    static STOP: OnceLock<Stop> = OnceLock::new();
-    if let Some(stop) = STOP.get() {
-        return Ok(stop.clone());
-    }
-    let stop = STOP.get_or_init(|| Stop(Arc::default(), Arc::new(AtomicU8::new(Meaning::End as u8))));
-    let handler = move || {
-        let again = stop.0.swap(true, Ordering::Relaxed);
-        let meaning = stop.1.load(Ordering::Relaxed);
-        if meaning == Meaning::Hush as u8 && !again {
-            return;
-        }
-        if meaning == Meaning::End as u8 {
-            std::thread::sleep(Duration::from_millis(700));
-        }
-        // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
-        if let Some(clean) = CLEAN.get() {
-            clean();
-        }
-        clear_line();
-        report(&interrupted());
-        std::process::exit(Kind::Interrupted as i32);
-    };
-    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Failure, format!("cannot watch for Ctrl-C: {e}")))?;
-    Ok(stop.clone())
-}
-
-/// The error of a run that the user stopped.
-pub fn interrupted() -> Error {
-    Error::new(Kind::Interrupted, "interrupted")
 }
 
 /// Whether stderr can redraw a line.
@@ -313,9 +244,11 @@ mod tests {
     fn nothing_that_drives_a_terminal_gets_through() {
         assert_eq!(clean("a red apple, 红苹果"), "a red apple, 红苹果");
         assert_eq!(clean("\x1b[2Jx\r\n\u{9b}1m\u{202e}"), "\\u{1b}[2Jx\\r\\n\\u{9b}1m\\u{202e}");
-        let json = ascii_controls(&serde_json::to_string("\x1b\u{7f}\u{9b}é").unwrap());
-        assert_eq!(json, "\"\\u001b\\u007f\\u009bé\"");
-        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), "\x1b\u{7f}\u{9b}é");
+        assert_eq!(clean("\u{202a}\u{2066}\u{61c}\u{200f}"), "\\u{202a}\\u{2066}\\u{61c}\\u{200f}");
+        let text = "\x1b\u{7f}\u{9b}\u{202e}\u{2069}\u{61c}é";
+        let json = escaped(&serde_json::to_string(text).unwrap());
+        assert_eq!(json, "\"\\u001b\\u007f\\u009b\\u202e\\u2069\\u061cé\"");
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
     }
 
     #[test]

@@ -280,3 +280,65 @@ fn an_interrupt_ends_the_reply_only() {
     assert!(status.success(), "{stderr}");
     assert!(stderr.contains("(stopped)") && stderr.contains("you: b") && stderr.contains("model: "), "{stderr}");
 }
+
+/// Files as terminals paste them, and numbers of images that there are not.
+#[test]
+fn images_are_named_as_people_name_them() {
+    let here = tempfile::tempdir().unwrap();
+    let picture = data("tokenflow/preprocess/drawings_small.png");
+    for name in ["my pic.png", "b.png"] {
+        std::fs::copy(&picture, here.path().join(name)).unwrap();
+    }
+    let at = here.path().to_str().unwrap();
+    let lines = [
+        "$9 what is it?".into(),
+        "$0 what is it?".into(),
+        "$99999999999999999999999 what is it?".into(),
+        "it costs \\$5".into(),
+        "/image \"my pic.png\"".into(),
+        "/image 'my pic.png' b.png".into(),
+        "/image my\\ pic.png".into(),
+        format!("/image file://{at}/my%20pic.png"),
+        "/image 'none at all.png'".into(),
+        "/image https://example.com/a.png".into(),
+        "what are they?".into(),
+    ];
+    let args = ["chat", "--temperature", "0", "--max-tokens", "3", "--json"];
+    let (code, stdout, stderr) = nextflow(here.path(), &args, lines.join("\n").as_bytes());
+    assert_eq!(code, 1, "{stderr}");
+    for part in [
+        "$9 is not an image: there are none yet",
+        "$0 is not an image",
+        "$99999999999999999999999 is not an image",
+        "cannot read none at all.png",
+        "addresses are not fetched",
+    ] {
+        assert!(stderr.contains(part), "{part}: {stderr}");
+    }
+    assert_eq!(stderr.matches("goes with the next message").count(), 5, "{stderr}");
+    let answers: Vec<Value> =
+        String::from_utf8(stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers.len(), 2, "{stderr}");
+    assert!(answers[1]["prompt_tokens"].as_u64().unwrap() > answers[0]["prompt_tokens"].as_u64().unwrap() + 50);
+}
+
+/// An image that comes through a pipe of the shell, or as standard input by its other names.
+#[cfg(target_os = "linux")]
+#[test]
+fn images_come_through_pipes() {
+    let here = tempfile::tempdir().unwrap();
+    std::fs::copy(data("tokenflow/preprocess/drawings_small.png"), here.path().join("a.png")).unwrap();
+    let ask = |image: &str, rest: &str| {
+        let nextflow = env!("CARGO_BIN_EXE_nextflow");
+        let script = format!("{nextflow} chat hi -i {image} --temperature 0 --max-tokens 3 --json {rest}");
+        let mut command = Command::new("bash");
+        let command = command.args(["-c", &script]).current_dir(here.path()).env("NEXTFLOW_MODEL", data("qwen/tiny"));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{image}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["text"].clone()
+    };
+    let plain = ask("a.png", "");
+    assert_eq!(ask("<(cat a.png)", ""), plain);
+    assert_eq!(ask("/dev/stdin", "< a.png"), plain);
+    assert_eq!(ask("/dev/fd/0", "< <(cat a.png)"), plain);
+}

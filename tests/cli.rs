@@ -96,12 +96,25 @@ fn flags_that_would_be_ignored() {
     refused(&["gen", "-p", "x", "-q", "-v"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "--think", "--batch", "2"], b"", 2, "cannot be used with", "");
     refused(&["gen", "-p", "x", "-o", "a.png", "--out-dir", "b"], b"", 2, "cannot be used with", "");
-    refused(&["gen", "-p", "x", "--force"], b"", 2, "there is no -o", "leave out --force");
-    refused(&["gen", "-p", "x", "--force", "--out-dir", "y"], b"", 2, "there is no -o", "leave out --force");
+    refused(&["gen", "--jsonl", "x", "--resume", "--force"], b"", 2, "cannot be used with", "");
+    // The likeliest code, or token, needs no filter; a model's own filter is none of the user's.
+    for (command, flag, value) in
+        [("gen", "--top-k", "5"), ("gen", "--top-p", "0.5"), ("chat", "--top-k", "5"), ("chat", "--top-p", "0.5")]
+    {
+        let words = if command == "gen" { "--prompt=x" } else { "x" };
+        let args = [command, words, "--temperature", "0", flag, value];
+        refused(&args, b"", 2, &format!("{flag} has no effect with --temperature 0"), "leave out");
+    }
     refused(&["gen", "-p", "x", "-o", "a.png", "--count", "2"], b"", 2, "several images", "--out-dir");
     refused(&["gen", "--prompt-file", "-", "-o", "a.png"], b"x\ny\n", 2, "several images", "--out-dir");
     refused(&["gen", "-p", "x", "-o", "-", "--json"], b"", 2, "--json has no meaning", "-o FILE");
     refused(&["gen", "-p", "x", "-o", "-", "--force"], b"", 2, "--force has no meaning", "-o FILE");
+}
+
+#[cfg(feature = "nano")]
+#[test]
+fn flags_about_words_where_none_are_said() {
+    refused(&["chat", "/gen a cat", "--top-k", "5"], b"", 2, "--top-k is about words", "nextflow gen");
 }
 
 #[test]
@@ -112,10 +125,33 @@ fn bad_prompts() {
     refused(&["gen", "-"], b"", 2, "empty", "");
     refused(&["gen", "-p", "-"], &million, 2, "1000000", "");
     refused(&["gen", "--prompt-file", "-"], &million, 2, "1000000", "");
-    refused(&["gen", "-p", "-"], b"\xff\xfe", 2, "UTF-8", "");
+    refused(&["gen", "-p", "-"], b"a \xff\xfe", 2, "UTF-8", "");
     refused(&["gen", "--prompt-file", "-"], b"a cat\n\xff\xfe\n", 2, "line 2 of standard input", "");
     refused(&["gen", "--prompt-file", "-"], b"\n", 2, "no prompt", "line");
     refused(&["gen", "--prompt-file", "nowhere.txt"], b"", 2, "cannot read nowhere.txt", "--prompt-file");
+    refused(&["gen", "--prompt-file", "-"], b"caf\xe9\n", 2, "line 1 of standard input", "iconv -f");
+    refused(&["gen", "-cat"], b"", 2, "unexpected argument", "nextflow gen -- -cat");
+    refused(
+        &["gen", "--from", "https://a.b/x.png"],
+        b"",
+        2,
+        "addresses are not fetched",
+        "curl -sLO https://a.b/x.png",
+    );
+    refused(
+        &["edit", "x", "-i", "https://a.b/x.png"],
+        b"",
+        2,
+        "not fetched",
+        "curl -sL https://a.b/x.png | nextflow edit -i -",
+    );
+    refused(
+        &["chat", "x", "-i", "https://a.b/x.png"],
+        b"",
+        2,
+        "not fetched",
+        "curl -sL https://a.b/x.png | nextflow chat -i -",
+    );
 }
 
 #[cfg(unix)]
@@ -187,6 +223,30 @@ fn bad_outputs() {
         refused(&["gen", "-p", "x", "--out-dir", "/proc/a"], b"", 2, "cannot write", "--out-dir");
         refused(&["gen", "-p", "x", "-o", "/dev/null", "--force"], b"", 2, "not a regular file", "-o - >");
     }
+}
+
+/// A thread whose stack is larger than any memory is refused, as where a container grants none.
+#[cfg(all(unix, target_pointer_width = "64", feature = "nano"))]
+#[test]
+fn without_threads_there_is_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = |args: &[&str]| {
+        let mut command = command(folder.path(), args);
+        command.env("RUST_MIN_STACK", "70000000000000").env("RAYON_NUM_THREADS", "4").env("HF_HOME", folder.path());
+        let output = command.output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && !stderr.contains("panicked"), "{args:?}: {stderr}");
+        output.stdout
+    };
+    let args = ["gen", "-p", "a cat", "--seed", "1", "-o", "-"];
+    let drawn = alone(&args);
+    assert!(drawn == nextflow(folder.path(), &args, b"").stdout);
+    alone(&["chat", "what is this?", "--max-tokens", "2"]);
+    std::fs::write(folder.path().join("a.png"), drawn).unwrap();
+    alone(&["edit", "-i", "a.png", "make it red", "-o", "b.png"]);
+    alone(&["encode", "a.png"]);
+    #[cfg(feature = "hub")]
+    alone(&["models", "list"]);
 }
 
 #[test]

@@ -322,3 +322,95 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
         assert!(output.status.code() == Some(2) && stderr.contains(hint), "{name}: {stderr}");
     }
 }
+
+#[test]
+fn prompts_may_begin_with_a_dash() {
+    let folder = tempfile::tempdir().unwrap();
+    for (seed, words) in
+        [("1", &["-p", "-a cat"][..]), ("2", &["-a cat"]), ("3", &["--prompt=-a cat"]), ("4", &["--", "-a cat"])]
+    {
+        let args = [&["--seed", seed, "-o", seed][..], words].concat();
+        gen_ok(folder.path(), &args);
+        let png = fs::read(folder.path().join(seed)).unwrap();
+        assert_eq!(Settings::of_png(&png).unwrap().prompt, "-a cat", "{words:?}");
+    }
+}
+
+#[test]
+fn prompt_files_of_other_systems_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    for bytes in [u16::to_le_bytes, u16::to_be_bytes] {
+        let text: Vec<u8> = "\u{feff}一只猫\r\na café\r\n".encode_utf16().flat_map(bytes).collect();
+        fs::write(folder.path().join("prompts.txt"), text).unwrap();
+        let plan = gen_ok(folder.path(), &["--prompt-file", "prompts.txt", "--seed", "1", "--json", "-q"]);
+        let lines: Vec<serde_json::Value> =
+            String::from_utf8(plan.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!((&lines[0]["prompt"], &lines[1]["prompt"]), (&"一只猫".into(), &"a café".into()));
+    }
+}
+
+#[test]
+fn text_behind_the_pixels_draws_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    gen_ok(here, &["-p", "a red apple", "--seed", "5", "-o", "a.png"]);
+    let png = fs::read(here.join("a.png")).unwrap();
+    // Chunks of text go behind the pixels, where some tools put them.
+    let (mut head, mut texts, mut rest) = (png[..8].to_vec(), Vec::new(), &png[8..]);
+    while rest.len() > 12 {
+        let length = u32::from_be_bytes(rest[..4].try_into().unwrap()) as usize + 12;
+        let (chunk, after) = rest.split_at(length);
+        if chunk[5..8] == *b"EXt" || chunk[5..8] == *b"TXt" { &mut texts } else { &mut head }.extend_from_slice(chunk);
+        rest = after;
+    }
+    assert!(!texts.is_empty());
+    fs::write(here.join("moved.png"), [&head[..], &texts, rest].concat()).unwrap();
+    gen_ok(here, &["--from", "moved.png", "-o", "again.png"]);
+    assert!(fs::read(here.join("again.png")).unwrap() == png);
+    fs::write(here.join("bare.png"), [&head[..], rest].concat()).unwrap();
+    fs::write(here.join("photo.jpg"), b"\xff\xd8\xff\xe0").unwrap();
+    for (name, part) in [("bare.png", "does not tell how it was drawn"), ("photo.jpg", "is no PNG")] {
+        let output = command(here, &["--from", name]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && stderr.contains(part), "{stderr}");
+    }
+}
+
+#[test]
+fn force_draws_over_the_names_of_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    for more in [&["--out-dir", "x"][..], &["--out-dir", "."]] {
+        let draw = |size: &str, force: &[&str]| {
+            let args = [&["-p", "a cat", "--seed", "1", "--size", size][..], more, force].concat();
+            String::from_utf8(gen_ok(here, &args).stdout).unwrap().trim_end().to_string()
+        };
+        let first = draw("1:1", &[]);
+        assert_eq!(draw("2:1", &["--force"]), first);
+        assert!(image::open(here.join(&first)).unwrap().width() > 128);
+        assert_ne!(draw("1:1", &[]), first, "without --force a free name");
+    }
+    // Two of one run never have one name.
+    fs::write(here.join("prompts.txt"), "A dog\na dog!\n").unwrap();
+    gen_ok(here, &["--prompt-file", "prompts.txt", "--seed", "1", "--out-dir", "two", "--force"]);
+    assert_eq!(names(&here.join("two")), ["a-dog-1-2.png", "a-dog-1.png"]);
+}
+
+/// A limit of file size is an error as a full disk is, and leaves nothing.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_of_file_size_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("jobs.jsonl"), "{\"prompt\": \"a cat\", \"out\": \"x.png\"}").unwrap();
+    let nextflow = env!("CARGO_BIN_EXE_nextflow");
+    for (blocks, args) in
+        [(8, "gen -p cat -o x.png"), (8, "gen -p cat"), (8, "gen --jsonl jobs.jsonl"), (8, "quantize -o small")]
+    {
+        let script = format!("ulimit -f {blocks}; exec {nextflow} {args}");
+        let output = Command::new("bash").args(["-c", &script]).current_dir(folder.path()).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args}: {stderr}");
+        assert!(stderr.contains("cannot write") && stderr.contains("hint: "), "{args}: {stderr}");
+        assert_eq!(names(folder.path()), ["jobs.jsonl"], "{args}");
+    }
+}

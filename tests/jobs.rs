@@ -36,7 +36,7 @@ fn every_line_is_drawn_as_by_its_flags() {
         "\u{feff}{\"prompt\": \"a red apple\", \"out\": \"fruit/sweet/apple.png\", \"seed\": 3, \"id\": \"one\"}\r\n",
         "\n",
         "{\"prompt\": \"a cat\", \"size\": \"3:2\", \"cfg\": 3, \"cfg_until\": 4, \"top_k\": 20, \"negative\": \"a dog\"}\n",
-        "{\"prompt\": \"a cat\", \"id\": \"The 2nd\", \"temperature\": 0, \"top_p\": 0.5, \"draft\": 1, \"seed\": 18446744073709551615}",
+        "{\"prompt\": \"a cat\", \"id\": \"The 2nd\", \"temperature\": 0, \"draft\": 1.0, \"seed\": 18446744073709551615}",
     ];
     fs::write(here.join("jobs.jsonl"), lines.concat()).unwrap();
     let (code, told, stderr) = run(here, &["--jsonl", "jobs.jsonl", "--out-dir", "new", "--seed", "5"]);
@@ -60,7 +60,7 @@ fn every_line_is_drawn_as_by_its_flags() {
             "--seed",
             "5",
         ],
-        &["-p", "a cat", "--temperature", "0", "--top-p", "0.5", "--draft", "1", "--seed", "18446744073709551615"],
+        &["-p", "a cat", "--temperature", "0", "--draft", "1", "--seed", "18446744073709551615"],
     ];
     for (i, (place, flags)) in places.iter().zip(flags).enumerate() {
         assert_eq!((&told[i]["line"], &told[i]["path"]), (&[1, 3, 4][i].into(), &format!("new/{place}").into()));
@@ -89,16 +89,16 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
     let here = dir.path();
     let good = r#"{"prompt": "a cat", "out": "a.png", "id": "a"}"#;
     for (line, part) in [
-        ("{", "EOF while parsing"),
+        ("{", "the line ends before its JSON does"),
         ("a cat", "it is not a JSON object"),
         ("\"a cat\"", "it is not a JSON object"),
-        (r#"{"out": "b.png"}"#, "missing field `prompt`"),
-        (r#"{"prompt": "x", "colour": 1}"#, "unknown field `colour`"),
-        (r#"{"prompt": "x", "prompt": "y"}"#, "duplicate field"),
-        (r#"{"prompt": ""}"#, "the prompt is empty"),
+        (r#"{"out": "b.png"}"#, "it has no prompt"),
+        (r#"{"prompt": "x", "colour": 1}"#, "there is no key \"colour\""),
+        (r#"{"prompt": "x", "prompt": "y"}"#, "prompt is there twice"),
+        (r#"{"prompt": ""}"#, "it has no prompt"),
         (r#"{"prompt": "\u001b[2J"}"#, "control character"),
-        (r#"{"prompt": "x", "seed": -1}"#, "invalid value"),
-        (r#"{"prompt": "x", "seed": 1.5}"#, "invalid type"),
+        (r#"{"prompt": "x", "seed": -1}"#, "seed is a whole number from 0 to 18446744073709551615, not -1"),
+        (r#"{"prompt": "x", "seed": 1.5}"#, "seed is a whole number"),
         (r#"{"prompt": "x", "cfg": 1e999}"#, "number out of range"),
         (r#"{"prompt": "x", "cfg": -1}"#, "cfg -1 is not"),
         (r#"{"prompt": "x", "top_k": 0}"#, "top-k 0 is not"),
@@ -115,7 +115,11 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (r#"{"prompt": "x", "id": "a"}"#, "the id \"a\" is there twice"),
         (r#"{"prompt": "x", "out": "a.png"}"#, "its place, a.png, is that of line 1"),
         (r#"{"prompt": "x", "out": "./a.png/b.png"}"#, "its place, a.png/b.png, is below that of line 1"),
-        (r#"["x", null, null]"#, "it is not a JSON object"),
+        (r#"["x", null, null]"#, "a JSON array"),
+        (r#"{"prompt": "x", "temperature": 0, "top_k": 5}"#, "top_k has no effect with temperature 0"),
+        (r#"{"prompt": "x", "temperature": 0, "top_p": 0.5}"#, "top_p has no effect with temperature 0"),
+        (r#"{"prompt": "x", "out": "a\\b.png"}"#, "folders are separated by /"),
+        ("prompt,seed", "looks like CSV"),
         (r#"{"prompt": "x", "out": "there.png"}"#, "already exists"),
     ] {
         fs::write(here.join("there.png"), "mine").unwrap();
@@ -151,7 +155,7 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
         (&["--jsonl", "bad.jsonl", "--shard", "3/2"], "1/4 to 4/4"),
         (&["--jsonl", "bad.jsonl", "--batch", "0"], "--batch 0"),
         (&["--jsonl", "-", "--batch", "2"], "would wait"),
-        (&["--jsonl", "bad.jsonl", "--force"], "there is no -o"),
+        (&["--jsonl", "bad.jsonl", "--force", "--resume"], "cannot be used with"),
         (&["-p", "x", "--resume"], "--jsonl"),
         (&["-p", "x", "--keep-going"], "--jsonl"),
         (&["--shard", "1/2"], "--jsonl"),
@@ -181,7 +185,8 @@ fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
     assert_eq!(files(&here.join("out")), ["cat-1.png", "cat-3.png", "cat-4.png"]);
     // Corrected, and one image lost: both are drawn, the others stay as they are.
     fs::write(here.join("jobs.jsonl"), lines(&line(2))).unwrap();
-    fs::write(here.join("out/cat-1.png"), "mine").unwrap();
+    let kept = fs::read(here.join("out/cat-3.png")).unwrap();
+    fs::write(here.join("out/cat-1.png"), &kept).unwrap();
     fs::remove_file(here.join("out/cat-4.png")).unwrap();
     let again = ["--jsonl", "jobs.jsonl", "--out-dir", "out", "--resume"];
     let plan = &run(here, &[&again[..], &["--dry-run", "--json"]].concat()).1[0];
@@ -192,7 +197,7 @@ fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
     assert_eq!(there, [&true.into(), &Value::Null, &true.into(), &Value::Null]);
     assert_eq!((&told[0]["id"], &told[0]["path"]), (&"cat 1".into(), &"out/cat-1.png".into()));
     assert!(stderr.contains("(2 of 4 images are there already)"), "{stderr}");
-    assert_eq!(fs::read(here.join("out/cat-1.png")).unwrap(), b"mine");
+    assert!(fs::read(here.join("out/cat-1.png")).unwrap() == kept, "what is there stays, whatever it shows");
     assert!(run(here, &again).1.iter().all(|line| line["there"] == true));
     // What is no file is no image.
     fs::remove_file(here.join("out/cat-3.png")).unwrap();
@@ -247,4 +252,101 @@ fn a_pipe_has_its_answer_before_it_asks_again() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(files(dir.path()), ["a.png", "b.png"]);
+}
+
+#[test]
+fn what_is_no_whole_png_is_drawn_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let line = |out: &str| format!("{{\"prompt\": \"a cat\", \"seed\": 1, \"out\": \"{out}\"}}\n");
+    let names = ["whole.png", "empty.png", "cut.png", "text.png", "zeros.png"];
+    fs::write(here.join("jobs.jsonl"), names.map(line).concat()).unwrap();
+    let args = ["--jsonl", "jobs.jsonl", "--out-dir", "out"];
+    assert_eq!(run(here, &args).0, 0);
+    let read = |name: &str| fs::read(here.join("out").join(name)).unwrap();
+    let whole = read("whole.png");
+    let damaged = [vec![], whole[..whole.len() - 20].to_vec(), b"<html>".to_vec(), vec![0; whole.len()]];
+    for (name, bytes) in names[1..].iter().zip(damaged) {
+        fs::write(here.join("out").join(name), bytes).unwrap();
+    }
+    let again = [&args[..], &["--resume"]].concat();
+    let plan = &run(here, &[&again[..], &["--dry-run", "--json"]].concat()).1[0];
+    assert_eq!((&plan["images"], &plan["there"]), (&4.into(), &1.into()));
+    let (code, told, stderr) = run(here, &again);
+    assert!(code == 0 && stderr.contains("(4 files are no whole PNG and drawn anew)"), "{stderr}");
+    let there: Vec<bool> = told.iter().map(|line| line["there"] == true).collect();
+    assert_eq!(there, [true, false, false, false, false]);
+    assert!(names.iter().all(|name| read(name) == whole));
+    // Without a flag what is there is a fault; with --force it is drawn over.
+    fs::write(here.join("out/text.png"), "mine").unwrap();
+    let (code, _, stderr) = run(here, &args);
+    assert!(code == 2 && stderr.contains("already exists") && stderr.contains("--force draws it anew"), "{stderr}");
+    assert_eq!(read("text.png"), b"mine");
+    let (code, told, stderr) = run(here, &[&args[..], &["--force"]].concat());
+    assert!(code == 0 && told.len() == 5 && read("text.png") == whole, "{stderr}");
+    assert_eq!(files(&here.join("out")).len(), 5);
+}
+
+#[cfg(unix)]
+#[test]
+fn links_below_the_folder_do_not_lead_out_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    ["out", "out/real", "other"].iter().for_each(|folder| fs::create_dir(here.join(folder)).unwrap());
+    std::os::unix::fs::symlink("../other", here.join("out/link")).unwrap();
+    std::os::unix::fs::symlink("real", here.join("out/within")).unwrap();
+    std::os::unix::fs::symlink("../../other/x.png", here.join("out/real/x.png")).unwrap();
+    for (out, code) in [("link/x.png", 2), ("link/new/x.png", 2), ("real/x.png", 2), ("within/y.png", 0)] {
+        fs::write(here.join("jobs.jsonl"), format!("{{\"prompt\": \"a cat\", \"out\": \"{out}\"}}")).unwrap();
+        for more in [&[][..], &["--resume"], &["--force"]] {
+            let (found, _, stderr) = run(here, &[&["--jsonl", "jobs.jsonl", "--out-dir", "out"], more].concat());
+            assert!(found == code || code == 0 && stderr.contains("already exists"), "{out} {more:?}: {stderr}");
+            assert!(code == 0 || stderr.contains("by a link") && stderr.contains("hint: "), "{out} {more:?}: {stderr}");
+        }
+    }
+    assert_eq!(
+        (files(&here.join("other")).len(), files(&here.join("out/real"))),
+        (0, vec!["x.png".into(), "y.png".into()])
+    );
+}
+
+#[test]
+fn files_of_other_systems_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    let text = "\u{feff}{\"prompt\": \"a cat\", \"id\": 12, \"seed\": 7.0}\r\n{\"prompt\": \"一只猫\", \"id\": 13, \"seed\": 1e3}\r\n";
+    for (n, bytes) in [u16::to_le_bytes, u16::to_be_bytes].into_iter().enumerate() {
+        fs::write(here.join("jobs.jsonl"), text.encode_utf16().flat_map(bytes).collect::<Vec<u8>>()).unwrap();
+        let folder = format!("out{n}");
+        let (code, told, stderr) = run(here, &["--jsonl", "jobs.jsonl", "--out-dir", &folder]);
+        assert_eq!(code, 0, "{stderr}");
+        assert_eq!((&told[0]["id"], &told[0]["seed"], &told[1]["seed"]), (&"12".into(), &7.into(), &1000.into()));
+        assert_eq!(
+            (&told[1]["prompt"], files(&here.join(folder))),
+            (&"一只猫".into(), vec!["12.png".into(), "13.png".into()])
+        );
+    }
+}
+
+/// What a process that is killed in the middle of a file leaves is removed by the next one; what another still writes
+/// is not.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_killed_process_left_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path();
+    fs::create_dir(here.join("out")).unwrap();
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let host: String = host.trim().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).take(32).collect();
+    let host = host.trim_end_matches('_');
+    let [dead, alive] = ["dead12", "alive3"].map(|end| here.join(format!("out/.nextflow-{host}-{end}.tmp")));
+    fs::write(&dead, "half").unwrap();
+    let lock = fs::File::create(&alive).unwrap();
+    lock.lock().unwrap();
+    fs::write(here.join("jobs.jsonl"), "{\"prompt\": \"a cat\", \"out\": \"a.png\"}").unwrap();
+    assert_eq!(run(here, &["--jsonl", "jobs.jsonl", "--out-dir", "out"]).0, 0);
+    assert!(!dead.exists() && alive.exists());
+    drop(lock);
+    assert_eq!(run(here, &["--jsonl", "jobs.jsonl", "--out-dir", "out", "--resume"]).0, 0);
+    assert_eq!(files(&here.join("out")), ["a.png"]);
 }

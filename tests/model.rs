@@ -148,9 +148,11 @@ fn info_tells_what_a_folder_lacks() {
     edit(&model.join("model.safetensors"), |tensors| {
         tensors.remove("model.layers.0.mlp.up_proj.weight.scale");
     });
-    let (_, text) = info();
+    let (code, text) = info();
     assert!(
-        text.contains("1 missing: model.layers.0.mlp.up_proj.weight.scale") && !text.contains("complete"),
+        code == Some(3)
+            && text.contains("1 missing: model.layers.0.mlp.up_proj.weight.scale")
+            && !text.contains("complete"),
         "{text}"
     );
     let words = std::fs::read(model.join("tokenizer.json")).unwrap();
@@ -158,7 +160,7 @@ fn info_tells_what_a_folder_lacks() {
     assert_eq!(info().0, Some(3));
     std::fs::remove_file(model.join("tokenizer.json")).unwrap();
     let (code, text) = info();
-    assert!(code == Some(0) && text.contains("  no text tokenizer: ") && !text.contains("complete"), "{text}");
+    assert!(code == Some(3) && text.contains("  no text tokenizer: ") && !text.contains("complete"), "{text}");
     std::fs::remove_file(model.join("config.json")).unwrap();
     let (code, text) = info();
     assert!(code == Some(3) && text.contains("config.json is missing"), "{text}");

@@ -210,7 +210,100 @@ fn an_image_grows_on_a_terminal() {
     let mut terminal = Terminal::run(&["gen", "a red circle", "--seed", "1", "--preview", "-v"], &[]);
     let shown = terminal.see("a-red-circle-1.png");
     assert!(!shown.contains("A\u{1b}[J") && shown.contains("scale 3/8"), "{shown:?}");
-    let mut terminal = Terminal::run(&["gen", "a cat", "--preview"], &[("NO_COLOR", "1")]);
-    terminal.see("error: --preview needs standard output to be a terminal");
-    assert_eq!(terminal.child.wait().unwrap().code(), Some(2));
+    for (variable, why) in [(("NO_COLOR", "1"), "NO_COLOR is set"), (("TERM", "dumb"), "TERM is dumb")] {
+        let mut terminal = Terminal::run(&["gen", "a cat", "--preview"], &[variable]);
+        terminal.see(&format!("error: --preview cannot show images: {why}"));
+        terminal.see("hint: ");
+        assert_eq!(terminal.child.wait().unwrap().code(), Some(2));
+    }
+}
+
+/// Bytes of another encoding cost the line, not the conversation.
+#[test]
+fn what_is_typed_and_no_text_is_refused_alone() {
+    let mut terminal = Terminal::open(&["--max-tokens", "3"]);
+    terminal.keys.write_all(b"caf\xe9\xff\xfe and more\r").unwrap();
+    terminal.see("error: the line is not UTF-8");
+    terminal.see(PROMPT);
+    terminal.type_and_see("Hello\r", "(cut at --max-tokens)");
+    terminal.see(PROMPT);
+    terminal.keys.write_all(b"/show\r").unwrap();
+    terminal.see("you: Hello");
+    terminal.see(PROMPT);
+    terminal.leave();
+}
+
+/// The mode of a terminal: whether it edits lines and shows what is typed by itself.
+fn is_cooked(terminal: &Terminal) -> bool {
+    // SAFETY: zeros are a value of this struct, and the pointer is to it.
+    #[allow(unsafe_code)]
+    let mode = unsafe {
+        let mut mode: libc::termios = std::mem::zeroed();
+        assert_eq!(libc::tcgetattr(terminal.keys.as_raw_fd(), &raw mut mode), 0);
+        mode
+    };
+    mode.c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG) == libc::ICANON | libc::ECHO | libc::ISIG
+}
+
+#[test]
+fn a_signal_leaves_the_terminal_as_it_was() {
+    for signal in [libc::SIGTERM, libc::SIGHUP] {
+        let mut terminal = Terminal::open(&[]);
+        terminal.type_and_see("half a li", "half a li");
+        assert!(!is_cooked(&terminal));
+        // SAFETY: the process is our own child, which is still to be waited for.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::kill(terminal.child.id() as i32, signal);
+        }
+        assert_eq!(terminal.child.wait().unwrap().code(), Some(130));
+        assert!(is_cooked(&terminal));
+        terminal.see("\u{1b}[?2004l");
+        terminal.see("error: interrupted");
+    }
+    // In the middle of a reply, which Ctrl-C alone would only end.
+    let mut terminal = Terminal::open(&["--max-tokens", "4000"]);
+    terminal.type_and_see("b\r", "\u{fffd}");
+    // SAFETY: as above.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(terminal.child.id() as i32, libc::SIGTERM);
+    }
+    assert_eq!(terminal.child.wait().unwrap().code(), Some(130));
+    assert!(is_cooked(&terminal));
+}
+
+/// A model's name comes from outside.
+#[cfg(feature = "nano")]
+#[test]
+fn names_with_controls_do_not_reach_the_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/nano");
+    for file in ["model.safetensors", "image_tokenizer.safetensors", "tokenizer.json"] {
+        std::os::unix::fs::symlink(nano.join(file), folder.path().join(file)).unwrap();
+    }
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(nano.join("config.json")).unwrap()).unwrap();
+    config["name"] = "a\u{9b}1mb\u{202e}c\u{2067}d\u{61c}e\u{1b}[2Jf".into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let image = folder.path().join("a.png");
+    image::RgbImage::new(16, 16).save(&image).unwrap();
+    let (model, image) = (folder.path().to_str().unwrap(), image.to_str().unwrap());
+    for (args, part) in [
+        (&["encode", image, "--model", model][..], "a\\u009b1mb\\u202ec\\u2067d\\u061ce\\u001b[2Jf"),
+        (&["info", model], "b\\u{202e}c"),
+        (&["info", model, "--json"], "b\\u202ec\\u2067d\\u061ce"),
+        (&["gen", "a cat", "--dry-run", "--model", model], "b\\u{202e}c"),
+        (&["gen", "a cat", "--dry-run", "--json", "--model", model], "b\\u202ec"),
+    ] {
+        let mut terminal = Terminal::run(args, &[]);
+        let mut shown = terminal.see(part);
+        assert!(terminal.child.wait().unwrap().success());
+        while let Ok(bytes) = terminal.screen.recv_timeout(Duration::from_millis(200)) {
+            shown += &String::from_utf8_lossy(&bytes);
+        }
+        for raw in ["\u{9b}", "\u{202e}", "\u{2067}", "\u{61c}", "\u{1b}[2J"] {
+            assert!(!shown.contains(raw), "{args:?}: {shown:?}");
+        }
+    }
 }

@@ -34,7 +34,7 @@ enum Data {
 
 /// Opens a regular file; anything else (a folder, a pipe) is refused.
 pub(super) fn open(path: &Path) -> Result<File> {
-    const FILES: &str = "--model FOLDER, with config.json, tokenizer.json and model.safetensors in FOLDER";
+    const FILES: &str = "--model FOLDER, with all files of one model in FOLDER; nextflow info FOLDER lists them";
     let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
     let cannot = |e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => refuse("is missing".into()),
@@ -354,8 +354,6 @@ pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<Has
 /// Writes a file; `path` has either its old content or all of the new.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |e: io::Error| Error::unwritten(path, &output::reason(&e));
-    let file = output::write_beside(path, bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
+    output::sweep(output::parent(path));
+    output::Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(failed)
 }

@@ -91,19 +91,11 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         let message = format!("cannot write {}: there is no folder {}", folder.display(), parent.display());
         return Err(Error::usage(message).hint(format!("mkdir -p {}", quoted(parent))));
     }
-    let part = tempfile::Builder::new()
-        .prefix(".nextflow-")
-        .tempdir_in(parent)
-        .map_err(|e| Error::unwritten(folder, &output::reason(&e)))?;
+    output::sweep(parent);
+    let part = output::TempFolder::new(parent).map_err(|e| Error::unwritten(folder, &output::reason(&e)))?;
     *PART.lock().unwrap_or_else(PoisonError::into_inner) = Some(part.path().into());
     fill(part.path())?;
-    // A temporary folder is private; this one is to become an ordinary one.
-    #[cfg(unix)]
-    fs::set_permissions(part.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .map_err(|e| Error::unwritten(folder, &e))?;
-    fs::rename(part.path(), folder).map_err(|e| Error::unwritten(folder, &e))?;
-    let _ = part.keep();
-    Ok(())
+    part.rename(folder).map_err(|e| Error::unwritten(folder, &e))
 }
 
 /// Every tensor that is `asked` for of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.

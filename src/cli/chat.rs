@@ -151,9 +151,21 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         return Err(Error::usage("standard input is to be the image, and there is no question")
             .hint("nextflow chat -i - \"what is in the picture?\""));
     }
+    if text.as_ref().is_some_and(|text| text.starts_with("/gen ")) {
+        let flags = [
+            (args.temperature.is_some(), "temperature"),
+            (args.top_k.is_some(), "top-k"),
+            (args.top_p.is_some(), "top-p"),
+            (args.repetition_penalty.is_some(), "repetition-penalty"),
+        ];
+        if let Some((_, flag)) = flags.iter().find(|(given, _)| *given) {
+            return Err(Error::usage(format!("--{flag} is about words, and /gen says none"))
+                .hint("leave it out, or nextflow gen, which has --temperature for images"));
+        }
+    }
     let images = pixels::open_all(&args.images, PIPE)?;
     let device = args.device.get()?;
-    let folder = Destination::Folder(args.out_dir.clone().unwrap_or_default());
+    let folder = Destination::Folder { path: args.out_dir.clone().unwrap_or_default(), force: false };
     if args.out_dir.is_some() {
         folder.check()?;
     }
@@ -240,7 +252,7 @@ fn message(text: &str) -> Result<String> {
     if text != "-" {
         return lines::check(text.as_bytes());
     }
-    lines::check(&input::read(Path::new("-"), 16 << 20, "nextflow chat \"...\"")?)
+    lines::check(&input::utf8(input::read(Path::new("-"), 16 << 20, "nextflow chat \"...\"")?))
 }
 
 /// The model's own sampling with the given settings in its place.
@@ -256,7 +268,11 @@ fn sampling(args: &ChatArgs, defaults: TextSampling) -> Result<TextSampling> {
     };
     let hint = "--temperature 0.7 --top-p 0.9 --repetition-penalty 1.05";
     sampling.check().map_err(|message| Error::usage(message).hint(hint))?;
-    Ok(sampling)
+    let greedy = Sampling { temperature: sampling.temperature, ..Sampling::default() };
+    match request::without_effect(args.top_k, args.top_p, &greedy) {
+        Some(flag) => Err(request::no_effect(flag)),
+        None => Ok(sampling),
+    }
 }
 
 /// Tokens and memory of the first answer.

@@ -9,7 +9,7 @@ use image::ImageFormat;
 use super::{DeviceArgs, ModelArgs, request};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
-use crate::output::Destination;
+use crate::output::{self, Destination};
 use crate::{input, terminal};
 
 /// Flags of `nextflow decode`.
@@ -36,7 +36,7 @@ pub struct DecodeArgs {
 
 /// Runs `nextflow decode`.
 pub(super) fn run(args: &DecodeArgs) -> Result<()> {
-    let destination = match args.output.as_os_str() == "-" {
+    let destination = match output::is_stdout(&args.output) {
         true => Destination::Stdout,
         false => Destination::File { path: args.output.clone(), force: args.force },
     };

@@ -1,6 +1,7 @@
 //! The flags that everything that draws has in common, and what is told of what was drawn.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -69,10 +70,10 @@ pub struct DrawArgs {
     /// Write the image here; `-` writes the PNG to standard output
     #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
     pub output: Option<PathBuf>,
-    /// Write the images, under unused names, into this folder [default: the current one]
+    /// Write the images, under unused names unless --force is given, into this folder [default: the current one]
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
-    /// Let -o replace a file
+    /// Replace files of the same name
     #[arg(long)]
     pub force: bool,
     /// Which model.
@@ -134,10 +135,16 @@ impl DrawArgs {
     ///
     /// Errors: usage, where they cannot.
     pub fn preview(&self) -> Result<Option<Preview>> {
-        match self.preview && !terminal::shows() {
-            true => Err(Error::usage("--preview needs standard output to be a terminal, and NO_COLOR not to be set")
-                .hint("leave out --preview")),
-            false => Ok(self.preview.then(|| Preview::new(!self.verbose))),
+        if !self.preview {
+            return Ok(None);
+        }
+        match terminal::cannot_show() {
+            Some(why) => Err(Error::usage(format!("--preview cannot show images: {why}")).hint(match why {
+                "NO_COLOR is set" => "NO_COLOR= nextflow gen ..., or leave out --preview",
+                "TERM is dumb" => "set TERM as your terminal does (TERM=xterm-256color), or leave out --preview",
+                _ => "leave out --preview",
+            })),
+            None => Ok(Some(Preview::new(!self.verbose))),
         }
     }
 
@@ -169,9 +176,16 @@ pub(super) struct Delivery<'a> {
     pub preview: Option<Preview>,
     /// What is changed, and how.
     pub edit: Option<&'a EditArgs>,
+    /// What was written under names made of prompt and seed.
+    saved: HashSet<PathBuf>,
 }
 
-impl Delivery<'_> {
+impl<'a> Delivery<'a> {
+    /// Without previews and sources.
+    pub fn new(request: &'a Request, console: Console, stop: Stop, json: bool) -> Self {
+        Self { request, console, stop, json, preview: None, edit: None, saved: HashSet::new() }
+    }
+
     /// Tells of a step, and shows the first of the images as far as it is, of which `decode` makes pixels; `Break` when the
     /// user asked to stop.
     pub fn event(
@@ -243,7 +257,7 @@ impl Delivery<'_> {
             return Err(terminal::interrupted());
         }
         let seconds = took.as_secs_f64();
-        let path = to.save(&png, &job.prompt, job.seed)?;
+        let path = to.save_beside(&png, &job.prompt, job.seed, &mut self.saved)?;
         self.console.clear();
         if let Some(preview) = &mut self.preview {
             preview.end(image);

@@ -79,7 +79,8 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
     let mut session = Session::new(&model)?;
-    let mut delivery = Delivery { request: &request, console, stop, json: args.draw.json, preview, edit: Some(args) };
+    let mut delivery = Delivery::new(&request, console, stop, args.draw.json);
+    (delivery.preview, delivery.edit) = (preview, Some(args));
     for job in request.jobs(&frame.scales) {
         let started = Instant::now();
         delivery.console.start(1);

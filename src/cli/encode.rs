@@ -8,7 +8,7 @@ use image::ImageFormat;
 use super::{DeviceArgs, ModelArgs, request};
 use crate::codes::Codes;
 use crate::error::{Error, Result};
-use crate::output::Destination;
+use crate::output::{self, Destination};
 use crate::size::Size;
 use crate::{input, pixels, terminal};
 
@@ -46,7 +46,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let size: Size = args.size.parse()?;
     let scales = args.scales.as_deref().map(grids).transpose()?;
     let destination = match &args.output {
-        Some(path) if path.as_os_str() != "-" => Destination::File { path: path.clone(), force: args.force },
+        Some(path) if !output::is_stdout(path) => Destination::File { path: path.clone(), force: args.force },
         _ if args.force => return Err(request::for_files("--force")),
         _ => Destination::Stdout,
     };
@@ -65,7 +65,8 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let bytes =
         match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
             true => codes.to_safetensors()?,
-            false => codes.to_json()?,
+            // The name of a model is anybody's.
+            false => terminal::escaped(&String::from_utf8_lossy(&codes.to_json()?)).into_bytes(),
         };
     let _ = match destination.save(&bytes, "", 0)? {
         None => terminal::emit(&bytes)?,

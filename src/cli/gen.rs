@@ -15,7 +15,7 @@ use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{Memory, Work};
 use crate::generate::{Generator, GeneratorConfig, Guidance, Job, TRANSFORMER, tokenflow};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 use crate::terminal::{self, Console};
 use crate::{input, memory};
 
@@ -73,8 +73,12 @@ const MAX_PNG: u64 = 256 << 20;
 fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     const HINT: &str = "name a PNG that nextflow gen drew; other programs may have taken the text out of it";
     let other = |why: &str| Error::usage(format!("{} {why}", input::shown(path)));
-    let Some(old) = Settings::of_png(&input::piped(path, MAX_PNG, HINT)?) else {
-        return Err(other("does not tell how it was drawn").hint(HINT));
+    let png = input::piped(path, MAX_PNG, HINT)?;
+    let Some(old) = Settings::of_png(&png) else {
+        return Err(match settings::stranger(&png) {
+            Some(what) => other(&what).hint("name a PNG that nextflow gen drew"),
+            None => other("does not tell how it was drawn").hint(HINT),
+        });
     };
     // What a file says is no part of a command to be copied.
     if old.conversation {
@@ -108,8 +112,10 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     let guided = !draw.cfg.as_ref().is_some_and(|cfg| cfg.is_all(off));
     args.negative = args.negative.or(old.negative.clone().map(OsString::from).filter(|_| guided));
     draw.temperature = draw.temperature.take().or(Some(PerScale::of(old.temperature, &old.temperature_scales)));
-    draw.top_k = draw.top_k.or(old.top_k);
-    draw.top_p = draw.top_p.or(Some(old.top_p));
+    if !draw.temperature.as_ref().is_some_and(|temperature| temperature.is_all(&[0.0])) {
+        draw.top_k = draw.top_k.or(old.top_k);
+        draw.top_p = draw.top_p.or(Some(old.top_p));
+    }
     // Without guidance there is nothing to end.
     draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| guided));
     if args.cfg_layers.is_empty() {
@@ -191,7 +197,8 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
     let console = Console::new(args.draw.level(), request.images());
     let stop = terminal::interrupts()?;
-    let delivery = Delivery { request: &request, console, stop, json, preview, edit: None };
+    let mut delivery = Delivery::new(&request, console, stop, json);
+    delivery.preview = preview;
     match thinking {
         Some(config) => think::run(delivery, config, &scales),
         None => draw(delivery, &scales, batch, args.text_features.as_deref()),

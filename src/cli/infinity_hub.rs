@@ -52,7 +52,7 @@ fn is_here(folder: &Path, variant: &Variant) -> bool {
 }
 
 /// The files of a model: its transformer, in shards that an index names, and its image tokenizer.
-fn files(id: &Id, variant: &Variant, offline: bool, progress: hub::Progress) -> Result<Vec<String>> {
+fn files(id: &Id, variant: &Variant, offline: bool, progress: hub::Observer) -> Result<Vec<String>> {
     let mut files = match variant.transformer.strip_suffix("model.safetensors") {
         None => vec![variant.transformer.to_string()],
         Some(place) => {
@@ -67,7 +67,7 @@ fn files(id: &Id, variant: &Variant, offline: bool, progress: hub::Progress) -> 
 }
 
 /// The folder with the text encoder; of its shards those that hold the encoder.
-fn text(offline: bool, progress: hub::Progress) -> Result<std::path::PathBuf> {
+fn text(offline: bool, progress: hub::Observer) -> Result<std::path::PathBuf> {
     let id: Id = TEXT_HUB.parse()?;
     let mut fetch = |file: &str| hub::fetch(&id, Some(file), |folder| folder.join(file).exists(), offline, progress);
     let mut folder = None;

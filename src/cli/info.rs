@@ -227,7 +227,7 @@ impl Info {
         let shown: Vec<String> = faults.take(SHOWN).collect();
         let (missing, misshapen) = (fit.missing.len(), fit.misshapen.len());
         let message = format!(
-            "the weights do not fit the config, {missing} tensors missing, {misshapen} misshapen: {}",
+            "the weights do not fit the config, tensors {missing} missing, {misshapen} misshapen: {}",
             shown.join("; ")
         );
         Err(Error::model(message).hint("copy config.json and all weights from one checkpoint"))

@@ -1,45 +1,26 @@
 //! A file of images to draw: one JSON object a line, each with its own settings.
 
 use std::collections::{HashMap, HashSet};
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Cursor, Read};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use serde::Deserialize;
-
 use super::DrawArgs;
-use super::per_scale::PerScale;
+use super::job_line::{EXAMPLE, Line};
 use super::request::{self, Request};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::generate::Job;
 use crate::output::{self, Destination, slug};
-use crate::{input, terminal, text};
+use crate::{input, settings, terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
 const MAX_LINE: u64 = 1 << 20;
-/// What a line looks like.
-const EXAMPLE: &str = r#"{"prompt": "a red apple", "out": "apple.png", "seed": 7}"#;
+/// The longest file of UTF-16, in bytes, which is converted as a whole.
+const MAX_UTF16: u64 = 256 << 20;
 
 /// What is there stays.
-pub const NO_OVERWRITING: &str = "--resume leaves out what is there, or --out-dir ANOTHER_FOLDER";
-
-/// What a line may say. What it does not is as the flags have it.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Line {
-    prompt: String,
-    negative: Option<String>,
-    id: Option<String>,
-    out: Option<String>,
-    seed: Option<u64>,
-    size: Option<String>,
-    cfg: Option<PerScale>,
-    cfg_until: Option<usize>,
-    temperature: Option<PerScale>,
-    top_k: Option<usize>,
-    top_p: Option<f64>,
-    draft: Option<usize>,
-}
+pub const NO_OVERWRITING: &str =
+    "--resume leaves out what is there, --force draws it anew, --out-dir ANOTHER_FOLDER keeps it";
 
 /// An image to draw, or one that is there.
 #[derive(Debug)]
@@ -56,6 +37,8 @@ pub struct Task {
     pub tokens: usize,
     /// Its image is there already, and [`Reading::resume`] leaves it out.
     pub there: bool,
+    /// What is at its place is replaced.
+    pub replaces: bool,
 }
 
 impl Task {
@@ -65,6 +48,16 @@ impl Task {
         let same = own.scales == other.scales && own.sampling == other.sampling && own.negative == other.negative;
         same && !self.there
     }
+}
+
+/// What is at the place of an image.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Free,
+    /// A whole PNG.
+    Image,
+    /// Another file, or what is left of one.
+    Other,
 }
 
 /// A line of which nothing can be drawn.
@@ -112,6 +105,8 @@ pub struct Reading<'a> {
     pub folder: &'a Path,
     /// Images that are there already are left out, not faults.
     pub resume: bool,
+    /// Images that are there already are replaced.
+    pub force: bool,
     /// The part of the file that is drawn.
     pub shard: Option<Shard>,
 }
@@ -132,6 +127,8 @@ pub struct Jobs<'a> {
     folders: HashMap<PathBuf, usize>,
     /// Folders that can be written.
     writable: HashSet<PathBuf>,
+    /// Folders with images that are there already, of which leftovers were removed.
+    swept: HashSet<PathBuf>,
 }
 
 impl<'a> Jobs<'a> {
@@ -147,6 +144,7 @@ impl<'a> Jobs<'a> {
             outs: HashMap::new(),
             folders: HashMap::new(),
             writable: HashSet::new(),
+            swept: HashSet::new(),
         }
     }
 
@@ -155,11 +153,22 @@ impl<'a> Jobs<'a> {
         self.seen
     }
 
+    /// Makes UTF-8 of a file of UTF-16 before its first line.
+    fn convert(&mut self) -> std::io::Result<()> {
+        if input::is_utf16(self.lines.fill_buf()?) {
+            let mut all = Vec::new();
+            (&mut self.lines).take(MAX_UTF16).read_to_end(&mut all)?;
+            self.lines = Box::new(Cursor::new(input::utf8(all)));
+        }
+        Ok(())
+    }
+
     /// The next line that is not empty, of any part.
     fn line(&mut self) -> Result<Option<Vec<u8>>> {
         loop {
             let mut line = Vec::new();
-            let read = (&mut self.lines).take(MAX_LINE + 1).read_until(b'\n', &mut line);
+            let first = if self.read == 0 { self.convert() } else { Ok(()) };
+            let read = first.and_then(|()| (&mut self.lines).take(MAX_LINE + 1).read_until(b'\n', &mut line));
             self.read += 1;
             read.map_err(|e| {
                 self.ended = true;
@@ -182,7 +191,7 @@ impl<'a> Jobs<'a> {
 
     /// What a line asks for.
     fn task(&mut self, line: Line) -> Result<Task> {
-        let Reading { request, flags, draft, folder, resume, .. } = self.reading;
+        let Reading { request, flags, draft, folder, resume, force, .. } = self.reading;
         let out = target(line.out.as_deref(), line.id.as_deref())?;
         if let Some(id) = line.id.as_ref().filter(|id| !self.ids.insert((*id).clone())) {
             return Err(Error::usage(format!("the id {id:?} is there twice")).hint("give every line an id of its own"));
@@ -191,7 +200,7 @@ impl<'a> Jobs<'a> {
             return Err(Error::usage("neither id nor out tells whether its image is there already")
                 .hint(format!("name it, or leave out --resume: {EXAMPLE}")));
         }
-        let there = out.as_ref().map_or(Ok(false), |out| self.place(out))?;
+        let place = out.as_ref().map_or(Ok(Place::Free), |out| self.place(out))?;
         let mut flags = flags.clone();
         flags.size = line.size.unwrap_or(flags.size);
         flags.cfg = line.cfg.or(flags.cfg);
@@ -204,6 +213,12 @@ impl<'a> Jobs<'a> {
         let usual = request.config.sampling();
         let mut sampling = request::sampling(&flags, usual.clone());
         sampling.cfg_layers.clone_from(&request.sampling.cfg_layers);
+        if let Some(key) = request::without_effect(line.top_k, line.top_p, &sampling) {
+            let key = key.replace('-', "_");
+            return Err(
+                Error::usage(format!("{key} has no effect with temperature 0")).hint(format!("leave out {key}"))
+            );
+        }
         sampling.draft = line.draft.or(draft).unwrap_or(usual.draft);
         sampling.check(scales.len())?;
         flags.check_scales(&sampling, scales.len())?;
@@ -219,19 +234,20 @@ impl<'a> Jobs<'a> {
             }
             None => request.negative.clone().filter(|_| sampling.guided_scales(scales.len()) > 0),
         };
-        if there && !resume {
+        if place != Place::Free && !resume && !force {
             let path = folder.join(out.unwrap_or_default());
             return Err(Error::usage(format!("{} already exists", path.display())).hint(NO_OVERWRITING));
         }
         let seed = line.seed.or(flags.seed.first().copied()).unwrap_or_else(request::any_seed);
         let job = Job { prompt, negative, scales, sampling, seed };
-        Ok(Task { line: self.read, id: line.id, out, job, tokens, there })
+        let there = place == Place::Image && resume;
+        Ok(Task { line: self.read, id: line.id, out, job, tokens, there, replaces: place != Place::Free && !there })
     }
 
-    /// Takes a place below the folder of all images; whether there is an image already.
+    /// Takes a place below the folder of all images; what is there already.
     ///
-    /// Errors: usage, for one that is taken or cannot be written.
-    fn place(&mut self, out: &Path) -> Result<bool> {
+    /// Errors: usage, for one that is taken, leads elsewhere or cannot be written.
+    fn place(&mut self, out: &Path) -> Result<Place> {
         let (line, path) = (self.read, self.reading.folder.join(out));
         let taken = |what: &str, by: usize| {
             let message = format!("its place, {}, is {what} line {by}", out.display());
@@ -251,20 +267,27 @@ impl<'a> Jobs<'a> {
         for folder in folders() {
             self.folders.entry(folder.into()).or_insert(line);
         }
-        match path.symlink_metadata() {
-            Err(_) => {}
-            Ok(_) if path.is_file() => return Ok(true),
+        output::check_inside(self.reading.folder, &path)?;
+        let place = match path.symlink_metadata() {
+            Err(_) => Place::Free,
+            // Without one of these flags it makes no difference what the file is.
+            Ok(_) if path.is_file() && self.reading.resume && settings::is_whole_png(&path) => Place::Image,
+            Ok(_) if path.is_file() => Place::Other,
             Ok(_) => {
                 let message = format!("{} exists and is not an image", path.display());
-                return Err(Error::usage(message).hint(NO_OVERWRITING));
+                return Err(Error::usage(message).hint("give the line another out, or choose another --out-dir"));
             }
-        }
+        };
         let folder = output::parent(&path);
-        if !self.writable.contains(folder) {
-            Destination::Folder(folder.into()).check()?;
+        if place == Place::Image {
+            if self.swept.insert(folder.into()) {
+                output::sweep(folder);
+            }
+        } else if !self.writable.contains(folder) {
+            Destination::Folder { path: folder.into(), force: false }.check()?;
             self.writable.insert(folder.into());
         }
-        Ok(false)
+        Ok(place)
     }
 
     /// A fault of the line that was just read.
@@ -283,10 +306,7 @@ impl Iterator for Jobs<'_> {
             let Some(line) = self.line().transpose() else { break };
             self.seen += 1;
             let mine = self.reading.shard.is_none_or(|Shard { part, parts }| self.seen % parts == part % parts);
-            let parsed = line.and_then(|line| match line.starts_with(b"{") {
-                true => serde_json::from_slice::<Line>(&line).map_err(|e| unreadable(&e)),
-                false => Err(Error::usage("it is not a JSON object").hint(format!("one job a line: {EXAMPLE}"))),
-            });
+            let parsed = line.and_then(|line| Line::parse(&line));
             let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
             let task = parsed.and_then(|line| self.task(line));
             match task {
@@ -299,14 +319,6 @@ impl Iterator for Jobs<'_> {
         self.ended = true;
         None
     }
-}
-
-/// The error of a line that is no job.
-fn unreadable(e: &serde_json::Error) -> Error {
-    let text = e.to_string();
-    let what = text.rsplit_once(" at line ").map_or(&*text, |(what, _)| what);
-    let place = if e.column() > 0 { format!(" (column {})", e.column()) } else { String::new() };
-    Error::new(Kind::Usage, format!("{what}{place}")).hint(format!("one job a line: {EXAMPLE}"))
 }
 
 /// A hint about a flag, for what a line says in its place: `"cfg": 3` for `--cfg 3`.
@@ -333,7 +345,11 @@ fn target(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
     let path = Path::new(out);
     let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(r#""out": "fruit/apple.png""#));
     let inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
-    if out.is_empty() || out.contains('\\') || terminal::clean(out) != out || !path.components().all(inside) {
+    if out.contains('\\') {
+        let hint = format!("\"out\": {:?}", out.replace('\\', "/"));
+        return Err(Error::usage(format!("out {out:?} has a backslash; folders are separated by /")).hint(hint));
+    }
+    if out.is_empty() || terminal::clean(out) != out || !path.components().all(inside) {
         return bad("is not a place below the folder of the images");
     }
     if out.ends_with('/') || path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {

@@ -16,7 +16,7 @@ use crate::generate::cost::{Memory, Work};
 use crate::generate::{Generator, Job, TRANSFORMER, schedule};
 use crate::output::Destination;
 use crate::terminal::{self, Console};
-use crate::{input, memory};
+use crate::{input, memory, output};
 
 /// Flags for files of jobs.
 #[derive(Args, Clone, Debug, Default)]
@@ -26,8 +26,8 @@ pub struct JobsArgs {
     /// as it comes
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
-    /// With --jsonl: leave out jobs whose image is there already
-    #[arg(long)]
+    /// With --jsonl: leave out jobs whose image is there already, as a whole PNG
+    #[arg(long, conflicts_with = "force")]
     pub resume: bool,
     /// With --jsonl: go on after a job that fails
     #[arg(long)]
@@ -153,7 +153,8 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let JobsArgs { resume, keep_going, shard, .. } = args.jobs;
     let name = input::shown(file);
     let folder = args.draw.out_dir.as_deref().unwrap_or(Path::new(""));
-    let reading = Reading { name: &name, request, flags: &args.draw, draft: args.draft, folder, resume, shard };
+    let (flags, draft, force) = (&args.draw, args.draft, args.draw.force);
+    let reading = Reading { name: &name, request, flags, draft, folder, resume, force, shard };
     let mut jobs = Jobs::new(reading, input::lines(file, "--jsonl FILE, or - for standard input")?);
     let mut failures = Failures { keep_going, count: 0 };
 
@@ -188,6 +189,11 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if there > 0 && !args.draw.quiet {
         terminal::note(&format!("({there} of {} images are there already)", all.len()));
     }
+    let broken = all.iter().flatten().filter(|task| task.replaces && resume).count();
+    if broken > 0 && !args.draw.quiet {
+        let what = if broken > 1 { format!("{broken} files are") } else { "1 file is".into() };
+        terminal::note(&format!("({what} no whole PNG and drawn anew)"));
+    }
     if wait && all.len() == there {
         return all.iter().flatten().try_for_each(|task| terminal::emit_json(&Done::there(task, folder)).map(drop));
     }
@@ -204,7 +210,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if !wait {
         console.clear();
     }
-    let mut delivery = Delivery { request, console, stop, json: true, preview: None, edit: None };
+    let mut delivery = Delivery::new(request, console, stop, true);
     let mut tasks = all.into_iter().chain(jobs.by_ref()).peekable();
     let mut tried = 0;
     while let Some(next) = tasks.next() {
@@ -249,7 +255,7 @@ fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, 
 fn draw(
     model: &Generator,
     group: &[Task],
-    &Reading { name, folder, resume, .. }: &Reading,
+    &Reading { name, folder, resume, force, .. }: &Reading,
     delivery: &mut Delivery,
     failures: &mut Failures,
 ) -> Result<ControlFlow<()>> {
@@ -269,10 +275,12 @@ fn draw(
     };
     for (task, image) in group.iter().zip(&images) {
         let to = match &task.out {
-            Some(out) => Destination::File { path: folder.join(out), force: false },
-            None => Destination::Folder(folder.into()),
+            Some(out) => Destination::File { path: folder.join(out), force: task.replaces },
+            None => Destination::Folder { path: folder.into(), force },
         };
-        let flow = match delivery.keep(&task.job, image, None, took, &to) {
+        // A link may have come since the file was checked.
+        let inside = task.out.as_ref().map_or(Ok(()), |out| output::check_inside(folder, &folder.join(out)));
+        let flow = match inside.and_then(|()| delivery.keep(&task.job, image, None, took, &to)) {
             Ok(kept) => terminal::emit_json(&Done::drawn(task, kept.line(&task.job, None)))?,
             Err(error) if error.kind == Kind::Interrupted => return Err(error),
             // Another process has drawn the same meanwhile.

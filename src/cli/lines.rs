@@ -93,8 +93,12 @@ impl Lines {
                 break;
             }
         }
+        let hint = match input::is_utf16(&text) {
+            true => "iconv -f UTF-16 -t UTF-8 FILE | nextflow chat",
+            false => "say it again",
+        };
         let bad = |e: std::str::Utf8Error| {
-            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint("say it again")
+            Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint(hint)
         };
         Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
     }
@@ -132,6 +136,10 @@ impl Lines {
             }
             Err(ReadlineError::Interrupted) => Ok(Line::Dropped),
             Err(ReadlineError::Eof) => Ok(Line::End),
+            // What was typed ahead goes with the line.
+            Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                Err(Error::usage("the line is not UTF-8").hint("say it again, with the terminal set to UTF-8"))
+            }
             Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
         }
     }

@@ -20,6 +20,7 @@ mod r#gen;
 mod infinity_hub;
 mod info;
 mod job_file;
+mod job_line;
 mod jobs;
 mod lines;
 mod model;
@@ -42,11 +43,11 @@ pub use model::ModelArgs;
 
 use std::ffi::OsString;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
-use crate::terminal;
+use crate::{input, terminal};
 
 /// Draw images from a terminal with NextFlow.
 #[derive(Debug, Parser)]
@@ -92,7 +93,7 @@ pub enum Command {
 /// The command that `args` asks for, the program's name first; `None` when help or the version was
 /// asked for, and printed.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Command>> {
-    let args: Vec<OsString> = args.collect();
+    let args = with_dashes(args.collect());
     match Cli::try_parse_from(&args) {
         Ok(cli) => Ok(Some(cli.command)),
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
@@ -104,6 +105,75 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Command>> {
             Err(one_sentence(&e, &typed))
         }
     }
+}
+
+/// Options whose value is words.
+const WORDS: [(&str, &str); 5] = [
+    ("-p", "--prompt"),
+    ("--prompt", "--prompt"),
+    ("-n", "--negative"),
+    ("--negative", "--negative"),
+    ("--system", "--system"),
+];
+
+/// Arguments with words that begin with a dash (`-p "-a cat"`, `"-a cat"`) written so that clap takes them for words.
+/// What is the name of a flag stays one.
+fn with_dashes(args: Vec<OsString>) -> Vec<OsString> {
+    let name = args.get(1).and_then(|name| name.to_str()).filter(|name| ["gen", "edit", "chat"].contains(name));
+    let mut cli = Cli::command();
+    cli.build();
+    let Some(command) = name.and_then(|name| cli.find_subcommand(name)) else { return args };
+    // The flag that an argument is, and whether it takes its value from the next one.
+    let flag = |arg: &str| {
+        let (name, attached) = arg.split_once('=').map_or((arg, false), |(name, _)| (name, true));
+        let found = command.get_arguments().find(|flag| match name.strip_prefix("--") {
+            Some(long) => flag.get_long() == Some(long),
+            None => flag.get_short().is_some_and(|short| name.strip_prefix('-').is_some_and(|n| n.starts_with(short))),
+        })?;
+        let takes = found.get_action().takes_values();
+        Some(takes && !attached && (name.starts_with("--") || name.len() == 2))
+    };
+    let is_words = |arg: &str| arg.len() > 1 && arg.starts_with('-') && arg != "--";
+    let (mut out, mut held, mut takes) = (Vec::new(), None, false);
+    let mut rest = args.into_iter();
+    out.extend(rest.by_ref().take(2));
+    while let Some(arg) = rest.next() {
+        let Some(text) = arg.to_str() else {
+            (takes, _) = (false, out.push(arg));
+            continue;
+        };
+        if text == "--" {
+            out.push(arg);
+            out.extend(rest.by_ref());
+            break;
+        }
+        let spaced = text.contains(char::is_whitespace);
+        match out.last().and_then(|last| last.to_str()).filter(|_| takes) {
+            Some(last) if is_words(text) && (spaced || flag(text).is_none()) => {
+                match WORDS.iter().find(|(name, _)| *name == last) {
+                    Some((_, long)) => {
+                        let joined = format!("{long}={text}").into();
+                        out.pop();
+                        out.push(joined);
+                    }
+                    None => out.push(arg),
+                }
+                takes = false;
+            }
+            // An option has its value, or is told that it has none.
+            Some(_) => (takes, _) = (flag(text).unwrap_or(false), out.push(arg)),
+            None if is_words(text) && spaced && flag(text).is_none() => held = Some(arg),
+            None => (takes, _) = (flag(text).unwrap_or(false), out.push(arg)),
+        }
+    }
+    if let Some(words) = held {
+        let at = out.iter().position(|arg| arg == "--").unwrap_or_else(|| {
+            out.push("--".into());
+            out.len() - 1
+        });
+        out.insert(at + 1, words);
+    }
+    out
 }
 
 /// Whether a command trains.
@@ -152,7 +222,18 @@ fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => format!("{command} needs to be told what to do"),
         _ => text.split("\n\n").next().unwrap_or_default().trim_start_matches("error:").into(),
     };
-    let hint = tip.map_or_else(|| format!("{command} --help"), String::from);
+    let unknown = error.get(ContextKind::InvalidArg).map(ToString::to_string).filter(|_| {
+        error.kind() == ErrorKind::UnknownArgument
+            && ["nextflow gen", "nextflow edit", "nextflow chat"].contains(&&*command)
+    });
+    let hint =
+        match (tip, unknown.and_then(|arg| typed.iter().find(|typed| typed.len() > 2 && typed.starts_with(&arg)))) {
+            (Some(tip), _) => tip.into(),
+            (None, Some(words)) => {
+                format!("{command} --help, or if these are words: {command} -- {}", input::quoted_words(words))
+            }
+            (None, None) => format!("{command} --help"),
+        };
     Error::usage(sentence.split_whitespace().collect::<Vec<_>>().join(" ")).hint(hint)
 }
 
@@ -167,6 +248,37 @@ mod tests {
     #[test]
     fn the_flags_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn words_may_begin_with_a_dash() {
+        let written = |args: &[&str]| {
+            let args = ["nextflow"].iter().chain(args).map(OsString::from).collect();
+            let out: Vec<String> = with_dashes(args).into_iter().map(|arg| arg.into_string().unwrap()).collect();
+            out[1..].join(" | ")
+        };
+        for (args, out) in [
+            (&["gen", "-p", "-a cat", "-o", "x.png"][..], "gen | --prompt=-a cat | -o | x.png"),
+            (&["gen", "--prompt", "-cat"], "gen | --prompt=-cat"),
+            (&["gen", "-p", "a", "-n", "--b c"], "gen | -p | a | --negative=--b c"),
+            (&["gen", "-a cat", "--seed", "1"], "gen | --seed | 1 | -- | -a cat"),
+            (&["gen", "- a cat", "-q"], "gen | -q | -- | - a cat"),
+            (&["chat", "-i", "a.png", "-what is it?"], "chat | -i | a.png | -- | -what is it?"),
+            (&["chat", "hi", "--system", "-be brief"], "chat | hi | --system=-be brief"),
+            // What is a flag stays one.
+            (&["gen", "-p", "--json"], "gen | -p | --json"),
+            (&["gen", "-p", "-q"], "gen | -p | -q"),
+            (&["gen", "-pa cat", "--prompt=-a b"], "gen | -pa cat | --prompt=-a b"),
+            (&["gen", "-", "--cfg", "-1"], "gen | - | --cfg | -1"),
+            (&["gen", "-p", "-", "-o", "-"], "gen | -p | - | -o | -"),
+            (&["gen", "--out-dir", "- x", "-p", "a"], "gen | --out-dir | - x | -p | a"),
+            (&["gen", "--", "-a cat", "-p"], "gen | -- | -a cat | -p"),
+            (&["gen", "-cat"], "gen | -cat"),
+            (&["info", "-a b"], "info | -a b"),
+        ] {
+            assert_eq!(written(args), out, "{args:?}");
+        }
+        assert!(fails(&["gen", "-cat"]).hint.unwrap().ends_with("nextflow gen -- -cat"));
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl ModelArgs {
         // A path may hold a colon of its own.
         let (base, choice) = if Path::new(name).exists() { (name, None) } else { infinity::split(name) };
         #[cfg(feature = "hub")]
-        if let Some(id) = hub_id(base) {
+        if let Some(id) = hub_id(base)? {
             return match id.is(infinity::HUB) {
                 true => super::infinity_hub::fetch(&id, choice, self.offline),
                 false if choice.is_some() => Err(no_choice(base)),
@@ -105,10 +105,22 @@ pub(super) fn text_encoder() -> Option<PathBuf> {
     None
 }
 
-/// What looks like an id of the hub and is nothing on the disk.
+/// The model of the hub that `name` is, if it is nothing on the disk: OWNER/NAME, or an address of the hub.
+///
+/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`] for a name in a folder
+/// that is there and has no such model.
 #[cfg(feature = "hub")]
-fn hub_id(name: &str) -> Option<hub::Id> {
-    let parent = Path::new(name).parent().filter(|p| !p.as_os_str().is_empty());
-    let here = Path::new(name).exists() || parent.is_some_and(Path::is_dir);
-    if here { None } else { name.parse().ok() }
+fn hub_id(name: &str) -> Result<Option<hub::Id>> {
+    if Path::new(name).exists() {
+        return Ok(None);
+    }
+    if name.contains("://") {
+        return name.parse().map(Some);
+    }
+    let Ok(id) = name.parse::<hub::Id>() else { return Ok(None) };
+    match Path::new(name).parent().filter(|p| !p.as_os_str().is_empty() && p.is_dir()) {
+        Some(folder) => Err(Error::model(format!("the folder {} has no model {name}", folder.display()))
+            .hint(format!("--model hf://{id} takes the one of the hub; nextflow models list shows what is here"))),
+        None => Ok(Some(id)),
+    }
 }

@@ -12,10 +12,10 @@ use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
 use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
 use crate::size::Size;
-use crate::{output, terminal};
+use crate::{input, output, terminal};
 
 const HELP: &str = "\
-/image FILE    show an image with the next message
+/image FILE    show an image with the next message; a file may be dropped on the terminal
 /gen TEXT      draw an image; /edit TEXT changes the last one, or the one that $N names
 /size W:H      how large images are, in pixels (WxH) or as a ratio; auto: as the one that is changed
 /regen         take the last answer back and have another
@@ -138,7 +138,7 @@ impl<'a> Repl<'a> {
         self.ask(pictures, &text, ask)
     }
 
-    /// Takes `$N` out of a text: the images so far that it names. Where there are none, it names none.
+    /// Takes `$N` out of a text: the images so far that it names. `\$N` is no name.
     fn named(&self, text: &str) -> Result<(String, Vec<Picture>)> {
         let mut pictures = Vec::new();
         let mut words = Vec::new();
@@ -149,17 +149,22 @@ impl<'a> Repl<'a> {
         for word in text.split_inclusive(char::is_whitespace) {
             let number = word.trim_end().trim_end_matches([',', '.', ':', ';', '?', '!']).strip_prefix('$');
             let digits = |text: &&str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            if let Some(literal) = word.strip_prefix('\\').filter(|rest| rest.starts_with('$')) {
+                words.push(literal);
+                continue;
+            }
             match number.filter(digits).map(|digits| digits.parse::<usize>().unwrap_or(usize::MAX)) {
                 None => words.push(word),
-                Some(_) if gallery.is_empty() => words.push(word),
                 Some(n) if (said..gallery.len()).contains(&n.wrapping_sub(1)) => {}
                 Some(n) => {
                     let picture = n.checked_sub(1).and_then(|i| gallery.get(i)).ok_or_else(|| {
                         let images = match gallery.len() {
+                            0 => "there are none yet".into(),
                             1 => "there is one image".into(),
                             n => format!("there are {n} images"),
                         };
-                        Error::usage(format!("${n} is not an image: {images}")).hint("/show lists them")
+                        Error::usage(format!("{} is not an image: {images}", word.trim()))
+                            .hint("/show lists them; \\$ in the place of $ names none")
                     });
                     pictures.push((*picture?).clone());
                 }
@@ -193,10 +198,14 @@ impl<'a> Repl<'a> {
             }
             ("help", _) => HELP.lines().for_each(terminal::note),
             ("image", "") => return Err(Error::usage("/image needs a file").hint("/image photo.jpg")),
-            ("image", file) => {
-                let picture = chat::picture(self.model, Path::new(file))?;
-                tell(&format!("{file} goes with the next message: {} tokens", picture.tokens()));
-                self.pictures.push(picture);
+            ("image", files) => {
+                // All or none.
+                let files = input::dropped(files);
+                let pictures = files.iter().map(|file| chat::picture(self.model, file)).collect::<Result<Vec<_>>>()?;
+                for picture in pictures {
+                    tell(&format!("{} goes with the next message: {} tokens", picture.name, picture.tokens()));
+                    self.pictures.push(picture);
+                }
             }
             ("gen" | "edit", "") => {
                 return Err(Error::usage(format!("/{name} needs words")).hint("/gen a blue star, /edit make it red"));

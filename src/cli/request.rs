@@ -1,6 +1,5 @@
 //! One checked request: everything that can be refused is refused here, before weights load.
 
-use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -13,7 +12,7 @@ use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
 use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, TRANSFORMER};
 use crate::input::{self, shown};
-use crate::output::Destination;
+use crate::output::{self, Destination};
 use crate::size::Size;
 use crate::text;
 
@@ -91,6 +90,9 @@ impl Request {
         let tokens = longest(&prompts, &counter)?;
         let model = args.quant.map_or(config.name().into(), |weights| format!("{} ({weights})", config.name()));
         let (sampling, weights) = (sampling(args, config.sampling().clone()), args.quant);
+        if let Some(flag) = without_effect(args.top_k, args.top_p, &sampling) {
+            return Err(no_effect(flag));
+        }
         let count = args.count;
         let negative = None;
         Ok(Self {
@@ -161,6 +163,22 @@ fn longest(prompts: &[String], counter: &PromptCounter) -> Result<usize> {
     Ok(longest)
 }
 
+/// Which of the given filters changes nothing, because the likeliest code is taken anyway.
+pub(crate) fn without_effect(top_k: Option<usize>, top_p: Option<f64>, sampling: &Sampling) -> Option<&'static str> {
+    match sampling.temperature == 0.0 {
+        true if top_k.is_some() => Some("top-k"),
+        // 1 asks for nothing.
+        true if top_p.is_some_and(|p| p < 1.0) => Some("top-p"),
+        _ => None,
+    }
+}
+
+/// The error of a filter where the likeliest is taken anyway.
+pub(super) fn no_effect(flag: &str) -> Error {
+    Error::usage(format!("--{flag} has no effect with --temperature 0, which takes the likeliest"))
+        .hint(format!("leave out --{flag}, or --temperature 1"))
+}
+
 /// What guidance leads away from, and its tokens.
 ///
 /// Errors: usage, for what is no prompt or too long, and where none of so many scales is guided.
@@ -219,13 +237,16 @@ fn prompts(args: &PromptArgs) -> Result<Vec<String>> {
 
 /// One prompt a line; empty lines are passed over.
 fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
-    let bytes = input::without_bom(bytes);
     let mut prompts = Vec::new();
     for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
         let line = line.trim_ascii();
         if !line.is_empty() {
-            let located =
-                |e: Error| Error { message: format!("line {} of {}: {}", i + 1, shown(path), e.message), ..e };
+            let located = |e: Error| {
+                let message = format!("line {} of {}: {}", i + 1, shown(path), e.message);
+                let encoding = || "iconv -f WINDOWS-1252 -t UTF-8 FILE, or with the encoding that it has".into();
+                let hint = if std::str::from_utf8(line).is_err() { Some(encoding()) } else { e.hint };
+                Error { message, hint, kind: e.kind }
+            };
             prompts.push(text::check_prompt(line).map_err(located)?);
         }
     }
@@ -236,7 +257,7 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    input::read(path, MAX_INPUT, "--prompt-file FILE, of up to 16 MB, or - for standard input")
+    input::read(path, MAX_INPUT, "--prompt-file FILE, of up to 16 MB, or - for standard input").map(input::utf8)
 }
 
 fn trim_newline(bytes: &[u8]) -> &[u8] {
@@ -246,16 +267,12 @@ fn trim_newline(bytes: &[u8]) -> &[u8] {
 
 fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
     let Some(path) = &args.output else {
-        if args.force {
-            return Err(Error::usage("--force lets -o replace a file, and there is no -o")
-                .hint("leave out --force: names in a folder are free ones; or name a file with -o"));
-        }
-        return Ok(Destination::Folder(args.out_dir.clone().unwrap_or_default()));
+        return Ok(Destination::Folder { path: args.out_dir.clone().unwrap_or_default(), force: args.force });
     };
     if several {
         return Err(Error::usage("-o names one file, but several images are to be drawn").hint("--out-dir FOLDER"));
     }
-    if path != OsStr::new("-") {
+    if !output::is_stdout(path) {
         return Ok(Destination::File { path: PathBuf::from(path), force: args.force });
     }
     if args.json || args.force {
@@ -309,7 +326,7 @@ mod tests {
     #[test]
     fn prompt_files_hold_one_prompt_a_line() {
         let path = Path::new("p.txt");
-        assert_eq!(lines(b"\xef\xbb\xbfa cat\r\n\r\n  \na dog", path).unwrap(), ["a cat", "a dog"]);
+        assert_eq!(lines(b"a cat\r\n\r\n  \na dog", path).unwrap(), ["a cat", "a dog"]);
         assert_eq!(lines(b"\n\n", path).unwrap_err().exit_code(), 2);
         let error = lines(b"a cat\n\xff\xfe\n", path).unwrap_err();
         assert!(error.message.starts_with("line 2 of p.txt: "), "{}", error.message);

@@ -27,6 +27,8 @@ mod conv;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_ops;
 pub(crate) mod custom_op;
 mod group_norm;
 mod linear;

@@ -1,46 +1,55 @@
 //! Image files from anywhere: bounded, upright, in plain RGB.
 
-use std::io::{self, BufRead, BufReader, Cursor, Seek};
+use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use image::{ImageError, RgbImage};
 
 use super::decode::{self, MAX_SIDE};
 use super::pillow::{self, Filter};
+use super::{foreign, jpeg};
 use crate::error::{Error, Result};
 use crate::input;
 
 /// The most memory, in bytes, that images take at once: what they are decoded with, and their pixels.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// Reads a PNG, JPEG or WebP file, turned as its EXIF says, what is transparent on white.
+/// Reads a PNG, JPEG or WebP file, or a pipe of one, turned as its EXIF says, what is transparent on white.
 ///
-/// Errors: usage, if the file cannot be read, is no such image, or is larger than the limits.
+/// Errors: usage, if it cannot be read, is no such image, is cut off or damaged, or is larger than the limits.
 pub fn open(path: &Path) -> Result<RgbImage> {
     open_file(path, MAX_BYTES)
 }
 
 fn open_file(path: &Path, bytes: u64) -> Result<RgbImage> {
-    let shown = path.display().to_string();
-    let unreadable = |e: io::Error| {
-        Error::usage(format!("cannot read {shown}: {e}")).hint("check the path: ls, or name another image")
-    };
-    // Opening a pipe would wait for a writer.
-    if !path.metadata().map_err(unreadable)?.is_file() {
-        return Err(Error::usage(format!("{shown} is not a file")).hint("name a PNG, JPEG or WebP file"));
+    const HINT: &str = "check the path: ls, or name another image";
+    let unreadable = |e: io::Error| input::unreadable(path, &e, HINT);
+    let kind = path.metadata().map_err(unreadable)?.file_type();
+    if kind.is_dir() {
+        return Err(
+            Error::usage(format!("{} is a folder, no image", path.display())).hint("name a PNG, JPEG or WebP file")
+        );
     }
-    decode(BufReader::new(std::fs::File::open(path).map_err(unreadable)?), &shown, bytes)
+    match kind.is_file() {
+        true => decode(BufReader::new(std::fs::File::open(path).map_err(unreadable)?), path, bytes),
+        // A pipe, as of `<(command)`, can be read once and from its beginning.
+        false => decode(Cursor::new(input::piped(path, MAX_BYTES, HINT)?), path, bytes),
+    }
 }
 
-/// As [`open`], or the same of standard input by the name `-`, of whose errors `hint` is the way out.
+/// As [`open`], or the same of standard input by the name `-`, of whose errors `hint` is the way out: a pipe into the
+/// command.
 pub fn open_or_read(path: &Path, hint: &str) -> Result<RgbImage> {
     open_within(path, MAX_BYTES, hint)
 }
 
 fn open_within(path: &Path, bytes: u64, hint: &str) -> Result<RgbImage> {
     match input::is_stdin(path) {
-        true => decode(Cursor::new(input::piped(path, MAX_BYTES, hint)?), &input::shown(path), bytes),
-        false => open_file(path, bytes),
+        true => decode(Cursor::new(input::piped(path, MAX_BYTES, hint)?), path, bytes),
+        false => open_file(path, bytes).map_err(|e| match (input::is_address(path), hint.split_once("| ")) {
+            (true, Some((_, command))) => e.hint(format!("curl -sL {} | {command}", input::quoted(path))),
+            _ => e,
+        }),
     }
 }
 
@@ -57,7 +66,29 @@ pub fn open_all(paths: &[PathBuf], hint: &str) -> Result<Vec<RgbImage>> {
     paths.iter().map(open).collect()
 }
 
-fn decode(source: impl BufRead + Seek, shown: &str, bytes: u64) -> Result<RgbImage> {
+fn decode(mut source: impl BufRead + Seek, path: &Path, bytes: u64) -> Result<RgbImage> {
+    let shown = input::shown(path);
+    let unreadable = |e: io::Error| Error::usage(format!("cannot read {shown}: {e}")).hint("name another image");
+    let head = source.fill_buf().map_err(unreadable)?;
+    if let Some((name, hint)) = foreign::named(head, path) {
+        return Err(Error::usage(format!("{shown} is {name}; PNG, JPEG and WebP are read")).hint(hint));
+    }
+    if !head.starts_with(b"\xff\xd8") {
+        return decode_format(source, &shown, bytes);
+    }
+    let mut file = Vec::new();
+    source.take(MAX_BYTES).read_to_end(&mut file).map_err(unreadable)?;
+    // What is not cut off may be no JPEG at all: of that the decoder tells more.
+    let fault = jpeg::fault(&file);
+    let image = decode_format(Cursor::new(file), &shown, bytes)?;
+    match fault {
+        Some(fault) => Err(Error::usage(format!("cannot read {shown} as an image: {fault}"))
+            .hint("get the whole file again, or name another image")),
+        None => Ok(image),
+    }
+}
+
+fn decode_format(source: impl BufRead + Seek, shown: &str, bytes: u64) -> Result<RgbImage> {
     let image = decode::decode(source, bytes).map_err(|e| {
         let most = MAX_BYTES >> 20;
         let (before, hint) = match &e {
@@ -176,8 +207,86 @@ mod tests {
             assert_eq!(error.exit_code(), 2);
             assert!(error.message.to_lowercase().contains(part) && error.hint.is_some(), "{name}: {error}");
         }
-        assert!(open(dir.path()).unwrap_err().message.contains("is not a file"));
+        assert!(open(dir.path()).unwrap_err().message.contains("is a folder"));
         assert!(open(&dir.path().join("none")).unwrap_err().message.contains("cannot read"));
+    }
+
+    #[test]
+    fn a_jpeg_that_is_cut_off_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/images");
+        for name in ["baseline.jpg", "progressive.jpg", "restarts.jpg", "grey-progressive.jpg"] {
+            let whole = std::fs::read(folder.join(name)).unwrap();
+            assert_eq!(open(&folder.join(name)).unwrap().dimensions(), (45, 37));
+            let path = dir.path().join(name);
+            for tenths in 1..10 {
+                std::fs::write(&path, &whole[..whole.len() * tenths / 10]).unwrap();
+                let error = open(&path).unwrap_err();
+                assert_eq!((error.exit_code(), error.hint.is_some()), (2, true), "{name}: {tenths} tenths");
+            }
+            std::fs::write(&path, [&whole[..], b"more"].concat()).unwrap();
+            assert!(open(&path).is_ok(), "{name} with more behind it");
+        }
+    }
+
+    #[test]
+    fn other_formats_are_named_with_a_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let brand = |brand: &[u8]| [b"\0\0\0\x18ftyp", brand, b"\0\0\0\0", brand].concat();
+        let bmp = [&b"BM"[..], &[0; 12], &[40, 0, 0, 0]].concat();
+        for (name, head, what, way) in [
+            ("a.heic", brand(b"heic"), "a HEIC image", "heif-convert a.heic a.png"),
+            ("a.heif", brand(b"mif1"), "a HEIC image", "heif-convert"),
+            ("a.avif", [&brand(b"mif1")[..], b"avif"].concat(), "an AVIF image", "magick 'a.avif[0]' a.png"),
+            ("my pic.bmp", bmp, "a BMP", "magick 'my pic.bmp[0]' 'my pic.png'"),
+            ("a.gif", b"GIF89a".to_vec(), "a GIF", "magick"),
+            ("a.tif", b"II*\0".to_vec(), "a TIFF", "magick"),
+            ("a.NEF", b"MM\0*".to_vec(), "a raw photo", "magick"),
+            ("a.cr3", brand(b"crx "), "a raw photo", "magick"),
+            ("a.jxl", b"\xff\x0a\0".to_vec(), "a JPEG XL image", "magick"),
+            (
+                "a.svg",
+                b"<?xml version=\"1.0\"?>\n<svg xmlns=".to_vec(),
+                "an SVG drawing",
+                "rsvg-convert -o a.png a.svg",
+            ),
+            ("a.pdf", b"%PDF-1.7".to_vec(), "a PDF", "pdftoppm -png -singlefile a.pdf a"),
+            ("a.psd", b"8BPS".to_vec(), "a Photoshop file", "magick"),
+            ("a.mp4", brand(b"isom"), "an MP4 video", "ffmpeg -i a.mp4 -frames:v 1 a.png"),
+            ("a.mov", brand(b"qt  "), "a QuickTime video", "ffmpeg"),
+            ("a.webm", b"\x1a\x45\xdf\xa3".to_vec(), "a WebM or Matroska video", "ffmpeg"),
+            ("a.png", b"<!DOCTYPE html>".to_vec(), "a web page", "save the image"),
+            ("a.jpg", b"version https://git-lfs.github.com/spec/v1".to_vec(), "git-lfs pointer", "git lfs pull"),
+        ] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, head).unwrap();
+            let error = open(&path).unwrap_err();
+            let hint = error.hint.clone().unwrap().replace(&format!("{}/", dir.path().display()), "");
+            assert!(error.exit_code() == 2 && error.message.contains(what) && hint.contains(way), "{error}: {hint}");
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let to = path.clone();
+        let whole = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/images/turned.jpg");
+        let writer = std::thread::spawn(move || std::fs::write(to, std::fs::read(whole).unwrap()));
+        assert_eq!(open(&path).unwrap().dimensions(), (16, 24));
+        writer.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn addresses_are_not_fetched() {
+        let address = Path::new("https://example.com/a.png?x=1&y=2");
+        let error = open_or_read(address, "cat a.png | nextflow chat -i - hi").unwrap_err();
+        assert!(error.message.contains("addresses are not fetched"), "{error}");
+        let command = "curl -sL 'https://example.com/a.png?x=1&y=2' | nextflow chat -i - hi";
+        assert_eq!(error.hint.as_deref(), Some(command));
+        assert!(open(address).unwrap_err().hint.unwrap().starts_with("curl -sLO "));
     }
 
     #[test]

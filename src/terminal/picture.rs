@@ -10,15 +10,20 @@ const WIDTH: u32 = 32;
 /// Lines of a terminal that are not for an image that grows: what is told below it.
 const BELOW: u32 = 2;
 
-/// Whether stdout is a terminal that shows images.
-pub fn shows() -> bool {
+/// Why stdout shows no images; nothing where it does.
+pub fn cannot_show() -> Option<&'static str> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    io::stdout().is_terminal() && set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb")
+    match () {
+        () if !io::stdout().is_terminal() => Some("standard output is not a terminal"),
+        () if set("NO_COLOR").is_some() => Some("NO_COLOR is set"),
+        () if set("TERM").is_some_and(|term| term == "dumb") => Some("TERM is dumb"),
+        () => None,
+    }
 }
 
 /// Shows an image on a terminal, in the best way that it knows; elsewhere nothing.
 pub fn show(image: &RgbImage) {
-    if !shows() {
+    if cannot_show().is_some() {
         return;
     }
     // A terminal is asked what it knows only where it is one that answers: the question waits for that. What else runs in one

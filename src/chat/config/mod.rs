@@ -101,7 +101,7 @@ impl QwenConfig {
 }
 
 fn bad(source: &Source, file: &str, what: String) -> Error {
-    Error::model(format!("{file} of {source}: {what}")).hint("copy the file from the checkpoint again")
+    Error::model(format!("{file} of {source}: {what}")).hint("correct the file, or copy it from its origin again")
 }
 
 /// A file of JSON without its nulls, or an empty object where there is none.

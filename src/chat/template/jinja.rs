@@ -5,6 +5,10 @@
 //! marks. If the second rendering has other control tokens than the first, a text has reached the structure of the
 //! conversation, and the conversation is refused.
 
+mod stretches;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
@@ -16,6 +20,7 @@ use super::{Part, Piece, Pieces, Role};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::text::Text;
+use stretches::{Controls, Mark, Said, Stretch, Writer};
 
 /// What one rendering may do: about so many instructions, or 64 times so many bytes.
 const FUEL: u64 = 1 << 20;
@@ -61,17 +66,6 @@ enum Content<'a, I> {
     /// A text, the tokens that it is if they are known, and whether the model may have written it.
     Text(&'a str, Option<&'a [u32]>, bool),
     Image(&'a I),
-}
-
-/// A stretch of a rendering.
-#[derive(Debug, PartialEq, Eq)]
-enum Stretch<'a> {
-    /// Words of the template.
-    Words(&'a str),
-    /// A control token.
-    Control(u32),
-    /// The mark of this number.
-    Mark(usize),
 }
 
 impl ChatTemplate {
@@ -149,7 +143,7 @@ impl ChatTemplate {
         let opens = messages.last().is_some_and(|message| message.role == "user");
         let controls = Controls::new(text);
         // With the tokens of each where they are known, and whether the model may have said it.
-        let texts: Vec<(&str, Option<&[u32]>, bool)> = messages.iter().flat_map(Message::contents).collect();
+        let texts: Vec<Said> = messages.iter().flat_map(Message::contents).collect();
         let mark = Mark::unused(&texts)?;
         // With marks for texts.
         let mut count = 0;
@@ -172,12 +166,12 @@ impl ChatTemplate {
                 ),
             })
             .collect();
-        let mut writer = Writer { text, controls: &controls, open: String::new(), pieces: Vec::new(), images: vec![] };
-        writer.images = messages.iter().rev().flat_map(|m| m.parts.iter().rev()).filter_map(Content::image).collect();
+        let images = messages.iter().rev().flat_map(|m| m.parts.iter().rev()).filter_map(Content::image).collect();
+        let mut writer = Writer::new(text, &controls, images);
         if whole == printed {
             for stretch in marked {
                 match stretch {
-                    Stretch::Mark(i) => writer.text(texts[i])?,
+                    Stretch::Mark(i) => writer.text(*texts.get(i).ok_or_else(|| self.forged())?)?,
                     other => writer.stretch(other)?,
                 }
             }
@@ -190,12 +184,21 @@ impl ChatTemplate {
             }
             for stretch in printed {
                 match stretch {
-                    Stretch::Mark(i) => writer.open += controls.words[i - texts.len()].0,
+                    Stretch::Mark(i) => {
+                        let word = i.checked_sub(texts.len()).and_then(|i| controls.words.get(i));
+                        writer.open += word.ok_or_else(|| self.forged())?.0;
+                    }
                     other => writer.stretch(other)?,
                 }
             }
         }
         writer.finish(self.file)
+    }
+
+    /// The error of a template that prints marks of its own.
+    fn forged(&self) -> Error {
+        Error::usage(format!("the chat template in {} prints characters of private use", self.file))
+            .hint("take the file out of the folder")
     }
 
     /// The output for messages whose texts are what `print` makes of them.
@@ -218,7 +221,11 @@ impl ChatTemplate {
                 .hint("/undo, /clear, or another --system")
         };
         let template = self.environment.get_template(NAME).map_err(refuse)?;
-        let context = context! { messages, add_generation_prompt => opens, ..self.names.clone() };
+        // None, as transformers passes them: templates tell it from undefined.
+        let none = Value::from(());
+        let context = context! {
+            messages, add_generation_prompt => opens, tools => none.clone(), documents => none, ..self.names.clone()
+        };
         let mut output = Bounded(Vec::new());
         template.render_captured_to(context, &mut output).map_err(refuse)?;
         String::from_utf8(output.0).map_err(|e| Error::usage(e.to_string()))
@@ -292,7 +299,7 @@ impl<'a, I> Content<'a, I> {
 }
 
 impl<'a, I> Message<'a, I> {
-    fn contents(&self) -> impl Iterator<Item = (&'a str, Option<&'a [u32]>, bool)> + '_ {
+    fn contents(&self) -> impl Iterator<Item = Said<'a>> + '_ {
         self.parts.iter().filter_map(|part| match part {
             Content::Text(words, ids, spoken) => Some((*words, *ids, *spoken)),
             Content::Image(_) => None,
@@ -317,155 +324,6 @@ impl<'a, I> Message<'a, I> {
     }
 }
 
-/// A character of private use around a number: it stands for what a template must not see.
-struct Mark(char);
-
-impl Mark {
-    /// One that no text has.
-    fn unused(texts: &[(&str, Option<&[u32]>, bool)]) -> Result<Self> {
-        let unused = ('\u{f0000}'..='\u{ffffd}').find(|c| texts.iter().all(|(text, ..)| !text.contains(*c)));
-        unused.map(Self).ok_or_else(|| Error::usage("the conversation holds every character of private use"))
-    }
-
-    fn text(&self, number: usize) -> String {
-        format!("{0}{number}{0}", self.0)
-    }
-
-    /// The number of a mark at the beginning of a text, and what follows it.
-    fn strip<'a>(&self, text: &'a str) -> Option<(usize, &'a str)> {
-        let (number, rest) = text.strip_prefix(self.0)?.split_once(self.0)?;
-        Some((number.parse().ok()?, rest))
-    }
-}
-
-/// The control tokens of a vocabulary.
-struct Controls<'a> {
-    text: &'a Text,
-    /// Words and ids, longer words first.
-    words: Vec<(&'a str, u32)>,
-}
-
-impl<'a> Controls<'a> {
-    fn new(text: &'a Text) -> Self {
-        let mut words: Vec<_> = text.controls().filter(|(word, _)| !word.is_empty()).collect();
-        words.sort_by_key(|(word, _)| std::cmp::Reverse(word.len()));
-        Self { text, words }
-    }
-
-    /// The index of the word that a text begins with.
-    fn first(&self, text: &str) -> Option<usize> {
-        self.words.iter().position(|(word, _)| text.starts_with(word))
-    }
-
-    fn word(&self, id: u32) -> &'a str {
-        self.words.iter().find(|(_, other)| *other == id).map_or("", |(word, _)| word)
-    }
-
-    /// A text in which words of control tokens are marks, numbered from `first` on; what the model has `spoken` keeps those
-    /// that are shown, for templates look for `</think>`.
-    fn escaped(&self, text: &str, spoken: bool, mark: &Mark, first: usize) -> String {
-        let (mut escaped, mut rest) = (String::new(), text);
-        while let Some(c) = rest.chars().next() {
-            match self.first(rest) {
-                Some(i) if !spoken || !self.text.is_shown(self.words[i].1) => {
-                    escaped += &mark.text(first + i);
-                    rest = &rest[self.words[i].0.len()..];
-                }
-                _ => {
-                    escaped.push(c);
-                    rest = &rest[c.len_utf8()..];
-                }
-            }
-        }
-        escaped
-    }
-
-    /// A rendering in stretches.
-    fn cut<'t>(&self, rendered: &'t str, mark: &Mark) -> Vec<Stretch<'t>> {
-        let (mut stretches, mut begin, mut at) = (Vec::new(), 0, 0);
-        while let Some(c) = rendered[at..].chars().next() {
-            let rest = &rendered[at..];
-            let found = match (mark.strip(rest), self.first(rest)) {
-                (Some((number, after)), _) => Some((Stretch::Mark(number), rest.len() - after.len())),
-                (None, Some(i)) => Some((Stretch::Control(self.words[i].1), self.words[i].0.len())),
-                (None, None) => None,
-            };
-            let Some((stretch, length)) = found else {
-                at += c.len_utf8();
-                continue;
-            };
-            stretches.extend((begin < at).then(|| Stretch::Words(&rendered[begin..at])));
-            stretches.push(stretch);
-            at += length;
-            begin = at;
-        }
-        stretches.extend((begin < at).then(|| Stretch::Words(&rendered[begin..at])));
-        stretches
-    }
-
-    /// The control tokens that begin and end messages and images.
-    fn structure<'s>(&'s self, stretches: &'s [Stretch]) -> impl Iterator<Item = u32> + 's {
-        stretches.iter().filter_map(|stretch| match stretch {
-            Stretch::Control(id) if !self.text.is_shown(*id) => Some(*id),
-            _ => None,
-        })
-    }
-}
-
-/// Puts the pieces together; what stands between control tokens is one text, for words may reach across its parts.
-struct Writer<'w, 'a, I> {
-    text: &'w Text,
-    controls: &'w Controls<'w>,
-    open: String,
-    pieces: Pieces<'a, I>,
-    /// Images to come, the next one last.
-    images: Vec<&'a I>,
-}
-
-impl<'a, I> Writer<'_, 'a, I> {
-    fn flush(&mut self) -> Result<()> {
-        if !self.open.is_empty() {
-            let ids = self.text.encode(&std::mem::take(&mut self.open))?;
-            self.pieces.push((Piece::Words(ids), false));
-        }
-        Ok(())
-    }
-
-    fn stretch(&mut self, stretch: Stretch) -> Result<()> {
-        match stretch {
-            Stretch::Words(words) => self.open += words,
-            Stretch::Mark(_) => {}
-            Stretch::Control(id) => {
-                self.flush()?;
-                let image = if self.controls.word(id) == IMAGE { self.images.pop() } else { None };
-                self.pieces.push((image.map_or_else(|| Piece::Words(vec![id]), Piece::Image), false));
-            }
-        }
-        Ok(())
-    }
-
-    fn text(&mut self, (words, ids, spoken): (&'a str, Option<&'a [u32]>, bool)) -> Result<()> {
-        match ids {
-            None => self.open += words,
-            Some(ids) => {
-                self.flush()?;
-                self.pieces.push((Piece::Words(ids.to_vec()), spoken));
-            }
-        }
-        Ok(())
-    }
-
-    /// Errors: images that the template has left out.
-    fn finish(mut self, file: &str) -> Result<Pieces<'a, I>> {
-        self.flush()?;
-        match self.images.len() {
-            0 => Ok(self.pieces),
-            n => Err(Error::usage(format!("the chat template in {file} leaves {n} images out"))
-                .hint("ask about fewer images, or without the template: take its file out of the folder")),
-        }
-    }
-}
-
 /// Output that ends at [`MAX_OUTPUT`] bytes.
 struct Bounded(Vec<u8>);
 
@@ -482,6 +340,3 @@ impl io::Write for Bounded {
         Ok(())
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -108,6 +108,8 @@ fn what_cannot_be_used_says_why() {
     for (source, part) in [
         ("{% for m in messages %}", "unexpected end of input"),
         ("{{ raise_exception('no users') }}", "no users"),
+        ("\u{f0000}9\u{f0000}", "private use"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}\u{f0000}1\u{f0000}", "private use"),
         ("hello", "prints no texts, or no images"),
         ("{{ strftime_now('%Y') }}", "strftime_now"),
     ] {
