@@ -216,7 +216,8 @@ mod tests {
             br#"{"prompt": "x", "seed": 7.0, "top_k": 1e3, "id": 12, "cfg": 3, "negative": null, "draft": 0.0}"#,
         );
         let line = line.unwrap();
-        assert_eq!((line.seed, line.top_k, line.id.as_deref(), line.cfg), (Some(7), Some(1000), Some("12"), Some(3.0)));
+        assert_eq!((line.seed, line.top_k, line.id.as_deref()), (Some(7), Some(1000), Some("12")));
+        assert_eq!(line.cfg, Some(PerScale::of(3.0, &[])));
         assert_eq!((line.negative, line.draft, line.out), (None, Some(0), None));
         let id = |id: &str| Line::parse(format!(r#"{{"prompt": "x", "id": {id}}}"#).as_bytes()).unwrap().id.unwrap();
         assert_eq!([id("7.0"), id("2.5"), id("-3"), id("\"a\"")], ["7", "2.5", "-3", "a"]);
