@@ -239,7 +239,7 @@ fn files_of_one_model_are_found_and_others_refused() {
         2,
         "neither edits nor talks",
     );
-    fails(&["chat", "--model", good.path().to_str().unwrap(), "hello"], 3, "Infinity");
+    fails(&["chat", "--model", good.path().to_str().unwrap(), "hello"], 3, "infinity");
 }
 
 /// A file with the keys and shapes of a list, without any data on the disk.
