@@ -7,7 +7,7 @@ use image::RgbImage;
 
 use crate::checkpoint::{Fit, Inventory, Matrices, Source, Weights, copy_weights, load_file};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, ImageCodes, ModelConfig, cost, ratios};
+use crate::generate::{IMAGE_TOKENIZER, ImageCodes, ModelConfig, cost, infinity, ratios};
 use crate::input::quoted;
 use crate::memory;
 use crate::pixels;
@@ -75,6 +75,12 @@ impl Codec {
 
     /// The tokenizer of a whole model.
     pub fn of_model(source: Source) -> Result<Self> {
+        if infinity::is_config(&source.read_config()?) {
+            let files = source.files(IMAGE_TOKENIZER)?;
+            return files
+                .first()
+                .map_or_else(|| Err(Error::model(format!("{source} has no image tokenizer"))), |f| Self::of_file(f));
+        }
         let config = ModelConfig::read(&source)?;
         Ok(Self { name: config.name.clone(), place: Place::Model(source, Box::new(config)) })
     }

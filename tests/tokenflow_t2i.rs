@@ -11,7 +11,7 @@ use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope, Step};
 use nextflow::checkpoint::{Source, Weights};
 use nextflow::generate::inputs::NextInput;
 use nextflow::generate::sampler::{self, Filter};
-use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, draw_after};
+use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, Sequences, draw_after};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 

@@ -13,11 +13,12 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::edit::EditArgs;
+use super::per_scale::PerScale;
 use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::{Batch, Event, Job, Model, Sampling, sampler};
+use crate::generate::{Batch, Event, Generator, Job, Sampling, sampler};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Preview, Stop};
@@ -50,15 +51,16 @@ pub struct DrawArgs {
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or like the image that is edited
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Guidance, as in VAR: how closely to follow the prompt; 0, not 1, turns it off [default: the model's]
+    /// Guidance: how closely to follow the prompt. As in VAR, where 0, not 1, turns it off; for Infinity as its authors have it,
+    /// where 1 is off, and a value for every scale will do: 4,4,3,... [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub cfg: Option<f64>,
+    pub cfg: Option<PerScale>,
     /// Guide the first N scales only; the others then take half the time [default: all]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub cfg_until: Option<usize>,
-    /// Sampling temperature; 0 always takes the likeliest code [default: the model's]
+    /// Sampling temperature, or one for every scale; 0 always takes the likeliest code [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub temperature: Option<f64>,
+    pub temperature: Option<PerScale>,
     /// Draw among the K likeliest codes [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
@@ -121,7 +123,7 @@ impl DrawArgs {
                 let message = format!("--cfg-until {n}, but the image has {scales} scales");
                 Err(Error::usage(message).hint(format!("--cfg-until {scales}")))
             }
-            Some(n) if sampling.cfg == 0.0 => {
+            Some(n) if !sampling.is_guided() => {
                 Err(Error::usage(format!("--cfg-until {n} without guidance guides nothing"))
                     .hint("--cfg 3, or leave it out"))
             }
@@ -207,7 +209,7 @@ impl<'a> Delivery<'a> {
 
     /// Draws some jobs in one pass over every scale. They differ in prompt and seed alone. Gives their images, and the time that
     /// each took.
-    pub fn draw(&mut self, model: &Model, jobs: &[&Job]) -> Result<(Vec<RgbImage>, Duration)> {
+    pub fn draw(&mut self, model: &Generator, jobs: &[&Job]) -> Result<(Vec<RgbImage>, Duration)> {
         let Some(first) = jobs.first() else { return Ok(Default::default()) };
         let started = Instant::now();
         self.console.start(jobs.len() as u64);

@@ -50,10 +50,11 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let sources = pixels::open_all(&args.images, PIPE)?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
+    let model = request.config.nextflow()?;
     if args.free && request.sampling.cfg == 0.0 {
         return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
     }
-    let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
+    let frame = Frame::of(model, first.dimensions(), request.size)?;
     args.draw.check_scales(&request.sampling, frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));

@@ -16,6 +16,8 @@ mod edit;
 mod encode;
 mod eval;
 mod r#gen;
+#[cfg(feature = "hub")]
+mod infinity_hub;
 mod info;
 mod job_file;
 mod job_line;
@@ -24,6 +26,7 @@ mod lines;
 mod model;
 #[cfg(feature = "hub")]
 mod models;
+mod per_scale;
 mod plan;
 mod quantize;
 mod repl;

@@ -1,6 +1,6 @@
 //! `--model` and `--offline`: which model a command uses.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 #[cfg(feature = "hub")]
@@ -8,19 +8,18 @@ use clap::builder::FalseyValueParser;
 
 use crate::checkpoint::Source;
 use crate::codec::Codec;
-#[cfg(feature = "hub")]
-use crate::error::Error;
-use crate::error::Result;
-use crate::generate::TRANSFORMER;
+use crate::error::{Error, Result};
 #[cfg(feature = "hub")]
 use crate::generate::tokenflow;
+use crate::generate::{TRANSFORMER, infinity};
 #[cfg(feature = "hub")]
 use crate::hub;
 
 /// Which model to use.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
-    /// A model folder, or OWNER/NAME of the Hugging Face hub [default: the model inside the program]
+    /// A model folder, or OWNER/NAME of the Hugging Face hub; of several models in one place, one behind a colon:
+    /// FoundationVision/Infinity:2b [default: the model inside the program]
     #[arg(long, value_name = "FOLDER|ID", env = "NEXTFLOW_MODEL")]
     pub model: Option<String>,
     /// Download nothing: a model of the hub has to be in the cache
@@ -39,11 +38,28 @@ impl ModelArgs {
     ///
     /// Errors: [`crate::error::Kind::Model`] if there is no such model, and those of a download.
     pub fn source(&self) -> Result<Source> {
+        let Some(name) = self.name() else { return Source::parse(None) };
+        // A path may hold a colon of its own.
+        let (base, choice) = if Path::new(name).exists() { (name, None) } else { infinity::split(name) };
         #[cfg(feature = "hub")]
-        if let Some(id) = self.name().map(hub_id).transpose()?.flatten() {
-            return self.fetch(&id);
+        if let Some(id) = hub_id(base)? {
+            return match id.is(infinity::HUB) {
+                true => super::infinity_hub::fetch(&id, choice, self.offline),
+                false if choice.is_some() => Err(no_choice(base)),
+                false => self.fetch(&id),
+            };
         }
-        Source::parse(self.name())
+        let source = Source::parse(Some(base))?;
+        let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
+        // Ours says what it is; the public ones have none, or one that says nothing.
+        if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
+            return Ok(source);
+        }
+        match infinity::in_folder(folder, choice, text_encoder().as_deref())? {
+            Some(parts) => Ok(parts),
+            None if choice.is_some() => Err(no_choice(base)),
+            None => Ok(source),
+        }
     }
 
     /// The image tokenizer of the model, or the one in a file of its own, or the only one of
@@ -53,7 +69,7 @@ impl ModelArgs {
     pub fn codec(&self) -> Result<Codec> {
         match self.name().map(Path::new) {
             Some(file) if file.is_file() => Codec::of_file(file),
-            // The hub's folder of Infinity has a config.json that says nothing.
+            // A folder with nothing but image tokenizers is no model.
             Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => match Codec::of_folder(folder)? {
                 Some(codec) => Ok(codec),
                 None => Codec::of_model(self.source()?),
@@ -74,6 +90,19 @@ impl ModelArgs {
         }
         Ok(source)
     }
+}
+
+/// The error of a model that is none of several.
+fn no_choice(name: &str) -> Error {
+    Error::usage(format!("{name} holds one model: what is behind its colon names none")).hint(format!("--model {name}"))
+}
+
+/// Infinity's text encoder in the cache of the hub, if it is there.
+pub(super) fn text_encoder() -> Option<PathBuf> {
+    #[cfg(feature = "hub")]
+    return hub::Cache::from_env().ok()?.snapshot(&infinity::TEXT_HUB.parse().ok()?);
+    #[cfg(not(feature = "hub"))]
+    None
 }
 
 /// The model of the hub that `name` is, if it is nothing on the disk: OWNER/NAME, or an address of the hub.

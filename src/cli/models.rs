@@ -5,6 +5,7 @@ use clap::{Args, Subcommand};
 
 use crate::checkpoint::{NANO, Source};
 use crate::error::{Error, Kind, Result};
+use crate::generate::infinity;
 use crate::hub::{Cache, Cached, Client, Event, Id, size};
 use crate::terminal;
 
@@ -25,7 +26,7 @@ enum Action {
     },
     /// Download what is needed of a model, or go on with a download
     Pull {
-        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page
+        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page; FoundationVision/Infinity:2b for one of several
         #[arg(value_name = "ID")]
         model: String,
         /// Download these files of it, and the small ones beside them
@@ -67,12 +68,17 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
 }
 
 fn pull(cache: &Cache, model: &str, files: &[String], offline: bool, quiet: bool) -> Result<()> {
-    let (id, file) = Id::with_file(model)?;
+    let (name, choice) = infinity::split(model);
+    let (id, file) = Id::with_file(name)?;
     if offline {
         return Err(Error::usage(format!("{id} is to be downloaded, but HF_HUB_OFFLINE or --offline forbids it"))
             .hint(format!("HF_HUB_OFFLINE=0 nextflow models pull {id}")));
     }
     let files: Vec<String> = files.iter().cloned().chain(file).collect();
+    // It holds several models, of which nobody wants all.
+    if id.is(infinity::HUB) && files.is_empty() {
+        return super::infinity_hub::fetch(&id, choice, false).map(drop);
+    }
     let folder = Client::from_env()?.pull(&id, &files, cache, &mut progress(quiet)?)?;
     terminal::emit_path(&folder).map(drop)
 }

@@ -13,6 +13,9 @@ use crate::tokenizer::{CnnConfig, ImageDecoder};
 /// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Memory {
+    /// What encoding the prompts takes, where a network of its own does: it is gone before the others are there.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub text: u64,
     /// Weights of the transformer.
     pub transformer: u64,
     /// Keys and values.
@@ -27,16 +30,40 @@ pub struct Memory {
     pub program: u64,
 }
 
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
 impl Memory {
-    /// At the peak: either the last scale or the decoder is at work.
+    /// At the peak: the text encoder, the last scale or the decoder is at work.
     pub fn peak(&self) -> u64 {
-        let kept = self.transformer + self.cache + self.tokenizer + self.program;
-        kept + self.activations.max(self.decode)
+        self.phases().into_iter().map(|(_, bytes)| bytes).max().unwrap_or(0)
     }
 
-    /// What the peak is made of, in words.
-    pub fn parts(&self) -> [(&'static str, u64); 5] {
-        [
+    /// Prompts come while images are drawn: what reads them stays.
+    pub fn keep_text(&mut self) {
+        self.program += std::mem::take(&mut self.text);
+    }
+
+    /// The most that every phase of drawing takes.
+    pub fn phases(&self) -> [(&'static str, u64); 3] {
+        let loaded = self.transformer + self.tokenizer + self.program;
+        let drawing = loaded + self.cache;
+        let decoding = match self.text {
+            // The cache is there until all images are decoded, but for those that are drawn apart.
+            0 => drawing + self.decode,
+            _ => loaded + self.decode,
+        };
+        let text = if self.text > 0 { self.text + self.program } else { 0 };
+        [("text", text), ("drawing", drawing + self.activations), ("decoding", decoding)]
+    }
+
+    /// What the peak is made of, in words; or the phases, where a network of its own reads the text.
+    pub fn parts(&self) -> Vec<(&'static str, u64)> {
+        if self.text > 0 {
+            return self.phases().to_vec();
+        }
+        vec![
             ("transformer", self.transformer),
             ("cache", self.cache),
             ("image tokenizer", self.tokenizer),
@@ -104,6 +131,7 @@ pub fn synthetic_memory(
     let prefix = config.prompt.padded_to.unwrap_or(words) + OPENING;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
     Ok(Memory {
+        text: 0,
         transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width).max(pass(c, rows * prefix, width)),

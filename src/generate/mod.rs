@@ -1,6 +1,9 @@
 //! From a prompt to an image: schedules, guidance, sampling and the next-scale loop.
 
+pub mod bits;
 pub mod cost;
+mod generator;
+pub mod infinity;
 pub mod inputs;
 mod model;
 pub mod prompt;
@@ -15,16 +18,17 @@ use std::ops::ControlFlow;
 
 use candle_core::Tensor;
 
+pub use generator::{Generator, GeneratorConfig};
 pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, SYSTEM, TRANSFORMER};
 pub use prompt::{Prefix, PromptConfig, PromptCounter};
 pub use rows::Rows;
-pub use sampling::Sampling;
+pub use sampling::{Guidance, Sampling};
 
 use crate::backbone::{Backbone, Step};
 use crate::error::{Error, Kind, Result};
 use crate::tokenizer::Code;
 use inputs::NextInput;
-use sampler::Draw;
+use sampler::{Draw, Fault};
 
 /// One image to draw.
 #[derive(Clone, Debug)]
@@ -80,6 +84,21 @@ pub type ImageCodes = Vec<Vec<Code>>;
 /// Called with every [`Event`].
 pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
 
+/// The sequences that a batch is drawn in, as far as they have been read: those of the images' prompts and, with guidance, as many
+/// unconditional ones.
+pub trait Sequences {
+    /// Reads scale `si`, whose features (images, h * w, D) are those of the rows of each image: hidden states (R, h * w,
+    /// hidden), which predict its codes. With [`Step::Again`] the scale, already read, is looked at with other features, which
+    /// leave no trace.
+    fn read(&mut self, si: usize, features: &Tensor, step: Step) -> candle_core::Result<Tensor>;
+
+    /// From here on there is no guidance for the `images`: their unconditional rows are not read any more.
+    fn drop_unconditional(&mut self, images: usize) -> candle_core::Result<()>;
+
+    /// The codes that hidden states (R, T, hidden) of every image predict: (images, T) u32 or (images, T, bits) u8.
+    fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault>;
+}
+
 /// Draws the codes of images, each after a prompt's prefix and, with guidance, the unconditional one.
 pub fn draw_after(
     backbone: &Backbone,
@@ -107,7 +126,7 @@ pub fn draw_after(
 /// - Once guidance ends, the loop goes on with the prompts' rows.
 /// - A GPU that draws the codes itself is not waited for before all scales have been queued.
 pub fn draw_codes(
-    mut rows: Rows,
+    mut rows: impl Sequences,
     mut hidden: Tensor,
     mut input: NextInput,
     batch: Batch,
@@ -117,7 +136,7 @@ pub fn draw_codes(
     let mut codes: Vec<Tensor> = Vec::new();
     for (si, &grid) in scales[..sampling.drawn(scales.len())].iter().enumerate() {
         if si == sampling.guided_scales(scales.len()) {
-            rows.drop_unconditional(seeds.len());
+            rows.drop_unconditional(seeds.len())?;
         }
         if si > 0 {
             let upsampled = input.next(&codes[si - 1], si)?;

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::inputs::NextInput;
 use super::{
-    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, schedule, tokenflow,
+    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, infinity, schedule,
+    tokenflow,
 };
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
@@ -83,6 +84,10 @@ impl ModelConfig {
     /// [`tokenflow::config`].
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
+        if infinity::is_config(&config) {
+            return Err(Error::model(format!("{source} is Infinity, which draws by nextflow gen alone"))
+                .hint("nextflow gen --model FOLDER -p TEXT, or leave out --model to use nano"));
+        }
         if tokenflow::is_public(&config) {
             return Ok(tokenflow::config());
         }

@@ -101,7 +101,7 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
         if nan || !row.iter().copied().fold(f32::NEG_INFINITY, f32::max).is_finite() {
             return Err(Fault::NonFinite { position: first + i % tokens });
         }
-        Ok(self::draw(row, draw.sampling.temperature, filter, noise))
+        Ok(self::draw(row, draw.sampling.temperature_at(draw.scale), filter, noise))
     });
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
@@ -119,9 +119,10 @@ pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Te
 /// The same by a kernel that filters and draws where the logits are, if there is one for them.
 #[cfg(feature = "cuda")]
 fn on_gpu(logits: &Tensor, draw: &Draw, filter: Filter, noise: &[f64]) -> candle_core::Result<Option<Tensor>> {
-    let greedy = draw.sampling.temperature < COLD;
+    let greedy = draw.sampling.temperature_at(draw.scale) < COLD;
     let Some(top_k) = (if greedy { Some(1) } else { filter.top_k }) else { return Ok(None) };
-    let (temperature, top_p) = (if greedy { 0.0 } else { draw.sampling.temperature as f32 }, filter.top_p as f32);
+    let (temperature, top_p) =
+        (if greedy { 0.0 } else { draw.sampling.temperature_at(draw.scale) as f32 }, filter.top_p as f32);
     let sample = crate::ops::Sample { guidance: draw.guidance as f32, temperature, top_k, top_p };
     crate::ops::sample(logits, &sample, noise)
 }
@@ -140,7 +141,7 @@ pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
 }
 
 /// A temperature at which only the likeliest is ever drawn; dividing by less may give what is not finite.
-const COLD: f64 = 1e-6;
+pub(super) const COLD: f64 = 1e-6;
 
 /// One of the entries that `kept` leaves of a row with a finite maximum, by `u` of (0, 1); at temperature 0 the largest.
 pub fn draw(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {

@@ -37,6 +37,11 @@ impl fmt::Display for Id {
 }
 
 impl Id {
+    /// Whether it names a model, OWNER/NAME, in any revision.
+    pub fn is(&self, model: &str) -> bool {
+        self.repo_id() == model
+    }
+
     /// The model that `text` names and, for the address of one file (`.../blob/main/model.gguf`), the file.
     ///
     /// Errors: usage, for text that names no model, and for addresses of another host than the hub's.
