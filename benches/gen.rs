@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use criterion::{Criterion, criterion_group, criterion_main};
 use nextflow::checkpoint::Source;
-use nextflow::generate::{Event, Job, Model, schedule};
+use nextflow::generate::{Event, ImageCodes, Job, Model, schedule};
 
 /// Draws one image and gives the time of the part between two events: part 0 is the prompt, part k the k-th scale.
 fn part(model: &Model, job: &Job, part: usize) -> Duration {
@@ -35,7 +35,7 @@ fn generate(c: &mut Criterion) {
         let name = format!("scale {h}x{w}");
         c.bench_function(&name, |b| b.iter_custom(|n| (0..n).map(|_| part(&model, &job, i + 1)).sum()));
     }
-    let codes: Vec<Vec<u32>> = scales.iter().map(|(h, w)| vec![0; h * w]).collect();
+    let codes: ImageCodes = scales.iter().map(|(h, w)| vec![0; h * w]).collect();
     c.bench_function("decode", |b| b.iter(|| model.decode(&codes, &scales).expect("codes decode")));
     c.bench_function("image", |b| {
         b.iter(|| model.draw(&job, &mut |_| ControlFlow::Continue(())).expect("the embedded model draws"))

@@ -59,7 +59,7 @@ fn zeros(head: &[u8]) -> Option<bool> {
 pub fn utf8(text: Vec<u8>) -> Vec<u8> {
     let utf16 = |rest: &[u8], number: fn([u8; 2]) -> u16| {
         let units: Vec<u16> = rest.as_chunks::<2>().0.iter().map(|unit| number(*unit)).collect();
-        String::from_utf16(&units).ok().filter(|_| rest.len() % 2 == 0).map(String::into_bytes)
+        String::from_utf16(&units).ok().filter(|_| rest.len().is_multiple_of(2)).map(String::into_bytes)
     };
     let converted = match &text[..] {
         [0xff, 0xfe, rest @ ..] => utf16(rest, u16::from_le_bytes),

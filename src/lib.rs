@@ -18,6 +18,7 @@ pub mod eval;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod infinity;
 pub mod input;
 pub mod library;
 pub mod memory;
@@ -29,6 +30,7 @@ pub mod rng;
 pub mod scenes;
 pub mod settings;
 pub mod size;
+pub mod t5;
 pub mod terminal;
 pub mod text;
 pub mod threads;

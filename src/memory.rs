@@ -39,6 +39,16 @@ pub fn keep(apart: bool) {
     }
 }
 
+/// Gives memory that was freed back to the system: what comes next needs it in pieces of other sizes.
+pub fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it takes a number, and looks at memory that nobody uses.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// The most memory that was taken so far, in bytes: by this process, unknown but on Linux, or of a GPU by its tensors.
 pub fn peak(device: &Device) -> Option<u64> {
     match device {

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use image::RgbImage;
 
 pub use file::{contain, cover, open, open_all, open_or_read, place_within};
-pub use pillow::{Filter, centre_crop, pad_to_square, resize};
+pub use pillow::{Filter, centre_crop, cover_lanczos, pad_to_square, resize};
 
 /// A linear resampling along one axis: `weights` is (to, from), row-major.
 #[derive(Clone, Debug)]
@@ -60,6 +60,21 @@ impl Resampling {
         Self { from, to, weights }
     }
 
+    /// Bilinear without antialiasing, `align_corners` false, edges clamped: two taps wherever it
+    /// shrinks, too. Coordinates and weights are computed in f32, for PyTorch's are.
+    pub fn bilinear(from: usize, to: usize) -> Self {
+        let mut weights = vec![0f32; to * from];
+        let step = from as f32 / to as f32;
+        for (i, row) in weights.chunks_exact_mut(from).enumerate() {
+            let source = ((i as f32 + 0.5) * step - 0.5).max(0.0);
+            let first = (source as usize).min(from - 1);
+            let second = source - first as f32;
+            row[first] += 1.0 - second;
+            row[(first + 1).min(from - 1)] += second;
+        }
+        Self { from, to, weights }
+    }
+
     /// Adaptive average pooling: output i is the mean of inputs floor(i*from/to) .. ceil((i+1)*from/to).
     pub fn area(from: usize, to: usize) -> Self {
         let mut weights = vec![0f32; to * from];
@@ -101,6 +116,11 @@ impl GridResampling {
     /// Bicubic from one (height, width) to another.
     pub fn bicubic(from: (usize, usize), to: (usize, usize)) -> Self {
         Self { rows: Resampling::bicubic(from.0, to.0), columns: Resampling::bicubic(from.1, to.1) }
+    }
+
+    /// Two-tap bilinear from one (height, width) to another.
+    pub fn bilinear(from: (usize, usize), to: (usize, usize)) -> Self {
+        Self { rows: Resampling::bilinear(from.0, to.0), columns: Resampling::bilinear(from.1, to.1) }
     }
 
     /// Adaptive average pooling from one (height, width) to another.
@@ -174,10 +194,16 @@ pub fn to_tensor(batch: &[&[u8]], height: usize, width: usize, device: &Device) 
     Tensor::from_vec(data, (batch.len(), 3, height, width), device)
 }
 
-/// One image of (3, H, W) in [-1, 1]: clamp(127.5 x + 128, 0, 255), truncated, as TokenFlow does.
+/// What zero becomes in TokenFlow's bytes.
+pub const TOKENFLOW_GREY: f32 = 128.0;
+/// What zero becomes in Infinity's bytes, before it is truncated.
+pub const INFINITY_GREY: f32 = 127.5;
+
+/// One image of (3, H, W) in [-1, 1]: clamp(127.5 x + grey, 0, 255), truncated; `grey` is
+/// [`TOKENFLOW_GREY`] or [`INFINITY_GREY`].
 ///
 /// Errors: [`crate::error::Kind::NonFinite`], for pixels that are not finite.
-pub fn to_image(x: &Tensor) -> crate::error::Result<RgbImage> {
+pub fn to_image(x: &Tensor, grey: f32) -> crate::error::Result<RgbImage> {
     let (_, height, width) = x.dims3()?;
     let x = x.to_dtype(DType::F32)?;
     let bytes = if x.device().is_cpu() {
@@ -185,13 +211,13 @@ pub fn to_image(x: &Tensor) -> crate::error::Result<RgbImage> {
         if !x.iter().all(|v| v.is_finite()) {
             return Err(crate::error::Error::non_finite("pixels"));
         }
-        x.iter().map(|v| (127.5 * v + 128.0).clamp(0.0, 255.0) as u8).collect()
+        x.iter().map(|v| (127.5 * v + grey).clamp(0.0, 255.0) as u8).collect()
     } else {
         // A quarter of the bytes comes from a GPU.
         if (&x * 0.0)?.sum_all()?.to_scalar::<f32>()? != 0.0 {
             return Err(crate::error::Error::non_finite("pixels"));
         }
-        let bytes = x.affine(127.5, 128.0)?.clamp(0f32, 255f32)?.to_dtype(DType::U8)?;
+        let bytes = x.affine(127.5, f64::from(grey))?.clamp(0f32, 255f32)?.to_dtype(DType::U8)?;
         bytes.permute((1, 2, 0))?.flatten_all()?.to_vec1::<u8>()?
     };
     RgbImage::from_raw(width as u32, height as u32, bytes)
@@ -246,13 +272,13 @@ mod tests {
     fn pixels_survive_the_round_trip() {
         let bytes: Vec<u8> = (0..=255u8).flat_map(|v| [v, 255 - v, v / 2]).collect();
         let x = to_tensor(&[&bytes], 16, 16, &Device::Cpu).unwrap();
-        let back = to_image(&x.get(0).unwrap()).unwrap();
+        let back = to_image(&x.get(0).unwrap(), TOKENFLOW_GREY).unwrap();
         assert!(back.as_raw().iter().zip(&bytes).all(|(a, b)| a.abs_diff(*b) <= 1));
     }
 
     #[test]
     fn what_is_not_finite_is_no_image() {
         let x = Tensor::new(&[[[0f32]], [[f32::NAN]], [[0.5]]], &Device::Cpu).unwrap();
-        assert_eq!(to_image(&x).unwrap_err().exit_code(), 5);
+        assert_eq!(to_image(&x, TOKENFLOW_GREY).unwrap_err().exit_code(), 5);
     }
 }

@@ -8,7 +8,7 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
-use crate::generate::Job;
+use crate::generate::{Guidance, Job};
 
 /// Everything that decided an image; the `nextflow` text chunk of its PNG, as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,18 @@ pub struct Settings {
     pub cfg: f64,
     /// 0 means argmax.
     pub temperature: f64,
+    /// What `cfg` says, if not what VAR's does.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub guidance: Guidance,
+    /// Guidance of every scale, in place of `cfg`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cfg_scales: Vec<f64>,
+    /// The temperature of every scale, in place of `temperature`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub temperature_scales: Vec<f64>,
+    /// Where within the network guidance took place, if it did: so many blocks before the end.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cfg_layers: Vec<usize>,
     /// `None` keeps all codes.
     pub top_k: Option<usize>,
     /// 1 keeps all codes.
@@ -59,6 +71,10 @@ pub struct Settings {
     pub version: String,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 impl Settings {
     /// The settings of `job` as drawn by `model` at (width, height) pixels.
     pub fn new(job: &Job, model: &str, (width, height): (u32, u32)) -> Self {
@@ -70,6 +86,10 @@ impl Settings {
             scales: job.scales.clone(),
             cfg: job.sampling.cfg,
             temperature: job.sampling.temperature,
+            guidance: job.sampling.guidance,
+            cfg_scales: job.sampling.cfg_scales.clone(),
+            temperature_scales: job.sampling.temperature_scales.clone(),
+            cfg_layers: job.sampling.cfg_layers.clone(),
             top_k: job.sampling.top_k,
             top_p: job.sampling.top_p,
             cfg_until: job.sampling.cfg_until,
@@ -92,10 +112,17 @@ impl Settings {
     /// The same in the form that other tools read: the prompt, then one line of `Key: value` pairs (A1111).
     fn parameters(&self) -> String {
         let some = |key: &str, n: Option<usize>| n.map(|n| format!(", {key}: {n}")).unwrap_or_default();
+        // Numbers of a list have no commas between them, which separate settings.
+        let list = |key: &str, numbers: &[f64]| match numbers {
+            [] => String::new(),
+            numbers => format!(", {key}: {}", numbers.iter().map(f64::to_string).collect::<Vec<_>>().join(" ")),
+        };
         let top_k = some("Top-k", self.top_k);
         let passes = some("CFG until scale", self.cfg_until)
             + &some("Scales left out", self.draft)
-            + &some("Passes", self.passes.map(usize::from));
+            + &some("Passes", self.passes.map(usize::from))
+            + &list("CFG of scales", &self.cfg_scales)
+            + &list("Temperature of scales", &self.temperature_scales);
         let negative = self.negative.as_ref().map(|text| format!("Negative prompt: {text}\n")).unwrap_or_default();
         // A name with a separator in it is quoted, as A1111 does.
         let model = match self.model.contains([',', ':', '\n', '"']) {

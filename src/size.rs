@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::generate::ratios::{self, Ratio};
 use crate::generate::{ModelConfig, schedule};
 
 /// What `--size` asks for.
@@ -72,31 +73,37 @@ impl Size {
     /// The grids of a model of at most `max` scales of the paper's table, with `cell` pixels for a code along each side.
     fn scales(self, max: usize, cell: u64) -> Result<Vec<(usize, usize)>> {
         let max = max.clamp(1, 18);
-        let (width, height) = match self {
-            Self::Auto => return Ok(schedule::nearest(1.0).prefix(max).to_vec()),
-            Self::Ratio(ratio) => return Ok(schedule::nearest_of(ratio, max).prefix(max).to_vec()),
-            Self::Pixels { width, height } => (width, height),
-        };
-        let drawable = schedule::levels(max);
-        let drawable = drawable.flat_map(|level| schedule::table().iter().map(move |entry| &entry.scales[..level]));
-        let pixels =
-            |scales: &[(usize, usize)]| scales.last().map_or((0, 0), |(h, w)| (*w as u64 * cell, *h as u64 * cell));
-        let log = |a: u64, b: u64| (a.max(1) as f64 / b.max(1) as f64).ln();
-        let distance = |scales: &[(usize, usize)]| {
-            let (w, h) = pixels(scales);
-            let (x, y) = (log(w, width), log(h, height));
-            // Several ratios can share a last grid: the one whose coarser grids keep closest to it is the best.
-            let bend: f64 = scales.iter().map(|(r, c)| log(*r as u64 * w, *c as u64 * h).abs()).sum();
-            // A wrong shape is worse than a wrong size.
-            ((x + y).abs() + 2.0 * (x - y).abs(), bend)
-        };
-        let nearest =
-            drawable.min_by(|a, b| distance(a).partial_cmp(&distance(b)).unwrap_or(std::cmp::Ordering::Equal));
-        let nearest = nearest.unwrap_or_default();
-        match pixels(nearest) {
-            found if found == (width, height) => Ok(nearest.to_vec()),
-            (w, h) => Err(Error::usage(format!("this model cannot draw {width}x{height} pixels"))
-                .hint(format!("--size {w}x{h} is the closest it can"))),
+        match self {
+            Self::Auto => Ok(schedule::nearest(1.0).prefix(max).to_vec()),
+            Self::Ratio(ratio) => Ok(schedule::nearest_of(ratio, max).prefix(max).to_vec()),
+            Self::Pixels { width, height } => {
+                let levels = schedule::levels(max);
+                let all = levels.flat_map(|level| schedule::table().iter().map(move |entry| &entry.scales[..level]));
+                exactly((width, height), all, cell)
+            }
+        }
+    }
+
+    /// The grids of an Infinity image with `cell` pixels per token along each side. A size in
+    /// pixels must be that of a ratio at one of `levels`; a ratio, or `auto` (height over width)
+    /// where the user gave none, takes the nearest ratio at the level that `level` returns for it.
+    ///
+    /// Errors: usage, for a size in pixels that no level has.
+    pub fn of_ratios(
+        self,
+        auto: f64,
+        levels: &[usize],
+        level: impl Fn(&Ratio) -> usize,
+        cell: usize,
+    ) -> Result<Vec<(usize, usize)>> {
+        let of = |ratio: &Ratio| ratio.prefix(level(ratio)).to_vec();
+        match self {
+            Self::Auto => Ok(of(ratios::nearest(auto))),
+            Self::Ratio(ratio) => Ok(of(ratios::nearest(ratio))),
+            Self::Pixels { width, height } => {
+                let of_level = |&level: &usize| ratios::table().iter().map(move |ratio| ratio.prefix(level));
+                exactly((width, height), levels.iter().flat_map(of_level), cell as u64)
+            }
         }
     }
 
@@ -113,6 +120,36 @@ impl Size {
             true => Ok(grids.to_vec()),
             false => Err(Error::usage(format!("this model draws {w}x{h} pixels only")).hint(format!("--size {w}x{h}"))),
         }
+    }
+}
+
+/// The one of some schedules whose images have (width, height) pixels, with `cell` pixels for a
+/// code along each side.
+///
+/// Errors: usage, with the size of the one that comes closest.
+fn exactly<'a>(
+    (width, height): (u64, u64),
+    schedules: impl Iterator<Item = &'a [(usize, usize)]>,
+    cell: u64,
+) -> Result<Vec<(usize, usize)>> {
+    let pixels =
+        |scales: &[(usize, usize)]| scales.last().map_or((0, 0), |(h, w)| (*w as u64 * cell, *h as u64 * cell));
+    let log = |a: u64, b: u64| (a.max(1) as f64 / b.max(1) as f64).ln();
+    let distance = |scales: &[(usize, usize)]| {
+        let (w, h) = pixels(scales);
+        let (x, y) = (log(w, width), log(h, height));
+        // Several ratios can share a last grid: the one whose coarser grids keep closest to it is
+        // the best.
+        let bend: f64 = scales.iter().map(|(r, c)| log(*r as u64 * w, *c as u64 * h).abs()).sum();
+        // A wrong shape is worse than a wrong size.
+        ((x + y).abs() + 2.0 * (x - y).abs(), bend)
+    };
+    let nearest = schedules.min_by(|a, b| distance(a).partial_cmp(&distance(b)).unwrap_or(std::cmp::Ordering::Equal));
+    let nearest = nearest.unwrap_or_default();
+    match pixels(nearest) {
+        found if found == (width, height) => Ok(nearest.to_vec()),
+        (w, h) => Err(Error::usage(format!("this model cannot draw {width}x{height} pixels"))
+            .hint(format!("--size {w}x{h} is the closest it can"))),
     }
 }
 

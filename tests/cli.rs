@@ -125,7 +125,7 @@ fn bad_prompts() {
     refused(&["gen", "-"], b"", 2, "empty", "");
     refused(&["gen", "-p", "-"], &million, 2, "1000000", "");
     refused(&["gen", "--prompt-file", "-"], &million, 2, "1000000", "");
-    refused(&["gen", "-p", "-"], b"\xff\xfe", 2, "UTF-8", "");
+    refused(&["gen", "-p", "-"], b"a \xff\xfe", 2, "UTF-8", "");
     refused(&["gen", "--prompt-file", "-"], b"a cat\n\xff\xfe\n", 2, "line 2 of standard input", "");
     refused(&["gen", "--prompt-file", "-"], b"\n", 2, "no prompt", "line");
     refused(&["gen", "--prompt-file", "nowhere.txt"], b"", 2, "cannot read nowhere.txt", "--prompt-file");

@@ -104,7 +104,7 @@ fn bad_input_is_refused_and_loses_nothing() {
         (&["-i", "a.png"], "there is no prompt"),
         (&["-i", "a.png", "-p", ""], "empty"),
         (&["-i", "none.png", "-p", "x"], "none.png"),
-        (&["-i", "folder", "-p", "x"], "is not a file"),
+        (&["-i", "folder", "-p", "x"], "is a folder, no image"),
         (&["-i", "broken.png", "-p", "x"], "broken.png"),
         (&["-i", "cut.png", "-p", "x"], "cut.png"),
         (&["-i", "a.png", "-i", "broken.png", "-p", "x"], "broken.png"),

@@ -11,7 +11,7 @@ use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope, Step};
 use nextflow::checkpoint::{Source, Weights};
 use nextflow::generate::inputs::NextInput;
 use nextflow::generate::sampler::{self, Filter};
-use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, draw_after};
+use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, Sequences, draw_after};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -115,10 +115,12 @@ fn the_loop_draws_the_references_codes() {
         assert_eq!(prompts[1][1], unconditional);
         let prompts: Vec<Prefix> = prompts.drain(..).map(|[conditional, _]| conditional).collect();
         let mut go = |_: Event| ControlFlow::Continue(());
-        let images = draw_after(&backbone, &q, &prompts, &unconditional, batch, &mut go).unwrap();
+        let input = NextInput::of_table(&q, TINY.input_mode, &SCALES);
+        let images = draw_after(&backbone, input, &prompts, &unconditional, batch, &mut go).unwrap();
         for (row, codes) in images.into_iter().enumerate() {
             assert_eq!(codes.iter().map(Vec::len).collect::<Vec<_>>(), [1, 4, 9, 25]);
-            assert_eq!(codes.concat(), ids(&golden["codes"], row), "{run}, prompt {row}");
+            let codes: Vec<u32> = codes.concat().into_iter().map(|code| code as u32).collect();
+            assert_eq!(codes, ids(&golden["codes"], row), "{run}, prompt {row}");
         }
     }
 }
@@ -141,16 +143,16 @@ fn every_step_equals_the_reference() {
             let both = [&prefixes[0], &prefixes[1]];
             let mut caches = Rows::caches(&backbone, &both, &SCALES).unwrap();
             let (mut rows, mut hidden) = Rows::start(&backbone, &mut caches, &both, &SCALES).unwrap();
-            let mut input = NextInput::new(TINY.input_mode);
+            let mut input = NextInput::of_table(&q, TINY.input_mode, &SCALES);
             let (mut step, mut codes) = (0, Tensor::zeros((1, 0), DType::U32, &Device::Cpu).unwrap());
-            for (si, &(h, w)) in SCALES.iter().enumerate() {
+            for si in 0..SCALES.len() {
                 for pass in 0..if si == 0 { 1 } else { passes } {
                     let what = format!("{run}, prompt {row}, step {step}");
                     let at = |name: &str| &golden[&format!("step{step}_{name}")];
                     if si > 0 {
                         let features = match pass {
-                            0 => input.next(&q, &codes, SCALES[si - 1], (h, w)).unwrap(),
-                            _ => input.with(&q, &codes).unwrap(),
+                            0 => input.next(&codes, si).unwrap(),
+                            _ => input.with(&codes, si).unwrap(),
                         };
                         let x = backbone.embed_codes(&features, si, &SCALES).unwrap().repeat((2, 1, 1)).unwrap();
                         close(&what, &x, &pair(at("inputs_embeds_tail")), FEATURES);

@@ -253,7 +253,8 @@ fn codes() -> Codes {
     let codec = Codec::of_model(checkpoint::Source::Embedded).expect("the embedded model");
     let scales = nextflow::generate::schedule::nearest(1.0).prefix(8).to_vec();
     let codes = scales.iter().map(|(h, w)| vec![3; h * w]).collect();
-    Codes { model: codec.name.clone(), codebook_size: codec.config().codebook.size, scales, codes }
+    let space = codec.space();
+    Codes { model: codec.name, space, scales, codes }
 }
 
 fn json_mutant(mutator: &mut Mutator, input: &mut Vec<u8>, other: &[u8]) {

@@ -18,8 +18,19 @@ pub struct Cache {
 impl Cache {
     /// Room for `capacity` positions.
     pub fn new(c: &BackboneConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let zeros = || Tensor::zeros((1, capacity, c.num_key_value_heads, c.head_dim()), dtype, device);
-        let layers = (0..c.num_hidden_layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
+        Self::of_layers(c.num_hidden_layers, (c.num_key_value_heads, c.head_dim()), capacity, dtype, device)
+    }
+
+    /// Room for `capacity` positions of so many layers, whose keys and values are (heads, head_dim).
+    pub(crate) fn of_layers(
+        layers: usize,
+        (heads, head_dim): (usize, usize),
+        capacity: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let zeros = || Tensor::zeros((1, capacity, heads, head_dim), dtype, device);
+        let layers = (0..layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
         Ok(Self { layers, length: 0, capacity })
     }
 
@@ -69,7 +80,7 @@ impl Cache {
 
     /// Writes keys and values (1, T, kv_heads, head_dim) after what it holds and returns all of them.
     /// The length moves on only with [`Cache::advance`], after the last layer.
-    pub(super) fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub(crate) fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (start, tokens) = (self.length, k.dim(1)?);
         if start + tokens > self.capacity {
             candle_core::bail!("a sequence of {} does not fit a cache of {}", start + tokens, self.capacity);
@@ -92,6 +103,15 @@ impl Cache {
         Ok((keys.narrow(1, 0, length)?, values.narrow(1, 0, length)?))
     }
 
+    /// All keys and values, and these (1, T, kv_heads, head_dim) after them; nothing is written.
+    pub(crate) fn followed_by(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        if self.length == 0 {
+            return Ok((k.clone(), v.clone()));
+        }
+        let (keys, values) = self.first(layer, self.length)?;
+        Ok((Tensor::cat(&[&keys, k], 1)?, Tensor::cat(&[&values, v], 1)?))
+    }
+
     /// All keys and values, with these (1, T, kv_heads, head_dim) in the place of the last T; nothing is written.
     pub(super) fn with_last(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Some(start) = self.length.checked_sub(k.dim(1)?) else {
@@ -102,7 +122,7 @@ impl Cache {
         Ok((join(keys, k)?, join(values, v)?))
     }
 
-    pub(super) fn advance(&mut self, tokens: usize) {
+    pub(crate) fn advance(&mut self, tokens: usize) {
         self.length += tokens;
     }
 }

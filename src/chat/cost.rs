@@ -93,7 +93,7 @@ impl ChatConfig {
             Some(config) => {
                 let usual = || Ok::<_, Error>(Size::Auto.grids(config)?.last().copied().unwrap_or_default());
                 let (h, w) = image.map_or_else(usual, Ok)?;
-                let reading = cost::decoding(&config.tokenizer, h * w, width);
+                let reading = cost::decoding(&config.tokenizer.decoder, h * w, width);
                 cost::drawing(c, h * w, (1, true), width).max(reading)
             }
         };

@@ -8,6 +8,7 @@ use super::session::{CHUNK, Row};
 use super::template::{Part, Role};
 use super::{ChatModel, Picture, Session};
 use crate::error::Result;
+use crate::generate::inputs::NextInput;
 use crate::generate::{Batch, Rows, Sampling, draw_codes, schedule};
 
 impl Session<'_> {
@@ -68,9 +69,9 @@ impl Session<'_> {
         // What follows reads the whole image.
         let sampling = Sampling { draft: 0, ..sampling.clone() };
         let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
+        let input = NextInput::of_table(tokenizer.quantizer(), config.input_mode, scales);
         let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
-        let images =
-            draw_codes(drawing, hidden, tokenizer.quantizer(), batch, &mut |event| observe(ReplyEvent::Drawing(event)));
+        let images = draw_codes(drawing, hidden, input, batch, &mut |event| observe(ReplyEvent::Drawing(event)));
         let name = format!("${}", self.gallery().len() + 1);
         let picture = images.and_then(|mut images| {
             let codes = images.pop().unwrap_or_default();

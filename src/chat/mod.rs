@@ -33,7 +33,7 @@ use crate::generate::{ModelConfig, SYSTEM, TRANSFORMER, tokenflow};
 use crate::pixels;
 use crate::size::Size;
 use crate::text::Text;
-use crate::tokenizer::ImageTokenizer;
+use crate::tokenizer::{Code, ImageTokenizer};
 use crate::vision::{ImageProcessor, VisionConfig, VisionTower};
 use config::Generation;
 use template::{ChatTemplate, Template};
@@ -219,9 +219,9 @@ impl ChatModel {
     /// The pixels of the codes of all scales, or of the first of them.
     ///
     /// Errors: usage, if the model does not draw.
-    pub fn pixels(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
+    pub fn pixels(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<RgbImage> {
         let tokenizer = self.tokenizer.as_ref().ok_or_else(Self::draws_nothing)?;
-        pixels::to_image(&tokenizer.decode(codes, scales)?)
+        tokenizer.decode_image(codes, scales)
     }
 
     /// The error of an image for a model without an image encoder.

@@ -9,6 +9,7 @@ use super::template::{Piece, Pieces};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, BackboneConfig, Step};
 use crate::error::{Error, Kind, Result};
+use crate::generate::ImageCodes;
 use crate::generate::inputs::NextInput;
 use crate::tokenizer::Quantizer;
 
@@ -35,7 +36,7 @@ enum Seen {
 #[derive(Debug)]
 pub struct Codes {
     /// Of every scale, coarse to fine, each row-major.
-    pub codes: Vec<Vec<u32>>,
+    pub codes: ImageCodes,
     /// Grids (height, width).
     pub scales: Vec<(usize, usize)>,
     /// Input features (h * w, D) of every scale from the second on and, where the model reads it, of the whole.
@@ -53,10 +54,10 @@ impl Picture {
         name: &str,
         config: &BackboneConfig,
         quantizer: &Quantizer,
-        codes: Vec<Vec<u32>>,
+        codes: ImageCodes,
         scales: &[(usize, usize)],
     ) -> Result<Self> {
-        let mut inputs = NextInput::all(config.input_mode, quantizer, &codes, scales)?;
+        let mut inputs = NextInput::of_table(quantizer, config.input_mode, scales).all(&codes)?;
         if let (true, Some(&grid)) = (config.context_last_scale, scales.last()) {
             inputs.push(quantizer.accumulate(&codes, scales, grid));
         }

@@ -10,7 +10,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device};
 
 use super::weights::{Weights, fitting};
-use super::{Inventory, Source, WeightType};
+use super::{Inventory, Source, WeightType, archive};
 use crate::error::{Error, Result};
 use crate::input::quoted;
 use crate::ops;
@@ -24,13 +24,8 @@ use crate::output;
 /// not fit, [`Kind::Failure`] if it cannot be written.
 pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
     whole_folder(folder, |part| {
-        let tensors = tensors(source, asked, weights)?;
-        let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
-        let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(folder, e);
-        let mut file = BufWriter::new(File::create(part.join("model.gguf")).map_err(|e| unwritten(&e))?);
-        let architecture = Value::String("nextflow".into());
-        gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
-        file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))?;
+        let tensors = blocks(source, "model.safetensors", asked, weights)?;
+        write_gguf(&part.join("model.gguf"), &tensors)?;
         for name in SMALL {
             if source.has_file(name) {
                 source.copy(name, name, part)?;
@@ -38,6 +33,27 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
         }
         others.iter().try_for_each(|file| source.copy(file, file, part))
     })
+}
+
+/// Writes a GGUF file.
+///
+/// Errors: [`Kind::Failure`] if it cannot be written.
+pub fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) -> Result<()> {
+    let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
+    let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(path, e);
+    let mut file = BufWriter::new(File::create(path).map_err(|e| unwritten(&e))?);
+    let architecture = Value::String("nextflow".into());
+    gguf_file::write(&mut file, &[("general.architecture", &architecture)], &pairs).map_err(|e| unwritten(&e))?;
+    file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))
+}
+
+/// Writes those tensors of a file of `source` that are `asked` for as safetensors of a type: of a dump of a training, the weights.
+///
+/// Errors: as [`blocks`], and [`Kind::Failure`] if it cannot be written.
+pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path: &Path) -> Result<()> {
+    let tensors = blocks(source, file, asked, WeightType::F32)?;
+    let plain = |(key, tensor): (String, QTensor)| Ok((key, tensor.dequantize(&Device::Cpu)?.to_dtype(dtype)?));
+    archive::save(path, tensors.into_iter().map(plain).collect::<candle_core::Result<_>>()?, None)
 }
 
 /// What a model folder may have beside weights.
@@ -82,18 +98,19 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     part.rename(folder).map_err(|e| Error::unwritten(folder, &e))
 }
 
-/// Every tensor that is asked for, in blocks.
-fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
-    const MODEL: &str = "model.safetensors";
+/// Every tensor that is `asked` for of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.
+///
+/// Errors: [`Kind::Model`] for a file that does not fit.
+pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
     let misfit = |what: String| Error::model(what).hint("nextflow info FOLDER lists what does not fit");
-    let fit = Inventory::of(source, MODEL)?.compare(asked);
+    let fit = Inventory::of(source, file)?.compare(asked);
     if let Some(key) = fit.missing.first() {
-        return Err(misfit(format!("{key} is missing from {MODEL} of {source}")));
+        return Err(misfit(format!("{key} is missing from {file} of {source}")));
     }
     if let Some(what) = fit.misshapen.first() {
-        return Err(misfit(format!("{MODEL} of {source} does not fit its config.json: {what}")));
+        return Err(misfit(format!("{file} of {source} does not fit its config.json: {what}")));
     }
-    let archives = source.archives(MODEL)?;
+    let archives = source.archives(file)?;
     let mut tensors = Vec::new();
     for (key, asked) in asked.wishes() {
         let Some(archive) = archives.iter().rev().find(|a| a.entry(&key).is_some()) else { continue };

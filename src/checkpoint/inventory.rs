@@ -67,7 +67,7 @@ impl Inventory {
             let kind = file.extension().and_then(|e| e.to_str());
             // Other .bin files are settings of a trainer.
             let pytorch = file.file_stem().and_then(|s| s.to_str()).is_some_and(|s| s.starts_with("pytorch_model"));
-            let weights = matches!(kind, Some("safetensors" | "pt" | "gguf")) || kind == Some("bin") && pytorch;
+            let weights = matches!(kind, Some("safetensors" | "pt" | "pth" | "gguf")) || kind == Some("bin") && pytorch;
             if weights && file.is_file() {
                 files.insert(file);
             }
@@ -85,6 +85,11 @@ impl Inventory {
     /// Whether any file has a tensor of this key.
     pub fn has(&self, key: &str) -> bool {
         self.archives.iter().any(|a| a.entry(key).is_some())
+    }
+
+    /// The shape of the tensor of this key, if there is one.
+    pub fn shape(&self, key: &str) -> Option<&[usize]> {
+        self.archives.iter().rev().find_map(|archive| archive.entry(key)).map(|entry| &entry.shape[..])
     }
 
     /// Why no config can fit these files: their layout or encoding is not read.
@@ -122,6 +127,8 @@ impl Inventory {
         for (key, Asked { shape, required, .. }) in &asked {
             match check(&self.archives, key, shape) {
                 Err((_, Fault::Missing)) if !required && !self.has(key) => {}
+                // What is not read may be of any type.
+                Err((_, Fault::Type(_))) if !required => {}
                 Err((key, Fault::Missing)) => fit.missing.push(key),
                 Err((key, fault)) => fit.misshapen.push(format!("{key}: {fault}")),
                 Ok(_) => {}

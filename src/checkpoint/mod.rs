@@ -37,11 +37,12 @@ mod weight_type;
 mod weights;
 
 pub use archive::{load, metadata, quantise, save, write};
-pub use convert::{abandon, quantise as quantise_model, whole_folder};
+pub use convert::{abandon, blocks, extract, quantise as quantise_model, whole_folder, write_gguf};
 pub use extend::extend;
 pub use init::Init;
 pub use inventory::{FileSummary, Fit, Inventory};
-pub use source::{NANO, Source, copy_weights, load_file};
+pub use shards::{files_with, shard_names};
+pub use source::{NANO, Parts, Source, copy_weights, load_file};
 pub use weight_type::{Matrices, WeightType};
 pub use weights::Weights;
 pub(crate) use weights::placeholder;

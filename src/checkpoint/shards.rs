@@ -41,7 +41,7 @@ pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
         let of_stem = ["gguf", "pt"].map(|kind| path.with_extension(kind)).into_iter().find(|path| path.exists());
         match of_stem {
             _ if path.exists() => return Ok(vec![path]),
-            _ if index.exists() => return indexed(folder, &index),
+            _ if index.exists() => return indexed(folder, &index, |_| true),
             _ if !counted.is_empty() => return present(folder, counted),
             Some(path) if i == 0 => return Ok(vec![path]),
             _ => {}
@@ -50,13 +50,28 @@ pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
     Err(absent(&whole))
 }
 
-/// The shards that an index names.
-fn indexed(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+/// Of the files that [`find`] gives, those that hold a key that is `wanted`: others of an index need not be there.
+///
+/// Errors: as [`find`].
+pub fn files_with(folder: &Path, file: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    let index = folder.join(format!("{file}.index.json"));
+    if folder.join(file).exists() || !index.exists() { find(folder, file) } else { indexed(folder, &index, wanted) }
+}
+
+/// The shards that an index names for what is `wanted`.
+fn indexed(folder: &Path, index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    present(folder, shard_names(index, wanted)?.iter().map(|name| folder.join(name)).collect())
+}
+
+/// Names of the files of an index that hold a key that is `wanted`.
+///
+/// Errors: a broken index, or one that names anything but plain files beside it.
+pub fn shard_names(index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let broken =
         |what: &str| Error::model(format!("{} {what}", index.display())).hint("copy the file from its origin again");
     let Index { weight_map } =
         serde_json::from_slice(&archive::read_small(index)?).map_err(|e| broken(&format!("is not an index: {e}")))?;
-    let names: BTreeSet<&String> = weight_map.values().collect();
+    let names: BTreeSet<String> = weight_map.into_iter().filter(|(key, _)| wanted(key)).map(|(_, file)| file).collect();
     if names.is_empty() {
         return Err(broken("names no files"));
     }
@@ -67,7 +82,7 @@ fn indexed(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     if let Some(name) = names.iter().find(|n| !plain(n)) {
         return Err(broken(&format!("names {name:?}, which is not a plain file beside it")));
     }
-    present(folder, names.iter().map(|n| folder.join(n)).collect())
+    Ok(names.into_iter().collect())
 }
 
 /// All shards `STEM-00001-of-00002.KIND` of which a folder has at least one, those that are missing

@@ -29,6 +29,22 @@ pub enum Source {
     Embedded,
     /// A model folder, as described in [`crate::checkpoint`].
     Folder(PathBuf),
+    /// A model whose files have names of their own, in one folder or several.
+    Parts(Parts),
+}
+
+/// Where the files of a model are that are not called as those of a model folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// What the model is called: its folder, with what tells it from others there.
+    pub name: String,
+    /// Where those files are that have no path below.
+    pub folder: PathBuf,
+    /// What stands for `config.json`.
+    pub config: serde_json::Value,
+    /// What a file is called in a model folder, and what stands for it here: itself, its shards, or the whole of which they are
+    /// shards.
+    pub files: Vec<(&'static str, Vec<PathBuf>)>,
 }
 
 impl fmt::Display for Source {
@@ -36,7 +52,14 @@ impl fmt::Display for Source {
         match self {
             Self::Embedded => f.write_str("the built-in model"),
             Self::Folder(path) => path.display().fmt(f),
+            Self::Parts(parts) => f.write_str(&parts.name),
         }
+    }
+}
+
+impl Parts {
+    fn paths(&self, file: &str) -> &[PathBuf] {
+        self.files.iter().find(|(name, _)| *name == file).map_or(&[], |(_, paths)| paths)
     }
 }
 
@@ -62,15 +85,45 @@ impl Source {
 
     /// The content of `config.json`.
     pub fn read_config(&self) -> Result<serde_json::Value> {
-        self.read_json("config.json")
+        match self {
+            Self::Parts(parts) => Ok(parts.config.clone()),
+            _ => self.read_json("config.json"),
+        }
     }
 
     /// Whether there is a file of this name.
     pub fn has_file(&self, file: &str) -> bool {
-        match self {
-            Self::Embedded => embedded::file(file).is_some(),
-            Self::Folder(folder) => folder.join(file).is_file(),
+        match self.path(file) {
+            Some(_) if file == "config.json" && matches!(self, Self::Parts(_)) => true,
+            None => embedded::file(file).is_some(),
+            Some(path) => path.is_file(),
         }
+    }
+
+    /// Where a file of the model is, or would be; nothing for the model in the binary.
+    fn path(&self, file: &str) -> Option<PathBuf> {
+        match self {
+            Self::Embedded => None,
+            Self::Folder(folder) => Some(folder.join(file)),
+            Self::Parts(parts) => Some(parts.paths(file).first().cloned().unwrap_or_else(|| parts.folder.join(file))),
+        }
+    }
+
+    /// The files that stand for `file`, whether they are there or not; none for the model in the binary.
+    ///
+    /// Errors: an index that is broken, or names shards that are missing.
+    pub fn files(&self, file: &str) -> Result<Vec<PathBuf>> {
+        let Some(path) = self.path(file) else { return Ok(Vec::new()) };
+        let paths = match self {
+            Self::Parts(parts) if parts.paths(file).len() > 1 => parts.paths(file).to_vec(),
+            _ => vec![path],
+        };
+        let mut files = Vec::new();
+        for path in paths {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            files.append(&mut shards::find(path.parent().unwrap_or(Path::new("")), &name)?);
+        }
+        Ok(files)
     }
 
     /// The content of a small file of JSON.
@@ -90,10 +143,7 @@ impl Source {
 
     /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
-        let sentencepiece = match self {
-            Self::Folder(folder) => !folder.join("tokenizer.json").exists() && folder.join("tokenizer.model").exists(),
-            Self::Embedded => false,
-        };
+        let sentencepiece = !self.has_file("tokenizer.json") && self.has_file("tokenizer.model");
         let text = match sentencepiece {
             true => Text::from_sentencepiece(&self.bytes("tokenizer.model")?),
             false => Text::from_bytes(&self.bytes("tokenizer.json")?),
@@ -177,7 +227,7 @@ impl Source {
     pub fn has(&self, file: &str) -> bool {
         match self {
             Self::Embedded => embedded::file(file).is_some(),
-            Self::Folder(folder) => shards::find(folder, file).is_ok_and(|files| files.iter().all(|f| f.exists())),
+            _ => self.files(file).is_ok_and(|files| files.iter().all(|f| f.exists())),
         }
     }
 
@@ -190,16 +240,18 @@ impl Source {
     ///
     /// Errors: those of [`Source::load`], for a file that is not.
     pub fn find(&self, file: &str) -> Result<()> {
-        match self {
-            Self::Embedded => Ok(()),
-            Self::Folder(folder) => shards::find(folder, file)?.iter().try_for_each(|f| archive::open(f).map(drop)),
-        }
+        self.files(file)?.iter().try_for_each(|f| archive::open(f).map(drop))
     }
 
     /// Whether what [`Source::load`] would read for `file` is GGUF, whose weights stay in the type that they have there.
     pub fn is_gguf(&self, file: &str) -> bool {
-        let gguf = |files: Vec<PathBuf>| files.iter().all(|f| f.extension().is_some_and(|e| e == "gguf"));
-        matches!(self, Self::Folder(folder) if shards::find(folder, file).is_ok_and(gguf))
+        self.gguf(file).is_some()
+    }
+
+    /// The path of that GGUF file.
+    pub fn gguf(&self, file: &str) -> Option<PathBuf> {
+        let files = self.files(file).ok()?;
+        files.into_iter().next().filter(|f| f.extension().is_some_and(|e| e == "gguf"))
     }
 
     /// Bytes of the program itself that hold the model's weights.
@@ -207,19 +259,20 @@ impl Source {
         let bytes = |name: &str| embedded::file(name).map_or(0, |bytes| bytes.len() as u64);
         match self {
             Self::Embedded => bytes("model.safetensors") + bytes("image_tokenizer.safetensors"),
-            Self::Folder(_) => 0,
+            _ => 0,
         }
     }
 
     /// Copies a file, or its shards and their index, into a folder, where it is called `name`.
     pub fn copy(&self, file: &str, name: &str, folder: &Path) -> Result<()> {
-        let Self::Folder(from) = self else { return archive::write(&folder.join(name), self.embedded(file)?) };
-        let index = format!("{file}.index.json");
-        for path in shards::find(from, file)?.into_iter().chain(Some(from.join(&index)).filter(|i| i.exists())) {
+        let Some(whole) = self.path(file) else { return archive::write(&folder.join(name), self.embedded(file)?) };
+        let from = whole.parent().unwrap_or(Path::new(""));
+        let index = format!("{}.index.json", whole.file_name().unwrap_or_default().to_string_lossy());
+        for path in self.files(file)?.into_iter().chain(Some(from.join(&index)).filter(|i| i.exists())) {
             let own = path.file_name().unwrap_or_default();
             let to = match path.extension() {
                 _ if own == OsStr::new(&index) => folder.join(format!("{name}.index.json")),
-                Some(kind) if path.file_stem() == Path::new(file).file_stem() => folder.join(name).with_extension(kind),
+                Some(kind) if path.file_stem() == whole.file_stem() => folder.join(name).with_extension(kind),
                 _ => folder.join(own),
             };
             copy_file(&path, &to)?;
@@ -231,9 +284,8 @@ impl Source {
     pub(super) fn archives(&self, file: &str) -> Result<Vec<Archive>> {
         match self {
             Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
-            Self::Folder(folder) => {
-                let mut archives: Vec<_> =
-                    shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?;
+            _ => {
+                let mut archives: Vec<_> = self.files(file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?;
                 keys::publish(&mut archives)?;
                 Ok(archives)
             }
@@ -241,11 +293,8 @@ impl Source {
     }
 
     /// How messages call a file.
-    fn name(&self, file: &str) -> String {
-        match self {
-            Self::Embedded => format!("{file} of {self}"),
-            Self::Folder(folder) => folder.join(file).display().to_string(),
-        }
+    pub(crate) fn name(&self, file: &str) -> String {
+        self.path(file).map_or_else(|| format!("{file} of {self}"), |path| path.display().to_string())
     }
 
     fn embedded(&self, file: &str) -> Result<&'static [u8]> {
@@ -253,9 +302,9 @@ impl Source {
             .ok_or_else(|| Error::model("this build of nextflow has no built-in model").hint("--model FOLDER"))
     }
 
-    pub(super) fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
-        let Self::Folder(folder) = self else { return self.embedded(file).map(Cow::Borrowed) };
-        let path = folder.join(file);
+    /// The content of a small file.
+    pub fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+        let Some(path) = self.path(file) else { return self.embedded(file).map(Cow::Borrowed) };
         if !path.exists() {
             return Err(shards::absent(&path));
         }

@@ -6,7 +6,7 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 
 use super::archive::Archive;
@@ -59,6 +59,8 @@ pub(super) struct Asked {
     pub(super) matrix: bool,
     /// What it would begin with.
     pub(super) init: Init,
+    /// Its type, whatever that of the others is.
+    pub(super) dtype: Option<DType>,
 }
 
 /// Faults by key, in the order in which the model asks for them.
@@ -157,6 +159,15 @@ impl Weights {
         &self.device
     }
 
+    /// The type of tensors that are asked for here.
+    pub fn dtype(&self) -> DType {
+        let stored = match &*self.store {
+            Store::Files(_, dtype) | Store::Plan(_, dtype, _) | Store::Synthetic(dtype) => *dtype,
+            Store::Trainable { .. } | Store::Inventory(_) => DType::F32,
+        };
+        self.dtype.unwrap_or(stored)
+    }
+
     /// Every trainable tensor that was asked for so far; none unless the weights are trainable.
     pub fn vars(&self) -> BTreeMap<String, Var> {
         match &*self.store {
@@ -183,6 +194,7 @@ impl Weights {
     pub fn bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
+            let dtype = asked.dtype.unwrap_or(dtype);
             match matrices {
                 Matrices::Bytes if asked.matrix && Int8Matrix::supports(asked.shape[1]) => {
                     elements + 4 * asked.shape[0]
@@ -217,7 +229,8 @@ impl Weights {
         match &*self.store {
             Store::Inventory(asked) => {
                 let (dims, required) = (shape.dims().to_vec(), !self.unused);
-                lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init });
+                let dtype = self.dtype;
+                lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init, dtype });
                 placeholder(shape)
             }
             _ if self.unused => placeholder(shape),
@@ -241,7 +254,7 @@ impl Weights {
         match &*self.store {
             Store::Inventory(asked) => {
                 let required = !self.unused;
-                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init };
+                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init, dtype: None };
                 lock(asked).insert(self.key(name), wish);
                 placeholder(shape).map(WeightMatrix::Dense)
             }
@@ -276,6 +289,22 @@ impl Weights {
             }
             _ => self.get(shape, name, init).map(WeightMatrix::Dense),
         }
+    }
+
+    /// Every tensor that was asked of an [inventory](Self::inventory), as a GGUF file holds it: matrices in the blocks of these
+    /// weights, others in f32.
+    pub fn all_blocks(&self, asked: &Self) -> Result<Vec<(String, QTensor)>> {
+        let tensor = |(key, Asked { shape, matrix, init, .. }): (String, Asked)| {
+            if let (true, &[rows, columns]) = (matrix, &shape[..])
+                && let WeightMatrix::Blocks { blocks, .. } = self.matrix((rows, columns), &key, init)?
+                && let Some(blocks) = Arc::into_inner(blocks)
+            {
+                return Ok((key, blocks));
+            }
+            let tensor = self.get(shape, &key, init)?;
+            Ok((key, QTensor::quantize(&tensor, GgmlDType::F32)?))
+        };
+        asked.wishes().into_iter().map(tensor).collect()
     }
 
     /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.

@@ -58,7 +58,7 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     }
     let codec: Codec = of(&args.tokenizer).codec()?;
     let name = Path::new(&args.out).file_name().unwrap_or_default().to_string_lossy();
-    let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, codec.config().clone());
+    let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, codec.tokenflow()?.clone());
     let asked = Weights::inventory();
     Backbone::load(&asked, &config.backbone)?;
     let tied = config.backbone.tie_word_embeddings;

@@ -7,19 +7,22 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use clap::Args;
 use image::RgbImage;
 use serde::Serialize;
 
 use super::edit::EditArgs;
+use super::per_scale::PerScale;
 use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
-use crate::generate::{Batch, Event, Job, Model, Sampling};
+use crate::generate::{Batch, Event, Generator, Job, Sampling, sampler};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console, Level, Preview, Stop};
+use crate::tokenizer::Code;
 
 /// What to draw, in words.
 #[derive(Args, Clone, Debug, Default)]
@@ -48,15 +51,16 @@ pub struct DrawArgs {
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: a square, or like the image that is edited
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Guidance, as in VAR: how closely to follow the prompt; 0, not 1, turns it off [default: the model's]
+    /// Guidance: how closely to follow the prompt. As in VAR, where 0, not 1, turns it off; for Infinity as its authors have it,
+    /// where 1 is off, and a value for every scale will do: 4,4,3,... [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub cfg: Option<f64>,
+    pub cfg: Option<PerScale>,
     /// Guide the first N scales only; the others then take half the time [default: all]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub cfg_until: Option<usize>,
-    /// Sampling temperature; 0 always takes the likeliest code [default: the model's]
+    /// Sampling temperature, or one for every scale; 0 always takes the likeliest code [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub temperature: Option<f64>,
+    pub temperature: Option<PerScale>,
     /// Draw among the K likeliest codes [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
@@ -119,7 +123,7 @@ impl DrawArgs {
                 let message = format!("--cfg-until {n}, but the image has {scales} scales");
                 Err(Error::usage(message).hint(format!("--cfg-until {scales}")))
             }
-            Some(n) if sampling.cfg == 0.0 => {
+            Some(n) if !sampling.is_guided() => {
                 Err(Error::usage(format!("--cfg-until {n} without guidance guides nothing"))
                     .hint("--cfg 3, or leave it out"))
             }
@@ -187,10 +191,11 @@ impl<'a> Delivery<'a> {
     pub fn event(
         &mut self,
         event: &Event,
-        decode: impl FnOnce(&[Vec<u32>], &[(usize, usize)]) -> Result<RgbImage>,
+        decode: impl FnOnce(&[Vec<Code>], &[(usize, usize)]) -> Result<RgbImage>,
     ) -> ControlFlow<()> {
         if let (Event::Scale { codes, scales, drawn }, Some(preview)) = (event, &mut self.preview) {
-            let first = codes.iter().map(|codes| codes.get(0)?.to_vec1()).collect::<candle_core::Result<Vec<_>>>();
+            let first = |codes: &Tensor| sampler::to_host(&codes.narrow(0, 0, 1)?).map(|mut images| images.remove(0));
+            let first: Result<Vec<_>, sampler::Fault> = codes.iter().map(first).collect();
             // The last scale is the image itself.
             let partial = first.ok().filter(|codes| codes.len() < *drawn);
             if let Some(image) = partial.and_then(|codes| decode(&codes, scales).ok()) {
@@ -204,7 +209,7 @@ impl<'a> Delivery<'a> {
 
     /// Draws some jobs in one pass over every scale. They differ in prompt and seed alone. Gives their images, and the time that
     /// each took.
-    pub fn draw(&mut self, model: &Model, jobs: &[&Job]) -> Result<(Vec<RgbImage>, Duration)> {
+    pub fn draw(&mut self, model: &Generator, jobs: &[&Job]) -> Result<(Vec<RgbImage>, Duration)> {
         let Some(first) = jobs.first() else { return Ok(Default::default()) };
         let started = Instant::now();
         self.console.start(jobs.len() as u64);

@@ -13,6 +13,7 @@ use crate::chat::{ChatConfig, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::schedule;
 use crate::terminal::{self, Console};
+use crate::tokenizer::Code;
 use crate::{memory, pixels};
 
 /// Flags of `nextflow edit`.
@@ -49,10 +50,11 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let sources = pixels::open_all(&args.images, PIPE)?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
+    let model = request.config.nextflow()?;
     if args.free && request.sampling.cfg == 0.0 {
         return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
     }
-    let frame = Frame::of(&request.config, first.dimensions(), request.size)?;
+    let frame = Frame::of(model, first.dimensions(), request.size)?;
     args.draw.check_scales(&request.sampling, frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
@@ -90,7 +92,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
             guide_from_sources: !args.free,
         };
         let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&frame.scales), &mut |heard| {
-            let pixels = |codes: &[Vec<u32>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
+            let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
             match heard {
                 ReplyEvent::Drawing(event) => delivery.event(&event, pixels),
                 _ => delivery.stop.check(),

@@ -14,7 +14,10 @@ use crate::{input, pixels, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  nextflow encode photo.jpg -o codes.json && nextflow decode codes.json -o back.png")]
+#[command(
+    after_help = "Examples:\n  nextflow encode photo.jpg -o codes.json && nextflow decode codes.json -o back.png\n  \
+                        nextflow encode photo.jpg --model infinity_vae_d32reg.pth --size 512x512 -o bits.safetensors"
+)]
 pub struct EncodeArgs {
     /// PNG, JPEG or WebP; `-` reads standard input
     #[arg(value_name = "IMAGE")]
@@ -22,6 +25,9 @@ pub struct EncodeArgs {
     /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); what does not fit is cut off
     #[arg(long, default_value = "auto")]
     pub size: String,
+    /// Explicit token grids ROWSxCOLUMNS, coarse to fine, in place of --size (Infinity tokenizers)
+    #[arg(long, value_name = "1x1,2x2,...", conflicts_with = "size")]
+    pub scales: Option<String>,
     /// Write here, as safetensors if the name ends in .safetensors, else as JSON [default: JSON to standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
@@ -38,6 +44,7 @@ pub struct EncodeArgs {
 /// Runs `nextflow encode`.
 pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let size: Size = args.size.parse()?;
+    let scales = args.scales.as_deref().map(grids).transpose()?;
     let destination = match &args.output {
         Some(path) if !output::is_stdout(path) => Destination::File { path: path.clone(), force: args.force },
         _ if args.force => return Err(request::for_files("--force")),
@@ -51,13 +58,10 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let device = args.device.get()?;
     let image = pixels::open_or_read(&args.image, "nextflow gen \"a red apple\" -o - | nextflow encode -")?;
     let codec = args.model.codec()?;
-    let (image, scales) = codec.prepare(&image, size)?;
-    let (h, w) = (image.height() as usize, image.width() as usize);
-    let tokenizer = codec.load(&device)?;
-    let encoded = tokenizer.encode(&pixels::to_tensor(&[image.as_raw()], h, w, &device)?, &scales)?;
-    let codes = encoded.into_iter().next().map(|e| e.codes).unwrap_or_default();
-    let codebook_size = codec.config().codebook.size;
-    let codes = Codes { model: codec.name, codebook_size, scales, codes };
+    let (image, scales) = codec.prepare(&image, size, scales)?;
+    let codes = codec.encode(&image, &scales, &device)?;
+    let (space, model) = (codec.space(), codec.name);
+    let codes = Codes { model, space, scales, codes };
     let bytes =
         match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
             true => codes.to_safetensors()?,
@@ -69,4 +73,16 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
         Some(path) => terminal::emit_path(&path)?,
     };
     Ok(())
+}
+
+/// The grids (height, width) of `--scales`.
+fn grids(text: &str) -> Result<Vec<(usize, usize)>> {
+    let grid = |grid: &str| {
+        let (h, w) = grid.split_once('x')?;
+        let side = |side: &str| side.parse::<usize>().ok().filter(|_| side.bytes().all(|b| b.is_ascii_digit()));
+        Some((side(h)?, side(w)?))
+    };
+    text.split(',').map(grid).collect::<Option<_>>().ok_or_else(|| {
+        Error::usage(format!("--scales {text} is no list of grids")).hint("--scales 1x1,2x2,4x4,6x6,8x8,12x12,16x16")
+    })
 }

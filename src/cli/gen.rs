@@ -7,13 +7,14 @@ use clap::Args;
 
 use super::draw::{Delivery, DrawArgs, PromptArgs};
 use super::jobs::{self, JobsArgs};
+use super::per_scale::PerScale;
 use super::plan::Plan;
 use super::request::{self, Request};
 use super::think;
 use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
-use crate::generate::cost::{self, Memory, Work};
-use crate::generate::{Job, Model, TRANSFORMER, tokenflow};
+use crate::generate::cost::{Memory, Work};
+use crate::generate::{Generator, GeneratorConfig, Guidance, Job, TRANSFORMER, tokenflow};
 use crate::settings::{self, Settings};
 use crate::terminal::{self, Console};
 use crate::{input, memory};
@@ -47,6 +48,13 @@ pub struct GenArgs {
     /// Draw every scale but the first in N passes, 1 to 3, of which later ones see what the one before drew: TokenFlow-t2i alone
     #[arg(long, value_name = "N", conflicts_with = "think", value_parser = clap::value_parser!(u8).range(1..=3), allow_negative_numbers = true)]
     pub passes: Option<u8>,
+    /// Guide within the network, before its last K blocks, in place of on the logits, or several times: Infinity alone
+    #[arg(long, value_name = "K", value_delimiter = ',', conflicts_with = "think")]
+    pub cfg_layers: Vec<usize>,
+    /// Features of prompts (safetensors, one tensor a prompt): those in FILE, or in a file each in a folder, are not encoded again,
+    /// and others are added to them: Infinity alone
+    #[arg(long, value_name = "FILE", conflicts_with = "think")]
+    pub text_features: Option<PathBuf>,
     /// Draw N images in one pass over every scale, which takes more memory; meant for GPUs
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "think", allow_negative_numbers = true)]
     pub batch: u64,
@@ -99,15 +107,20 @@ fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
     if draw.size == "auto" {
         draw.size = old.size.clone();
     }
-    draw.cfg = draw.cfg.or(Some(old.cfg));
-    args.negative = args.negative.or(old.negative.clone().map(OsString::from).filter(|_| draw.cfg != Some(0.0)));
-    draw.temperature = draw.temperature.or(Some(old.temperature));
-    if draw.temperature != Some(0.0) {
+    draw.cfg = draw.cfg.take().or(Some(PerScale::of(old.cfg, &old.cfg_scales)));
+    let off: &[f64] = if old.guidance == Guidance::Ramp { &[0.0] } else { &[0.0, 1.0] };
+    let guided = !draw.cfg.as_ref().is_some_and(|cfg| cfg.is_all(off));
+    args.negative = args.negative.or(old.negative.clone().map(OsString::from).filter(|_| guided));
+    draw.temperature = draw.temperature.take().or(Some(PerScale::of(old.temperature, &old.temperature_scales)));
+    if !draw.temperature.as_ref().is_some_and(|temperature| temperature.is_all(&[0.0])) {
         draw.top_k = draw.top_k.or(old.top_k);
         draw.top_p = draw.top_p.or(Some(old.top_p));
     }
     // Without guidance there is nothing to end.
-    draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| draw.cfg != Some(0.0)));
+    draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| guided));
+    if args.cfg_layers.is_empty() {
+        args.cfg_layers = old.cfg_layers.clone();
+    }
     args.draft = args.draft.or(old.draft).or(Some(0));
     args.passes = args.passes.or(old.passes);
     Ok((args, old))
@@ -130,19 +143,20 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         _ => e,
     })?;
     // Of a PNG by another model what does not fit this one is left out.
-    args.passes = typed.passes.or(args.passes.filter(|_| tokenflow::takes_passes(&request.config)));
+    args.passes = typed.passes.or(args.passes.filter(|_| takes_passes(&request.config)));
     args.set_passes(&mut request)?;
+    args.set_features(&mut request)?;
     if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
     let scales = match old {
         // Several ratios share a last grid, and with it a size in pixels.
         Some(old) if typed.draw.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
-        _ => request.size.grids(&request.config)?,
+        _ => request.config.grids(request.size)?,
     };
     set_negative(&args, &mut request, scales.len())?;
     if !args.think {
-        request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
+        request.sampling.draft = args.draft.unwrap_or(request.config.sampling().draft);
     }
     request.sampling.check(scales.len())?;
     args.draw.check_scales(&request.sampling, scales.len())?;
@@ -158,11 +172,14 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     let (args, request, scales) = checked(args)?;
     let preview = args.draw.preview()?;
     let (json, batch) = (args.draw.json, batch(&args, request.images() as usize)?);
+    if args.think {
+        request.config.nextflow()?;
+    }
     let thinking = args.think.then(|| ChatConfig::read(&request.source)).transpose()?;
     if args.draw.dry_run {
         let size = request.config.pixels(&scales);
         let Some(config) = &thinking else {
-            Model::check(&request.source, &request.config)?;
+            request.config.check(&request.source, args.text_features.as_deref())?;
             let memory = forecast(&request, &scales, batch)?;
             return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
         };
@@ -184,15 +201,21 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     delivery.preview = preview;
     match thinking {
         Some(config) => think::run(delivery, config, &scales),
-        None => draw(delivery, &scales, batch),
+        None => draw(delivery, &scales, batch, args.text_features.as_deref()),
     }
 }
 
 /// Draws what was asked for, so many images at once.
-fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize) -> Result<()> {
+fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, features: Option<&Path>) -> Result<()> {
     let request = delivery.request;
-    let load = || Model::load(&request.source, &request.device, request.weights);
+    let prompts: Vec<&str> = request.prompts.iter().chain(&request.negative).map(String::as_str).collect();
+    let Request { source, config, device, weights, .. } = request;
+    let load = || Generator::load(source, config, (device, *weights), &prompts, features);
     let model = delivery.console.load(&request.model, load)?;
+    if let Generator::Infinity(model) = &model {
+        let seconds = model.encoding().as_secs_f64();
+        delivery.console.detail(&format!("of that, {seconds:.2} s for the text encoder to read the prompts"));
+    }
     if delivery.console.is_verbose() {
         let unknown = request.config.compare(&request.source)?.1.unknown;
         if let Some(first) = unknown.first() {
@@ -216,13 +239,47 @@ fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize) -> Resu
     }
 }
 
+/// Whether a model may draw a scale in several passes.
+fn takes_passes(config: &GeneratorConfig) -> bool {
+    matches!(config, GeneratorConfig::NextFlow(config) if tokenflow::takes_passes(config))
+}
+
 impl GenArgs {
     /// Takes the filters of so many passes where neither flags nor lines tell others.
     pub(super) fn set_passes(&self, request: &mut Request) -> Result<()> {
         let Some(passes) = self.passes else { return Ok(()) };
-        tokenflow::set_passes(&mut request.config, passes.into())?;
-        request.sampling = request::sampling(&self.draw, request.config.sampling.clone());
+        match &mut request.config {
+            GeneratorConfig::NextFlow(config) => tokenflow::set_passes(config, passes.into())?,
+            GeneratorConfig::Infinity(_) if passes == 1 => {}
+            GeneratorConfig::Infinity(setup) => {
+                let message = format!("{} draws every scale in one pass: --passes is for TokenFlow-t2i", setup.name);
+                return Err(Error::usage(message).hint("leave out --passes, or --model ByteVisionLab/TokenFlow-t2i"));
+            }
+        }
+        request.sampling = request::sampling(&self.draw, request.config.sampling().clone());
         Ok(())
+    }
+
+    /// Takes what is for Infinity alone.
+    ///
+    /// Errors: usage, for another model.
+    pub(super) fn set_features(&self, request: &mut Request) -> Result<()> {
+        let flag = match &request.config {
+            GeneratorConfig::Infinity(setup) => {
+                let depth = setup.transformer.depth;
+                if let Some(layer) = self.cfg_layers.iter().find(|&&layer| layer >= depth) {
+                    let message = format!("--cfg-layers {layer}, but the transformer has {depth} blocks");
+                    return Err(Error::usage(message).hint(format!("--cfg-layers {}", depth - 1)));
+                }
+                request.sampling.cfg_layers.clone_from(&self.cfg_layers);
+                return Ok(());
+            }
+            _ if self.text_features.is_some() => "--text-features FILE",
+            _ if !self.cfg_layers.is_empty() => "--cfg-layers K",
+            _ => return Ok(()),
+        };
+        Err(Error::usage(format!("{flag} is for Infinity, this is {}", request.model))
+            .hint("leave it out, or --model FoundationVision/Infinity:2b"))
     }
 }
 
@@ -247,5 +304,5 @@ pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
     let Request { config, source, weights, sampling, device, tokens, .. } = request;
-    cost::memory(config, source, *weights, Work { scales, images: batch, words: *tokens, sampling }, device)
+    config.memory(source, *weights, Work { scales, images: batch, words: *tokens, sampling }, device)
 }

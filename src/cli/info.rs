@@ -7,12 +7,16 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::chat::{self, ChatConfig};
-use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source};
+use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source, Weights};
 use crate::codec;
 use crate::error::{Error, Result};
+use crate::generate::infinity::{self, InfinitySetup, Variant};
 use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
+use crate::infinity::{Infinity, InfinityConfig};
 use crate::input::quoted;
+use crate::t5::TextEncoder;
 use crate::terminal;
+use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig};
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -20,8 +24,8 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt or .gguf) [default: what NEXTFLOW_MODEL names, else the model
-    /// inside the program]
+    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what
+    /// NEXTFLOW_MODEL names, else the model inside the program]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON in place of text
@@ -51,22 +55,10 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
     let named = || std::env::var_os("NEXTFLOW_MODEL").filter(|name| !name.is_empty()).map(PathBuf::from);
     let info = match &args.path.clone().or_else(named) {
         Some(path) if path == Path::new(NANO) && !path.exists() => of_model(&Source::Embedded)?,
-        Some(path) if !path.is_dir() => of_weights(&Inventory::open(path)?)?,
-        Some(path) => match config(path)? {
-            Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
-            Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
-            Some(config) if chat::other_family(&config).is_some() => of_family(path, &config)?,
-            None if is_whole(path) => {
-                return Err(Error::model(format!("{} holds a model, but config.json is missing", path.display()))
-                    .hint(format!("copy it from its origin; nextflow info {}", quoted(&path.join(TRANSFORMER)))));
-            }
-            _ => match Inventory::open(path)? {
-                none if none.files().is_empty() => {
-                    return Err(Error::model(format!("{} holds no weights", path.display()))
-                        .hint("name a folder or file with .safetensors, .pt or .gguf"));
-                }
-                weights => of_weights(&weights)?,
-            },
+        Some(path) => match (infinity_at(path)?, path.is_dir()) {
+            (Some(source), _) => of_infinity(&source)?,
+            (None, false) => of_weights(&Inventory::open(path)?)?,
+            (None, true) => of_folder(path)?,
         },
         None => of_model(&Source::Embedded)?,
     };
@@ -75,6 +67,53 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         false => terminal::emit(info.text().as_bytes())?,
     };
     info.check()
+}
+
+/// A folder that is not Infinity's.
+fn of_folder(path: &Path) -> Result<Info> {
+    match config(path)? {
+        Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.into())),
+        Some(config) if is_model(&config) => of_model(&Source::Folder(path.into())),
+        Some(config) if chat::other_family(&config).is_some() => of_family(path, &config),
+        None if is_whole(path) => {
+            Err(Error::model(format!("{} holds a model, but config.json is missing", path.display()))
+                .hint(format!("copy it from its origin; nextflow info {}", quoted(&path.join(TRANSFORMER)))))
+        }
+        _ => match Inventory::open(path)? {
+            none if none.files().is_empty() => Err(Error::model(format!("{} holds no weights", path.display()))
+                .hint("name a folder or file with .safetensors, .pt, .pth or .gguf")),
+            weights => of_weights(&weights),
+        },
+    }
+}
+
+/// The model of Infinity at a path, which may name one of several behind a colon; nothing if there is none.
+fn infinity_at(path: &Path) -> Result<Option<Source>> {
+    let text = path.to_string_lossy();
+    let (folder, choice) = if path.exists() {
+        (path, None)
+    } else {
+        let (folder, choice) = infinity::split(&text);
+        (Path::new(folder), choice)
+    };
+    if !folder.is_dir() {
+        return Ok(None);
+    }
+    match choice.is_none() && config(folder)?.is_some_and(|config| infinity::is_config(&config)) {
+        true => Ok(Some(Source::Folder(folder.into()))),
+        false => infinity::in_folder(folder, choice, super::model::text_encoder().as_deref()),
+    }
+}
+
+/// Infinity's files.
+fn of_infinity(source: &Source) -> Result<Info> {
+    let config = InfinitySetup::read(source)?;
+    let (files, fit) = config.compare(source)?;
+    let words = match &config.text {
+        Some(_) => TextEncoder::words(source).map(Some)?,
+        None => None,
+    };
+    Ok(Info { family: config.name.clone(), config: Some(config.to_json()), files, words: Some(words), fit: Some(fit) })
 }
 
 /// A folder's config, if there is one.
@@ -129,6 +168,23 @@ fn of_model(source: &Source) -> Result<Info> {
 /// Weights without a config of ours, by their keys.
 fn of_weights(inventory: &Inventory) -> Result<Info> {
     let files = inventory.files();
+    if let Some(config) = BitTokenizerConfig::of_weights(inventory) {
+        let asked = Weights::inventory();
+        BitEncoder::load(&asked, &config)?;
+        BitDecoder::load(&asked, &config)?;
+        let fit = Some(inventory.compare(&asked));
+        let family = format!("Infinity image tokenizer {}", bit_names(&config));
+        let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+        return Ok(Info { family, config: Some(config), files, words: None, fit });
+    }
+    if InfinityConfig::is(inventory) {
+        let shape = InfinityConfig::of(inventory, "the file")?;
+        let asked = Weights::inventory();
+        Infinity::load(&asked, &shape)?;
+        let name = Variant::of_shape(&shape).map_or("Infinity", |variant| variant.title);
+        let (family, fit) = (format!("{name}, the transformer"), Some(inventory.compare(&asked)));
+        return Ok(Info { family, config: None, files, words: None, fit });
+    }
     if inventory.has("quantize.embedding_vqgan.weight") {
         let (preset, fit) = codec::nearest(inventory)?;
         let config = serde_json::to_value(&preset.config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
@@ -150,6 +206,17 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         _ => "weights of no family that is known here",
     };
     Ok(Info { family: family.into(), config: None, files, words: None, fit: None })
+}
+
+/// The public tokenizers of a shape, the transformers that need them, and the shape of their codes.
+fn bit_names(config: &BitTokenizerConfig) -> String {
+    let named = |preset: BitPreset| match preset.transformer {
+        Some(transformer) => format!("{} (of {transformer})", preset.name),
+        None => preset.name.to_string(),
+    };
+    let names: Vec<String> = BitPreset::of(config).into_iter().map(named).collect();
+    let names = if names.is_empty() { "of a shape of its own".to_string() } else { names.join(" or ") };
+    format!("{names}: {} bits for a token of {} pixels", config.bits.per_token(), config.cell())
 }
 
 impl Info {
@@ -183,6 +250,16 @@ impl Info {
                 number("num_key_value_heads"),
                 number("vocab_size"),
                 number("codebook_size")
+            ));
+        }
+        if let Some(transformer) = self.config.as_ref().and_then(|c| c.get("transformer")) {
+            let number = |key: &str| transformer.get(key).map(ToString::to_string).unwrap_or_default();
+            line(format!(
+                "  transformer: {} blocks, {} wide, {} heads, {} bits a token",
+                number("depth"),
+                number("width"),
+                number("heads"),
+                number("bits")
             ));
         }
         for f in &self.files {

@@ -11,7 +11,6 @@ use super::request::{self, Request};
 use crate::error::{Error, Result};
 use crate::generate::Job;
 use crate::output::{self, Destination, slug};
-use crate::size::Size;
 use crate::{input, settings, terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
@@ -210,9 +209,10 @@ impl<'a> Jobs<'a> {
         flags.top_k = line.top_k.or(flags.top_k);
         flags.top_p = line.top_p.or(flags.top_p);
         request::check_sampler(&flags)?;
-        let scales = flags.size.parse::<Size>()?.grids(&request.config)?;
-        let usual = &request.config.sampling;
+        let scales = request.config.grids(flags.size.parse()?)?;
+        let usual = request.config.sampling();
         let mut sampling = request::sampling(&flags, usual.clone());
+        sampling.cfg_layers.clone_from(&request.sampling.cfg_layers);
         if let Some(key) = request::without_effect(line.top_k, line.top_p, &sampling) {
             let key = key.replace('-', "_");
             return Err(

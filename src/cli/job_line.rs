@@ -6,6 +6,7 @@ use std::fmt;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
+use super::per_scale::PerScale;
 use crate::error::{Error, Result};
 
 /// What a line looks like.
@@ -20,9 +21,9 @@ pub(super) struct Line {
     pub out: Option<String>,
     pub seed: Option<u64>,
     pub size: Option<String>,
-    pub cfg: Option<f64>,
+    pub cfg: Option<PerScale>,
     pub cfg_until: Option<usize>,
-    pub temperature: Option<f64>,
+    pub temperature: Option<PerScale>,
     pub top_k: Option<usize>,
     pub top_p: Option<f64>,
     pub draft: Option<usize>,
@@ -80,8 +81,8 @@ impl Line {
             "cfg_until" => self.cfg_until = Some(small(key, &value)?),
             "top_k" => self.top_k = Some(small(key, &value)?),
             "draft" => self.draft = Some(small(key, &value)?),
-            "cfg" => self.cfg = Some(number(key, &value)?),
-            "temperature" => self.temperature = Some(number(key, &value)?),
+            "cfg" => self.cfg = Some(numbers(key, value)?),
+            "temperature" => self.temperature = Some(numbers(key, value)?),
             _ => self.top_p = Some(number(key, &value)?),
         }
         Ok(())
@@ -102,6 +103,15 @@ fn text(key: &str, value: Value) -> Result<String, String> {
         Value::String(text) => Ok(text),
         other => Err(format!("{key} is text in double quotes, not {}", shown(&other))),
     }
+}
+
+/// A number, or one for every scale.
+fn numbers(key: &str, value: Value) -> Result<PerScale, String> {
+    if !value.is_array() {
+        return number(key, &value).map(|number| PerScale::of(number, &[]));
+    }
+    let wrong = format!("{key} is a number, or a list of one for every scale, not {}", shown(&value));
+    serde_json::from_value(value).map_err(|_| wrong)
 }
 
 fn number(key: &str, value: &Value) -> Result<f64, String> {
@@ -206,7 +216,8 @@ mod tests {
             br#"{"prompt": "x", "seed": 7.0, "top_k": 1e3, "id": 12, "cfg": 3, "negative": null, "draft": 0.0}"#,
         );
         let line = line.unwrap();
-        assert_eq!((line.seed, line.top_k, line.id.as_deref(), line.cfg), (Some(7), Some(1000), Some("12"), Some(3.0)));
+        assert_eq!((line.seed, line.top_k, line.id.as_deref()), (Some(7), Some(1000), Some("12")));
+        assert_eq!(line.cfg, Some(PerScale::of(3.0, &[])));
         assert_eq!((line.negative, line.draft, line.out), (None, Some(0), None));
         let id = |id: &str| Line::parse(format!(r#"{{"prompt": "x", "id": {id}}}"#).as_bytes()).unwrap().id.unwrap();
         assert_eq!([id("7.0"), id("2.5"), id("-3"), id("\"a\"")], ["7", "2.5", "-3", "a"]);

@@ -12,10 +12,9 @@ use super::r#gen::{self, GenArgs};
 use super::job_file::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
 use super::request::Request;
 use crate::error::{Error, Kind, Result};
-use crate::generate::cost::{self, Memory, Work};
-use crate::generate::{Job, Model, TRANSFORMER, schedule};
+use crate::generate::cost::{Memory, Work};
+use crate::generate::{Generator, Job, TRANSFORMER, schedule};
 use crate::output::Destination;
-use crate::size::Size;
 use crate::terminal::{self, Console};
 use crate::{input, memory, output};
 
@@ -142,7 +141,8 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     }
     let mut request = Request::of_jobs(&args.draw)?;
     args.set_passes(&mut request)?;
-    let usual = args.draw.size.parse::<Size>()?.grids(&request.config)?;
+    args.set_features(&mut request)?;
+    let usual = request.config.grids(args.draw.size.parse()?)?;
     r#gen::set_negative(args, &mut request, usual.len())?;
     let request = &request;
     let batch = r#gen::batch(args, usize::MAX)?;
@@ -171,9 +171,12 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     {
         return Err(fault.error);
     }
-    let work = forecast(request, &all, batch.min(all.len().max(1)), &usual)?;
+    let mut work = forecast(request, &all, batch.min(all.len().max(1)), &usual)?;
+    if !wait {
+        work.keep_text();
+    }
     if args.draw.dry_run {
-        Model::check(&request.source, &request.config)?;
+        request.config.check(&request.source, args.text_features.as_deref())?;
         plan(request, &all, there, work, args.draw.json)?;
         let faults = || all.iter().filter_map(|next| next.as_ref().err());
         faults().for_each(|fault| terminal::report(&fault.error));
@@ -198,7 +201,11 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     memory::check(work.peak(), &request.device, "a smaller --batch, --quant q8_0, or --quant q4_K")?;
     let mut console = Console::new(args.draw.level(), (all.len() - there).max(1) as u64);
     let stop = terminal::interrupts()?;
-    let load = || Model::load(&request.source, &request.device, request.weights);
+    let drawn = || all.iter().flatten().filter(|task| !task.there).map(|task| &task.job);
+    let prompts: Vec<&str> =
+        drawn().flat_map(|job| job.negative.iter().chain(Some(&job.prompt))).map(String::as_str).collect();
+    let Request { source, config, device, weights, .. } = request;
+    let load = || Generator::load(source, config, (device, *weights), &prompts, args.text_features.as_deref());
     let model = console.load(&request.model, load)?;
     if !wait {
         console.clear();
@@ -246,7 +253,7 @@ fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, 
 
 /// Draws some jobs in one pass over every scale and keeps what comes; `Break` when nobody wants more.
 fn draw(
-    model: &Model,
+    model: &Generator,
     group: &[Task],
     &Reading { name, folder, resume, force, .. }: &Reading,
     delivery: &mut Delivery,
@@ -303,7 +310,7 @@ fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual
     let words = tasks().map(|task| task.tokens).max().unwrap_or(0).max(request.tokens);
     let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
     let work = Work { scales, images, words, sampling };
-    cost::memory(&request.config, &request.source, request.weights, work, &request.device)
+    request.config.memory(&request.source, request.weights, work, &request.device)
 }
 
 fn plan(request: &Request, all: &[Result<Task, Fault>], there: usize, memory: Memory, json: bool) -> Result<()> {

@@ -127,17 +127,7 @@ impl Lines {
             (_, 0) => "> ".to_string(),
             (_, n) => format!("[{n} image{}] > ", if n > 1 { "s" } else { "" }),
         };
-        let mut line = editor.readline(&prompt);
-        if is_no_text(&line) {
-            // The rest of the line belongs to what cannot be read.
-            while is_no_text(&line) {
-                line = editor.readline(&prompt);
-            }
-            if line.is_ok() {
-                return Err(Error::usage("the line is not UTF-8").hint("say it again, or set the terminal to UTF-8"));
-            }
-        }
-        match line {
+        match editor.readline(&prompt) {
             Ok(line) => {
                 if line.len() <= MAX_MESSAGE {
                     let _ = editor.add_history_entry(&line);
@@ -146,14 +136,13 @@ impl Lines {
             }
             Err(ReadlineError::Interrupted) => Ok(Line::Dropped),
             Err(ReadlineError::Eof) => Ok(Line::End),
+            // What was typed ahead goes with the line.
+            Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                Err(Error::usage("the line is not UTF-8").hint("say it again, with the terminal set to UTF-8"))
+            }
             Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
         }
     }
-}
-
-/// Whether bytes were typed that are no UTF-8.
-fn is_no_text(line: &rustyline::Result<String>) -> bool {
-    matches!(line, Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData)
 }
 
 /// A line of standard input; the rest of one that is too long is passed over.

@@ -16,6 +16,8 @@ mod edit;
 mod encode;
 mod eval;
 mod r#gen;
+#[cfg(feature = "hub")]
+mod infinity_hub;
 mod info;
 mod job_file;
 mod job_line;
@@ -24,6 +26,7 @@ mod lines;
 mod model;
 #[cfg(feature = "hub")]
 mod models;
+mod per_scale;
 mod plan;
 mod quantize;
 mod repl;
@@ -223,13 +226,14 @@ fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
         error.kind() == ErrorKind::UnknownArgument
             && ["nextflow gen", "nextflow edit", "nextflow chat"].contains(&&*command)
     });
-    let hint = match (tip, unknown.and_then(|arg| typed.iter().find(|typed| typed.starts_with(&arg)))) {
-        (Some(tip), _) => tip.into(),
-        (None, Some(words)) => {
-            format!("{command} --help, or if these are words: {command} -- {}", input::quoted_words(words))
-        }
-        (None, None) => format!("{command} --help"),
-    };
+    let hint =
+        match (tip, unknown.and_then(|arg| typed.iter().find(|typed| typed.len() > 2 && typed.starts_with(&arg)))) {
+            (Some(tip), _) => tip.into(),
+            (None, Some(words)) => {
+                format!("{command} --help, or if these are words: {command} -- {}", input::quoted_words(words))
+            }
+            (None, None) => format!("{command} --help"),
+        };
     Error::usage(sentence.split_whitespace().collect::<Vec<_>>().join(" ")).hint(hint)
 }
 

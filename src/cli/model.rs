@@ -1,6 +1,6 @@
 //! `--model` and `--offline`: which model a command uses.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 #[cfg(feature = "hub")]
@@ -8,16 +8,18 @@ use clap::builder::FalseyValueParser;
 
 use crate::checkpoint::Source;
 use crate::codec::Codec;
-use crate::error::Result;
+use crate::error::{Error, Result};
 #[cfg(feature = "hub")]
-use crate::generate::{TRANSFORMER, tokenflow};
+use crate::generate::tokenflow;
+use crate::generate::{TRANSFORMER, infinity};
 #[cfg(feature = "hub")]
 use crate::hub;
 
 /// Which model to use.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
-    /// A model folder, or OWNER/NAME of the Hugging Face hub [default: the model inside the program]
+    /// A model folder, or OWNER/NAME of the Hugging Face hub; of several models in one place, one behind a colon:
+    /// FoundationVision/Infinity:2b [default: the model inside the program]
     #[arg(long, value_name = "FOLDER|ID", env = "NEXTFLOW_MODEL")]
     pub model: Option<String>,
     /// Download nothing: a model of the hub has to be in the cache
@@ -36,20 +38,43 @@ impl ModelArgs {
     ///
     /// Errors: [`crate::error::Kind::Model`] if there is no such model, and those of a download.
     pub fn source(&self) -> Result<Source> {
+        let Some(name) = self.name() else { return Source::parse(None) };
+        // A path may hold a colon of its own.
+        let (base, choice) = if Path::new(name).exists() { (name, None) } else { infinity::split(name) };
         #[cfg(feature = "hub")]
-        if let Some(id) = self.name().and_then(hub_id) {
-            return self.fetch(&id);
+        if let Some(id) = hub_id(base)? {
+            return match id.is(infinity::HUB) {
+                true => super::infinity_hub::fetch(&id, choice, self.offline),
+                false if choice.is_some() => Err(no_choice(base)),
+                false => self.fetch(&id),
+            };
         }
-        Source::parse(self.name())
+        let source = Source::parse(Some(base))?;
+        let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
+        // Ours says what it is; the public ones have none, or one that says nothing.
+        if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
+            return Ok(source);
+        }
+        match infinity::in_folder(folder, choice, text_encoder().as_deref())? {
+            Some(parts) => Ok(parts),
+            None if choice.is_some() => Err(no_choice(base)),
+            None => Ok(source),
+        }
     }
 
-    /// The image tokenizer of the model, or the one in a file of its own.
+    /// The image tokenizer of the model, or the one in a file of its own, or the only one of
+    /// Infinity in a folder.
     ///
     /// Errors: as [`Self::source`].
     pub fn codec(&self) -> Result<Codec> {
-        match self.name().map(Path::new).filter(|path| path.is_file()) {
-            Some(file) => Codec::of_file(file),
-            None => Codec::of_model(self.source()?),
+        match self.name().map(Path::new) {
+            Some(file) if file.is_file() => Codec::of_file(file),
+            // A folder with nothing but image tokenizers is no model.
+            Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => match Codec::of_folder(folder)? {
+                Some(codec) => Ok(codec),
+                None => Codec::of_model(self.source()?),
+            },
+            _ => Codec::of_model(self.source()?),
         }
     }
 
@@ -67,10 +92,35 @@ impl ModelArgs {
     }
 }
 
-/// What looks like an id of the hub and is nothing on the disk.
+/// The error of a model that is none of several.
+fn no_choice(name: &str) -> Error {
+    Error::usage(format!("{name} holds one model: what is behind its colon names none")).hint(format!("--model {name}"))
+}
+
+/// Infinity's text encoder in the cache of the hub, if it is there.
+pub(super) fn text_encoder() -> Option<PathBuf> {
+    #[cfg(feature = "hub")]
+    return hub::Cache::from_env().ok()?.snapshot(&infinity::TEXT_HUB.parse().ok()?);
+    #[cfg(not(feature = "hub"))]
+    None
+}
+
+/// The model of the hub that `name` is, if it is nothing on the disk: OWNER/NAME, or an address of the hub.
+///
+/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`] for a name in a folder
+/// that is there and has no such model.
 #[cfg(feature = "hub")]
-fn hub_id(name: &str) -> Option<hub::Id> {
-    let parent = Path::new(name).parent().filter(|p| !p.as_os_str().is_empty());
-    let here = Path::new(name).exists() || parent.is_some_and(Path::is_dir);
-    if here { None } else { name.parse().ok() }
+fn hub_id(name: &str) -> Result<Option<hub::Id>> {
+    if Path::new(name).exists() {
+        return Ok(None);
+    }
+    if name.contains("://") {
+        return name.parse().map(Some);
+    }
+    let Ok(id) = name.parse::<hub::Id>() else { return Ok(None) };
+    match Path::new(name).parent().filter(|p| !p.as_os_str().is_empty() && p.is_dir()) {
+        Some(folder) => Err(Error::model(format!("the folder {} has no model {name}", folder.display()))
+            .hint(format!("--model hf://{id} takes the one of the hub; nextflow models list shows what is here"))),
+        None => Ok(Some(id)),
+    }
 }

@@ -1,13 +1,12 @@
 //! `nextflow models`: the models that are here, and how to get, check and remove others.
 
-use std::io::Write;
-
 use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 
 use crate::checkpoint::{NANO, Source};
-use crate::error::{Error, Result};
-use crate::hub::{Cache, Cached, Client, Id};
+use crate::error::{Error, Kind, Result};
+use crate::generate::infinity;
+use crate::hub::{Cache, Cached, Client, Event, Id, size};
 use crate::terminal;
 
 /// Flags of `nextflow models`.
@@ -25,25 +24,31 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Download a model, or go on with a download
+    /// Download what is needed of a model, or go on with a download
     Pull {
-        /// OWNER/NAME, or OWNER/NAME@REVISION
-        id: Id,
+        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page; FoundationVision/Infinity:2b for one of several
+        #[arg(value_name = "ID")]
+        model: String,
+        /// Download these files of it, and the small ones beside them
+        #[arg(value_name = "FILE")]
+        files: Vec<String>,
         #[arg(long, hide = true, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
         offline: bool,
         /// Say nothing but results and errors
         #[arg(short, long)]
         quiet: bool,
     },
-    /// Check the files of a model against their SHA-256
+    /// Check the files of a model against their hashes
     Verify {
         /// OWNER/NAME
-        id: Id,
+        #[arg(value_name = "ID")]
+        model: String,
     },
     /// Remove a model from the cache
     Rm {
         /// OWNER/NAME
-        id: Id,
+        #[arg(value_name = "ID")]
+        model: String,
     },
 }
 
@@ -52,20 +57,30 @@ pub(super) fn run(args: &ModelsArgs) -> Result<()> {
     let cache = Cache::from_env()?;
     match &args.action {
         Action::List { json } => list(&cache, *json),
-        Action::Pull { id, offline: true, .. } => {
-            Err(Error::usage(format!("{id} is to be downloaded, but HF_HUB_OFFLINE or --offline forbids it"))
-                .hint(format!("HF_HUB_OFFLINE=0 nextflow models pull {id}")))
-        }
-        Action::Pull { id, quiet, .. } => {
-            let folder = Client::from_env().pull(id, None, &cache, &mut progress(*quiet)?)?;
-            terminal::emit_path(&folder).map(drop)
-        }
-        Action::Verify { id } => verify(&cache, id),
-        Action::Rm { id } => {
-            let bytes = cache.remove(id)?;
+        Action::Pull { model, files, offline, quiet } => pull(&cache, model, files, *offline, *quiet),
+        Action::Verify { model } => verify(&cache, &model.parse()?),
+        Action::Rm { model } => {
+            let id: Id = model.parse()?;
+            let bytes = cache.remove(&id)?;
             terminal::emit(format!("removed {id}, {} freed\n", size(bytes)).as_bytes()).map(drop)
         }
     }
+}
+
+fn pull(cache: &Cache, model: &str, files: &[String], offline: bool, quiet: bool) -> Result<()> {
+    let (name, choice) = infinity::split(model);
+    let (id, file) = Id::with_file(name)?;
+    if offline {
+        return Err(Error::usage(format!("{id} is to be downloaded, but HF_HUB_OFFLINE or --offline forbids it"))
+            .hint(format!("HF_HUB_OFFLINE=0 nextflow models pull {id}")));
+    }
+    let files: Vec<String> = files.iter().cloned().chain(file).collect();
+    // It holds several models, of which nobody wants all.
+    if id.is(infinity::HUB) && files.is_empty() {
+        return super::infinity_hub::fetch(&id, choice, false).map(drop);
+    }
+    let folder = Client::from_env()?.pull(&id, &files, cache, &mut progress(quiet)?)?;
+    terminal::emit_path(&folder).map(drop)
 }
 
 fn list(cache: &Cache, json: bool) -> Result<()> {
@@ -90,37 +105,50 @@ fn list(cache: &Cache, json: bool) -> Result<()> {
 }
 
 fn verify(cache: &Cache, id: &Id) -> Result<()> {
-    let verdict = cache.verify(id)?;
+    let verdict = cache.verify(id, &mut progress(false)?)?;
     let bad: Vec<String> = verdict.corrupt.iter().chain(&verdict.missing).map(|p| p.display().to_string()).collect();
     if !bad.is_empty() {
         return Err(Error::model(format!("{id} is damaged: {}", bad.join(", ")))
             .hint(format!("nextflow models rm {id} && nextflow models pull {id}")));
     }
-    let text = format!("{id}: {} files sound, {} without a hash\n", verdict.sound, verdict.unhashed);
+    if verdict.sound == 0 {
+        let why = match verdict.unhashed {
+            0 => "the cache has no files of it".to_string(),
+            n => format!("{n} files lie in the cache without the hash that the hub states of them"),
+        };
+        return Err(Error::new(Kind::Failure, format!("nothing of {id} could be checked: {why}"))
+            .hint(format!("nextflow models rm {id} && nextflow models pull {id}")));
+    }
+    let text = match verdict.unhashed {
+        0 => format!("{id}: {} files sound\n", verdict.sound),
+        n => format!("{id}: {} files sound, {n} without a hash could not be checked\n", verdict.sound),
+    };
     terminal::emit(text.as_bytes()).map(drop)
 }
 
-/// Tells on stderr how a download goes, a line for every tenth of a file; Ctrl-C breaks it off.
-pub(super) fn progress(quiet: bool) -> Result<impl FnMut(&str, u64, u64) -> Result<()>> {
+/// Prints on stderr how a download goes: what it waits for, and a line for every tenth of a file; Ctrl-C breaks it off.
+pub(super) fn progress(quiet: bool) -> Result<impl FnMut(Event) -> Result<()>> {
     let stop = terminal::interrupts()?;
     let mut last = (String::new(), 0);
-    Ok(move |name: &str, done: u64, all: u64| {
+    Ok(move |event: Event| {
         if stop.check().is_break() {
             return Err(terminal::interrupted());
         }
-        let tenth = done * 10 / all.max(1);
-        if !quiet && (last.0 != name || last.1 != tenth) {
-            last = (name.into(), tenth);
-            let _ = writeln!(std::io::stderr(), "{}: {} of {}", terminal::clean(name), size(done), size(all));
+        let (text, tenth) = match event {
+            Event::Status(text) => (text, 0),
+            Event::Progress { name, done, total } => (name, 1 + u128::from(done) * 10 / u128::from(total.max(1))),
+            Event::Tick => return Ok(()),
+        };
+        if quiet || (last.0 == text && last.1 == tenth) {
+            return Ok(());
+        }
+        last = (text.into(), tenth);
+        match event {
+            Event::Progress { name, done, total } => {
+                terminal::note(&format!("{name}: {} of {}", size(done), size(total)));
+            }
+            _ => terminal::note(text),
         }
         Ok(())
     })
-}
-
-fn size(bytes: u64) -> String {
-    match bytes as f64 {
-        b if b >= 1e9 => format!("{:.1} GB", b / 1e9),
-        b if b >= 1e6 => format!("{:.1} MB", b / 1e6),
-        b => format!("{:.1} kB", b / 1e3),
-    }
 }

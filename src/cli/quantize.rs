@@ -9,13 +9,15 @@ use crate::backbone::Backbone;
 use crate::chat::{self, ChatConfig, ChatModel};
 use crate::checkpoint::{self, WeightType, Weights};
 use crate::error::Result;
+use crate::generate::infinity::{self, InfinitySetup};
 use crate::generate::{Model, ModelConfig, tokenflow};
 use crate::terminal;
 
 /// Flags of `nextflow quantize`.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  nextflow quantize --model ByteVisionLab/TokenFlow-t2i --type q8_0 -o t2i-q8\n  \
-                        nextflow gen --model t2i-q8 -p \"a red apple\"")]
+                        nextflow gen --model t2i-q8 -p \"a red apple\"\n  \
+                        nextflow quantize --model FoundationVision/Infinity:2b --type q8_0 -o infinity-2b-q8")]
 pub struct QuantizeArgs {
     /// Which model.
     #[command(flatten)]
@@ -34,6 +36,10 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     terminal::interrupts_after(checkpoint::abandon)?;
     let asked = Weights::inventory();
     let config = source.read_config()?;
+    if infinity::is_config(&config) {
+        InfinitySetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
+        return terminal::emit_path(&args.output).map(drop);
+    }
     if let Some(family) = chat::other_family(&config).filter(|_| !tokenflow::is_public(&config)) {
         return Err(chat::unknown_family(&source, family));
     }

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 
+use super::per_scale::PerScale;
 use super::{DrawArgs, PromptArgs};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, ModelConfig, PromptCounter, Sampling, TRANSFORMER};
+use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, TRANSFORMER};
 use crate::input::{self, shown};
 use crate::output::{self, Destination};
 use crate::size::Size;
@@ -38,7 +39,7 @@ pub struct Request {
     /// Where weights come from.
     pub source: Source,
     /// The model's config.
-    pub config: ModelConfig,
+    pub config: GeneratorConfig,
     /// The name of the model, and its weights' type if one was asked for.
     pub model: String,
     /// The weights' type, if one was asked for.
@@ -83,12 +84,12 @@ impl Request {
         let device = args.device.get()?;
         destination.check()?;
         let source = args.model.source()?;
-        let config = ModelConfig::read(&source)?;
+        let config = GeneratorConfig::read(&source)?;
         source.check_type(TRANSFORMER, args.quant)?;
         let counter = config.prompt_counter(&source)?;
         let tokens = longest(&prompts, &counter)?;
-        let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
-        let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
+        let model = args.quant.map_or(config.name().into(), |weights| format!("{} ({weights})", config.name()));
+        let (sampling, weights) = (sampling(args, config.sampling().clone()), args.quant);
         if let Some(flag) = without_effect(args.top_k, args.top_p, &sampling) {
             return Err(no_effect(flag));
         }
@@ -200,15 +201,20 @@ pub(crate) fn negative(
 
 /// The model's own sampling with the given settings in its place.
 pub(crate) fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
+    let each = |given: &Option<PerScale>, usual: Vec<f64>| given.as_ref().map_or(usual, |given| given.each().to_vec());
     Sampling {
-        cfg: args.cfg.unwrap_or(defaults.cfg),
-        temperature: args.temperature.unwrap_or(defaults.temperature),
+        cfg: args.cfg.as_ref().map_or(defaults.cfg, PerScale::first),
+        cfg_scales: each(&args.cfg, defaults.cfg_scales),
+        temperature: args.temperature.as_ref().map_or(defaults.temperature, PerScale::first),
+        temperature_scales: each(&args.temperature, defaults.temperature_scales),
         top_k: args.top_k.or(defaults.top_k),
         top_p: args.top_p.unwrap_or(defaults.top_p),
         refine: defaults.refine,
         cfg_until: args.cfg_until.or(defaults.cfg_until),
         // Only `gen` leaves scales out.
         draft: 0,
+        guidance: defaults.guidance,
+        cfg_layers: defaults.cfg_layers,
     }
 }
 
@@ -303,8 +309,8 @@ mod tests {
             check_sampler(&args).map(|()| args)
         };
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0] {
-            assert_eq!(with(&|a| a.cfg = Some(bad)).unwrap_err().exit_code(), 2);
-            assert_eq!(with(&|a| a.temperature = Some(bad)).unwrap_err().exit_code(), 2);
+            assert_eq!(with(&|a| a.cfg = Some(PerScale::of(bad, &[]))).unwrap_err().exit_code(), 2);
+            assert_eq!(with(&|a| a.temperature = Some(PerScale::of(bad, &[1.0, bad]))).unwrap_err().exit_code(), 2);
             assert_eq!(with(&|a| a.top_p = Some(bad)).unwrap_err().exit_code(), 2);
         }
         assert!(with(&|a| a.top_k = Some(0)).is_err());
@@ -312,7 +318,8 @@ mod tests {
         assert!(with(&|a| a.top_p = Some(1.01)).is_err());
         let defaults = Sampling { cfg: 3.0, top_k: Some(5), top_p: 0.9, ..Sampling::default() };
         assert_eq!(sampling(&with(&|_| ()).unwrap(), defaults.clone()), defaults);
-        let greedy = with(&|a| (a.temperature, a.cfg) = (Some(0.0), Some(0.0))).unwrap();
+        let greedy =
+            with(&|a| (a.temperature, a.cfg) = (Some(PerScale::of(0.0, &[])), Some(PerScale::of(0.0, &[])))).unwrap();
         assert_eq!(sampling(&greedy, defaults.clone()), Sampling { cfg: 0.0, temperature: 0.0, ..defaults });
     }
 

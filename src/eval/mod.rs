@@ -99,7 +99,7 @@ impl Subject<'_> {
     pub fn reconstruct(&self, image: &RgbImage) -> Result<RgbImage> {
         let encoded = self.tokenizer.encode(&self.tensor(image)?, self.scales)?;
         let codes = encoded.first().map_or(&[][..], |e| &e.codes);
-        pixels::to_image(&self.tokenizer.decode(codes, self.scales)?)
+        self.tokenizer.decode_image(codes, self.scales)
     }
 
     /// Features of an image: the semantic encoder's, and plain pixels.

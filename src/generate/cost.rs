@@ -8,11 +8,14 @@ use super::{ModelConfig, Sampling, TRANSFORMER, schedule};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::Result;
-use crate::tokenizer::{ImageDecoder, TokenizerConfig};
+use crate::tokenizer::{CnnConfig, ImageDecoder};
 
 /// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Memory {
+    /// What encoding the prompts takes, where a network of its own does: it is gone before the others are there.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub text: u64,
     /// Weights of the transformer.
     pub transformer: u64,
     /// Keys and values.
@@ -27,16 +30,40 @@ pub struct Memory {
     pub program: u64,
 }
 
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
 impl Memory {
-    /// At the peak: either the last scale or the decoder is at work.
+    /// At the peak: the text encoder, the last scale or the decoder is at work.
     pub fn peak(&self) -> u64 {
-        let kept = self.transformer + self.cache + self.tokenizer + self.program;
-        kept + self.activations.max(self.decode)
+        self.phases().into_iter().map(|(_, bytes)| bytes).max().unwrap_or(0)
     }
 
-    /// What the peak is made of, in words.
-    pub fn parts(&self) -> [(&'static str, u64); 5] {
-        [
+    /// Prompts come while images are drawn: what reads them stays.
+    pub fn keep_text(&mut self) {
+        self.program += std::mem::take(&mut self.text);
+    }
+
+    /// The most that every phase of drawing takes.
+    pub fn phases(&self) -> [(&'static str, u64); 3] {
+        let loaded = self.transformer + self.tokenizer + self.program;
+        let drawing = loaded + self.cache;
+        let decoding = match self.text {
+            // The cache is there until all images are decoded, but for those that are drawn apart.
+            0 => drawing + self.decode,
+            _ => loaded + self.decode,
+        };
+        let text = if self.text > 0 { self.text + self.program } else { 0 };
+        [("text", text), ("drawing", drawing + self.activations), ("decoding", decoding)]
+    }
+
+    /// What the peak is made of, in words; or the phases, where a network of its own reads the text.
+    pub fn parts(&self) -> Vec<(&'static str, u64)> {
+        if self.text > 0 {
+            return self.phases().to_vec();
+        }
+        vec![
             ("transformer", self.transformer),
             ("cache", self.cache),
             ("image tokenizer", self.tokenizer),
@@ -104,11 +131,12 @@ pub fn synthetic_memory(
     let prefix = config.prompt.padded_to.unwrap_or(words) + OPENING;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
     Ok(Memory {
+        text: 0,
         transformer: transformer.bytes(dtype, matrices),
         cache: cache as u64,
         activations: drawing(c, largest, (images, guided), width).max(pass(c, rows * prefix, width)),
         tokenizer: tokenizer.bytes(pixels, filters),
-        decode: decoding(&config.tokenizer, largest, pixels.size_in_bytes()),
+        decode: decoding(&config.tokenizer.decoder, largest, pixels.size_in_bytes()),
         program: PROGRAM,
     })
 }
@@ -128,12 +156,12 @@ pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool)
     pass(c, rows * codes, width).max((copies * images * at_once * c.codebook_size * 4) as u64)
 }
 
-/// Bytes that decoding the pixels of a grid of so many `codes` holds at once, with numbers of `width` bytes.
-pub fn decoding(tokenizer: &TokenizerConfig, codes: usize, width: usize) -> u64 {
-    let cnn = &tokenizer.decoder;
+/// Bytes that decoding the pixels of a grid of so many cells holds at once, with numbers of `width`
+/// bytes; encoding them as well.
+pub fn decoding(cnn: &CnnConfig, cells: usize, width: usize) -> u64 {
     let side = cnn.stride() / cnn.patch;
     let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
-    (DECODE * codes * side * side * first * width) as u64
+    (DECODE * cells * side * side * first * width) as u64
 }
 
 /// Tokens around a text, what opens an image among them.

@@ -1,9 +1,13 @@
 //! From a prompt to an image: schedules, guidance, sampling and the next-scale loop.
 
+pub mod bits;
 pub mod cost;
+mod generator;
+pub mod infinity;
 pub mod inputs;
 mod model;
 pub mod prompt;
+pub mod ratios;
 mod rows;
 pub mod sampler;
 mod sampling;
@@ -14,16 +18,17 @@ use std::ops::ControlFlow;
 
 use candle_core::Tensor;
 
+pub use generator::{Generator, GeneratorConfig};
 pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, SYSTEM, TRANSFORMER};
 pub use prompt::{Prefix, PromptConfig, PromptCounter};
 pub use rows::Rows;
-pub use sampling::Sampling;
+pub use sampling::{Guidance, Sampling};
 
 use crate::backbone::{Backbone, Step};
 use crate::error::{Error, Kind, Result};
-use crate::tokenizer::Quantizer;
+use crate::tokenizer::Code;
 use inputs::NextInput;
-use sampler::Draw;
+use sampler::{Draw, Fault};
 
 /// One image to draw.
 #[derive(Clone, Debug)]
@@ -61,7 +66,8 @@ pub enum Event<'a> {
     },
     /// One more scale was drawn or, on a GPU, has been asked for.
     Scale {
-        /// Codes (images, h * w) u32 of every scale so far, coarse to fine; who reads them waits for them.
+        /// Codes of every scale so far, coarse to fine: (images, h * w) u32, or (images, h * w,
+        /// bits) u8 for bitwise codes. Reading them ([`sampler::to_host`]) waits for the device.
         codes: &'a [Tensor],
         /// All grids of the image.
         scales: &'a [(usize, usize)],
@@ -73,15 +79,30 @@ pub enum Event<'a> {
 }
 
 /// The codes of one image: of every scale, coarse to fine, the h * w codes of its grid, row-major.
-pub type ImageCodes = Vec<Vec<u32>>;
+pub type ImageCodes = Vec<Vec<Code>>;
 
 /// Called with every [`Event`].
 pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
 
+/// The sequences that a batch is drawn in, as far as they have been read: those of the images' prompts and, with guidance, as many
+/// unconditional ones.
+pub trait Sequences {
+    /// Reads scale `si`, whose features (images, h * w, D) are those of the rows of each image: hidden states (R, h * w,
+    /// hidden), which predict its codes. With [`Step::Again`] the scale, already read, is looked at with other features, which
+    /// leave no trace.
+    fn read(&mut self, si: usize, features: &Tensor, step: Step) -> candle_core::Result<Tensor>;
+
+    /// From here on there is no guidance for the `images`: their unconditional rows are not read any more.
+    fn drop_unconditional(&mut self, images: usize) -> candle_core::Result<()>;
+
+    /// The codes that hidden states (R, T, hidden) of every image predict: (images, T) u32 or (images, T, bits) u8.
+    fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault>;
+}
+
 /// Draws the codes of images, each after a prompt's prefix and, with guidance, the unconditional one.
 pub fn draw_after(
     backbone: &Backbone,
-    quantizer: &Quantizer,
+    input: NextInput,
     prompts: &[Prefix],
     unconditional: &Prefix,
     batch: Batch,
@@ -92,7 +113,7 @@ pub fn draw_after(
     let mut caches = Rows::caches(backbone, &prefixes, batch.scales)?;
     let (rows, hidden) = Rows::start(backbone, &mut caches, &prefixes, batch.scales)?;
     tell(observe, Event::Prompt { tokens: prompts.iter().map(|prompt| prompt.ids.len() - 1).sum() })?;
-    draw_codes(rows, hidden, quantizer, batch, observe)
+    draw_codes(rows, hidden, input, batch, observe)
 }
 
 /// Draws the codes of images, coarse to fine: the next-scale loop. Gives the codes of every scale of every image.
@@ -105,27 +126,26 @@ pub fn draw_after(
 /// - Once guidance ends, the loop goes on with the prompts' rows.
 /// - A GPU that draws the codes itself is not waited for before all scales have been queued.
 pub fn draw_codes(
-    mut rows: Rows,
+    mut rows: impl Sequences,
     mut hidden: Tensor,
-    quantizer: &Quantizer,
+    mut input: NextInput,
     batch: Batch,
     observe: Observer,
 ) -> Result<Vec<ImageCodes>> {
     let Batch { scales, sampling, seeds } = batch;
-    let mut input = NextInput::new(rows.backbone().config().input_mode);
     let mut codes: Vec<Tensor> = Vec::new();
     for (si, &grid) in scales[..sampling.drawn(scales.len())].iter().enumerate() {
         if si == sampling.guided_scales(scales.len()) {
-            rows.drop_unconditional(seeds.len());
+            rows.drop_unconditional(seeds.len())?;
         }
         if si > 0 {
-            let upsampled = input.next(quantizer, &codes[si - 1], scales[si - 1], grid)?;
+            let upsampled = input.next(&codes[si - 1], si)?;
             hidden = rows.read(si, &upsampled, Step::Scale)?;
         }
         let draw = Draw { sampling, guidance: sampling.guidance(si, scales.len()), seeds, scale: si, pass: 0 };
         let mut sampled = rows.sample(&hidden, &draw).map_err(|fault| non_finite(fault, si, grid))?;
         for pass in 1..sampling.passes(si) {
-            hidden = rows.read(si, &input.with(quantizer, &sampled)?, Step::Again)?;
+            hidden = rows.read(si, &input.with(&sampled, si)?, Step::Again)?;
             let anew = rows.sample(&hidden, &Draw { pass, ..draw }).map_err(|fault| non_finite(fault, si, grid))?;
             sampled = sampler::keep_non_finite(anew, &sampled)?;
         }
@@ -135,18 +155,13 @@ pub fn draw_codes(
     to_host(&codes, scales)
 }
 
-/// Codes (images, h * w) of every scale, image by image.
+/// Codes of every scale, image by image.
 fn to_host(codes: &[Tensor], scales: &[(usize, usize)]) -> Result<Vec<ImageCodes>> {
     let mut images = Vec::new();
     for (si, codes) in codes.iter().enumerate() {
-        let codes = codes.to_vec2::<u32>()?;
+        let codes = sampler::to_host(codes).map_err(|fault| non_finite(fault, si, scales[si]))?;
         images.resize(codes.len(), Vec::new());
-        for (image, codes) in images.iter_mut().zip(codes) {
-            if let Some(position) = codes.iter().position(|&code| code == sampler::NON_FINITE) {
-                return Err(non_finite(sampler::Fault::NonFinite { position }, si, scales[si]));
-            }
-            image.push(codes);
-        }
+        images.iter_mut().zip(codes).for_each(|(image, codes)| image.push(codes));
     }
     Ok(images)
 }

@@ -4,15 +4,16 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
+use super::inputs::NextInput;
 use super::{
-    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, schedule, tokenflow,
+    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, infinity, schedule,
+    tokenflow,
 };
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result, told};
-use crate::pixels;
 use crate::text::Text;
-use crate::tokenizer::{ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
+use crate::tokenizer::{Code, ImageDecoder, ImageTokenizer, Preset, TokenizerConfig};
 
 /// The file of the transformer's weights.
 pub const TRANSFORMER: &str = "model.safetensors";
@@ -83,6 +84,10 @@ impl ModelConfig {
     /// [`tokenflow::config`].
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
+        if infinity::is_config(&config) {
+            return Err(Error::model(format!("{source} is Infinity, which draws by nextflow gen alone"))
+                .hint("nextflow gen --model FOLDER -p TEXT, or leave out --model to use nano"));
+        }
         if tokenflow::is_public(&config) {
             return Ok(tokenflow::config());
         }
@@ -304,8 +309,8 @@ impl Model {
     }
 
     /// Pixels from the codes of all scales, or of a prefix of them.
-    pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<RgbImage> {
-        pixels::to_image(&self.images.decode(codes, scales)?)
+    pub fn decode(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<RgbImage> {
+        self.images.decode_image(codes, scales)
     }
 
     /// Draws one image.
@@ -333,10 +338,10 @@ impl Model {
             |prompt: &str| Ok::<_, Error>(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
         let prompts = prompts.iter().map(|prompt| prefix(prompt)).collect::<Result<Vec<_>>>()?;
         let negative = negative.map(prefix).transpose()?;
-        let quantizer = self.images.quantizer();
+        let input = NextInput::of(&self.images, self.backbone.config().input_mode, batch.scales);
         let images = draw_after(
             &self.backbone,
-            quantizer,
+            input,
             &prompts,
             negative.as_ref().unwrap_or(&self.unconditional),
             batch,

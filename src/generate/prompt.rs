@@ -31,21 +31,28 @@ const MAX_TOKENS: usize = text::MAX_PROMPT;
 /// Counts the tokens of prompts, before weights load.
 #[derive(Debug)]
 pub struct PromptCounter {
-    text: Text,
+    /// Nothing where no text is read, but features of it.
+    text: Option<Text>,
     limit: usize,
 }
 
 impl PromptCounter {
     /// Counts with the tokenizer of a model that reads so many tokens at most.
     pub fn new(text: Text, context: usize) -> Self {
-        Self { text, limit: context.min(MAX_TOKENS) }
+        Self { text: Some(text), limit: context.min(MAX_TOKENS) }
+    }
+
+    /// Counts with the tokenizer of a model that cuts off longer prompts, or guesses without one.
+    pub fn cutting(text: Option<Text>) -> Self {
+        Self { text, limit: MAX_TOKENS }
     }
 
     /// Tokens of a prompt.
     ///
     /// Errors: usage, if there are more than the model reads; [`crate::error::Kind::Model`] for a tokenizer that cannot be used.
     pub fn count(&self, prompt: &str) -> Result<usize> {
-        match (self.text.encode(prompt)?.len(), self.limit) {
+        let Some(text) = &self.text else { return Ok(prompt.len().div_ceil(3)) };
+        match (text.encode(prompt)?.len(), self.limit) {
             (count, limit) if count > limit => {
                 Err(Error::usage(format!("the prompt has {count} tokens, the limit is {limit}"))
                     .hint("shorten it: -p \"a red apple\""))

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::sampler::{self, Draw, Fault};
-use super::{Prefix, schedule};
+use super::{Prefix, Sequences, schedule};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, Cache, Context, Position, Rope, Step};
 
@@ -79,11 +79,10 @@ impl<'a> Rows<'a> {
     pub fn backbone(&self) -> &'a Backbone {
         self.backbone
     }
+}
 
-    /// Reads scale `si`, whose features (images, h * w, D) are those of the rows of each image: hidden states (R, h * w,
-    /// hidden), which predict its codes. With [`Step::Again`] the scale, already read, is looked at with other features, which
-    /// leave no trace in the cache.
-    pub fn read(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
+impl Sequences for Rows<'_> {
+    fn read(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
         let (images, tokens, _) = features.dims3()?;
         let x = self.backbone.embed_codes(&features.to_dtype(self.backbone.dtype())?, si, self.scales)?;
         let (rows, hidden) = (self.caches.len(), self.backbone.config().hidden_size);
@@ -92,15 +91,14 @@ impl<'a> Rows<'a> {
         self.backbone.forward(&x.reshape((rows, tokens, hidden))?, &self.ropes[si - 1].narrow(0, rows)?, context)
     }
 
-    /// From here on there is no guidance for the `images`: their unconditional rows are not read any more.
-    pub fn drop_unconditional(&mut self, images: usize) {
+    fn drop_unconditional(&mut self, images: usize) -> Result<()> {
         let caches = std::mem::take(&mut self.caches);
         self.caches = &mut caches[..images];
+        Ok(())
     }
 
-    /// One code for each of the tokens, (R, T, hidden), of every image: (images, T) u32. Logits are held for
-    /// [`POSITIONS`] of one image at a time, or for fewer of each of several.
-    pub fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
+    /// Logits are held for [`POSITIONS`] of one image at a time, or for fewer of each of several.
+    fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
         let (tokens, most) = (hidden.dim(1)?, POSITIONS.div_ceil(draw.seeds.len().max(1)));
         let mut codes = Vec::new();
         for first in (0..tokens).step_by(most) {

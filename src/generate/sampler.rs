@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Sampling;
 use crate::rng::{Rng, Stream};
+use crate::tokenizer::{Code, pack};
 
 /// Why there are no codes.
 #[derive(Debug)]
@@ -52,6 +53,29 @@ pub struct Filter {
 
 /// What a GPU draws where the logits are not finite, so that nothing waits for it to tell: no codebook is as large.
 pub const NON_FINITE: u32 = u32::MAX;
+/// The same mark in place of a bit, which is 0 or 1.
+pub const NON_FINITE_BIT: u8 = u8::MAX;
+
+/// Codes of one scale, (images, T) u32 or, as bits, (images, T, bits) u8, image by image.
+///
+/// Errors: a position that is marked with [`NON_FINITE`] or [`NON_FINITE_BIT`].
+pub fn to_host(codes: &Tensor) -> Result<Vec<Vec<Code>>, Fault> {
+    let marked = |position: Option<usize>| position.map_or(Ok(()), |position| Err(Fault::NonFinite { position }));
+    if codes.dtype() == DType::U32 {
+        let row = |codes: Vec<u32>| {
+            marked(codes.iter().position(|&code| code == NON_FINITE))?;
+            Ok(codes.into_iter().map(Code::from).collect())
+        };
+        return codes.to_vec2()?.into_iter().map(row).collect();
+    }
+    let (_, tokens, bits) = codes.dims3()?;
+    let all = codes.flatten_all()?.to_vec1::<u8>()?;
+    let row = |image: &[u8]| {
+        marked(image.iter().position(|&bit| bit > 1).map(|at| at / bits))?;
+        Ok(image.chunks_exact(bits).map(pack).collect())
+    };
+    all.chunks_exact(tokens * bits).map(row).collect()
+}
 
 /// One code for each of the positions from `first` on, by their [`guided`] logits: (R, T, codes) -> (images, T) u32 on the
 /// same device. The rows are one of every image and then, with guidance, the unconditional one of every image.
@@ -77,15 +101,17 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Faul
         if nan || !row.iter().copied().fold(f32::NEG_INFINITY, f32::max).is_finite() {
             return Err(Fault::NonFinite { position: first + i % tokens });
         }
-        Ok(self::draw(row, draw.sampling.temperature, filter, noise))
+        Ok(self::draw(row, draw.sampling.temperature_at(draw.scale), filter, noise))
     });
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
 
-/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`]) from the pass before.
+/// Codes of a further pass, with the marks of a GPU ([`NON_FINITE`], [`NON_FINITE_BIT`]) from the
+/// pass before.
 pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Tensor> {
     match codes.device().is_cpu() {
         true => Ok(codes),
+        false if codes.dtype() == DType::U8 => before.eq(NON_FINITE_BIT)?.where_cond(before, &codes),
         false => before.eq(NON_FINITE)?.where_cond(before, &codes),
     }
 }
@@ -93,9 +119,10 @@ pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Te
 /// The same by a kernel that filters and draws where the logits are, if there is one for them.
 #[cfg(feature = "cuda")]
 fn on_gpu(logits: &Tensor, draw: &Draw, filter: Filter, noise: &[f64]) -> candle_core::Result<Option<Tensor>> {
-    let greedy = draw.sampling.temperature < COLD;
+    let greedy = draw.sampling.temperature_at(draw.scale) < COLD;
     let Some(top_k) = (if greedy { Some(1) } else { filter.top_k }) else { return Ok(None) };
-    let (temperature, top_p) = (if greedy { 0.0 } else { draw.sampling.temperature as f32 }, filter.top_p as f32);
+    let (temperature, top_p) =
+        (if greedy { 0.0 } else { draw.sampling.temperature_at(draw.scale) as f32 }, filter.top_p as f32);
     let sample = crate::ops::Sample { guidance: draw.guidance as f32, temperature, top_k, top_p };
     crate::ops::sample(logits, &sample, noise)
 }
@@ -114,7 +141,7 @@ pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
 }
 
 /// A temperature at which only the likeliest is ever drawn; dividing by less may give what is not finite.
-const COLD: f64 = 1e-6;
+pub(super) const COLD: f64 = 1e-6;
 
 /// One of the entries that `kept` leaves of a row with a finite maximum, by `u` of (0, 1); at temperature 0 the largest.
 pub fn draw(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {

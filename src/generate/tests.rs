@@ -49,7 +49,7 @@ fn model_of(config: BackboneConfig) -> (Backbone, Quantizer) {
 /// A sequence of text and images with known codes.
 enum Part {
     Text(Vec<u32>),
-    Image(Vec<(usize, usize)>, Vec<Vec<u32>>),
+    Image(Vec<(usize, usize)>, ImageCodes),
 }
 
 fn image(scales: &[(usize, usize)], seed: u64) -> Part {
@@ -59,7 +59,7 @@ fn image(scales: &[(usize, usize)], seed: u64) -> Part {
         (0..n)
             .map(|_| {
                 counter += 1;
-                rng.below(counter, 40) as u32
+                rng.below(counter, 40) as Code
             })
             .collect()
     };
@@ -82,7 +82,7 @@ fn full(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
             Part::Image(scales, codes) => {
                 layout.push_context_image(scales, config.spatial_extent, config.context_last_scale);
                 x.push(embed(&[config.boi()]));
-                let mut input = NextInput::new(config.input_mode);
+                let mut input = NextInput::of_table(q, config.input_mode, scales);
                 for si in 1..scales.len() {
                     x.push(step_input(backbone, q, &mut input, codes, scales, si));
                 }
@@ -102,17 +102,16 @@ fn step_input(
     backbone: &Backbone,
     q: &Quantizer,
     input: &mut NextInput,
-    codes: &[Vec<u32>],
+    codes: &[Vec<Code>],
     scales: &[(usize, usize)],
     si: usize,
 ) -> Tensor {
-    let codes = Tensor::new(&codes[si - 1][..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    let features = input.next(q, &codes, scales[si - 1], scales[si]).unwrap();
+    let features = input.next(&q.codes(&codes[si - 1]).unwrap(), si).unwrap();
     backbone.embed_codes(&features, si, scales).unwrap()
 }
 
 /// The sum of all scales, for a model that reads it.
-fn whole(backbone: &Backbone, q: &Quantizer, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Option<Tensor> {
+fn whole(backbone: &Backbone, q: &Quantizer, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Option<Tensor> {
     let (h, w) = *scales.last()?;
     let features = Tensor::from_vec(q.accumulate(codes, scales, (h, w)), (1, h * w, 6), &Device::Cpu).unwrap();
     let x = || backbone.embed_codes(&features, scales.len(), scales).unwrap();
@@ -142,7 +141,7 @@ fn cached(backbone: &Backbone, q: &Quantizer, parts: &[Part]) -> Tensor {
             Part::Image(scales, codes) => {
                 layout.push_context_image(scales, config.spatial_extent, config.context_last_scale);
                 step(embed(&[config.boi()]), &layout, Step::Text);
-                let mut input = NextInput::new(config.input_mode);
+                let mut input = NextInput::of_table(q, config.input_mode, scales);
                 for si in 1..scales.len() {
                     step(step_input(backbone, q, &mut input, codes, scales, si), &layout, Step::Scale);
                 }
@@ -186,7 +185,7 @@ fn cached_inference_equals_the_masked_pass() {
 }
 
 /// The codes drawn after a prompt of these tokens.
-fn draw(backbone: &Backbone, q: &Quantizer, prompt: &[u32], job: &Job, observe: Observer) -> Result<Vec<Vec<u32>>> {
+fn draw(backbone: &Backbone, q: &Quantizer, prompt: &[u32], job: &Job, observe: Observer) -> Result<ImageCodes> {
     let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[job.seed] };
     Ok(draw_batch(backbone, q, &[prompt], batch, observe)?.remove(0))
 }
@@ -197,10 +196,11 @@ fn draw_batch(
     prompts: &[&[u32]],
     batch: Batch,
     observe: Observer,
-) -> Result<Vec<Vec<Vec<u32>>>> {
+) -> Result<Vec<ImageCodes>> {
     let prefix = |text: &[u32]| PromptConfig::default().prefix(text, &[backbone.config().boi()]);
+    let input = NextInput::of_table(q, backbone.config().input_mode, batch.scales);
     let prompts: Vec<Prefix> = prompts.iter().map(|text| prefix(text)).collect();
-    draw_after(backbone, q, &prompts, &prefix(&[]), batch, observe)
+    draw_after(backbone, input, &prompts, &prefix(&[]), batch, observe)
 }
 
 fn job(cfg: f64, seed: u64) -> Job {
@@ -232,7 +232,8 @@ fn the_loop_draws_what_the_masked_pass_says() {
             let t = if until.is_some_and(|n| si >= n) { 0.0 } else { 3.0 * si as f64 / 4.0 };
             let part = |r: &Tensor| r.narrow(1, start, codes.len()).unwrap().squeeze(0).unwrap();
             let logits = ((part(&rows[0]) * (1.0 + t)).unwrap() - (part(&rows[1]) * t).unwrap()).unwrap();
-            assert_eq!(&logits.argmax(1).unwrap().to_vec1::<u32>().unwrap(), codes, "{mode:?} scale {si}");
+            let likeliest = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap();
+            assert_eq!(likeliest, codes.iter().map(|&code| code as u32).collect::<Vec<_>>(), "{mode:?} scale {si}");
             start += codes.len();
         }
     }
@@ -303,6 +304,14 @@ fn what_is_not_finite_is_told_with_its_scale() {
     // What a GPU marks in its place.
     let marked = Tensor::new(&[[3u32, 5], [1, sampler::NON_FINITE]], &Device::Cpu).unwrap();
     let error = to_host(&[marked], &[(1, 2)]).unwrap_err();
+    assert_eq!(error.kind, Kind::NonFinite);
+    assert!(error.message.contains("scale 1 (1x2), position 1"), "{}", error.message);
+    // The same of bits, of which all are legal that are 0 or 1.
+    let mut bits = vec![1u8; 2 * 2 * 32];
+    let of_bits = |bits: &[u8]| to_host(&[Tensor::from_slice(bits, (2, 2, 32), &Device::Cpu).unwrap()], &[(1, 2)]);
+    assert_eq!(of_bits(&bits).unwrap(), vec![vec![vec![Code::from(u32::MAX); 2]]; 2]);
+    bits[3 * 32 + 7] = sampler::NON_FINITE_BIT;
+    let error = of_bits(&bits).unwrap_err();
     assert_eq!(error.kind, Kind::NonFinite);
     assert!(error.message.contains("scale 1 (1x2), position 1"), "{}", error.message);
 }

@@ -1,18 +1,17 @@
-//! The cache on disk.
+//! The cache on disk, in the layout of the hub's own tools.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::path::{Component, Path, PathBuf};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
-use super::Id;
+use super::listing::Hash;
+use super::{Id, Observer, hash, is_hex, settings};
 use crate::error::{Error, Kind, Result};
 
 /// A folder of models.
 #[derive(Clone, Debug)]
 pub struct Cache {
-    root: PathBuf,
+    layout: hf_hub::Cache,
 }
 
 /// A model in the cache.
@@ -29,9 +28,9 @@ pub struct Cached {
 /// What a check of a model's files found.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Verdict {
-    /// Files whose SHA-256 agrees with their name.
+    /// Files whose content agrees with the hash that they are named by.
     pub sound: usize,
-    /// Files that the hub states no SHA-256 of.
+    /// Files that no hash is known of: the cache has none for files that lie in a snapshot itself.
     pub unhashed: usize,
     /// Files whose content is not what their name says.
     pub corrupt: Vec<PathBuf>,
@@ -39,102 +38,82 @@ pub struct Verdict {
     pub missing: Vec<PathBuf>,
 }
 
-/// Whether `text` is lower-case hexadecimal of `length` digits.
-pub(super) fn is_hex(text: &str, length: usize) -> bool {
-    text.len() == length && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-}
-
-/// `name` as a path below a snapshot, if it is plain: no root, no `..`, nothing hidden.
-pub(super) fn below(name: &str) -> Option<PathBuf> {
-    let path = Path::new(name);
-    let plain = |c: Component| matches!(c, Component::Normal(part) if !part.as_encoded_bytes().starts_with(b"."));
-    let safe = !name.is_empty() && !name.contains(['\\', '\0']) && path.components().all(plain);
-    safe.then(|| path.to_path_buf())
-}
-
-/// Whether a path is below a folder, but hidden there.
-pub(super) fn hidden(name: &str) -> bool {
-    let mut parts = name.split('/');
-    !name.contains(['\\', '\0'])
-        && parts.clone().all(|part| !matches!(part, "" | "." | ".."))
-        && parts.any(|part| part.starts_with('.'))
-}
-
 impl Cache {
-    /// `HF_HUB_CACHE`, `HF_HOME/hub`, or `~/.cache/huggingface/hub`.
+    /// `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`, or `~/.cache/huggingface/hub`.
+    ///
+    /// Errors: usage, if there is no home folder.
     pub fn from_env() -> Result<Self> {
-        let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let cache =
-            || var("XDG_CACHE_HOME").or_else(|| Some(var("HOME").or_else(|| var("USERPROFILE"))?.join(".cache")));
-        let home = || var("HF_HOME").or_else(|| Some(cache()?.join("huggingface")));
-        let root = var("HF_HUB_CACHE").or_else(|| Some(home()?.join("hub")));
-        root.map(|root| Self { root })
-            .ok_or_else(|| Error::usage("there is no home folder").hint("HF_HOME=FOLDER nextflow ..."))
+        settings::cache_folder().map(Self::at)
     }
 
     /// A cache in a folder.
     pub fn at(root: PathBuf) -> Self {
-        Self { root }
+        Self { layout: hf_hub::Cache::new(root) }
     }
 
     /// Its folder.
     pub fn root(&self) -> &Path {
-        &self.root
+        self.layout.path()
+    }
+
+    /// The same as hf-hub knows it.
+    pub(super) fn layout(&self) -> &hf_hub::Cache {
+        &self.layout
     }
 
     pub(super) fn folder(&self, id: &Id) -> PathBuf {
-        self.root.join(id.folder())
+        self.root().join(id.repo().folder_name())
+    }
+
+    /// Where the hub's own tools lock a model's files.
+    pub(super) fn locks(&self, id: &Id) -> PathBuf {
+        self.root().join(".locks").join(id.repo().folder_name())
     }
 
     /// The folder of the snapshot that `id`'s revision stands for, if it is there.
     pub fn snapshot(&self, id: &Id) -> Option<PathBuf> {
-        let folder = self.folder(id);
-        let commit = match fs::read_to_string(folder.join("refs").join(&id.revision)) {
+        let commit = match fs::read_to_string(self.folder(id).join("refs").join(&id.revision)) {
             Ok(commit) => commit.trim().to_string(),
             Err(_) => id.revision.clone(),
         };
-        is_hex(&commit, 40).then(|| folder.join("snapshots").join(commit)).filter(|f| f.is_dir())
+        is_hex(&commit, 40).then(|| self.layout.repo(id.repo()).pointer_path(&commit)).filter(|f| f.is_dir())
     }
 
     /// Every model, by id.
     pub fn list(&self) -> Result<Vec<Cached>> {
         let mut models = Vec::new();
-        for name in names(&self.root) {
-            let Some((owner, model)) = name.strip_prefix("models--").and_then(|n| n.split_once("--")) else { continue };
-            let folder = self.root.join(&name);
-            let commits = names(&folder.join("snapshots"));
-            let blobs = names(&folder.join("blobs"));
-            let size = |blob: &String| fs::metadata(folder.join("blobs").join(blob)).map_or(0, |m| m.len());
-            models.push(Cached { id: format!("{owner}/{model}"), commits, bytes: blobs.iter().map(size).sum() });
+        for name in names(self.root()) {
+            let Some(id) = name.strip_prefix("models--").map(|n| n.replacen("--", "/", 1)) else { continue };
+            let folder = self.root().join(&name);
+            models.push(Cached { id, commits: names(&folder.join("snapshots")), bytes: bytes(&folder) });
         }
         Ok(models)
     }
 
-    /// Checks every file of a model.
+    /// Checks every file of a model; `observer` can break it off.
     ///
     /// Errors: [`Kind::Model`] if it is not in the cache.
-    pub fn verify(&self, id: &Id) -> Result<Verdict> {
+    pub fn verify(&self, id: &Id, observer: Observer) -> Result<Verdict> {
         let folder = self.known(id)?;
         let mut verdict = Verdict::default();
-        for name in names(&folder.join("blobs")) {
-            let path = folder.join("blobs").join(&name);
-            if is_hex(&name, 64) {
-                match sha256(&path)? == name {
-                    true => verdict.sound += 1,
-                    false => verdict.corrupt.push(path),
-                }
-            } else if is_hex(&name, 40) {
-                verdict.unhashed += 1;
+        let mut files: Vec<PathBuf> = Vec::new();
+        walk(&folder.join("blobs"), &mut |path, _| files.push(path.into()));
+        walk(&folder.join("snapshots"), &mut |path, kind| {
+            // A link to a blob of this model has been seen already; one to another model's is a file of this one too.
+            match path.canonicalize() {
+                Err(_) => verdict.missing.push(path.into()),
+                Ok(target) if kind.is_symlink() => files.push(target),
+                Ok(_) => verdict.unhashed += 1,
             }
-        }
-        for commit in names(&folder.join("snapshots")) {
-            let mut rest = vec![folder.join("snapshots").join(commit)];
-            while let Some(path) = rest.pop() {
-                if path.is_dir() {
-                    rest.extend(names(&path).iter().map(|n| path.join(n)));
-                } else if !path.exists() {
-                    verdict.missing.push(path);
-                }
+        });
+        let mut files: Vec<PathBuf> = files.iter().filter_map(|f| f.canonicalize().ok()).collect();
+        files.sort();
+        files.dedup();
+        for path in files.into_iter().filter(|p| p.extension().is_none_or(|e| e != "incomplete" && e != "lock")) {
+            match path.file_name().and_then(|n| Hash::from_hex(n.to_str()?)) {
+                None => verdict.unhashed += 1,
+                Some(name) if hash::agrees(&path, &name, observer)? => verdict.sound += 1,
+                Some(_) => verdict.corrupt.push(path),
             }
         }
         Ok(verdict)
@@ -145,8 +124,9 @@ impl Cache {
     /// Errors: [`Kind::Model`] if it is not in the cache.
     pub fn remove(&self, id: &Id) -> Result<u64> {
         let folder = self.known(id)?;
-        let bytes = self.list()?.iter().find(|m| m.id == format!("{}/{}", id.owner, id.name)).map_or(0, |m| m.bytes);
+        let bytes = bytes(&folder);
         fs::remove_dir_all(&folder).map_err(|e| cannot(&folder, &e))?;
+        let _ = fs::remove_dir_all(self.locks(id));
         Ok(bytes)
     }
 
@@ -155,7 +135,7 @@ impl Cache {
         if folder.is_dir() {
             return Ok(folder);
         }
-        Err(Error::model(format!("{id} is not in the cache {}", self.root.display())).hint("nextflow models list"))
+        Err(Error::model(format!("{id} is not in the cache {}", self.root().display())).hint("nextflow models list"))
     }
 }
 
@@ -167,17 +147,26 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// The SHA-256 of a file, in lower-case hexadecimal.
-pub(super) fn sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(|e| cannot(path, &e))?;
-    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
-    loop {
-        match file.read(&mut buffer).map_err(|e| cannot(path, &e))? {
-            0 => break,
-            n => hash.update(&buffer[..n]),
+/// Every file and link below a folder; links are not followed.
+fn walk(folder: &Path, seen: &mut dyn FnMut(&Path, fs::FileType)) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => walk(&entry.path(), seen),
+            Ok(kind) => seen(&entry.path(), kind),
+            Err(_) => {}
         }
     }
-    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// What the files of a model take: links to others take nothing.
+fn bytes(folder: &Path) -> u64 {
+    let mut bytes = 0;
+    for part in ["blobs", "snapshots"] {
+        walk(&folder.join(part), &mut |path, _| {
+            bytes += fs::symlink_metadata(path).map_or(0, |m| if m.is_file() { m.len() } else { 0 })
+        });
+    }
+    bytes
 }
 
 pub(super) fn cannot(path: &Path, e: &io::Error) -> Error {

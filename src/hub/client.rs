@@ -1,304 +1,371 @@
-//! The network side: what a model has, and its files.
+//! A download from beginning to end.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
-use ureq::config::RedirectAuthHeaders;
-use ureq::http::StatusCode;
-use ureq::{Agent, Body};
+use sha2::{Digest, Sha256};
 
-use super::Id;
-use super::cache::{Cache, below, cannot, hidden, is_hex, sha256};
+use super::cache::{Cache, cannot};
+use super::http::{Answer, Fault, Head, Http, Piece};
+use super::listing::{self, Hash, Remote};
+use super::settings::{self, Endpoint};
+use super::store::{Part, Store};
+use super::{Event, Id, Observer, hash, retry, select, size};
 use crate::error::{Error, Kind, Result};
 
-/// The longest list of files that is read, in bytes.
-const MAX_LIST: u64 = 32 << 20;
-/// A connection is taken up again so many times.
-const ATTEMPTS: usize = 5;
-/// Files that a model may need.
-const WANTED: [&str; 5] = ["json", "safetensors", "pt", "gguf", "model"];
-
-/// Told of every file as it grows: name, bytes so far, bytes in all. Breaking off is an error of its own.
-pub type Progress<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<()>;
+/// An attempt that brought so many bytes was worth it: after it, the count begins anew.
+const WORTH: u64 = 1 << 20;
+/// The longest index that is read, in bytes.
+const MAX_INDEX: u64 = 100_000_000;
+/// Fewer bytes a second are no download.
+const MIN_RATE: f64 = 1000.0;
 
 /// A connection to a hub.
 pub struct Client {
-    agent: Agent,
+    http: Arc<Http>,
     endpoint: String,
-    token: Option<String>,
+    /// Whether requests carry a token or a password.
+    known: bool,
 }
 
-/// What the hub says about a model.
+/// `model.safetensors.index.json`.
 #[derive(Deserialize)]
-struct Listing {
-    sha: String,
-    siblings: Vec<Sibling>,
+struct Index {
+    weight_map: std::collections::BTreeMap<String, String>,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Sibling {
-    rfilename: String,
-    size: Option<u64>,
-    blob_id: Option<String>,
-    lfs: Option<Lfs>,
-}
-
-#[derive(Deserialize)]
-struct Lfs {
-    sha256: String,
-    size: u64,
-}
-
-/// A file to have.
-struct Remote {
-    path: PathBuf,
-    name: String,
-    size: u64,
-    /// Its name among the blobs: a SHA-256 of the content, or what the hub calls a small file.
-    hash: String,
+/// What came of an attempt.
+enum Attempt {
+    /// All that there is to have.
+    Whole,
+    /// What there is does not fit to what the server has now: begin anew.
+    Anew,
+    /// It broke off, for this reason; the server may have said when to come again.
+    Cut(String, Option<Duration>),
 }
 
 impl Client {
-    /// For the hub at `HF_ENDPOINT`, with the token in `HF_TOKEN` if there is one.
-    pub fn from_env() -> Self {
-        let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
-        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        Self::new(&endpoint, var("HF_TOKEN"))
+    /// For the hub at `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login` if there is one.
+    ///
+    /// Errors: usage, for variables that cannot be understood.
+    pub fn from_env() -> Result<Self> {
+        let endpoint = Endpoint::from_env()?;
+        let token = settings::token()?;
+        let http = Http::new(&endpoint, token.as_deref())?;
+        Ok(Self { http, known: token.is_some() || endpoint.login.is_some(), endpoint: endpoint.url })
     }
 
-    /// For the hub at `endpoint`.
-    pub fn new(endpoint: &str, token: Option<String>) -> Self {
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_connect(Some(Duration::from_secs(20)))
-            .timeout_recv_response(Some(Duration::from_secs(60)))
-            .timeout_per_read(Some(Duration::from_secs(60)))
-            // A file is often elsewhere on the same host; others are not told who asks.
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-            .user_agent(concat!("nextflow/", env!("CARGO_PKG_VERSION")))
-            .build();
-        Self { agent: Agent::new_with_config(config), endpoint: endpoint.trim_end_matches('/').into(), token }
-    }
-
-    /// Downloads what a model needs, or one file of it, and is not there yet; the snapshot's folder.
+    /// Downloads what the program would open of a model, or the named `files` of it and the small ones beside them,
+    /// unless it is there; the snapshot's folder.
     ///
     /// Errors: [`Kind::Model`] for what the hub refuses or gets wrong, [`Kind::Failure`] for network and disk.
-    pub fn pull(&self, id: &Id, only: Option<&str>, cache: &Cache, progress: Progress) -> Result<PathBuf> {
-        let (commit, mut files) = self.list(id)?;
-        if let Some(name) = only {
-            files.retain(|file| file.name == name);
-            if files.is_empty() {
-                return Err(Error::model(format!("{id} has no file {name}")).hint(format!("nextflow models pull {id}")));
+    pub fn pull(&self, id: &Id, files: &[String], cache: &Cache, observer: Observer) -> Result<PathBuf> {
+        let (commit, all) = self.list(id, observer)?;
+        let store = Store::new(cache, id, &commit);
+        let mut wanted = select::settings(&all);
+        match files {
+            [] => {
+                let weights = select::weights(id, &all)?;
+                wanted.extend(weights.files);
+                for index in weights.indexes {
+                    self.fetch(id, &commit, index, &store, observer)?;
+                    wanted.extend(self.shards(id, index, &store, &all)?);
+                }
             }
+            names => wanted.extend(select::named(id, &all, names)?),
         }
-        let folder = cache.folder(id);
-        let snapshot = folder.join("snapshots").join(&commit);
-        for file in &files {
-            self.fetch(id, &commit, file, &folder, progress)?;
-            link(&snapshot, file)?;
+        wanted.sort_by(|a, b| a.name.cmp(&b.name));
+        wanted.dedup_by(|a, b| a.name == b.name);
+        let bytes = wanted.iter().filter_map(|f| f.size).fold(0, u64::saturating_add);
+        // A mirror may state sizes only in its answers for the files.
+        let total = if bytes > 0 { format!(", {}", size(bytes)) } else { String::new() };
+        observer(Event::Status(&format!("{id}: {} files{total}", wanted.len())))?;
+        for file in wanted {
+            self.fetch(id, &commit, file, &store, observer)?;
         }
-        let reference = folder.join("refs").join(&id.revision);
-        make_parent(&reference)?;
-        crate::checkpoint::write(&reference, commit.as_bytes())?;
-        Ok(snapshot)
+        store.refer(&commit)?;
+        Ok(store.snapshot)
     }
 
-    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<Body>, ureq::Error> {
-        let mut request = self.agent.get(url);
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
-        }
-        if from > 0 {
-            request = request.header("Range", format!("bytes={from}-"));
-        }
-        request.call()
-    }
-
-    fn unreachable(&self, e: &ureq::Error) -> Error {
-        Error::new(Kind::Failure, format!("{} cannot be reached: {e}", self.endpoint))
-            .hint("HF_ENDPOINT=URL names another hub; commands that use a model do without one if --offline is given")
-    }
-
-    /// What a status other than success means.
-    fn refused(&self, id: &Id, status: StatusCode) -> Error {
-        let error = |what: &str| Error::model(format!("{id}: {what}"));
-        match status.as_u16() {
-            401 | 403 => error("the hub wants to know who asks, or its terms accepted first").hint(format!(
-                "accept the terms at {}/{}/{}, then HF_TOKEN=... nextflow models pull {id}",
-                self.endpoint, id.owner, id.name
-            )),
-            404 => {
-                error("the hub has no such model or revision").hint(format!("look at {}/{}", self.endpoint, id.owner))
-            }
-            code => error(&format!("the hub answered {code}")).hint("run the same command again later"),
-        }
-    }
-
-    /// The commit that a revision stands for, and the files that a model may need.
-    fn list(&self, id: &Id) -> Result<(String, Vec<Remote>)> {
-        let url = format!("{}/api/models/{}/{}/revision/{}?blobs=true", self.endpoint, id.owner, id.name, id.revision);
-        let mut response = self.get(&url, 0).map_err(|e| self.unreachable(&e))?;
-        if !response.status().is_success() {
-            return Err(self.refused(id, response.status()));
-        }
+    /// The files that an index names.
+    fn shards<'a>(&self, id: &Id, index: &Remote, store: &Store, all: &'a [Remote]) -> Result<Vec<&'a Remote>> {
         let wrong = |what: String| {
-            Error::model(format!("{}: a wrong answer about {id}: {what}", self.endpoint))
-                .hint("HF_ENDPOINT=URL names another hub")
+            Error::model(format!("{} of {id} {what}", index.name)).hint("nextflow models pull another OWNER/NAME")
         };
-        let body = response.body_mut().with_config().limit(MAX_LIST).read_to_vec();
-        let body = body.map_err(|e| wrong(e.to_string()))?;
-        let listing: Listing = serde_json::from_slice(&body).map_err(|e| wrong(e.to_string()))?;
-        if !is_hex(&listing.sha, 40) {
-            return Err(wrong(format!("the commit {:?} is not hexadecimal", listing.sha)));
+        if index.size.is_some_and(|size| size > MAX_INDEX) {
+            return Err(wrong(format!("has more than {} MB", MAX_INDEX / 1_000_000)));
         }
-        let mut files = Vec::new();
-        for sibling in listing.siblings {
-            let path = below(&sibling.rfilename);
-            let path = match path {
-                Some(path) => path,
-                // Hidden files (.gitattributes) are nobody's weights; anything else that is not plain is an attack.
-                None if hidden(&sibling.rfilename) => continue,
-                None => return Err(wrong(format!("the file name {:?} is not plain", sibling.rfilename))),
-            };
-            if !path.extension().and_then(|e| e.to_str()).is_some_and(|e| WANTED.contains(&e)) {
-                continue;
-            }
-            let (size, hash, digits) = match (sibling.lfs, sibling.size, sibling.blob_id) {
-                (Some(lfs), _, _) => (lfs.size, lfs.sha256, 64),
-                (None, Some(size), Some(blob)) => (size, blob, 40),
-                _ => return Err(wrong(format!("{} has neither size nor hash", sibling.rfilename))),
-            };
-            if !is_hex(&hash, digits) {
-                return Err(wrong(format!("the hash {hash:?} of {} is not hexadecimal", sibling.rfilename)));
-            }
-            files.push(Remote { path, name: sibling.rfilename, size, hash });
+        let path = store.snapshot.join(&index.path);
+        let text = fs::read(&path).map_err(|e| cannot(&path, &e))?;
+        let Index { weight_map } = serde_json::from_slice(&text).map_err(|e| wrong(format!("is no index: {e}")))?;
+        let mut names: Vec<&String> = weight_map.values().collect();
+        names.sort();
+        names.dedup();
+        let find = |name: &String| all.iter().find(|f| f.name == *name);
+        if let Some(name) = names.iter().find(|name| find(name).is_none()) {
+            return Err(wrong(format!("names {name:?}, which is not there")));
         }
-        match files.is_empty() {
-            true => Err(Error::model(format!("{id} has no weights")).hint("nextflow models pull another OWNER/NAME")),
-            false => Ok((listing.sha, files)),
+        match names.is_empty() {
+            true => Err(wrong("names no files".into())),
+            false => Ok(names.into_iter().filter_map(find).collect()),
         }
     }
 
-    /// Makes sure that a file is among the blobs.
-    fn fetch(&self, id: &Id, commit: &str, file: &Remote, folder: &Path, progress: Progress) -> Result<()> {
-        let blob = folder.join("blobs").join(&file.hash);
-        make_parent(&blob)?;
-        // Whoever comes second waits here and then finds the file.
-        let lock_path = folder.join("blobs").join(format!("{}.lock", file.hash));
-        let lock = File::create(&lock_path).map_err(|e| cannot(&lock_path, &e))?;
-        lock.lock().map_err(|e| cannot(&lock_path, &e))?;
-        if fs::metadata(&blob).is_ok_and(|m| m.len() == file.size) {
+    /// The commit that a revision stands for, and all files.
+    fn list(&self, id: &Id, observer: Observer) -> Result<(String, Vec<Remote>)> {
+        let revision = encode(&id.revision).replace('/', "%2F");
+        let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.endpoint, id.repo_id());
+        let what = format!("the list of files of {id} from {}", self.endpoint);
+        let patience = settings::list_timeout();
+        observer(Event::Status(&format!("asking {} for the files of {id}", self.endpoint)))?;
+        for attempt in 1.. {
+            let deadline = Instant::now() + patience;
+            let cut = match self.read_list(&url, deadline, &what, observer) {
+                Ok((head, body)) if head.status == 200 => return listing::parse(id, &head.server, &body),
+                Ok((head, _)) => match retry::wait_for(&head) {
+                    Some(wait) => (format!("it answered {}", head.status), wait),
+                    None => return Err(listing::refused(id, &self.endpoint, &head, None, self.known)),
+                },
+                Err(Fault::Stopped(e) | Fault::Unreachable(e)) => return Err(e),
+                Err(Fault::Cut(_)) if Instant::now() >= deadline => {
+                    let seconds = patience.as_secs_f64();
+                    return Err(Error::new(Kind::Failure, format!("{what} took longer than {seconds:.0} s"))
+                        .hint("HF_HUB_ETAG_TIMEOUT=300 nextflow ... waits longer"));
+                }
+                Err(Fault::Cut(text)) => (text, None),
+            };
+            retry::pause(id, attempt, &what, cut, observer)?;
+        }
+        unreachable!("pause gives up")
+    }
+
+    fn read_list(
+        &self,
+        url: &str,
+        deadline: Instant,
+        what: &str,
+        observer: Observer,
+    ) -> Result<(Head, Vec<u8>), Fault> {
+        let answer = self.http.get(url.into(), 0)?;
+        let head = answer.head(deadline, what, observer)?;
+        let mut body = Vec::new();
+        if head.status != 200 {
+            return Ok((head, body));
+        }
+        while let Piece::Bytes(bytes) = answer.next(deadline, what, observer)? {
+            body.extend(bytes);
+            if body.len() > listing::MAX_LIST {
+                let message = format!("{what} has more than {} MB", listing::MAX_LIST >> 20);
+                return Err(Fault::Stopped(Error::model(message).hint("HF_ENDPOINT=URL names another hub")));
+            }
+        }
+        Ok((head, body))
+    }
+
+    /// Makes sure that a file is in the snapshot.
+    fn fetch(&self, id: &Id, commit: &str, file: &Remote, store: &Store, observer: Observer) -> Result<()> {
+        let url = format!("{}/{}/resolve/{commit}/{}", self.endpoint, id.repo_id(), encode(&file.name));
+        let stated = match file {
+            Remote { size: Some(_), hash: Some(_), .. } => file.clone(),
+            _ => self.ask_for(id, &url, file, observer)?,
+        };
+        let file = &stated;
+        if store.has(file)? {
             return Ok(());
         }
-        let part = folder.join("blobs").join(format!("{}.incomplete", file.hash));
-        let url = format!("{}/{}/{}/resolve/{commit}/{}", self.endpoint, id.owner, id.name, encode(&file.name));
-        let mut last = None;
-        for _ in 0..ATTEMPTS {
-            match self.resume(id, &url, file, &part, progress) {
-                Ok(None) => {
-                    last = None;
-                    break;
-                }
-                Ok(Some(cut)) => last = Some(cut),
-                Err(e) => return Err(e),
+        let place = || hex(&Sha256::digest(format!("{commit}/{}", file.name)));
+        let key = file.hash.as_ref().map_or_else(place, |hash| hash.digits().to_string());
+        let lock = store.lock(&key, &file.name, observer)?;
+        if store.has(file)? {
+            return Ok(());
+        }
+        let mut part = store.part(&key, &lock)?;
+        let resumed = part.len()? > 0;
+        let mut outcome = self.download(id, &url, file, &mut part, observer);
+        // A beginning from another run or another answer may have been wrong, and some file systems only pretend to lock.
+        if let Ok(Some(wrong)) = &outcome
+            && (resumed || part.mixed)
+        {
+            observer(Event::Status(&format!("{} came with {wrong}: downloading it anew", file.name)))?;
+            part.delete()?;
+            part = store.fresh_part(&key)?;
+            outcome = self.download(id, &url, file, &mut part, observer);
+        }
+        match outcome {
+            Err(e) => {
+                part.leave();
+                Err(e)
+            }
+            Ok(Some(wrong)) => {
+                part.delete()?;
+                Err(Error::model(format!("{} of {id} came with {wrong}; it was deleted", file.name))
+                    .hint(format!("nextflow models pull {id} tries again")))
+            }
+            Ok(None) => {
+                let digits = match &file.hash {
+                    Some(hash) => hash.digits().to_string(),
+                    None => {
+                        let text = format!("{}: the mirror states no hash, so only its size was checked", file.name);
+                        observer(Event::Status(&text))?;
+                        hash::sha256(&part.path, observer)?
+                    }
+                };
+                store.keep(part, &digits, file)
             }
         }
-        if let Some(cut) = last {
-            return Err(Error::new(Kind::Failure, format!("the connection was cut at {}: {cut}", file.name))
-                .hint(format!("nextflow models pull {id} goes on from there")));
-        }
-        let found = fs::metadata(&part).map_err(|e| cannot(&part, &e))?.len();
-        let wrong = if found != file.size {
-            Some(format!("{found} bytes, not {}", file.size))
-        } else if is_hex(&file.hash, 64) && sha256(&part)? != file.hash {
-            Some("bytes that are not those of its SHA-256".into())
-        } else {
-            None
-        };
-        if let Some(wrong) = wrong {
-            fs::remove_file(&part).map_err(|e| cannot(&part, &e))?;
-            return Err(Error::model(format!("{} of {id} came with {wrong}; it was deleted", file.name))
-                .hint(format!("nextflow models pull {id} tries again")));
-        }
-        fs::rename(&part, &blob).map_err(|e| cannot(&blob, &e))
     }
 
-    /// Goes on with a download; what cut it, if something did.
-    fn resume(&self, id: &Id, url: &str, file: &Remote, part: &Path, progress: Progress) -> Result<Option<String>> {
-        let mut done = fs::metadata(part).map_or(0, |m| m.len());
-        if done > file.size {
-            done = 0;
+    /// Size and hash from the answer to a request for the file, for hubs that do not list them.
+    fn ask_for(&self, id: &Id, url: &str, file: &Remote, observer: Observer) -> Result<Remote> {
+        let what = format!("{} from {}", file.name, self.endpoint);
+        for attempt in 1.. {
+            let answer = self.http.get(url.into(), 0)?;
+            let cut = match answer.head(Instant::now() + settings::stall_timeout(), &what, observer) {
+                Ok(head) if head.status == 200 => return listing::complete(file, &head),
+                Ok(head) => match retry::wait_for(&head) {
+                    Some(wait) => (format!("the server answered {}", head.status), wait),
+                    None => return Err(listing::refused(id, &self.endpoint, &head, Some(&file.name), self.known)),
+                },
+                Err(Fault::Stopped(e) | Fault::Unreachable(e)) => return Err(e),
+                Err(Fault::Cut(text)) => (text, None),
+            };
+            retry::pause(id, attempt, &what, cut, observer)?;
         }
-        if done == file.size && file.size > 0 {
-            return Ok(None);
-        }
-        let response = match self.get(url, done) {
-            Ok(response) => response,
-            Err(ureq::Error::HostNotFound | ureq::Error::ConnectionFailed) if done == 0 => {
-                return Err(self.unreachable(&ureq::Error::ConnectionFailed));
-            }
-            Err(e) => return Ok(Some(e.to_string())),
-        };
-        match response.status().as_u16() {
-            206 if done > 0 => {}
-            // A server that knows no ranges begins anew.
-            200 => done = 0,
-            _ => return Err(self.refused(id, response.status())),
-        }
-        let mut out = OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(done == 0)
-            .append(done > 0)
-            .open(part)
-            .map_err(|e| cannot(part, &e))?;
-        // One byte more than it should have tells a file that is too long.
-        let mut body = response.into_body().into_with_config().limit(u64::MAX).reader().take(file.size - done + 1);
-        let mut buffer = vec![0; 1 << 18];
+        unreachable!("pause gives up")
+    }
+
+    /// Downloads what `part` lacks; what is wrong with the file that it is then, if something is.
+    fn download(
+        &self,
+        id: &Id,
+        url: &str,
+        file: &Remote,
+        part: &mut Part,
+        observer: Observer,
+    ) -> Result<Option<String>> {
+        let size = file.size.unwrap_or_default();
+        let what = format!("{} from {}", file.name, self.endpoint);
+        let (mut attempt, mut best) = (0, part.len()?);
         loop {
-            match body.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(n) => {
-                    out.write_all(&buffer[..n]).map_err(|e| cannot(part, &e))?;
-                    done += n as u64;
-                    progress(&file.name, done, file.size)?;
+            let cut = match self.resume(id, url, file, part, observer)? {
+                Attempt::Whole => break,
+                Attempt::Anew => {
+                    part.file.set_len(0).map_err(|e| cannot(&part.path, &e))?;
+                    ("the server has another length of it".into(), Some(Duration::ZERO))
                 }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Ok(Some(e.to_string())),
+                Attempt::Cut(why, wait) => (why, wait),
+            };
+            let found = part.len()?;
+            attempt = if found >= best.saturating_add(WORTH) { 1 } else { attempt + 1 };
+            best = best.max(found);
+            retry::pause(id, attempt, &what, cut, observer)?;
+        }
+        let found = part.len()?;
+        if found != size {
+            return Ok(Some(format!("{found} bytes, not {size}")));
+        }
+        let Some(expected) = &file.hash else { return Ok(None) };
+        let sound = hash::agrees(&part.path, expected, observer)?;
+        let kind = if matches!(expected, Hash::Git(_)) { "git hash" } else { "SHA-256" };
+        Ok((!sound).then(|| format!("bytes that are not those of its {kind}")))
+    }
+
+    /// One attempt to download what `part` lacks.
+    fn resume(&self, id: &Id, url: &str, file: &Remote, part: &mut Part, observer: Observer) -> Result<Attempt> {
+        let total = file.size.unwrap_or_default();
+        let mut done = part.len()?;
+        if done == total {
+            return Ok(Attempt::Whole);
+        }
+        if done > total {
+            return Ok(Attempt::Anew);
+        }
+        let stall = settings::stall_timeout();
+        let what = format!("{} from {}", file.name, self.endpoint);
+        let answer = self.http.get(url.into(), done)?;
+        let head = match answer.head(Instant::now() + stall, &what, observer) {
+            Ok(head) => head,
+            Err(Fault::Cut(why)) => return Ok(Attempt::Cut(why, None)),
+            Err(Fault::Stopped(e) | Fault::Unreachable(e)) => return Err(e),
+        };
+        match head.status {
+            206 if done > 0 && starts_at(&head, done) => part.mixed = true,
+            206 | 416 if done > 0 => return Ok(Attempt::Anew),
+            // A server that knows no ranges begins anew.
+            200 => {
+                part.file.set_len(0).map_err(|e| cannot(&part.path, &e))?;
+                done = 0;
+            }
+            _ => {
+                return match retry::wait_for(&head) {
+                    Some(wait) => Ok(Attempt::Cut(format!("{} answered {}", head.server, head.status), wait)),
+                    None => Err(listing::refused(id, &self.endpoint, &head, Some(&file.name), self.known)),
+                };
             }
         }
-        Ok((done < file.size).then(|| "the other side closed it".into()))
+        self.receive(&answer, &head, file, part, done, observer)
+    }
+
+    /// Appends the content of an answer to `part`, which has `done` bytes.
+    fn receive(
+        &self,
+        answer: &Answer,
+        head: &Head,
+        file: &Remote,
+        part: &mut Part,
+        mut done: u64,
+        observer: Observer,
+    ) -> Result<Attempt> {
+        let (total, stall) = (file.size.unwrap_or_default(), settings::stall_timeout());
+        let what = format!("more of {} from {}", file.name, head.server);
+        // Bytes and time since which the rate is measured.
+        let mut measured = (done, Instant::now());
+        loop {
+            let bytes = match answer.next(Instant::now() + stall, &what, observer) {
+                Ok(Piece::Bytes(bytes)) => bytes,
+                Ok(Piece::End) if done < total => return Ok(Attempt::Cut("the other side closed it".into(), None)),
+                Ok(_) => return Ok(Attempt::Whole),
+                Err(Fault::Cut(why)) => return Ok(Attempt::Cut(why, None)),
+                Err(Fault::Stopped(e) | Fault::Unreachable(e)) => return Err(e),
+            };
+            if done == 0 && listing::is_page(&bytes) && !file.name.ends_with(".html") {
+                return Err(listing::web_page(&head.server, &file.name));
+            }
+            // One byte more than it should have tells a file that is too long.
+            let room = usize::try_from(total - done).unwrap_or(usize::MAX).saturating_add(1);
+            let bytes = &bytes[..bytes.len().min(room)];
+            part.file.write_all(bytes).map_err(|e| cannot(&part.path, &e))?;
+            done += bytes.len() as u64;
+            part.mixed |= part.len()? != done;
+            observer(Event::Progress { name: &file.name, done: done.min(total), total })?;
+            if done > total {
+                return Ok(Attempt::Whole);
+            }
+            if measured.1.elapsed() >= stall {
+                let (new, seconds) = (done - measured.0, measured.1.elapsed().as_secs_f64());
+                if (new as f64) < MIN_RATE * seconds {
+                    return Ok(Attempt::Cut(format!("only {new} bytes came in {seconds:.0} s"), None));
+                }
+                measured = (done, Instant::now());
+            }
+        }
     }
 }
 
-fn make_parent(path: &Path) -> Result<()> {
-    let folder = path.parent().unwrap_or(path);
-    fs::create_dir_all(folder).map_err(|e| cannot(folder, &e))
+/// Whether a partial answer begins where the file ends; a server that does not say so is believed.
+fn starts_at(head: &Head, done: u64) -> bool {
+    let range = head.headers.get("content-range").and_then(|v| v.to_str().ok());
+    range.is_none_or(|r| {
+        r.trim_start_matches("bytes").trim_start().split('-').next().is_some_and(|start| start.parse() == Ok(done))
+    })
 }
 
-/// Puts a blob into a snapshot: by a relative link, or as a copy where there are none.
-fn link(snapshot: &Path, file: &Remote) -> Result<()> {
-    // Up from snapshots/COMMIT and from the file's own folders.
-    let up: PathBuf = std::iter::repeat_n("..", 1 + file.path.components().count()).collect();
-    put(&snapshot.join(&file.path), &up.join("blobs").join(&file.hash))
-}
-
-/// Makes `place` stand for `target`, which is a path from there or an absolute one.
-pub(super) fn put(place: &Path, target: &Path) -> Result<()> {
-    make_parent(place)?;
-    // Made beside it and moved there: another process may be doing the same, or reading what is there.
-    let name = place.file_name().unwrap_or_default().to_string_lossy();
-    let new = place.with_file_name(format!(".{name}.{}", std::process::id()));
-    let _ = fs::remove_file(&new);
-    #[cfg(unix)]
-    let made = std::os::unix::fs::symlink(target, &new);
-    #[cfg(not(unix))]
-    let made = fs::copy(place.with_file_name("").join(target), &new).map(drop);
-    made.and_then(|()| fs::rename(&new, place)).map_err(|e| cannot(place, &e))
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// A path as part of a URL.

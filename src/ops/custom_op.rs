@@ -21,7 +21,7 @@ pub(crate) trait Op<const N: usize>: CudaOp<N> + Send + Sync + 'static {
     fn backward(&self, inputs: [Operand; N], wanted: [bool; N], dy: &[f32]) -> Result<[Option<Vec<f32>>; N]>;
 }
 
-/// The same on a GPU; `cuda/ops.rs` implements it.
+/// The same on a GPU, in `cuda_ops.rs`.
 #[cfg(feature = "cuda")]
 pub(crate) trait CudaOp<const N: usize> {
     /// As [`Op::forward`].

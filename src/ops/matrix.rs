@@ -91,6 +91,31 @@ impl WeightMatrix {
         }
     }
 
+    /// Its rows in another order, of which `order` names each.
+    ///
+    /// Errors: a row that is not there, and int8, which is laid out for products.
+    pub fn reordered(&self, order: &[u32]) -> Result<Self> {
+        match self {
+            // One number that stands for all, of weights that are only planned.
+            Self::Dense(tensor) if tensor.stride().iter().all(|&stride| stride == 0) => Ok(self.clone()),
+            Self::Dense(tensor) => tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Self::Dense),
+            Self::Blocks { blocks, first, rows, .. } => {
+                let (_, columns) = blocks.shape().dims2()?;
+                let (data, bytes) = (blocks.data()?, size_in_bytes(blocks.dtype(), columns));
+                let mut part = Vec::with_capacity(order.len() * bytes);
+                for row in order.iter().map(|&row| row as usize) {
+                    if row >= *rows {
+                        bail!("row {row} of {rows}");
+                    }
+                    part.extend_from_slice(&data[(first + row) * bytes..][..bytes]);
+                }
+                let storage = QStorage::from_data(part.into(), &blocks.device(), blocks.dtype())?;
+                Ok(QTensor::new(storage, (order.len(), columns))?.into())
+            }
+            _ => bail!("rows of these weights stay where they are"),
+        }
+    }
+
     /// The rows `ids` (N) u32: (N, columns).
     ///
     /// Errors: an id that is not below the number of rows.

@@ -27,10 +27,13 @@ mod conv;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_ops;
 pub(crate) mod custom_op;
 mod group_norm;
 mod linear;
 mod matrix;
+mod modulate;
 mod norm;
 mod rope;
 mod select;
@@ -47,6 +50,7 @@ pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use matrix::{WeightMatrix, add_linear, gated_linear, linear_each};
+pub use modulate::{add_gated, modulated_norm};
 pub use norm::{layer_norm, rms_norm};
 pub use rope::{project_heads, rope};
 pub use select::select;

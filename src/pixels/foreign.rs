@@ -101,7 +101,7 @@ fn kind(head: &[u8], path: &Path) -> Option<(&'static str, Way)> {
         MARKS.iter().find(|(_, at, mark, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(mark)))
     {
         let raw = |end: &&str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(end));
-        let name = if *name == "a TIFF" && RAW.iter().any(|end| raw(&end)) { "a raw photo" } else { name };
+        let name = if *name == "a TIFF" && RAW.iter().any(raw) { "a raw photo" } else { name };
         return Some((name, *way));
     }
     let text = String::from_utf8_lossy(&head[..head.len().min(1024)]).to_lowercase();

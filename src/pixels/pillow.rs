@@ -15,6 +15,8 @@ pub enum Filter {
     Bilinear,
     /// Keys' cubic with A = -0.5 (PyTorch's has -0.75).
     Bicubic,
+    /// A sinc of three lobes, windowed by another.
+    Lanczos,
 }
 
 impl Filter {
@@ -24,6 +26,7 @@ impl Filter {
             Self::Box => 0.5,
             Self::Bilinear => 1.0,
             Self::Bicubic => 2.0,
+            Self::Lanczos => 3.0,
         }
     }
 
@@ -32,8 +35,14 @@ impl Filter {
             Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
             Self::Bilinear => (1.0 - x.abs()).max(0.0),
             Self::Bicubic => super::cubic(x, -0.5),
+            Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+            Self::Lanczos => 0.0,
         }
     }
+}
+
+fn sinc(x: f64) -> f64 {
+    if x == 0.0 { 1.0 } else { (x * std::f64::consts::PI).sin() / (x * std::f64::consts::PI) }
 }
 
 /// For each of `outputs`, of `to` over `from` inputs: the first input that it sees, and the weights of the inputs from
@@ -171,6 +180,17 @@ pub fn centre_crop(image: &RgbImage, side: u32) -> RgbImage {
     let size = (scaled(halved.width()), scaled(halved.height()));
     // Only the crop is computed: a strip of 1x8000 pixels would become huge.
     resize_part(&halved, size, Filter::Bicubic, ((size.0 - side) / 2, (size.1 - side) / 2), (side, side))
+}
+
+/// The middle of an image in (width, height) pixels, as Infinity reads one: resized by Lanczos
+/// until it covers them, the longer side truncated, then cropped.
+pub fn cover_lanczos(image: &RgbImage, (width, height): (u32, u32)) -> RgbImage {
+    let ratio = f64::from(image.width()) / f64::from(image.height().max(1));
+    let size = match ratio <= f64::from(width) / f64::from(height.max(1)) {
+        true => (width, ((f64::from(width) / ratio) as u32).max(height)),
+        false => (((ratio * f64::from(height)) as u32).max(width), height),
+    };
+    resize_part(image, size, Filter::Lanczos, ((size.0 - width) / 2, (size.1 - height) / 2), (width, height))
 }
 
 /// The grey that fills an image up to a square.

@@ -49,7 +49,7 @@ impl Text {
     /// Reads a `tokenizer.json` with a BPE.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or describes anything but what
-    /// [`components`] lists.
+    /// the module `components` lists.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         file::read(bytes, "BPE")
     }
@@ -129,7 +129,9 @@ impl Text {
     }
 
     fn decode_words(&self, ids: &[u32]) -> Result<String> {
-        let mut words: Vec<String> = ids.iter().filter_map(|&id| self.model.id_to_token(id)).collect();
+        // What begins so is a control token of a Unigram: see `ModelFile::unigram`.
+        let word = |&id: &u32| self.model.id_to_token(id).filter(|word| !word.starts_with('\0'));
+        let mut words: Vec<String> = ids.iter().filter_map(word).collect();
         if self.decoders.is_empty() {
             return Ok(words.join(" "));
         }
@@ -160,13 +162,14 @@ fn check_length(before: usize, after: usize) -> Result<()> {
 
 /// The error of a file that cannot be used.
 fn bad(what: &dyn std::fmt::Display) -> Error {
-    Error::model(format!("tokenizer.json cannot be used: {what}")).hint("copy the file from the checkpoint again")
+    Error::model(format!("tokenizer.json cannot be used: {what}"))
+        .hint("copy the file from the checkpoint again, or name another model: --model FOLDER")
 }
 
 /// The error of a tokenizer that was loaded and fails at a text.
 fn broken(what: &dyn std::fmt::Display) -> Error {
     Error::model(format!("the model's text tokenizer cannot be used: {what}"))
-        .hint("copy the file from the checkpoint again")
+        .hint("copy the file from the checkpoint again, or name another model: --model FOLDER")
 }
 
 /// Bytes that a user gave as a prompt, as text: UTF-8, not blank, at most [`MAX_PROMPT`] bytes, no control characters.

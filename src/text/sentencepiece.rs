@@ -99,7 +99,8 @@ fn merges<'a>(pieces: &'a [Piece], ids: &HashMap<&str, usize>) -> Option<Vec<[&'
 }
 
 fn bad(what: &str) -> Error {
-    Error::model(format!("tokenizer.model cannot be used: {what}")).hint("copy the file from the checkpoint again")
+    Error::model(format!("tokenizer.model cannot be used: {what}"))
+        .hint("copy the file from the checkpoint again, or name another model: --model FOLDER")
 }
 
 /// The pieces of a model that splits text as Llama's does: a BPE that puts a space in front and changes nothing else.

@@ -264,3 +264,22 @@ fn added_tokens_that_are_not_special_stay_in_replies() {
     let [start, call] = ["<|im_start|>", "<tool_call>"].map(|word| tiny.control(word).unwrap());
     assert_eq!(tiny.decode(&[start, call, 64]).unwrap(), format!("<tool_call>{}", tiny.decode(&[64]).unwrap()));
 }
+
+/// A Unigram that SentencePiece trained with normalisation rules of its own, and what the reference makes of some texts.
+#[test]
+fn unigram_vocabularies_split_as_the_reference_does() {
+    #[derive(serde::Deserialize)]
+    struct Case {
+        text: String,
+        ids: Vec<u32>,
+        decoded: String,
+    }
+    let text = Text::from_unigram(include_bytes!("../../tests/data/unigram.json")).unwrap();
+    let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/data/unigram_tokens.json")).unwrap();
+    assert!(cases.len() > 10 && cases.iter().any(|case| case.ids.contains(&2)));
+    for case in cases {
+        assert_eq!(text.encode(&case.text).unwrap(), case.ids, "{:?}", case.text);
+        let decoded = case.decoded.replace("<unk>", "");
+        assert_eq!(text.decode(&case.ids).unwrap(), decoded, "{:?}", case.ids);
+    }
+}

@@ -1,9 +1,12 @@
-//! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names, which no autoencoder of
-//! candle-transformers has.
+//! The pixel branch: the convolutional encoder and decoder of TokenFlow and of Infinity, with their
+//! public key names, which no autoencoder of candle-transformers has.
 
-use candle_core::{Result, Tensor, bail};
+mod config;
+
+use candle_core::{DType, Result, Tensor};
 use candle_nn::ops::{pixel_shuffle, pixel_unshuffle};
-use serde::{Deserialize, Serialize};
+
+pub use config::{CnnConfig, CnnLayout};
 
 use crate::checkpoint::{Init, Weights};
 use crate::nn::{Conv, GroupNorm};
@@ -12,49 +15,27 @@ use crate::ops::{self, Mask};
 const EPS: f64 = 1e-6;
 /// Top, bottom, left and right, at stride 2, as the reference's downsampling.
 const DOWNSAMPLING_PADDING: [usize; 4] = [0, 1, 0, 1];
-/// Channels of any level, and pixels for a code along a side, are no more.
-const MAX_CHANNELS: usize = 1 << 20;
-const MAX_STRIDE: usize = 1 << 10;
 
-/// Shape of one convolutional half.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CnnConfig {
-    /// Channels of the level with the most pixels.
-    pub ch: usize,
-    /// Multiple of `ch` at each level; every level but the last halves the grid.
-    pub ch_mult: Vec<usize>,
-    /// Residual blocks a level (the decoder has one more).
-    pub num_res_blocks: usize,
-    /// Channels between this half and its 1x1 quantisation convolution.
-    pub z_channels: usize,
-    /// Groups of every group norm.
-    pub groups: usize,
-    /// Pixels are folded into channels by patches of this side first (1: plain pixels, as TokenFlow).
-    pub patch: usize,
+/// What all layers of a branch have in common.
+#[derive(Clone, Copy)]
+struct Style {
+    groups: usize,
+    layout: CnnLayout,
 }
 
-impl CnnConfig {
-    /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups do not divide.
-    pub(super) fn check(&self) -> Result<()> {
-        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > MAX_STRIDE {
-            bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
-        }
-        let channels = |mult: &usize| self.ch.checked_mul(*mult).filter(|n| (1..=MAX_CHANNELS).contains(n));
-        if !(1..=MAX_CHANNELS).contains(&self.z_channels) || self.stride() > MAX_STRIDE {
-            let (z, stride) = (self.z_channels, self.stride());
-            bail!("{z} z_channels are not 1 to {MAX_CHANNELS}, or {stride} pixels for a code above {MAX_STRIDE}");
-        }
-        let split = |mult: &usize| channels(mult).is_some_and(|n| n.is_multiple_of(self.groups));
-        if self.groups == 0 || self.num_res_blocks > 100 || !self.ch_mult.iter().all(split) {
-            bail!("{} groups do not divide {} channels times {:?}", self.groups, self.ch, self.ch_mult);
-        }
-        Ok(())
+impl Style {
+    fn conv(self, w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Conv> {
+        Conv::load(&self.layout.conv(w), from, to, kernel)
     }
 
-    /// Pixels per code along each axis.
-    pub fn stride(&self) -> usize {
-        self.patch << (self.ch_mult.len() - 1)
+    fn norm(self, w: &Weights, channels: usize) -> Result<GroupNorm> {
+        GroupNorm::load(&self.layout.norm(w), channels, self.groups, EPS)
+    }
+}
+
+impl From<&CnnConfig> for Style {
+    fn from(config: &CnnConfig) -> Self {
+        Self { groups: config.groups, layout: config.layout }
     }
 }
 
@@ -74,13 +55,13 @@ struct ResBlock {
 }
 
 impl ResBlock {
-    fn load(w: &Weights, from: usize, to: usize, groups: usize) -> Result<Self> {
+    fn load(w: &Weights, from: usize, to: usize, style: Style) -> Result<Self> {
         Ok(Self {
-            norm1: GroupNorm::load(&w.pp("norm1"), from, groups, EPS)?,
-            conv1: Conv::load(&w.pp("conv1"), from, to, 3)?,
-            norm2: GroupNorm::load(&w.pp("norm2"), to, groups, EPS)?,
-            conv2: load_zeros(&w.pp("conv2"), to, to, 3)?,
-            nin_shortcut: (from != to).then(|| Conv::load(&w.pp("nin_shortcut"), from, to, 1)).transpose()?,
+            norm1: style.norm(&w.pp("norm1"), from)?,
+            conv1: style.conv(&w.pp("conv1"), from, to, 3)?,
+            norm2: style.norm(&w.pp("norm2"), to)?,
+            conv2: load_zeros(&style.layout.conv(&w.pp("conv2")), to, to, 3)?,
+            nin_shortcut: (from != to).then(|| style.conv(&w.pp("nin_shortcut"), from, to, 1)).transpose()?,
         })
     }
 
@@ -126,7 +107,7 @@ impl AttnBlock {
     }
 }
 
-/// Residual blocks of one level, each followed by attention at the level with the fewest pixels, then a resize.
+/// Residual blocks of one level, each followed by attention where there is any, then a resize.
 #[derive(Debug)]
 struct Level {
     res: Vec<ResBlock>,
@@ -135,15 +116,16 @@ struct Level {
 }
 
 impl Level {
-    fn load(w: &Weights, shape: LevelShape, resize: Option<&str>, groups: usize) -> Result<Self> {
+    fn load(w: &Weights, shape: LevelShape, resize: Option<&str>, style: Style) -> Result<Self> {
         let LevelShape { from, to, blocks, attend } = shape;
+        let names = w.pp(if style.layout == CnnLayout::Tokenflow { "res" } else { "block" });
         let res = (0..blocks)
-            .map(|i| ResBlock::load(&w.pp("res").pp(i), if i == 0 { from } else { to }, to, groups))
+            .map(|i| ResBlock::load(&names.pp(i), if i == 0 { from } else { to }, to, style))
             .collect::<Result<_>>()?;
         let attn = (0..if attend { blocks } else { 0 })
-            .map(|i| AttnBlock::load(&w.pp("attn").pp(i), to, groups))
+            .map(|i| AttnBlock::load(&w.pp("attn").pp(i), to, style.groups))
             .collect::<Result<_>>()?;
-        let resize = resize.map(|name| Conv::load(&w.pp(name).pp("conv"), to, to, 3)).transpose()?;
+        let resize = resize.map(|name| style.conv(&w.pp(name).pp("conv"), to, to, 3)).transpose()?;
         Ok(Self { res, attn, resize })
     }
 
@@ -166,21 +148,24 @@ struct LevelShape {
     attend: bool,
 }
 
-/// The blocks at the fewest pixels: residual, attention, residual.
+/// The blocks at the fewest pixels: residual, attention where there is any, residual.
 #[derive(Debug)]
-struct Mid(ResBlock, AttnBlock, ResBlock);
+struct Mid(ResBlock, Option<AttnBlock>, ResBlock);
 
 impl Mid {
-    fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
-        Ok(Self(
-            ResBlock::load(&w.pp(0), channels, channels, groups)?,
-            AttnBlock::load(&w.pp(1), channels, groups)?,
-            ResBlock::load(&w.pp(2), channels, channels, groups)?,
-        ))
+    fn load(w: &Weights, channels: usize, style: Style) -> Result<Self> {
+        let names = if style.layout == CnnLayout::Tokenflow { ["0", "2"] } else { ["block_1", "block_2"] };
+        let [first, second] = names.map(|name| ResBlock::load(&w.pp(name), channels, channels, style));
+        let attend = || AttnBlock::load(&w.pp(1), channels, style.groups);
+        Ok(Self(first?, style.layout.attends().then(attend).transpose()?, second?))
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.2.forward(&self.1.forward(&self.0.forward(x)?)?)
+        let mut x = self.0.forward(x)?;
+        if let Some(attn) = &self.1 {
+            x = attn.forward(&x)?;
+        }
+        self.2.forward(&x)
     }
 }
 
@@ -196,22 +181,25 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// Keys `conv_in`, `conv_blocks.N`, `mid.N`, `norm_out`, `conv_out`.
+    /// Keys `conv_in`, `conv_blocks.N` or `down.N`, `mid`, `norm_out`, `conv_out`.
     pub fn load(w: &Weights, config: &CnnConfig) -> Result<Self> {
-        let (last, groups) = (config.ch_mult.len() - 1, config.groups);
+        let (last, style) = (config.ch_mult.len() - 1, Style::from(config));
+        let attends = style.layout.attends();
+        let names = w.pp(if attends { "conv_blocks" } else { "down" });
         let mut from = config.ch;
         let mut levels = Vec::new();
         for (i, mult) in config.ch_mult.iter().enumerate() {
-            let shape = LevelShape { from, to: config.ch * mult, blocks: config.num_res_blocks, attend: i == last };
+            let attend = attends && i == last;
+            let shape = LevelShape { from, to: config.ch * mult, blocks: config.num_res_blocks, attend };
             from = shape.to;
-            levels.push(Level::load(&w.pp("conv_blocks").pp(i), shape, (i < last).then_some("downsample"), groups)?);
+            levels.push(Level::load(&names.pp(i), shape, (i < last).then_some("downsample"), style)?);
         }
         Ok(Self {
-            conv_in: Conv::load(&w.pp("conv_in"), 3 * config.patch * config.patch, config.ch, 3)?,
+            conv_in: style.conv(&w.pp("conv_in"), 3 * config.patch * config.patch, config.ch, 3)?,
             levels,
-            mid: Mid::load(&w.pp("mid"), from, groups)?,
-            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups, EPS)?,
-            conv_out: Conv::load(&w.pp("conv_out"), from, config.z_channels, 3)?,
+            mid: Mid::load(&w.pp("mid"), from, style)?,
+            norm_out: style.norm(&w.pp("norm_out"), from)?,
+            conv_out: style.conv(&w.pp("conv_out"), from, config.z_channels, 3)?,
             patch: config.patch,
         })
     }
@@ -241,25 +229,36 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Keys as [`Encoder::load`]; `conv_blocks.0` is the level with the fewest pixels.
+    /// Keys as [`Encoder::load`], with `up.N` for `down.N`; of `conv_blocks` 0 is the level with
+    /// the fewest pixels, of `up` the one with the most.
     pub fn load(w: &Weights, config: &CnnConfig) -> Result<Self> {
-        let (last, groups) = (config.ch_mult.len() - 1, config.groups);
+        let (last, style) = (config.ch_mult.len() - 1, Style::from(config));
         let lowest = config.ch * config.ch_mult[last];
         let mut from = lowest;
         let mut levels = Vec::new();
         for (i, mult) in config.ch_mult.iter().rev().enumerate() {
-            let shape = LevelShape { from, to: config.ch * mult, blocks: config.num_res_blocks + 1, attend: i == 0 };
+            let attend = style.layout.attends() && i == 0;
+            let shape = LevelShape { from, to: config.ch * mult, blocks: config.num_res_blocks + 1, attend };
             from = shape.to;
-            levels.push(Level::load(&w.pp("conv_blocks").pp(i), shape, (i < last).then_some("upsample"), groups)?);
+            let level = match style.layout {
+                CnnLayout::Tokenflow => w.pp("conv_blocks").pp(i),
+                CnnLayout::Infinity | CnnLayout::InfinityPlain => w.pp("up").pp(last - i),
+            };
+            levels.push(Level::load(&level, shape, (i < last).then_some("upsample"), style)?);
         }
         Ok(Self {
-            conv_in: Conv::load(&w.pp("conv_in"), config.z_channels, lowest, 3)?,
-            mid: Mid::load(&w.pp("mid"), lowest, groups)?,
+            conv_in: style.conv(&w.pp("conv_in"), config.z_channels, lowest, 3)?,
+            mid: Mid::load(&w.pp("mid"), lowest, style)?,
             levels,
-            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups, EPS)?,
-            conv_out: Conv::load(&w.pp("conv_out"), from, 3 * config.patch * config.patch, 3)?,
+            norm_out: style.norm(&w.pp("norm_out"), from)?,
+            conv_out: style.conv(&w.pp("conv_out"), from, 3 * config.patch * config.patch, 3)?,
             patch: config.patch,
         })
+    }
+
+    /// The type of weights and activations.
+    pub(super) fn dtype(&self) -> DType {
+        self.conv_in.dtype()
     }
 
     /// Pixels around [-1, 1], not clamped.

@@ -1,7 +1,10 @@
-//! TokenFlow: images to codes and back. Two encoders (semantic, pixel) share one index into a dual codebook,
-//! coarse to fine.
+//! Images to codes and back, coarse to fine. TokenFlow: two encoders (semantic, pixel) share one
+//! index into a dual codebook. Infinity: an autoencoder whose codes are the signs of its channels.
 
+mod bit_tokenizer;
+mod bits;
 mod cnn;
+mod code;
 mod image_decoder;
 mod layers;
 mod presets;
@@ -12,11 +15,15 @@ mod tests;
 mod vit;
 
 use candle_core::{Result, Tensor, bail};
+use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-pub use cnn::CnnConfig;
-pub use image_decoder::ImageDecoder;
-pub use presets::Preset;
+pub use bit_tokenizer::{BitEncoder, BitTokenizerConfig};
+pub use bits::{BitConfig, BitQuantizer};
+pub use cnn::{CnnConfig, CnnLayout};
+pub use code::{Code, CodeSpace, pack, unpack};
+pub use image_decoder::{BitDecoder, ImageDecoder, TableDecoder};
+pub use presets::{BitPreset, Preset};
 pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
 pub use semantic_decoder::SemanticDecoderConfig;
 pub use vit::{PositionResampling, SemanticEncoder, VitConfig, VitFeatures, VitLayout};
@@ -28,7 +35,7 @@ use crate::nn::{Conv, Linear};
 use crate::pixels::GridResampling;
 use semantic_decoder::SemanticDecoder;
 
-/// Shape of a whole tokenizer.
+/// Shape of a whole tokenizer of TokenFlow.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerConfig {
@@ -88,14 +95,14 @@ impl TokenizerConfig {
     }
 }
 
-/// A loaded tokenizer, for both ways; who only draws needs an [`ImageDecoder`].
+/// A loaded tokenizer of TokenFlow, for both ways; who only draws needs an [`ImageDecoder`].
 #[derive(Debug)]
 pub struct ImageTokenizer {
     semantic: SemanticEncoder,
     encode_task: (Linear, Linear),
     encoder: cnn::Encoder,
     quant_conv: Conv,
-    images: ImageDecoder,
+    images: TableDecoder,
     semantic_decoder: SemanticDecoder,
     decode_task: (Linear, Linear),
     config: TokenizerConfig,
@@ -130,7 +137,7 @@ impl ImageTokenizer {
             encode_task: task("encode_task_layer", codes.semantic_dim)?,
             encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
             quant_conv: Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
-            images: ImageDecoder::load(w, config)?,
+            images: TableDecoder::load(w, config)?,
             semantic_decoder: SemanticDecoder::load(
                 &w.pp("decoder_vqkd"),
                 &config.semantic,
@@ -206,11 +213,16 @@ impl ImageTokenizer {
     }
 
     /// As [`ImageDecoder::decode`].
-    pub fn decode(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<Tensor> {
+    pub fn decode(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<Tensor> {
         self.images.decode(codes, scales)
     }
 
-    /// As [`ImageDecoder::decode_features`].
+    /// As [`ImageDecoder::decode_image`].
+    pub fn decode_image(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> crate::error::Result<RgbImage> {
+        self.images.decode_image(codes, scales)
+    }
+
+    /// As [`TableDecoder::decode_features`].
     pub fn decode_features(&self, f: &Tensor) -> Result<Tensor> {
         self.images.decode_features(f)
     }

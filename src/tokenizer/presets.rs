@@ -1,8 +1,9 @@
-//! TokenFlow's two public tokenizers, and the semantic encoder that NextFlow names.
+//! TokenFlow's two public tokenizers, the semantic encoder that NextFlow names, and Infinity's six
+//! public tokenizers.
 
 use super::{
-    CnnConfig, CodebookConfig, PositionResampling, SemanticDecoderConfig, TokenizerConfig, VitConfig, VitFeatures,
-    VitLayout,
+    BitConfig, BitTokenizerConfig, CnnConfig, CnnLayout, CodebookConfig, PositionResampling, SemanticDecoderConfig,
+    TokenizerConfig, VitConfig, VitFeatures, VitLayout,
 };
 
 /// A public tokenizer: its shape, and what its checkpoint does not say.
@@ -75,6 +76,59 @@ impl Preset {
     }
 }
 
+/// A public tokenizer of Infinity.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BitPreset {
+    /// The checkpoint's name, without `infinity_vae_` and `.pth`.
+    pub name: &'static str,
+    /// Its shape.
+    pub config: BitTokenizerConfig,
+    /// The public transformer that was trained on its codes, if there is one.
+    pub transformer: Option<&'static str>,
+}
+
+impl BitPreset {
+    /// Every preset. `d32` and `d32reg` have the same shape, so a file alone cannot tell which it
+    /// is.
+    pub fn all() -> [Self; 6] {
+        let f16 = |name, dim, transformer| {
+            let config = bit_tokenizer(&[1, 2, 4, 4, 4], BitConfig { dim, patch: 1 });
+            Self { name, config, transformer }
+        };
+        [
+            f16("d16", 16, Some("Infinity 125M")),
+            f16("d24", 24, None),
+            f16("d32reg", 32, Some("Infinity 2B")),
+            f16("d32", 32, None),
+            f16("d64", 64, None),
+            Self {
+                name: "d56_f8_14_patchify",
+                config: bit_tokenizer(&[1, 2, 4, 4], BitConfig { dim: 14, patch: 2 }),
+                transformer: Some("Infinity 8B"),
+            },
+        ]
+    }
+
+    /// Its file on the hub.
+    pub fn file(&self) -> String {
+        format!("infinity_vae_{}.pth", self.name)
+    }
+
+    /// Those of a shape, whichever keys it has: none, one, or `d32reg` and `d32`.
+    pub fn of(config: &BitTokenizerConfig) -> Vec<Self> {
+        let public = |half: &CnnConfig| CnnConfig { layout: CnnLayout::Infinity, ..half.clone() };
+        let BitTokenizerConfig { encoder, decoder, bits } = config;
+        let config = BitTokenizerConfig { encoder: public(encoder), decoder: public(decoder), bits: *bits };
+        Self::all().into_iter().filter(|preset| preset.config == config).collect()
+    }
+}
+
+fn bit_tokenizer(ch_mult: &[usize], bits: BitConfig) -> BitTokenizerConfig {
+    let half =
+        CnnConfig { ch_mult: ch_mult.to_vec(), z_channels: bits.dim, layout: CnnLayout::Infinity, ..cnn(128, 2) };
+    BitTokenizerConfig { encoder: half.clone(), decoder: half, bits }
+}
+
 impl VitConfig {
     /// SigLIP2 so400m patch16 NaFlex (`google/siglip2-so400m-patch16-naflex`), at any grid.
     pub fn siglip2_so400m_naflex() -> Self {
@@ -99,7 +153,15 @@ const CODEBOOK: CodebookConfig =
     CodebookConfig { size: 32768, semantic_dim: 32, pixel_dim: 8, w_sem: 1.0, w_pix: 1.0, l2_norm: true };
 
 fn cnn(ch: usize, num_res_blocks: usize) -> CnnConfig {
-    CnnConfig { ch, ch_mult: vec![1, 1, 2, 2, 4], num_res_blocks, z_channels: 256, groups: 32, patch: 1 }
+    CnnConfig {
+        ch,
+        ch_mult: vec![1, 1, 2, 2, 4],
+        num_res_blocks,
+        z_channels: 256,
+        groups: 32,
+        patch: 1,
+        layout: Default::default(),
+    }
 }
 
 fn squares(sides: &[usize]) -> Vec<(usize, usize)> {

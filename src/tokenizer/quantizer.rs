@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use gemm::Parallelism;
 use serde::{Deserialize, Serialize};
 
+use super::code::{Code, CodeSpace};
 use crate::checkpoint::{Init, Weights, placeholder};
 use crate::pixels::GridResampling;
 use crate::rng::Rng;
@@ -36,24 +37,6 @@ pub struct CodebookConfig {
 }
 
 impl CodebookConfig {
-    /// Whether `codes` are those of a prefix of `scales`.
-    ///
-    /// Errors: more scales than there are, a scale with too few or too many codes, a code that is not in the table.
-    pub fn check(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> std::result::Result<(), String> {
-        if codes.len() > scales.len() {
-            return Err(format!("codes of {} scales, of {} at most", codes.len(), scales.len()));
-        }
-        for (i, (codes, (h, w))) in codes.iter().zip(scales).enumerate() {
-            if h.checked_mul(*w) != Some(codes.len()) {
-                return Err(format!("scale {} ({h}x{w}) has {} codes", i + 1, codes.len()));
-            }
-            if let Some(code) = codes.iter().find(|&&code| code as usize >= self.size) {
-                return Err(format!("scale {} has code {code}, but there are {} codes", i + 1, self.size));
-            }
-        }
-        Ok(())
-    }
-
     /// Channels of a code.
     pub fn dim(&self) -> usize {
         self.semantic_dim + self.pixel_dim
@@ -75,9 +58,9 @@ pub struct SelfCorrection {
 #[derive(Clone, Debug, Default)]
 pub struct Encoded {
     /// The nearest code at every position: what a transformer should predict.
-    pub targets: Vec<Vec<u32>>,
+    pub targets: Vec<Vec<Code>>,
     /// The code the residual went on from: what a transformer sees. Equals `targets` without self-correction.
-    pub codes: Vec<Vec<u32>>,
+    pub codes: Vec<Vec<Code>>,
     /// The sum of all scales on the last grid, (h * w, D).
     pub f_hat: Vec<f32>,
 }
@@ -157,17 +140,24 @@ impl Quantizer {
     }
 
     /// The entry of one code.
-    pub fn entry(&self, code: u32) -> &[f32] {
+    pub fn entry(&self, code: Code) -> &[f32] {
         let dim = self.config.dim();
         &self.table[code as usize * dim..][..dim]
     }
 
     /// Entries of `codes`, concatenated (codes, D).
-    pub fn entries(&self, codes: &[u32]) -> Vec<f32> {
+    pub fn entries(&self, codes: &[Code]) -> Vec<f32> {
         codes.iter().flat_map(|&c| self.entry(c)).copied().collect()
     }
 
-    /// Entries of codes (B, T) on the tokenizer's device: (B, T, D).
+    /// The codes of one scale of one image as the loop has them: (1, T) u32 on the tokenizer's
+    /// device.
+    pub fn codes(&self, codes: &[Code]) -> Result<Tensor> {
+        let rows: Vec<u32> = codes.iter().map(|&code| code as u32).collect();
+        Tensor::from_vec(rows, (1, codes.len()), self.device())
+    }
+
+    /// Entries of codes (B, T) u32 on the tokenizer's device: (B, T, D).
     pub fn lookup(&self, codes: &Tensor) -> Result<Tensor> {
         self.rows.index_select(&codes.flatten_all()?, 0)?.reshape((codes.dim(0)?, codes.dim(1)?, self.config.dim()))
     }
@@ -239,8 +229,8 @@ impl Quantizer {
                 for (z, row) in z.chunks_exact(dim).zip(distances.chunks_exact(self.config.size)) {
                     let nearest = argmin(row);
                     visit(si, z, nearest);
-                    targets.push(nearest);
-                    codes.push(match correction {
+                    targets.push(Code::from(nearest));
+                    codes.push(Code::from(match correction {
                         Some((how, rng)) => {
                             draws += 2;
                             if rng.uniform(draws) < how.fraction {
@@ -251,7 +241,7 @@ impl Quantizer {
                             }
                         }
                         None => nearest,
-                    });
+                    }));
                 }
             }
             let up = GridResampling::bicubic(scale, grid);
@@ -276,13 +266,13 @@ impl Quantizer {
         row.iter().map(|v| v * v).sum()
     }
 
-    /// Whether `codes` are those of a prefix of `scales`. Errors: as [`CodebookConfig::check`].
-    pub fn check(&self, codes: &[Vec<u32>], scales: &[(usize, usize)]) -> Result<()> {
-        self.config.check(codes, scales).map_err(candle_core::Error::msg)
+    /// Whether `codes` are those of a prefix of `scales`. Errors: as [`CodeSpace::check`].
+    pub fn check(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<()> {
+        CodeSpace::Table(self.config.size).check(codes, scales).map_err(candle_core::Error::msg)
     }
 
     /// F of one image on `grid`, (h * w, D), from the codes of a prefix of the scales.
-    pub fn accumulate(&self, codes: &[Vec<u32>], scales: &[(usize, usize)], grid: (usize, usize)) -> Vec<f32> {
+    pub fn accumulate(&self, codes: &[Vec<Code>], scales: &[(usize, usize)], grid: (usize, usize)) -> Vec<f32> {
         let dim = self.config.dim();
         let mut f_hat = vec![0.0; grid.0 * grid.1 * dim];
         for (codes, &scale) in codes.iter().zip(scales) {

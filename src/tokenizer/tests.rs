@@ -83,10 +83,10 @@ impl Tiny {
     }
 
     /// The reference's codes of an image, by scale.
-    fn codes(&self, image: usize) -> Vec<Vec<u32>> {
+    fn codes(&self, image: usize) -> Vec<Vec<Code>> {
         let codes = |si: usize| {
             let codes = self.golden(&format!("s{si}_indices")).get(image).unwrap();
-            codes.to_vec1::<i64>().unwrap().into_iter().map(|c| c as u32).collect()
+            codes.to_vec1::<i64>().unwrap().into_iter().map(|c| c as Code).collect()
         };
         (0..self.scales.len()).map(codes).collect()
     }
@@ -128,7 +128,7 @@ fn encoding_holds(tiny: &Tiny) {
     for (i, encoded) in encoded.iter().enumerate() {
         assert_eq!(encoded.codes, tiny.codes(i));
         let all = tiny.golden("indices").get(i).unwrap().to_vec1::<i64>().unwrap();
-        assert!(encoded.codes.concat().iter().map(|&c| i64::from(c)).eq(all));
+        assert!(encoded.codes.concat().iter().map(|&c| c as i64).eq(all));
         let f = tokenizer.quantizer().to_tensor(encoded.f_hat.clone(), tiny.grid()).unwrap();
         let want = tiny.golden("final_quantize").narrow(0, i, 1).unwrap();
         close("final_quantize", &f.permute((0, 3, 1, 2)).unwrap(), &want, FEATURES);
@@ -165,7 +165,7 @@ fn quantising_holds(tiny: &Tiny) {
             near("residual_after", &residual, &rows(&format!("s{si}_residual_after")));
             // Distances between unit halves: 2 - 2 cos each.
             let unit = Quantizer::from_table(quantizer.config(), pooled[si].clone(), &Device::Cpu).unwrap();
-            let distance = |(z, c): (&[f32], &u32)| -> f32 {
+            let distance = |(z, c): (&[f32], &Code)| -> f32 {
                 z.iter().zip(quantizer.entry(*c)).map(|(a, b)| (a - b) * (a - b)).sum()
             };
             let distances: Vec<f32> = unit.table().chunks_exact(40).zip(codes).map(distance).collect();
@@ -224,12 +224,12 @@ fn t2i_images_decode_as_the_reference() {
         for row in 0..2 {
             let of = |name: &str| golden[name].get(row).unwrap();
             let all = of("codes").to_vec1::<i64>().unwrap();
-            let mut rest = all.iter().map(|&c| c as u32);
-            let codes: Vec<Vec<u32>> = tiny.scales.iter().map(|(h, w)| rest.by_ref().take(h * w).collect()).collect();
+            let mut rest = all.iter().map(|&c| c as Code);
+            let codes: Vec<Vec<Code>> = tiny.scales.iter().map(|(h, w)| rest.by_ref().take(h * w).collect()).collect();
             let image = tiny.tokenizer.decode(&codes, &tiny.scales).unwrap();
             close(run, &image, &of("image_float"), PIXELS);
             let bytes = of("image_u8").flatten_all().unwrap().to_vec1::<u8>().unwrap();
-            assert_eq!(pixels::to_image(&of("image_float")).unwrap().as_raw(), &bytes, "{run}");
+            assert_eq!(pixels::to_image(&of("image_float"), pixels::TOKENFLOW_GREY).unwrap().as_raw(), &bytes, "{run}");
         }
     }
 }
@@ -289,7 +289,7 @@ fn siglip2_naflex_reads_any_grid() {
 #[test]
 fn codes_that_do_not_fit_are_refused() {
     let tiny = clipb();
-    let decode = |codes: &[Vec<u32>]| tiny.tokenizer.decode(codes, &tiny.scales).map(drop);
+    let decode = |codes: &[Vec<Code>]| tiny.tokenizer.decode(codes, &tiny.scales).map(drop);
     let good = tiny.codes(0);
     assert!(decode(&good).is_ok() && decode(&good[..2]).is_ok());
     let mut far = good.clone();

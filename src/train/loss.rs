@@ -63,6 +63,25 @@ impl Op<2> for CrossEntropy {
     }
 }
 
+#[cfg(feature = "cuda")]
+mod cuda {
+    use candle_core::{CudaStorage, Result, Shape, Tensor};
+
+    use super::CrossEntropy;
+    use crate::ops::cuda::f32::{Operand, cross_entropy, cross_entropy_back};
+    use crate::ops::custom_op::CudaOp;
+
+    impl CudaOp<2> for CrossEntropy {
+        fn cuda_forward(&self, [logits, targets]: [Operand; 2]) -> Result<(CudaStorage, Shape)> {
+            cross_entropy(logits, targets)
+        }
+
+        fn cuda_backward(&self, [logits, targets]: [&Tensor; 2], dlosses: &Tensor) -> Result<[Option<Tensor>; 2]> {
+            Ok([Some(cross_entropy_back(logits, targets, dlosses)?), None])
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@ use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, BackboneConfig, Context, Position, Rope};
 use crate::generate::inputs::NextInput;
 use crate::ops;
-use crate::tokenizer::{Encoded, Quantizer};
+use crate::tokenizer::{Code, Encoded, Quantizer};
 
 /// What the words to learn of one answer weigh together, where the codes of one image weigh 1; of N answers in a sequence each
 /// weighs this by the root of N.
@@ -76,7 +76,7 @@ impl Sequence {
         let Picture { grids, encoded, context, alpha } = *picture;
         let boi = self.layout.len();
         self.words.push((boi, config.boi()));
-        let inputs = NextInput::all(config.input_mode, quantizer, &encoded.codes, grids)?;
+        let inputs = NextInput::of_table(quantizer, config.input_mode, grids).all(&encoded.codes)?;
         let mut starts = vec![boi];
         let mut at = boi + 1;
         for (scale, (input, (h, w))) in inputs.iter().zip(&grids[1..]).enumerate() {
@@ -91,7 +91,8 @@ impl Sequence {
             let total: f64 = grids.iter().map(|g| weight(g) * (g.0 * g.1) as f64).sum();
             for (scale, (targets, grid)) in encoded.targets.iter().zip(grids).enumerate() {
                 let weight = (weight(grid) / total) as f32;
-                let target = |(i, &id): (usize, &u32)| Target { at: starts[scale] + i, id, weight, scale };
+                let target =
+                    |(i, &code): (usize, &Code)| Target { at: starts[scale] + i, id: code as u32, weight, scale };
                 self.code_targets.extend(targets.iter().enumerate().map(target));
             }
         }

@@ -17,10 +17,11 @@ use crate::error::Result;
 #[cfg(feature = "nano")]
 use crate::generate::TRANSFORMER;
 use crate::generate::cost::{self, Work};
+use crate::generate::inputs::NextInput;
 use crate::generate::{Batch, Event, ModelConfig, Prefix, draw_after, tokenflow};
 use crate::size::Size;
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
-use crate::{memory, pixels, terminal};
+use crate::{memory, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -117,7 +118,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     for _ in 0..args.images {
         let mut marks = vec![Instant::now()];
         let mut waited = Ok(());
-        let drawn = draw_after(&backbone, tokenizer.quantizer(), &prompts, &prefixes[1], batch, &mut |event| {
+        let input = NextInput::of(&tokenizer, config.backbone.input_mode, &scales);
+        let drawn = draw_after(&backbone, input, &prompts, &prefixes[1], batch, &mut |event| {
             if !matches!(event, Event::Decode) {
                 // A GPU may have done less than it was asked for.
                 waited = device.synchronize();
@@ -127,7 +129,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         })?;
         waited?;
         for codes in &drawn {
-            pixels::to_image(&tokenizer.decode(codes, &scales)?)?;
+            tokenizer.decode_image(codes, &scales)?;
         }
         marks.push(Instant::now());
         let taken = started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));

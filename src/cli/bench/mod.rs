@@ -1,6 +1,7 @@
 //! `nextflow bench`: how fast a model's shape runs here, with random weights.
 
 mod image;
+mod infinity;
 mod machine;
 mod talk;
 
@@ -24,6 +25,15 @@ pub enum Shape {
     /// NextFlow on Qwen2.5-VL-7B with TokenFlow's tokenizer
     #[value(name = "nextflow-7b")]
     Nextflow7b,
+    /// Infinity-125M, 256 px
+    #[value(name = "infinity-125m")]
+    Infinity125m,
+    /// Infinity-2B, 1024 px
+    #[value(name = "infinity-2b")]
+    Infinity2b,
+    /// Infinity-8B, 1024 px
+    #[value(name = "infinity-8b")]
+    Infinity8b,
     /// Qwen2.5-0.5B, text alone
     #[value(name = "qwen2.5-0.5b")]
     Qwen05b,
@@ -84,6 +94,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         Shape::QwenVl7b => {
             talk::run(args, "qwen2.5-vl-7b", presets::QWEN2_5_VL_7B, Some(VisionConfig::qwen2_5_vl(3584)))
         }
+        Shape::Infinity125m => infinity::run(args, "125m"),
+        Shape::Infinity2b => infinity::run(args, "2b"),
+        Shape::Infinity8b => infinity::run(args, "8b"),
         _ => image::run(args),
     }
 }

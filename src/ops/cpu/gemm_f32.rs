@@ -19,7 +19,7 @@ use super::reduce::vectorized;
 /// The most rows of activations in a panel.
 pub(crate) const MAX_PANEL: usize = 48;
 /// The most columns: a panel of so many stays in the L2 cache.
-const DEEP: usize = 4096;
+const MAX_COLUMNS: usize = 4096;
 /// Rows of weights per task, if there are enough for all threads, and if not.
 const TASK: [usize; 2] = [126, 66];
 /// Rows of activations that are packed at a time, to bound the memory for it.
@@ -56,7 +56,7 @@ pub(crate) fn registers() -> (usize, usize) {
 
 /// Whether the CPU has vector registers, and [`gemm_f32`] is fast for so many columns.
 pub(crate) fn supports(columns: usize) -> bool {
-    (1..=DEEP).contains(&columns) && registers().0 > 1
+    (1..=MAX_COLUMNS).contains(&columns) && registers().0 > 1
 }
 
 /// `x wᵀ + bias` for x (M, columns) and w (rows, columns): (M, rows) in `y`. With `up`

@@ -38,7 +38,7 @@ const ROUNDING_TASK: usize = 64;
 /// A matrix (rows, columns) of bytes with a scale per row: a weight is (byte - 128) * scale.
 #[derive(Clone, Debug)]
 pub struct Int8Matrix {
-    /// Of the matrix that this is a range of rows of.
+    /// Of the whole matrix; this is a range of its rows.
     bytes: Arc<Cow<'static, [u8]>>,
     scales: Arc<[f32]>,
     first: usize,

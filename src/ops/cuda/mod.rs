@@ -4,9 +4,8 @@
 //! and also serves inference in f32. All run on GPUs of compute capability 8.0 and later. Operands
 //! that they do not support take the compositions of candle's operations.
 
-mod bf16;
-mod f32;
-mod ops;
+pub(crate) mod bf16;
+pub(crate) mod f32;
 
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaView, DevicePtr, DeviceRepr, DeviceSlice, LaunchConfig,

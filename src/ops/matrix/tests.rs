@@ -32,6 +32,12 @@ fn blocks_multiply_as_their_numbers() -> Result<()> {
         }
         let ids = Tensor::new(&[0u32, 299, 5], &Device::Cpu)?;
         assert_eq!(distance(&blocks.select(&ids)?, &dense.select(&ids)?), 0.0);
+        let (order, all) = ([299u32, 7, 7], Tensor::new(&[0u32, 1, 2], &Device::Cpu)?);
+        for whole in [&blocks, &blocks.narrow(0, 300)?, &dense] {
+            let want = dense.select(&Tensor::new(&order, &Device::Cpu)?)?;
+            assert_eq!(distance(&whole.reordered(&order)?.select(&all)?, &want), 0.0);
+        }
+        assert!(blocks.narrow(0, 10)?.reordered(&[10]).is_err());
     }
     Ok(())
 }

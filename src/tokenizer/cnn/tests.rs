@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::super::tests::{Tiny, clipb, siglip};
-use super::{CnnConfig, DOWNSAMPLING_PADDING};
+use super::{CnnConfig, CnnLayout, DOWNSAMPLING_PADDING};
 
 /// The first channels of a probe, of which every `step`th row and column is stored.
 fn probe(x: &Tensor, like: &Tensor, step: usize) -> Tensor {
@@ -51,7 +51,15 @@ fn layers_equal_the_reference() {
 
 #[test]
 fn groups_that_divide_no_channels_are_refused() {
-    let config = CnnConfig { ch: 32, ch_mult: vec![1, 2], num_res_blocks: 1, z_channels: 8, groups: 16, patch: 1 };
+    let config = CnnConfig {
+        ch: 32,
+        ch_mult: vec![1, 2],
+        num_res_blocks: 1,
+        z_channels: 8,
+        groups: 16,
+        patch: 1,
+        layout: CnnLayout::Tokenflow,
+    };
     assert!(config.check().is_ok());
     for groups in [0, 7] {
         assert!(CnnConfig { groups, ..config.clone() }.check().is_err());

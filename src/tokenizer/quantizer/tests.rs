@@ -36,12 +36,12 @@ fn the_nearest_code_is_nearest_by_brute_force() {
         if l2_norm {
             normalise_halves(&mut row, 3);
         }
-        let distance = |code: u32| {
+        let distance = |code: Code| {
             let d = |r: std::ops::Range<usize>| -> f32 { r.map(|i| (q.entry(code)[i] - row[i]).powi(2)).sum() };
             0.5 * d(0..3) + d(3..8)
         };
         let best = (0..32).min_by(|a, b| distance(*a).total_cmp(&distance(*b))).unwrap();
-        assert_eq!(found, best);
+        assert_eq!(Code::from(found), best);
     }
 }
 
@@ -51,7 +51,7 @@ fn self_correction_keeps_the_nearest_as_target() {
     let how = SelfCorrection { fraction: 0.6, top_k: 4 };
     let rng = Rng::new(9, 0, Stream::Train, 0);
     let mut residual_targets = Vec::new();
-    let drawn = q.encode(&features(), &SCALES, Some((&how, &rng)), |_, _, t| residual_targets.push(t));
+    let drawn = q.encode(&features(), &SCALES, Some((&how, &rng)), |_, _, t| residual_targets.push(Code::from(t)));
     assert_eq!(drawn.targets.concat(), residual_targets);
     let again = q.accumulate(&drawn.codes, &SCALES, (4, 5));
     assert!(again.iter().zip(&drawn.f_hat).all(|(a, b)| (a - b).abs() < 1e-5));

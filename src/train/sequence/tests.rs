@@ -66,15 +66,15 @@ fn images_are_learnt_as_they_are_drawn() -> Result<()> {
         let learnt = Part(&[&sequence]).hidden(&backbone, grids.len(), sequence.layout.len())?;
         let learnt = learnt.narrow(0, words.len(), schedule::codes(grids))?;
         let targets: Vec<(usize, u32)> = sequence.code_targets.iter().map(|t| (t.at - words.len(), t.id)).collect();
-        assert_eq!(targets, encoded.targets.concat().into_iter().enumerate().collect::<Vec<_>>());
+        let nearest = encoded.targets.concat().into_iter().map(|code| code as u32);
+        assert_eq!(targets, nearest.enumerate().collect::<Vec<_>>());
 
         let prefix = PromptConfig::default().prefix(&words, &[config.boi()]);
         let mut caches = Rows::caches(&backbone, &[&prefix], grids)?;
         let (mut rows, first) = Rows::start(&backbone, &mut caches, &[&prefix], grids)?;
-        let (mut drawn, mut input) = (vec![first], NextInput::new(mode));
+        let (mut drawn, mut input) = (vec![first], NextInput::of_table(&quantizer, mode, grids));
         for (si, codes) in encoded.codes[..grids.len() - 1].iter().enumerate() {
-            let codes = Tensor::new(&codes[..], &Device::Cpu)?.unsqueeze(0)?;
-            let features = input.next(&quantizer, &codes, grids[si], grids[si + 1])?;
+            let features = input.next(&quantizer.codes(codes)?, si + 1)?;
             drawn.push(rows.read(si + 1, &features, Step::Scale)?);
         }
         let drawn = Tensor::cat(&drawn, 1)?.squeeze(0)?;
@@ -123,7 +123,7 @@ fn images_to_look_at_are_read_as_in_a_conversation() -> Result<()> {
     layout.push_text(1);
     let words = |ids: &[u32]| backbone.embed_text(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?);
     let mut x = vec![words(&[3, 1, config.boi()])?];
-    let scales = NextInput::all(config.input_mode, &quantizer, &encoded.codes, grids)?;
+    let scales = NextInput::of_table(&quantizer, config.input_mode, grids).all(&encoded.codes)?;
     let sum = quantizer.accumulate(&encoded.codes, grids, grids[3]);
     for (i, features) in scales.iter().chain([&sum]).enumerate() {
         let features =

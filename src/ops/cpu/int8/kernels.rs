@@ -7,6 +7,7 @@ use super::{Activations, Panels};
 use crate::ops::cpu::columns::Columns;
 
 /// Calls a function of a [`Kernel`], compiled for CPU features.
+#[cfg(target_arch = "x86_64")]
 macro_rules! has_features {
     ($call:expr) => {{
         // SAFETY: `Kernel::all`, the only source of kernels, has checked the CPU features.

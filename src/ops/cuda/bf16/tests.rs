@@ -257,9 +257,9 @@ fn on_a_gpu_next_inputs() -> Result<()> {
     let codes: Vec<u32> = (0..2 * 20 * 13).map(|i| i * 37 % 512).collect();
     let codes = Tensor::from_vec(codes, (2, 20 * 13), &Device::Cpu)?;
     for mode in [InputMode::Residual, InputMode::Cumulative] {
-        let (mut input, mut ginput) = (NextInput::new(mode), NextInput::new(mode));
-        let want = input.next(q.as_ref().expect("a table"), &codes, (20, 13), (24, 16))?;
-        let got = ginput.next(gq.as_ref().expect("a table"), &codes.to_device(&gpu)?, (20, 13), (24, 16))?;
+        let input = |q| NextInput::of_table(q, mode, &[(20, 13), (24, 16)]);
+        let want = input(q.as_ref().expect("a table")).next(&codes, 1)?;
+        let got = input(gq.as_ref().expect("a table")).next(&codes.to_device(&gpu)?, 1)?;
         close(&format!("next input, {mode:?}"), &got, &want)?;
     }
     let marked = Tensor::new(&[[sampler::NON_FINITE]], &gpu)?;

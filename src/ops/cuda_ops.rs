@@ -1,18 +1,18 @@
-//! The kernels of every operation: f32 with a backward pass, and bf16 where there is one.
+//! The CUDA kernels of every operation: f32 with a backward pass, and bf16 where there is one.
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, DType, Result, Shape, Tensor, bail};
 
-use super::f32::Operand;
-use super::{bf16, f32};
-use crate::ops::activation::{Add, Gelu, SwiGlu};
-use crate::ops::attention::Attention;
-use crate::ops::conv::Conv;
-use crate::ops::custom_op::CudaOp;
-use crate::ops::group_norm::GroupNorm;
-use crate::ops::linear::Linear;
-use crate::ops::norm::{LayerNorm, RmsNorm};
-use crate::ops::rope::Rope;
+use super::activation::{Add, Gelu, SwiGlu};
+use super::attention::Attention;
+use super::conv::Conv;
+use super::cuda::f32::Operand;
+use super::cuda::{bf16, f32};
+use super::custom_op::CudaOp;
+use super::group_norm::GroupNorm;
+use super::linear::Linear;
+use super::norm::{LayerNorm, RmsNorm};
+use super::rope::Rope;
 
 type Forward = Result<(CudaStorage, Shape)>;
 type Backward<const N: usize> = Result<[Option<Tensor>; N]>;
@@ -122,16 +122,5 @@ impl CudaOp<3> for Attention {
 
     fn cuda_backward(&self, [q, k, v]: [&Tensor; 3], dy: &Tensor) -> Backward<3> {
         Ok(f32::attention_back([q, k, v, dy], self.mask.as_ref(), self.scale)?.map(Some))
-    }
-}
-
-#[cfg(feature = "train")]
-impl CudaOp<2> for crate::train::loss::CrossEntropy {
-    fn cuda_forward(&self, [logits, targets]: [Operand; 2]) -> Forward {
-        f32::cross_entropy(logits, targets)
-    }
-
-    fn cuda_backward(&self, [logits, targets]: [&Tensor; 2], dlosses: &Tensor) -> Backward<2> {
-        Ok([Some(f32::cross_entropy_back(logits, targets, dlosses)?), None])
     }
 }

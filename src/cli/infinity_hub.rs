@@ -1,0 +1,83 @@
+//! Infinity from the hub: a choice of models, of which only the files that are needed are downloaded.
+
+use std::io::Write;
+use std::path::Path;
+
+use crate::checkpoint::{self, Source};
+use crate::error::{Error, Result};
+use crate::generate::infinity::{self, HUB, TEXT_HUB, VARIANTS, Variant};
+use crate::hub::{self, Cache, Id};
+use crate::terminal;
+
+/// Of the text encoder, beside its weights.
+const TEXT_FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors.index.json"];
+
+/// The chosen model, or the only one that is in the cache. What is missing is downloaded, after its size has been told.
+///
+/// Errors: usage, without a choice; those of a download.
+pub(super) fn fetch(id: &Id, choice: Option<&'static Variant>, offline: bool) -> Result<Source> {
+    let here: Vec<&'static Variant> = match Cache::from_env()?.snapshot(id) {
+        Some(folder) => VARIANTS.iter().filter(|variant| is_here(&folder, variant)).collect(),
+        None => Vec::new(),
+    };
+    let variant = match (choice, &here[..]) {
+        (Some(choice), _) => choice,
+        (None, [one]) => *one,
+        (None, []) => return Err(infinity::choose(HUB, &[])),
+        (None, several) => return Err(infinity::choose(HUB, several)),
+    };
+    if !here.iter().any(|known| known.name == variant.name) && !offline {
+        let _ = writeln!(std::io::stderr(), "{}", terminal::clean(&variant.sizes()));
+    }
+    let mut progress = super::models::progress(false)?;
+    let mut folder = None;
+    for file in files(id, variant, offline, &mut progress)? {
+        let there = |folder: &Path| folder.join(&file).exists();
+        folder = Some(hub::fetch(id, Some(&file), there, offline, &mut progress)?);
+    }
+    let folder = folder.ok_or_else(|| Error::model(format!("{id} has no files")))?;
+    let text = text(offline, &mut progress)?;
+    let source = infinity::in_folder(&folder, Some(variant), Some(&text))?;
+    source.ok_or_else(|| {
+        Error::model(format!("{id} holds no {}", variant.title)).hint(format!("nextflow models rm {id}"))
+    })
+}
+
+/// Whether a snapshot has a model, but for its image tokenizer.
+fn is_here(folder: &Path, variant: &Variant) -> bool {
+    let file = Path::new(variant.transformer);
+    let place = folder.join(file.parent().unwrap_or(Path::new("")));
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    checkpoint::files_with(&place, &name, |_| true).is_ok_and(|files| files.iter().all(|file| file.exists()))
+}
+
+/// The files of a model: its transformer, in shards that an index names, and its image tokenizer.
+fn files(id: &Id, variant: &Variant, offline: bool, progress: hub::Observer) -> Result<Vec<String>> {
+    let mut files = match variant.transformer.strip_suffix("model.safetensors") {
+        None => vec![variant.transformer.to_string()],
+        Some(place) => {
+            let index = format!("{}.index.json", variant.transformer);
+            let folder = hub::fetch(id, Some(&index), |folder| folder.join(&index).exists(), offline, progress)?;
+            let shards = checkpoint::shard_names(&folder.join(&index), |_| true)?;
+            shards.into_iter().map(|shard| format!("{place}{shard}")).collect()
+        }
+    };
+    files.push(variant.tokenizer.into());
+    Ok(files)
+}
+
+/// The folder with the text encoder; of its shards those that hold the encoder.
+fn text(offline: bool, progress: hub::Observer) -> Result<std::path::PathBuf> {
+    let id: Id = TEXT_HUB.parse()?;
+    let mut fetch = |file: &str| hub::fetch(&id, Some(file), |folder| folder.join(file).exists(), offline, progress);
+    let mut folder = None;
+    for file in TEXT_FILES {
+        folder = Some(fetch(file)?);
+    }
+    let folder = folder.ok_or_else(|| Error::model(format!("{id} has no files")))?;
+    let encoder = |key: &str| key.starts_with("encoder.") || key == "shared.weight";
+    for shard in checkpoint::shard_names(&folder.join(TEXT_FILES[2]), encoder)? {
+        fetch(&shard)?;
+    }
+    Ok(folder)
+}

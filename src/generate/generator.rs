@@ -1,0 +1,185 @@
+//! A model that draws, of either family: what the commands that draw work with.
+
+use std::path::Path;
+
+use candle_core::Device;
+use image::RgbImage;
+
+use super::cost::{self, Memory, Work};
+use super::infinity::{self, FeatureStore, InfinityModel, InfinitySetup};
+use super::{Batch, Model, ModelConfig, Observer, PromptCounter, Sampling};
+use crate::checkpoint::{FileSummary, Fit, Source, WeightType};
+use crate::error::{Error, Result};
+use crate::size::Size;
+use crate::t5::TextEncoder;
+use crate::tokenizer::Code;
+
+/// A model before its weights are loaded.
+#[derive(Clone, Debug)]
+pub enum GeneratorConfig {
+    /// NextFlow, nano and TokenFlow-t2i: one sequence of text and images.
+    NextFlow(Box<ModelConfig>),
+    /// Infinity: images alone, by a text that another network reads.
+    Infinity(Box<InfinitySetup>),
+}
+
+impl GeneratorConfig {
+    /// Reads and checks the config of a checkpoint, and where that says nothing the headers of its weights.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not draw.
+    pub fn read(source: &Source) -> Result<Self> {
+        match infinity::is_config(&source.read_config()?) {
+            true => InfinitySetup::read(source).map(|setup| Self::Infinity(Box::new(setup))),
+            false => ModelConfig::read(source).map(|config| Self::NextFlow(Box::new(config))),
+        }
+    }
+
+    /// The config of a model that also edits and talks.
+    ///
+    /// Errors: usage, for one that does not.
+    pub fn nextflow(&self) -> Result<&ModelConfig> {
+        match self {
+            Self::NextFlow(config) => Ok(config),
+            Self::Infinity(setup) => Err(Error::usage(format!("{} draws, but neither edits nor talks", setup.name))
+                .hint("nextflow gen --model FOLDER -p TEXT, or leave out --model to use nano")),
+        }
+    }
+
+    /// Counts the tokens of prompts as the model does.
+    ///
+    /// Errors: those of [`Source::text_of`].
+    pub fn prompt_counter(&self, source: &Source) -> Result<PromptCounter> {
+        match self {
+            Self::NextFlow(config) => config.prompt_counter(source),
+            Self::Infinity(setup) => {
+                let text = setup.text.as_ref().map(|_| TextEncoder::text(source)).transpose()?;
+                Ok(PromptCounter::cutting(text))
+            }
+        }
+    }
+
+    /// The model's name, as it is stored with every image.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::NextFlow(config) => &config.name,
+            Self::Infinity(setup) => &setup.name,
+        }
+    }
+
+    /// Sampling when the user asks for nothing else.
+    pub fn sampling(&self) -> &Sampling {
+        match self {
+            Self::NextFlow(config) => &config.sampling,
+            Self::Infinity(setup) => &setup.sampling,
+        }
+    }
+
+    /// The grids (height, width) of an image of a size.
+    ///
+    /// Errors: usage, for a size that the model cannot draw.
+    pub fn grids(&self, size: Size) -> Result<Vec<(usize, usize)>> {
+        match self {
+            Self::NextFlow(config) => size.grids(config),
+            Self::Infinity(setup) => setup.grids(size),
+        }
+    }
+
+    /// Whether it draws images of these grids (height, width), coarse to fine.
+    pub fn has_scales(&self, scales: &[(usize, usize)]) -> bool {
+        match self {
+            Self::NextFlow(config) => config.has_scales(scales),
+            Self::Infinity(setup) => setup.has_scales(scales),
+        }
+    }
+
+    /// Pixels, (width, height), of an image of these grids.
+    pub fn pixels(&self, scales: &[(usize, usize)]) -> (u32, u32) {
+        match self {
+            Self::NextFlow(config) => config.pixels(scales),
+            Self::Infinity(setup) => setup.pixels(scales),
+        }
+    }
+
+    /// Whether the model can be loaded, as far as words and headers tell; `features` are those of prompts.
+    ///
+    /// Errors: those of [`Generator::load`].
+    pub fn check(&self, source: &Source, features: Option<&Path>) -> Result<()> {
+        match self {
+            Self::NextFlow(config) => Model::check(source, config),
+            Self::Infinity(setup) => setup.check(source, features.map(FeatureStore::at).as_ref()),
+        }
+    }
+
+    /// The files of a checkpoint in numbers, and how their tensors compare with what the model asks for.
+    ///
+    /// Errors: a file that is missing or broken.
+    pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
+        match self {
+            Self::NextFlow(config) => config.compare(source),
+            Self::Infinity(setup) => setup.compare(source),
+        }
+    }
+
+    /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
+    ///
+    /// Errors: a source whose header cannot be read.
+    pub fn memory(&self, source: &Source, weights: Option<WeightType>, work: Work, device: &Device) -> Result<Memory> {
+        match self {
+            Self::NextFlow(config) => cost::memory(config, source, weights, work, device),
+            Self::Infinity(setup) => setup.memory(Some(source), weights, work, device),
+        }
+    }
+}
+
+/// A loaded model.
+#[derive(Debug)]
+pub enum Generator {
+    /// NextFlow, nano and TokenFlow-t2i.
+    NextFlow(Box<Model>),
+    /// Infinity.
+    Infinity(Box<InfinityModel>),
+}
+
+impl Generator {
+    /// Loads what drawing needs onto `device`, in `weights` or as usual. Where a network of its own reads text it does so now, for
+    /// these `prompts`, and is gone before others are loaded; `features` are what it has read before.
+    ///
+    /// Errors: files that are missing, broken or do not fit.
+    pub fn load(
+        source: &Source,
+        config: &GeneratorConfig,
+        (device, weights): (&Device, Option<WeightType>),
+        prompts: &[&str],
+        features: Option<&Path>,
+    ) -> Result<Self> {
+        match config {
+            GeneratorConfig::NextFlow(_) => Model::load(source, device, weights).map(|m| Self::NextFlow(Box::new(m))),
+            GeneratorConfig::Infinity(setup) => {
+                let model = InfinityModel::load(source, setup, (device, weights), prompts, features)?;
+                Ok(Self::Infinity(Box::new(model)))
+            }
+        }
+    }
+
+    /// Pixels from the codes of all scales, or of a prefix of them.
+    pub fn decode(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<RgbImage> {
+        match self {
+            Self::NextFlow(model) => model.decode(codes, scales),
+            Self::Infinity(model) => model.decode(codes, scales),
+        }
+    }
+
+    /// As [`Model::draw_batch`].
+    pub fn draw_batch(
+        &self,
+        prompts: &[&str],
+        negative: Option<&str>,
+        batch: Batch,
+        observe: Observer,
+    ) -> Result<Vec<RgbImage>> {
+        match self {
+            Self::NextFlow(model) => model.draw_batch(prompts, negative, batch, observe),
+            Self::Infinity(model) => model.draw_batch(prompts, negative, batch, observe),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Which files of a model are downloaded: those that the program would open.
+
+use crate::error::{Error, Result};
+
+use super::{Id, listing::Remote, size};
+
+/// Names, without their extension, under which a model folder holds weights.
+const STEMS: [&str; 2] = ["model", "image_tokenizer"];
+/// What an image tokenizer's own file is called, wherever it was published beside a transformer.
+const TOKENIZERS: [&str; 2] = ["tokenflow_", "infinity_vae"];
+/// Extensions of weights that the program reads, the first that is there before the others.
+const READ: [&str; 4] = ["safetensors", "gguf", "pt", "pth"];
+/// Extensions of weights that it does not read.
+const UNREAD: [&str; 8] = ["bin", "onnx", "onnx_data", "h5", "msgpack", "ckpt", "tflite", "mlmodel"];
+/// Weights of a training run that go on with it, and are of no use otherwise.
+const TRAINING: [&str; 5] = ["optimizer", "scheduler", "rng_state", "training_args", "scaler"];
+/// How many names a message spells out.
+const SHOWN: usize = 12;
+
+/// The weights of a model.
+#[derive(Default)]
+pub(super) struct Weights<'a> {
+    /// Files of weights.
+    pub files: Vec<&'a Remote>,
+    /// Indexes that name more of them.
+    pub indexes: Vec<&'a Remote>,
+}
+
+/// The small files at the top of a repository that say what the weights are and how text is read.
+pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
+    let wanted = |name: &str| match extension(name) {
+        // An index is read where its weights are.
+        "json" => !name.ends_with(".index.json") && name != "trainer_state.json",
+        "jinja" => true,
+        _ => name == "tokenizer.model",
+    };
+    files.iter().filter(|f| !f.name.contains('/') && wanted(&f.name)).collect()
+}
+
+/// The weights of a model.
+///
+/// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to choose from.
+pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
+    let find = |name: &str| files.iter().find(|f| f.name == name);
+    let mut taken = Weights { files: files.iter().filter(|f| is_tokenizer(&f.name)).collect(), ..Weights::default() };
+    for stem in STEMS {
+        let whole = find(&format!("{stem}.safetensors"));
+        let index = find(&format!("{stem}.safetensors.index.json")).filter(|_| whole.is_none());
+        let other = || READ[1..].iter().find_map(|e| find(&format!("{stem}.{e}")));
+        taken.indexes.extend(index);
+        taken.files.extend(whole.or_else(|| other().filter(|_| index.is_none())));
+    }
+    if taken.indexes.iter().chain(&taken.files).any(|f| f.name.starts_with("model.")) {
+        return Ok(taken);
+    }
+    // Nothing has a name that the program knows: one file is what is meant, several are somebody's choice.
+    let known = |f: &&Remote| READ.contains(&extension(&f.name)) && !is_training(&f.name) && !f.name.contains('/');
+    let others: Vec<&Remote> = files.iter().filter(known).collect();
+    match &others[..] {
+        [one] if extension(&one.name) != "gguf" && !is_adapter(&one.name) => {
+            Ok(Weights { files: others, ..Weights::default() })
+        }
+        [] => Err(none(id, files)),
+        [one] if is_adapter(&one.name) => {
+            Err(Error::model(format!("{id} has only a LoRA adapter ({}), no model of its own", one.name))
+                .hint("nextflow models pull OWNER/NAME of the model that it was made for"))
+        }
+        _ => Err(several(id, &others)),
+    }
+}
+
+/// The files that were asked for by name.
+///
+/// Errors: [`crate::error::Kind::Model`] for a name that is not there.
+pub(super) fn named<'a>(id: &Id, files: &'a [Remote], names: &[String]) -> Result<Vec<&'a Remote>> {
+    let find = |name: &String| {
+        files.iter().find(|f| f.name == *name).ok_or_else(|| {
+            let close = files.iter().filter(|f| extension(&f.name) == extension(name)).collect::<Vec<_>>();
+            let there = if close.is_empty() { String::new() } else { format!("; there are {}", list(&close)) };
+            Error::model(format!("{id} has no file {name}{there}")).hint(format!("nextflow models pull {id}"))
+        })
+    };
+    names.iter().map(find).collect()
+}
+
+fn several(id: &Id, files: &[&Remote]) -> Error {
+    let first = &files[0].name;
+    let what = match files.iter().all(|f| extension(&f.name) == "gguf") {
+        true if files.len() == 1 => "only a GGUF file, and none called model.gguf, which nextflow quantize writes",
+        true => "several GGUF files, and none called model.gguf, which nextflow quantize writes",
+        false => "several files of weights, and none called model.safetensors",
+    };
+    Error::model(format!("{id} has {what}: {}", list(files)))
+        .hint(format!("nextflow models pull {id} {first} downloads one of them"))
+}
+
+fn none(id: &Id, files: &[Remote]) -> Error {
+    let unread: Vec<&Remote> = files.iter().filter(|f| UNREAD.contains(&extension(&f.name))).collect();
+    let below: Vec<&Remote> =
+        files.iter().filter(|f| f.name.contains('/') && READ.contains(&extension(&f.name))).collect();
+    if let Some(file) = below.first() {
+        let hint = format!("nextflow models pull {id} {} downloads one file", file.name);
+        return Error::model(format!("{id} has no weights at its top, only in folders: {}", list(&below))).hint(hint);
+    }
+    match unread.is_empty() {
+        true => Error::model(format!("{id} has no weights")).hint("nextflow models pull another OWNER/NAME"),
+        false => Error::model(format!(
+            "{id} has no weights that are read here (safetensors, GGUF, PyTorch's .pt and .pth), only {}",
+            list(&unread)
+        ))
+        .hint("nextflow models pull another OWNER/NAME, or convert them to safetensors"),
+    }
+}
+
+/// Names with sizes, the first few of them.
+fn list(files: &[&Remote]) -> String {
+    let name = |f: &&Remote| match f.size {
+        Some(bytes) => format!("{} ({})", f.name, size(bytes)),
+        None => f.name.clone(),
+    };
+    let shown: Vec<String> = files.iter().take(SHOWN).map(name).collect();
+    let more = if files.len() > SHOWN { format!(" and {} more", files.len() - SHOWN) } else { String::new() };
+    shown.join(", ") + &more
+}
+
+fn extension(name: &str) -> &str {
+    let file = name.rsplit('/').next().unwrap_or(name);
+    file.rsplit_once('.').map_or("", |(_, e)| e)
+}
+
+fn is_tokenizer(name: &str) -> bool {
+    READ.contains(&extension(name)) && TOKENIZERS.iter().any(|t| name.starts_with(t))
+}
+
+fn is_training(name: &str) -> bool {
+    TRAINING.iter().any(|t| name.starts_with(t))
+}
+
+fn is_adapter(name: &str) -> bool {
+    name.starts_with("adapter_")
+}
