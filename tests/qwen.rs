@@ -382,10 +382,10 @@ fn the_folders_own_chat_template_is_used() {
 
 #[test]
 fn what_is_not_read_is_named_with_a_way_out() {
-    for method in ["awq", "gptq", "bitsandbytes", "compressed-tensors", "fp8"] {
+    for (method, name) in [("awq", "AWQ"), ("gptq", "GPTQ"), ("bitsandbytes", "bitsandbytes"), ("fp8", "fp8")] {
         let encoding = json!({"quant_method": method, "bits": 4});
         Folder::new().change("config.json", |c| c["quantization_config"] = encoding).refused(&[
-            &format!("quantised by {method}"),
+            &format!("quantised by {name}"),
             "quantization_config",
             "--quant",
         ]);

@@ -235,12 +235,11 @@ impl ModelConfig {
         if self.grids.iter().any(|&(h, w)| h == 0 || w == 0 || h > MAX_GRID || w > MAX_GRID) {
             return Err(format!("grids must have sides from 1 to {MAX_GRID}"));
         }
-        if self.scales > MAX_SCALES || self.prompt.padded_to > Some(MAX_PADDED) {
-            let padded = self.prompt.padded_to.unwrap_or(0);
-            return Err(format!(
-                "{} scales or a prompt of {padded} tokens: {MAX_SCALES} and {MAX_PADDED} are the limits",
-                self.scales
-            ));
+        if self.scales > MAX_SCALES {
+            return Err(format!("{} scales are more than {MAX_SCALES}", self.scales));
+        }
+        if let Some(tokens) = self.prompt.padded_to.filter(|&tokens| tokens > MAX_PADDED) {
+            return Err(format!("prompt.padded_to {tokens} is above {MAX_PADDED}"));
         }
         if let Some(bos) = self.prompt.bos.filter(|&id| id as usize >= backbone.vocab_size) {
             return Err(format!("prompt.bos {bos} is none of {} tokens", backbone.vocab_size));

@@ -22,9 +22,11 @@ pub(super) fn check_encoding(source: &Source, config: &Value) -> Result<()> {
     let Some(encoding) = found.into_iter().find(|value| value.is_object()) else { return Ok(()) };
     let of = |key: &str| encoding[key].as_bool() == Some(true);
     let method = match encoding["quant_method"].as_str() {
-        Some(method) => method,
-        None if of("load_in_4bit") || of("load_in_8bit") => "bitsandbytes",
-        None => "an unnamed method",
+        // As their authors write them.
+        Some(method @ ("awq" | "gptq")) => method.to_uppercase(),
+        Some(method) => method.into(),
+        None if of("load_in_4bit") || of("load_in_8bit") => "bitsandbytes".into(),
+        None => "an unnamed method".into(),
     };
     let message = format!(
         "the weights of {source} are quantised by {method} (quantization_config in config.json), which is not read"
@@ -328,8 +330,8 @@ mod tests {
     fn encodings_of_other_programs_are_named() {
         let source = Source::Folder("m".into());
         for (encoding, name) in [
-            (json!({"quant_method": "awq", "bits": 4}), "awq"),
-            (json!({"quant_method": "gptq"}), "gptq"),
+            (json!({"quant_method": "awq", "bits": 4}), "AWQ"),
+            (json!({"quant_method": "gptq"}), "GPTQ"),
             (json!({"load_in_4bit": true}), "bitsandbytes"),
             (json!({"quant_method": "compressed-tensors"}), "compressed-tensors"),
             (json!({"quant_method": "fp8"}), "fp8"),

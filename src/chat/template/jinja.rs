@@ -107,10 +107,9 @@ impl ChatTemplate {
     /// The template for a vocabulary, once it has shown that it prints texts and images; else why it cannot be used, as a
     /// sentence for the user.
     pub fn fitted(mut self, text: &Text) -> Result<Self, String> {
-        let unused = |why: &str| format!("the chat template in {} is not used: {why}", self.file);
         let shapes = [(false, false), (true, false), (false, true)];
         let parts = [Part::Image(()), Part::Text(PROBE.into())];
-        let mut why = String::from("it prints no texts, or no images, of a conversation");
+        let mut why = format!("the chat template in {} prints no texts, or no images, of a conversation", self.file);
         for (lists, inline) in shapes {
             self.shape = Shape { lists, inline };
             let probe = |parts: &[Part<()>]| {
@@ -124,11 +123,11 @@ impl ChatTemplate {
             };
             match (probe(&parts[1..]), probe(&parts)) {
                 (Ok(true), Ok(true)) => return Ok(self),
-                (Err(e), _) | (_, Err(e)) => why = e.message,
+                (Err(e), _) => why = e.message,
                 _ => {}
             }
         }
-        Err(unused(&why))
+        Err(format!("{why}; it is not used"))
     }
 
     /// A conversation in the template's form; as [`super::Template::render`].

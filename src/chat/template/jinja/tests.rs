@@ -15,13 +15,14 @@ fn printed(template: &ChatTemplate, system: &str, turns: &[(Role, Vec<Part<&str>
     let turns = turns.iter().map(|(role, parts)| (*role, &parts[..]));
     let pieces = template.render(&text, system, turns, &[])?;
     let controls: Vec<(&str, u32)> = text.controls().collect();
-    let word = |id: u32| match controls.iter().find(|(_, control)| *control == id) {
-        // Apart from the same word as plain text.
-        Some((word, _)) => format!("⟦{word}⟧"),
-        None => text.decode(&[id]).unwrap(),
+    let control = |id: u32| controls.iter().find(|(_, control)| *control == id).map(|(word, _)| *word);
+    // Control tokens apart from the same words as plain text.
+    let words = |ids: &[u32]| match ids {
+        [id] if control(*id).is_some() => format!("⟦{}⟧", control(*id).unwrap()),
+        ids => text.decode(ids).unwrap(),
     };
     let piece = |piece: &Piece<&str>| match piece {
-        Piece::Words(ids) => ids.iter().map(|&id| word(id)).collect::<String>(),
+        Piece::Words(ids) => words(ids),
         Piece::Image(name) => format!("[{name}]"),
     };
     Ok(pieces.iter().map(|(p, _)| piece(p)).collect())
