@@ -4,11 +4,15 @@ use crate::error::{Error, Result};
 
 use super::{Id, listing::Remote, size};
 
-/// Names, without their extension, under which a model folder holds weights.
-const STEMS: [&str; 2] = ["model", "image_tokenizer"];
+/// Files of weights that a model folder may have; each may be in shards, or of another type by the same stem.
+const PARTS: [&str; 2] = ["model.safetensors", "image_tokenizer.safetensors"];
+/// What transformers calls the PyTorch form of `model.safetensors`; it may be in shards as well.
+const PYTORCH: &str = "pytorch_model.bin";
 /// What an image tokenizer's own file is called, wherever it was published beside a transformer.
 const TOKENIZERS: [&str; 2] = ["tokenflow_", "infinity_vae"];
-/// Extensions of weights that the program reads, the first that is there before the others.
+/// Types by which a file of [`PARTS`] may be replaced, the first that is there.
+const OTHER: [&str; 2] = ["gguf", "pt"];
+/// Extensions of weights that the program reads by any name.
 const READ: [&str; 4] = ["safetensors", "gguf", "pt", "pth"];
 /// Extensions of weights that it does not read.
 const UNREAD: [&str; 8] = ["bin", "onnx", "onnx_data", "h5", "msgpack", "ckpt", "tflite", "mlmodel"];
@@ -26,6 +30,35 @@ pub(super) struct Weights<'a> {
     pub indexes: Vec<&'a Remote>,
 }
 
+impl<'a> Weights<'a> {
+    /// Takes what the program would open as `part`: itself, the shards of its index, shards without an index, or a file of
+    /// one of the `other` types; whether there is any.
+    fn take(&mut self, files: &'a [Remote], part: &str, other: &[&str]) -> bool {
+        let find = |name: &str| files.iter().find(|f| f.name == name);
+        let (stem, kind) = part.rsplit_once('.').unwrap_or((part, ""));
+        let shards = || files.iter().filter(|f| is_shard(&f.name, stem, kind));
+        if let Some(whole) = find(part) {
+            self.files.push(whole);
+        } else if let Some(index) = find(&format!("{part}.index.json")) {
+            self.indexes.push(index);
+        } else if shards().next().is_some() {
+            self.files.extend(shards());
+        } else {
+            let found = other.iter().find_map(|kind| find(&format!("{stem}.{kind}")));
+            self.files.extend(found);
+            return found.is_some();
+        }
+        true
+    }
+}
+
+/// Whether `name` is `STEM-00001-of-00002.KIND`.
+fn is_shard(name: &str, stem: &str, kind: &str) -> bool {
+    let numbers = name.strip_prefix(stem).and_then(|n| n.strip_prefix('-')?.strip_suffix(kind)?.strip_suffix('.'));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    numbers.and_then(|n| n.split_once("-of-")).is_some_and(|(i, n)| digits(i) && digits(n))
+}
+
 /// The small files at the top of a repository that say what the weights are and how text is read.
 pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
     let wanted = |name: &str| match extension(name) {
@@ -41,16 +74,10 @@ pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
 ///
 /// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to choose from.
 pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
-    let find = |name: &str| files.iter().find(|f| f.name == name);
     let mut taken = Weights { files: files.iter().filter(|f| is_tokenizer(&f.name)).collect(), ..Weights::default() };
-    for stem in STEMS {
-        let whole = find(&format!("{stem}.safetensors"));
-        let index = find(&format!("{stem}.safetensors.index.json")).filter(|_| whole.is_none());
-        let other = || READ[1..].iter().find_map(|e| find(&format!("{stem}.{e}")));
-        taken.indexes.extend(index);
-        taken.files.extend(whole.or_else(|| other().filter(|_| index.is_none())));
-    }
-    if taken.indexes.iter().chain(&taken.files).any(|f| f.name.starts_with("model.")) {
+    let [model, image_tokenizer] = PARTS;
+    taken.take(files, image_tokenizer, &OTHER);
+    if taken.take(files, model, &OTHER) || taken.take(files, PYTORCH, &[]) {
         return Ok(taken);
     }
     // Nothing has a name that the program knows: one file is what is meant, several are somebody's choice.
@@ -105,7 +132,7 @@ fn none(id: &Id, files: &[Remote]) -> Error {
     match unread.is_empty() {
         true => Error::model(format!("{id} has no weights")).hint("nextflow models pull another OWNER/NAME"),
         false => Error::model(format!(
-            "{id} has no weights that are read here (safetensors, GGUF, PyTorch's .pt and .pth), only {}",
+            "{id} has no weights that are read here (safetensors, GGUF, PyTorch's), only {}",
             list(&unread)
         ))
         .hint("nextflow models pull another OWNER/NAME, or convert them to safetensors"),

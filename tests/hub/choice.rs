@@ -96,6 +96,9 @@ fn only_what_the_program_opens_is_downloaded() {
     // The first of what the program looks for is what it would open.
     assert_eq!(taken(&with_small(&junk), &[]), with(&["model.gguf"]));
     assert_eq!(taken(&with_small(&[("only.pth", "p"), junk[3], junk[4]]), &[]), with(&["only.pth"]));
+    assert_eq!(taken(&with_small(&junk[..12]), &[]), with(&["pytorch_model.bin"]));
+    let uncounted = [("model-00001-of-00002.safetensors", "a"), ("model-00002-of-00002.safetensors", "b")];
+    assert_eq!(taken(&among(&uncounted), &[]), with(&uncounted.map(|(name, _)| name)));
     let public = [("model.safetensors", "w"), ("tokenflow_clipb_32k_enhanced.pt", "t")];
     assert_eq!(taken(&with_small(&public), &[]), with(&public.map(|(name, _)| name)));
 }
@@ -133,7 +136,7 @@ fn a_choice_is_left_to_the_user() {
 fn a_repository_without_weights_is_refused() {
     for (files, said) in [
         (&[][..], "o/m has no weights\n"),
-        (&[("pytorch_model.bin", "w"), ("tf_model.h5", "w2")], "no weights that are read here"),
+        (&[("tf_model.h5", "w"), ("model.ckpt", "w2")], "no weights that are read here"),
         (&[("adapter_model.safetensors", "l"), ("adapter_config.json", "{}")], "only a LoRA adapter"),
         (&[("optimizer.pt", "o")], "has no weights"),
         (&[("transformer/model.safetensors", "t"), ("vae/model.safetensors", "v")], "only in folders: transformer/"),
