@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SOURCES = Path(__file__).resolve().parent.parent / "src/ops/cuda"
+SOURCES = Path(__file__).resolve().parent.parent / "src/ops/cuda/bf16"
 CAPABILITY = torch.cuda.get_device_capability()
 HOPPER = CAPABILITY == (9, 0)
 driver = ctypes.CDLL("libcuda.so.1")

@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nextflow::generate::Sampling;
 use nextflow::generate::sampler::{self, Draw};
-use nextflow::ops::{self, Bytes, Mask, WeightMatrix};
+use nextflow::ops::{self, Int8Matrix, Mask, WeightMatrix};
 use nextflow::rng::{Rng, Stream};
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -26,16 +26,16 @@ fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("product");
     for (rows, columns) in [(768, 256), (4864, 896)] {
         let weights = values(rows * columns);
-        let block = |dtype| ops::quantise(&weights, (rows, columns), dtype, &Device::Cpu).expect("blocks").into();
+        let block = |dtype| ops::quantize(&weights, (rows, columns), dtype, &Device::Cpu).expect("blocks").into();
         let mut kinds: Vec<(&str, WeightMatrix)> = vec![
             ("f32", WeightMatrix::Dense(random(&[rows, columns]))),
             ("bf16", block(GgmlDType::BF16)),
             ("q8_0", block(GgmlDType::Q8_0)),
         ];
-        if Bytes::suits(columns) {
+        if Int8Matrix::supports(columns) {
             let bytes = (0..rows * columns).map(|i| (i % 251) as u8).collect();
-            let bytes = Bytes::new(bytes, &vec![0.01; rows], (rows, columns)).expect("bytes");
-            kinds.push(("bytes", WeightMatrix::Bytes(bytes)));
+            let bytes = Int8Matrix::new(bytes, &vec![0.01; rows], (rows, columns)).expect("bytes");
+            kinds.push(("bytes", WeightMatrix::Int8(bytes)));
         }
         for inputs in [1, 8, 32, 128, 512] {
             let x = random(&[inputs, columns]);

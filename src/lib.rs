@@ -21,6 +21,7 @@ pub mod hub;
 pub mod input;
 pub mod library;
 pub mod memory;
+mod nn;
 pub mod ops;
 pub mod output;
 pub mod pixels;

@@ -12,7 +12,7 @@ fn main() -> ExitCode {
         threads::start();
         cli::run(command)
     };
-    match cli::parse().and_then(|command| command.map_or(Ok(()), run)) {
+    match cli::parse(std::env::args_os()).and_then(|command| command.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             terminal::report(&error);

@@ -1,5 +1,6 @@
 //! Pixels in and out of tensors, and exact resampling: every resize is two small matrix products.
 
+mod decode;
 mod file;
 mod foreign;
 mod jpeg;
@@ -8,7 +9,7 @@ mod pillow;
 use candle_core::{DType, Device, Result, Tensor};
 use image::RgbImage;
 
-pub use file::{contain, cover, open, open_or_read, place_within};
+pub use file::{contain, cover, open, open_all, open_or_read, place_within};
 pub use pillow::{Filter, centre_crop, pad_to_square, resize};
 
 /// A linear resampling along one axis: `weights` is (to, from), row-major.

@@ -5,6 +5,7 @@ use candle_core::{Result, Tensor};
 
 use super::{BackboneConfig, Cache, NormPlacement, Rope};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{Linear, RmsNorm, lecun_normal};
 use crate::ops::{self, Mask, WeightMatrix};
 
 /// What new tokens are to the sequence in the cache.
@@ -82,44 +83,6 @@ impl Step {
     }
 }
 
-#[derive(Debug)]
-pub(super) struct RmsNorm {
-    weight: Tensor,
-    eps: f32,
-}
-
-impl RmsNorm {
-    pub(super) fn load(w: &Weights, size: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: w.get(size, "weight", Init::Ones)?, eps: eps as f32 })
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(x, &self.weight, self.eps)
-    }
-}
-
-#[derive(Debug)]
-struct Linear {
-    weight: WeightMatrix,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    fn load(w: &Weights, from: usize, to: usize, bias: bool, init: Init) -> Result<Self> {
-        let bias = if bias { Some(w.get(to, "bias", Init::Zeros)?) } else { None };
-        Ok(Self { weight: w.matrix((to, from), "weight", init)?, bias })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.linear(x, self.bias.as_ref())
-    }
-
-    /// As [`Self::forward`] of `y`, added to x, which nothing else may need.
-    fn forward_onto(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        ops::add_linear(x, y, &self.weight, self.bias.as_ref())
-    }
-}
-
 /// Projections of the same numbers.
 #[derive(Debug)]
 enum Projections<const N: usize> {
@@ -133,21 +96,21 @@ impl<const N: usize> Projections<N> {
     fn new(parts: [Linear; N]) -> Result<Self> {
         let mut weights = Vec::new();
         for part in &parts {
-            match &part.weight {
+            match part.weight() {
                 WeightMatrix::Dense(weight) if weight.device().is_cuda() && !weight.track_op() => weights.push(weight),
                 _ => return Ok(Self::Apart(parts)),
             }
         }
-        let biases: Vec<&Tensor> = parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        let biases: Vec<&Tensor> = parts.iter().filter_map(Linear::bias).collect();
         let bias = match biases.len() {
             0 => None,
             n if n == N => Some(Tensor::cat(&biases, 0)?),
             _ => return Ok(Self::Apart(parts)),
         };
-        let weight = WeightMatrix::Dense(Tensor::cat(&weights, 0)?);
+        let weight = Tensor::cat(&weights, 0)?;
         let mut sizes = [0; N];
         sizes.iter_mut().zip(&weights).for_each(|(size, weight)| *size = weight.dims()[0]);
-        Ok(Self::Joint(Linear { weight, bias }, sizes))
+        Ok(Self::Joint(Linear::new(weight, bias), sizes))
     }
 }
 
@@ -172,7 +135,6 @@ impl Block {
         let (hidden, inner, head_dim) = (c.hidden_size, c.intermediate_size, c.head_dim());
         let (queries, keys) = (c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim);
         let (attn, mlp) = (w.pp("self_attn"), w.pp("mlp"));
-        let normal = |fan_in: usize| Init::Normal { std: (fan_in as f64).powf(-0.5) };
         // The two projections that write to the residual stream start small, by depth.
         let depth = (2.0 * c.num_hidden_layers as f64).powf(-0.5);
         let closing = |fan_in: usize| Init::Normal { std: (fan_in as f64).powf(-0.5) * depth };
@@ -184,18 +146,18 @@ impl Block {
             norm_placement: c.norm_placement,
             input_layernorm: RmsNorm::load(&w.pp("input_layernorm"), hidden, c.rms_norm_eps)?,
             qkv_proj: Projections::new([
-                Linear::load(&attn.pp("q_proj"), hidden, queries, c.qkv_bias, normal(hidden))?,
-                Linear::load(&attn.pp("k_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
-                Linear::load(&attn.pp("v_proj"), hidden, keys, c.qkv_bias, normal(hidden))?,
+                Linear::load_with(&attn.pp("q_proj"), hidden, queries, c.qkv_bias, lecun_normal(hidden))?,
+                Linear::load_with(&attn.pp("k_proj"), hidden, keys, c.qkv_bias, lecun_normal(hidden))?,
+                Linear::load_with(&attn.pp("v_proj"), hidden, keys, c.qkv_bias, lecun_normal(hidden))?,
             ])?,
             qk_norm: c.qk_norm_eps.map(qk_norm).transpose()?,
-            o_proj: Linear::load(&attn.pp("o_proj"), queries, hidden, false, closing(queries))?,
+            o_proj: Linear::load_with(&attn.pp("o_proj"), queries, hidden, false, closing(queries))?,
             post_attention_layernorm: RmsNorm::load(&w.pp("post_attention_layernorm"), hidden, c.rms_norm_eps)?,
             gate_up_proj: Projections::new([
-                Linear::load(&mlp.pp("gate_proj"), hidden, inner, false, normal(hidden))?,
-                Linear::load(&mlp.pp("up_proj"), hidden, inner, false, normal(hidden))?,
+                Linear::load_with(&mlp.pp("gate_proj"), hidden, inner, false, lecun_normal(hidden))?,
+                Linear::load_with(&mlp.pp("up_proj"), hidden, inner, false, lecun_normal(hidden))?,
             ])?,
-            down_proj: Linear::load(&mlp.pp("down_proj"), inner, hidden, false, closing(inner))?,
+            down_proj: Linear::load_with(&mlp.pp("down_proj"), inner, hidden, false, closing(inner))?,
             head_dim,
         })
     }
@@ -206,9 +168,9 @@ impl Block {
         match self.norm_placement {
             NormPlacement::Input => {
                 let attended = self.attention(&first.forward(&x)?, rope, layer, context)?;
-                let x = self.o_proj.forward_onto(x, &attended)?;
+                let x = self.o_proj.forward_add(x, &attended)?;
                 let gated = self.gated(&second.forward(&x)?)?;
-                self.down_proj.forward_onto(x, &gated)
+                self.down_proj.forward_add(x, &gated)
             }
             NormPlacement::Output => {
                 let attended = self.o_proj.forward(&self.attention(&x, rope, layer, context)?)?;
@@ -226,18 +188,18 @@ impl Block {
         let split = |y: Tensor| y.reshape((rows, tokens, (), self.head_dim));
         let [mut q, mut k, v] = match &self.qkv_proj {
             Projections::Apart([q, k, v]) => {
-                let layers = [q, k, v].map(|layer| (&layer.weight, layer.bias.as_ref()));
+                let layers = [q, k, v].map(|layer| (layer.weight(), layer.bias()));
                 let [q, k, v] = ops::linear_each(x, layers)?;
                 [split(q)?, split(k)?, split(v)?]
             }
             Projections::Joint(joint, [queries, keys, values]) => {
-                let heads = joint.weight.linear(x, None)?;
-                let fused = self.qk_norm.is_none().then_some((&heads, joint.bias.as_ref()));
+                let heads = joint.weight().linear(x, None)?;
+                let fused = self.qk_norm.is_none().then_some((&heads, joint.bias()));
                 let attended = fused.map(|heads| context.attend_projected(layer, heads, rope, scale)).transpose()?;
                 if let Some(attended) = attended.flatten() {
                     return attended.reshape((rows, tokens, ()));
                 }
-                let heads = joint.bias.as_ref().map_or(Ok(heads.clone()), |bias| heads.broadcast_add(bias))?;
+                let heads = joint.bias().map_or(Ok(heads.clone()), |bias| heads.broadcast_add(bias))?;
                 let part = |first, count| split(heads.narrow(2, first, count)?.contiguous()?);
                 [part(0, *queries)?, part(*queries, *keys)?, part(queries + keys, *values)?]
             }
@@ -251,7 +213,7 @@ impl Block {
 
     fn gated(&self, x: &Tensor) -> Result<Tensor> {
         match &self.gate_up_proj {
-            Projections::Apart([gate, up]) => ops::gated_linear(x, &gate.weight, &up.weight),
+            Projections::Apart([gate, up]) => ops::gated_linear(x, gate.weight(), up.weight()),
             Projections::Joint(joint, [gate, up]) => {
                 let y = joint.forward(x)?;
                 ops::swiglu(&y.narrow(2, 0, *gate)?, &y.narrow(2, *gate, *up)?)

@@ -2,8 +2,20 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::rope::RopeScaling;
+
 /// More layers than any transformer has: a larger number is damage.
-pub(crate) const MAX_LAYERS: usize = 10_000;
+pub(crate) const MAX_LAYERS: usize = 1000;
+/// No width, vocabulary or table of a model is larger: its shapes multiply without overflow.
+pub(crate) const MAX_WIDTH: usize = 1 << 24;
+
+/// Errors: a size that is 0, or larger than [`MAX_WIDTH`], by its name.
+pub(crate) fn check_sizes<'a>(sizes: impl IntoIterator<Item = (&'a str, usize)>) -> Result<(), String> {
+    match sizes.into_iter().find(|(_, size)| !(1..=MAX_WIDTH).contains(size)) {
+        Some((name, size)) => Err(format!("{name} is {size}, not 1 to {MAX_WIDTH}")),
+        None => Ok(()),
+    }
+}
 
 /// What the transformer sees of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +69,9 @@ pub struct BackboneConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// Rotary frequencies for sequences longer than those of the training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
     /// Rotary pairs of the scale (or text), row and column axes; their sum is half the head.
     pub mrope_section: [usize; 3],
     /// C of the paper's Eq. 1: extent of the spatial axes, whatever the grid. Without it codes stand where text would:
@@ -176,16 +191,39 @@ impl BackboneConfig {
     /// What would make the model's constructor panic or mislead, as one sentence.
     pub fn check(&self) -> Result<(), String> {
         let Self { hidden_size, num_attention_heads: heads, num_key_value_heads: kv, .. } = *self;
+        check_sizes([
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_key_value_heads", kv),
+        ])?;
+        if self.codebook_size > 0 {
+            let positions = self.code_positions.unwrap_or(1);
+            check_sizes([
+                ("codebook_size", self.codebook_size),
+                ("code_dim", self.code_dim),
+                ("max_scales", self.max_scales),
+                ("code_positions", positions),
+            ])?;
+        }
         if !(1..=MAX_LAYERS).contains(&self.num_hidden_layers) {
             return Err(format!("{} layers are not 1 to {MAX_LAYERS}", self.num_hidden_layers));
         }
-        if heads == 0 || kv == 0 || hidden_size % heads != 0 || heads % kv != 0 {
+        if heads == 0 || hidden_size % heads != 0 || heads % kv != 0 {
             return Err(format!("{heads} heads over {kv} key-value heads do not divide a width of {hidden_size}"));
         }
         let half = self.mrope_section.iter().try_fold(0usize, |sum, n| sum.checked_add(*n));
         if half.and_then(|half| half.checked_mul(2)) != Some(self.head_dim()) {
             return Err(format!("mrope_section {:?} is not half of head_dim {}", self.mrope_section, self.head_dim()));
         }
+        let positive = |name: &str, x: f64| {
+            if x.is_finite() && x > 0.0 { Ok(()) } else { Err(format!("{name} {x} is not above 0")) }
+        };
+        positive("rope_theta", self.rope_theta)?;
+        positive("spatial_extent", self.spatial_extent.unwrap_or(1.0))?;
+        positive("rms_norm_eps", self.rms_norm_eps)?;
+        positive("qk_norm_eps", self.qk_norm_eps.unwrap_or(1.0))?;
+        self.rope_scaling.as_ref().map_or(Ok(()), RopeScaling::check)?;
         if self.codebook_size > 0 && self.spatial_extent.is_some() == self.code_positions.is_some() {
             return Err("one of spatial_extent and code_positions must say where codes stand".into());
         }

@@ -4,12 +4,13 @@ use candle_core::{D, Result, Tensor, bail};
 
 use super::BackboneConfig;
 use crate::checkpoint::{Init, Weights};
-use crate::ops::{self, WeightMatrix};
+use crate::nn::Linear;
+use crate::ops;
 
 /// Connector and tables.
 #[derive(Debug)]
 pub(super) struct ImageEnds {
-    connector: [(WeightMatrix, Tensor); 2],
+    connector: [Linear; 2],
     /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with `code_positions`. The first
     /// scale is never an input, so its row is not used.
     scale_embed: Tensor,
@@ -24,15 +25,14 @@ impl ImageEnds {
     /// `lvl_embed` with its code positions `pos_1LC`.
     pub(super) fn load(model: &Weights, config: &BackboneConfig) -> Result<Self> {
         let hidden = config.hidden_size;
-        let linear = |w: Weights, from: usize| -> Result<(WeightMatrix, Tensor)> {
-            let init = Init::Normal { std: (from as f64).powf(-0.5) };
-            Ok((w.matrix((hidden, from), "weight", init)?, w.get(hidden, "bias", Init::Zeros)?))
-        };
         let connector = model.pp("mm_projector");
         let levels = (config.scale_rows(), hidden);
         let table = Init::Normal { std: 0.1 };
         Ok(Self {
-            connector: [linear(connector.pp(0), config.code_dim)?, linear(connector.pp(2), hidden)?],
+            connector: [
+                Linear::load(&connector.pp(0), config.code_dim, hidden)?,
+                Linear::load(&connector.pp(2), hidden, hidden)?,
+            ],
             scale_embed: match config.code_positions {
                 None => model.get(levels, "scale_embed", table)?,
                 Some(_) => model.pp("lvl_embed").get(levels, "weight", table)?,
@@ -76,8 +76,8 @@ impl ImageEnds {
 
     /// The connector: Linear, GELU, Linear, (..., code_dim) -> (..., hidden).
     fn connect(&self, features: &Tensor) -> Result<Tensor> {
-        let [(w0, b0), (w2, b2)] = &self.connector;
-        w2.linear(&ops::gelu_erf(&w0.linear(features, Some(b0))?)?, Some(b2))
+        let [fc1, fc2] = &self.connector;
+        fc2.forward(&ops::gelu_erf(&fc1.forward(features)?)?)
     }
 
     /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).

@@ -14,13 +14,14 @@ use rayon::prelude::*;
 
 pub use block::{Context, Step};
 pub use cache::Cache;
-pub(crate) use config::MAX_LAYERS;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
-pub use rope::{Position, Rope};
+pub(crate) use config::{MAX_LAYERS, check_sizes};
+pub use rope::{Position, Rope, RopeScaling};
 
 use crate::checkpoint::{Init, Weights};
+use crate::nn::RmsNorm;
 use crate::ops::WeightMatrix;
-use block::{Block, RmsNorm};
+use block::Block;
 use image::ImageEnds;
 
 /// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once for all rows.
@@ -161,3 +162,6 @@ impl Backbone {
         self.text_head.linear(hidden, None)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ pub const QWEN2_5_VL_7B: BackboneConfig = BackboneConfig {
     num_key_value_heads: 4,
     rms_norm_eps: 1e-6,
     rope_theta: 1e6,
+    rope_scaling: None,
     mrope_section: [16, 24, 24],
     spatial_extent: None,
     tie_word_embeddings: false,

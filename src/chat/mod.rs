@@ -12,10 +12,12 @@ pub mod template;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 use image::RgbImage;
 
-pub use config::{QwenConfig, is_qwen};
+pub use config::{QwenConfig, is_qwen, other_family, unknown_family};
 pub use cost::ChatMemory;
 pub use frame::Frame;
 pub use picture::{Codes, Picture};
@@ -27,13 +29,14 @@ pub use template::{Part, Role};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, SYSTEM, TRANSFORMER};
+use crate::generate::{ModelConfig, SYSTEM, TRANSFORMER, tokenflow};
 use crate::pixels;
 use crate::size::Size;
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::vision::{ImageProcessor, VisionConfig, VisionTower};
-use template::Template;
+use config::Generation;
+use template::{ChatTemplate, Template};
 
 /// What a conversation needs to know of a checkpoint before its weights are read.
 #[derive(Clone, Debug)]
@@ -50,7 +53,10 @@ pub struct ChatConfig {
     pub sampling: TextSampling,
     /// The most tokens of a conversation.
     pub context: usize,
+    /// What of the checkpoint has no effect, in sentences for the user.
+    pub notes: Vec<String>,
     stops: Vec<u32>,
+    template: Option<Arc<ChatTemplate>>,
 }
 
 impl ChatConfig {
@@ -58,24 +64,30 @@ impl ChatConfig {
     ///
     /// Errors: a file that is missing or broken.
     pub fn read(source: &Source) -> Result<Self> {
-        if is_qwen(&source.read_config()?) {
-            let QwenConfig { backbone, vision, processor, sampling, stops, context } = QwenConfig::read(source)?;
+        let public = source.read_config()?;
+        if is_qwen(&public) {
+            let config = QwenConfig::read(source)?;
+            let QwenConfig { backbone, vision, processor, sampling, stops, context, template, notes } = config;
             let (vision, system) = (Some((vision, processor)), SYSTEM.into());
-            return Ok(Self { backbone, vision, drawing: None, system, sampling, context, stops });
+            return Ok(Self { backbone, vision, drawing: None, system, sampling, context, notes, stops, template });
+        }
+        if let Some(family) = other_family(&public).filter(|_| !tokenflow::is_public(&public)) {
+            return Err(unknown_family(source, family));
         }
         let config = ModelConfig::read(source)?;
-        let (sampling, stops) = config::generation(source)?;
+        let Generation { sampling, stops, ignored } = config::generation(source)?;
         let (backbone, context) = (config.backbone.clone(), config.conversation.context);
-        let system = config.conversation.system.clone();
+        let (system, notes) = (config.conversation.system.clone(), ignored.into_iter().collect());
         let drawing = Some(Box::new(config));
-        Ok(Self { backbone, vision: None, drawing, system, sampling, context, stops })
+        Ok(Self { backbone, vision: None, drawing, system, sampling, context, notes, stops, template: None })
     }
 
     /// A model of random weights.
     pub fn synthetic(backbone: BackboneConfig, vision: Option<VisionConfig>) -> Self {
         let vision = vision.map(|config| (config, ImageProcessor::default()));
         let (sampling, system, stops) = (TextSampling::GREEDY, SYSTEM.into(), Vec::new());
-        Self { backbone, vision, drawing: None, system, sampling, context: 32_768, stops }
+        let notes = Vec::new();
+        Self { backbone, vision, drawing: None, system, sampling, context: 32_768, notes, stops, template: None }
     }
 
     /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.
@@ -86,6 +98,17 @@ impl ChatConfig {
         let asked = Weights::inventory();
         self.build(&asked)?;
         Ok((inventory.files(), inventory.compare(&asked)))
+    }
+
+    /// How many more tokens the model's context has room for after so many.
+    ///
+    /// Errors: usage, if it has no room for these.
+    pub fn room(&self, tokens: usize) -> Result<usize> {
+        self.context.checked_sub(tokens).ok_or_else(|| {
+            let context = self.context;
+            Error::usage(format!("the conversation has {tokens} tokens, the model's limit is {context}"))
+                .hint("fewer words, fewer images, or smaller ones")
+        })
     }
 
     /// The transformer and, where there is one, the image encoder.
@@ -125,9 +148,18 @@ impl ChatModel {
     /// Loads the checkpoint of `config` onto `device`, as `weights`, by default f32 on a CPU and bf16 elsewhere.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not talk.
-    pub fn load(source: &Source, config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
+    pub fn load(source: &Source, mut config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let text = source.text_of(config.backbone.vocab_size)?;
-        let template = Template::of(&text, config.vision.is_some())?;
+        let mut template = Template::of(&text, config.vision.is_some())?;
+        match config.template.take().map(|own| (*own).clone().fitted(&text)) {
+            Some(Ok(own)) => {
+                template = template.with_own(own);
+                // The template brings its own system prompt where the user sets none.
+                config.system.clear();
+            }
+            Some(Err(note)) => config.notes.push(note),
+            None => {}
+        }
         let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| config.build(&w.with_matrices(matrices));
         let (backbone, vision) = source.load(TRANSFORMER, dtype, device, build)?;

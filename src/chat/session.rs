@@ -221,11 +221,9 @@ impl<'a> Session<'a> {
     ///
     /// Errors: usage, if it has no room for these.
     pub(super) fn room(&self, tokens: usize) -> Result<usize> {
-        let context = self.model.config.context;
-        context.checked_sub(tokens).ok_or_else(|| {
-            let message = format!("the conversation has {tokens} tokens, the model's limit is {context}");
+        self.model.config.room(tokens).map_err(|e| {
             let smaller = if self.model.vision.is_some() { ", or smaller images: --max-pixels 500000" } else { "" };
-            Error::usage(message).hint(format!("/undo or /clear{smaller}"))
+            e.hint(format!("/undo or /clear{smaller}"))
         })
     }
 

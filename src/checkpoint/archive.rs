@@ -12,9 +12,8 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 
-use super::header::{self, Entry, Header, Stored};
-use super::weights::Fault;
-use super::{gguf, pickle};
+use super::header::{self, Entry, Fault, Header, Stored};
+use super::{gguf, keys, pickle};
 use crate::error::{Error, Result};
 use crate::ops::{self, WeightMatrix};
 use crate::output;
@@ -35,8 +34,7 @@ enum Data {
 
 /// Opens a regular file; anything else (a folder, a pipe) is refused.
 pub(super) fn open(path: &Path) -> Result<File> {
-    const FILES: &str = "--model FOLDER, with config.json, tokenizer.json, model.safetensors and \
-                         image_tokenizer.safetensors in FOLDER";
+    const FILES: &str = "--model FOLDER, with config.json, tokenizer.json and model.safetensors in FOLDER";
     let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
     let cannot = |e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => refuse("is missing".into()),
@@ -52,17 +50,18 @@ pub(super) fn open(path: &Path) -> Result<File> {
 /// Numbers that are turned into blocks at a time.
 const PIECE: usize = 1 << 22;
 
-/// The longest JSON file that is read, in bytes.
-const MAX_JSON: u64 = 100_000_000;
+/// The longest file that is read whole, in bytes.
+const MAX_SMALL: u64 = 100_000_000;
 
-/// All of a JSON file.
-pub(super) fn read_json(path: &Path) -> Result<Vec<u8>> {
+/// All of a small file: of JSON, a text tokenizer or a template.
+pub(super) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let read = open(path)?.take(MAX_JSON + 1).read_to_end(&mut bytes);
+    let read = open(path)?.take(MAX_SMALL + 1).read_to_end(&mut bytes);
     read.map_err(|e| Error::model(format!("{} cannot be read: {e}", path.display())))?;
-    if bytes.len() as u64 > MAX_JSON {
-        return Err(Error::model(format!("{} has more than {MAX_JSON} bytes", path.display())));
+    if bytes.len() as u64 > MAX_SMALL {
+        return Err(Error::model(format!("{} has more than {MAX_SMALL} bytes", path.display())));
     }
+    header::check_pointer(&path.display().to_string(), &bytes)?;
     Ok(bytes)
 }
 
@@ -89,6 +88,15 @@ impl Archive {
         let header = match kind_of(&mut file)? {
             "pt" => pickle::read(&name, &file)?,
             "gguf" => gguf::read(&name, &file, file.metadata()?.len())?,
+            _ if path.extension().is_some_and(|e| e == "bin" || e == "pt") => {
+                let mut start = Vec::new();
+                (&mut file).take(64).read_to_end(&mut start)?;
+                header::check_pointer(&name, &start)?;
+                let message = format!("{name} is not a PyTorch checkpoint in a zip archive, as torch.save writes it");
+                return Err(
+                    Error::model(message).hint("load it in Python and save it with save_pretrained: safetensors")
+                );
+            }
             _ => header::read(&name, &file, file.metadata()?.len())?,
         };
         Ok(Self { name, header, data: Data::File(Mutex::new(file)) })
@@ -98,6 +106,19 @@ impl Archive {
     pub(super) fn from_bytes(name: String, bytes: &'static [u8]) -> Result<Self> {
         let header = header::read(&name, bytes, bytes.len() as u64)?;
         Ok(Self { name, header, data: Data::Bytes(bytes) })
+    }
+
+    /// Renames the tensors of another layout of Qwen2.5-VL to the published names.
+    ///
+    /// Errors: two tensors that get the same name.
+    pub(super) fn publish(&mut self) -> Result<()> {
+        self.header = keys::renamed(&self.name, std::mem::take(&mut self.header))?;
+        Ok(())
+    }
+
+    /// Whether the key of any tensor is of some kind.
+    pub(super) fn has_key(&self, is: impl Fn(&str) -> bool) -> bool {
+        self.header.keys().any(|key| is(key))
     }
 
     /// As messages call it.
@@ -193,13 +214,13 @@ impl Archive {
                     let length = entry.length / rows as u64 * count as u64;
                     let piece = Entry { stored: entry.stored, shape: vec![count, columns], start: 0, length };
                     let values = decode(&mut *file, &piece, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-                    bytes.extend_from_slice(&ops::quantise(&values, (count, columns), dtype, &Device::Cpu)?.data()?);
+                    bytes.extend_from_slice(&ops::quantize(&values, (count, columns), dtype, &Device::Cpu)?.data()?);
                 }
                 Ok(QTensor::new(QStorage::from_data(bytes.into(), device, dtype)?, (rows, columns))?.into())
             }
             _ => {
                 let values = self.read(key, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-                Ok(ops::quantise(&values, (rows, columns), dtype, device)?.into())
+                Ok(ops::quantize(&values, (rows, columns), dtype, device)?.into())
             }
         }
     }
@@ -273,7 +294,7 @@ fn decode(file: &mut impl Read, entry: &Entry, dtype: DType) -> candle_core::Res
 fn unblock(file: &mut impl Read, entry: &Entry, dtype: GgmlDType) -> candle_core::Result<Tensor> {
     let bytes = numbers(file, entry.length, |[b]: [u8; 1]| b)?;
     let mut values = vec![0f32; entry.shape.iter().product()];
-    ops::dequantise(&bytes, dtype, &mut values)?;
+    ops::dequantize(&bytes, dtype, &mut values)?;
     Tensor::from_vec(values, entry.shape.as_slice(), &Device::Cpu)
 }
 

@@ -41,8 +41,17 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
 }
 
 /// What a model folder may have beside weights.
-const SMALL: [&str; 5] =
-    ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json", "preprocessor_config.json"];
+const SMALL: [&str; 9] = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+];
 
 /// Where a folder is being made.
 static PART: Mutex<Option<PathBuf>> = Mutex::new(None);
@@ -95,7 +104,7 @@ fn tensors(source: &Source, asked: &Weights, weights: WeightType) -> Result<Vec<
         };
         let tensor = match (blocks, tensor.dims()) {
             (Some(blocks), &[rows, columns]) => {
-                ops::quantise(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
+                ops::quantize(&tensor.flatten_all()?.to_vec1()?, (rows, columns), blocks, &Device::Cpu)?
             }
             _ => QTensor::quantize(&tensor, GgmlDType::F32)?,
         };

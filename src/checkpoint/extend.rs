@@ -10,8 +10,9 @@ use safetensors::tensor::{Dtype, View, serialize_to_file};
 use super::Source;
 use super::archive::Archive;
 use super::header::{Stored, dims};
+use super::init::Init;
 use super::trainable::initial;
-use super::weights::{Asked, Init, Weights};
+use super::weights::{Asked, Weights};
 use crate::error::{Error, Result};
 
 /// Spread of new rows in a table that has others: the initializer_range of Qwen2.5.

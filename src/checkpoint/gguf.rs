@@ -1,8 +1,11 @@
 //! The header of a GGUF file (versions 2 and 3), checked before anything is made of it.
 //!
 //! Layout: magic, version, the numbers of tensors and of settings, the settings, the tensors' names, shapes (columns
-//! first), types and offsets, and their data, which begins at multiples of an alignment. Nothing is taken of the
-//! settings but the alignment: a checkpoint's `config.json` tells the shape of the model.
+//! first), types and offsets, and their data, which begins at multiples of an alignment. Of the settings only the
+//! alignment is read: the shape of the model is in `config.json`.
+//!
+//! candle's own reader makes a 32-byte value of every byte of a setting, divides by an alignment of 0 and keeps one of
+//! two tensors of the same name.
 
 use std::io::{self, BufReader, Read};
 
@@ -10,6 +13,7 @@ use candle_core::quantized::GgmlDType;
 use safetensors::Dtype;
 
 use super::header::{Entry, Header, MAX_HEADER, Stored, broken};
+use super::keys;
 use crate::error::Result;
 
 /// How a file begins.
@@ -199,8 +203,11 @@ fn tensor(reader: &mut Reader<impl Read>) -> Result<(String, Vec<u64>, Stored, u
     let mut shape = (0..dims).map(|_| reader.u64()).collect::<Result<Vec<_>, _>>()?;
     shape.reverse();
     let kind = reader.u32()?;
-    let stored = stored(kind).ok_or_else(|| {
-        format!("has a tensor of GGML's type {kind}, which is none of F32, F16, BF16, Q8_0 and Q4_K: {name:?}")
+    let stored = stored(kind).ok_or_else(|| match keys::is_llama_cpp(&name) {
+        true => format!("is llama.cpp's, whose names of tensors and types are not read: {name:?}"),
+        false => {
+            format!("has a tensor of GGML's type {kind}, which is none of F32, F16, BF16, Q8_0 and Q4_K: {name:?}")
+        }
     })?;
     Ok((name, shape, stored, reader.u64()?))
 }

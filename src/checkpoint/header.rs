@@ -1,15 +1,16 @@
 //! The header of a safetensors file, checked before anything is made of it.
 //!
 //! Layout: the header's length (u64, little-endian), the header (a JSON object from keys to dtype, shape and offsets
-//! into the data), the data. The `safetensors` crate keeps the last of two entries of one key without a word, so the
-//! header is parsed here.
+//! into the data), the data. The `safetensors` crate checks offsets and sizes; of two entries of one key it would keep
+//! the last, so keys are collected here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::Read;
 
 use candle_core::quantized::GgmlDType;
 use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
 
@@ -53,6 +54,24 @@ pub(super) struct Entry {
     pub(super) length: u64,
 }
 
+/// Why a tensor cannot be had.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Fault {
+    Missing,
+    Shape { found: Vec<usize>, expected: Vec<usize> },
+    Type(Stored),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("missing"),
+            Self::Shape { found, expected } => write!(f, "found {}, expected {}", dims(found), dims(expected)),
+            Self::Type(dtype) => write!(f, "stored as {dtype}, expected F32, F16 or BF16"),
+        }
+    }
+}
+
 /// Every tensor of a file by its key.
 pub(super) type Header = BTreeMap<String, Entry>;
 
@@ -60,13 +79,11 @@ pub(super) type Header = BTreeMap<String, Entry>;
 ///
 /// Errors: [`crate::error::Kind::Model`] for whatever is wrong with the file.
 pub(super) fn read(name: &str, mut file: impl Read, length: u64) -> Result<Header> {
-    parse(&mut file, length).map_err(|fault| match fault {
-        Fault::Pointer => {
-            let message = format!("{name} is a git-lfs pointer file: the weights themselves were not downloaded");
-            Error::model(message).hint("git lfs pull, in the folder of the file")
-        }
-        Fault::Broken(what) => broken(name, &what),
-    })
+    let mut start = Vec::new();
+    let read = file.by_ref().take(length.min(LFS_POINTER.len() as u64)).read_to_end(&mut start);
+    read.map_err(|e| broken(name, &format!("cannot be read: {e}")))?;
+    check_pointer(name, &start)?;
+    parse(start, &mut file, length).map_err(|what| broken(name, &what))
 }
 
 /// A file whose content cannot be trusted.
@@ -75,75 +92,45 @@ pub(super) fn broken(name: &str, what: &str) -> Error {
         .hint("copy the file from its origin again, or name another model: --model FOLDER")
 }
 
-enum Fault {
-    Pointer,
-    Broken(String),
+/// Errors: the file that begins with these bytes is a pointer of git-lfs.
+pub(super) fn check_pointer(name: &str, start: &[u8]) -> Result<()> {
+    if !start.starts_with(LFS_POINTER) {
+        return Ok(());
+    }
+    let message = format!("{name} is a git-lfs pointer file: its content was not downloaded");
+    Err(Error::model(message).hint("git lfs pull, in the folder of the file"))
 }
 
-impl From<String> for Fault {
-    fn from(what: String) -> Self {
-        Self::Broken(what)
-    }
-}
-
-fn parse(file: &mut impl Read, length: u64) -> Result<Header, Fault> {
-    let unreadable = |e| Fault::Broken(format!("cannot be read: {e}"));
-    let mut text = Vec::new();
-    file.take(length.min(LFS_POINTER.len() as u64)).read_to_end(&mut text).map_err(unreadable)?;
-    if text == LFS_POINTER {
-        return Err(Fault::Pointer);
-    }
+fn parse(mut text: Vec<u8>, file: &mut impl Read, length: u64) -> Result<Header, String> {
     let Some((size, _)) = text.split_first_chunk() else {
-        return Err(format!("is truncated: it has {length} bytes, too few for a safetensors file").into());
+        return Err(format!("is truncated: it has {length} bytes, too few for a safetensors file"));
     };
     let size = u64::from_le_bytes(*size);
     if size > length - 8 {
-        return Err(format!("is truncated or no safetensors file: a header of {size} bytes in {length} bytes").into());
+        return Err(format!("is truncated or no safetensors file: a header of {size} bytes in {length} bytes"));
     }
     if size > MAX_HEADER {
-        return Err(format!("has a header of {size} bytes, more than {MAX_HEADER}").into());
+        return Err(format!("has a header of {size} bytes, more than {MAX_HEADER}"));
     }
     text.drain(..8);
     text.truncate(size as usize);
     let rest = size - text.len() as u64;
-    file.take(rest).read_to_end(&mut text).map_err(unreadable)?;
+    file.take(rest).read_to_end(&mut text).map_err(|e| format!("cannot be read: {e}"))?;
     let text = std::str::from_utf8(&text).map_err(|e| format!("has a header that is not UTF-8: {e}"))?;
-    let Raw(raw) = serde_json::from_str(text).map_err(|e| format!("has a bad header: {e}"))?;
-    Ok(check(raw, 8 + size, length - 8 - size)?)
-}
-
-/// Checks that the tensors, whose data begins at byte `start` of the file, fill its `length` bytes without gaps.
-fn check(raw: BTreeMap<String, RawEntry>, start: u64, length: u64) -> Result<Header, String> {
-    let mut spans = Vec::with_capacity(raw.len());
-    let mut header = Header::new();
-    for (key, RawEntry { dtype, shape, data_offsets: (from, to) }) in raw {
-        let bits = shape.iter().try_fold(dtype.bitsize() as u64, |n, &d| n.checked_mul(d as u64));
-        let Some(bits) = bits.filter(|bits| bits % 8 == 0) else {
-            return Err(format!("has a tensor of impossible size: {key:?} is {dtype} of shape {}", dims(&shape)));
-        };
-        if from > to || to - from != bits / 8 {
-            let expected = format!("{dtype} of shape {} needs {} bytes", dims(&shape), bits / 8);
-            return Err(format!("has bad offsets: {key:?} is at {from}..{to}, but {expected}"));
-        }
-        if to > length {
-            return Err(format!("is truncated: {key:?} is at {from}..{to} of only {length} bytes of data"));
-        }
-        spans.push((from, to, key.clone()));
-        header.insert(key, Entry { stored: Stored::Plain(dtype), shape, start: start + from, length: to - from });
+    let Tensors(tensors) = serde_json::from_str(text).map_err(|e| format!("has a bad header: {e}"))?;
+    let metadata = Metadata::new(None, tensors).map_err(|e| format!("has a bad header: {e}"))?;
+    let (start, end, length) = (8 + size, metadata.data_len() as u64, length - 8 - size);
+    match length.checked_sub(end) {
+        None => return Err(format!("is truncated: its tensors need {end} bytes of data, it has {length}")),
+        Some(0) => {}
+        Some(extra) => return Err(format!("has {extra} trailing bytes that belong to no tensor")),
     }
-    spans.sort();
-    let mut end = 0;
-    for (from, to, key) in spans {
-        if from != end {
-            let fault = if from > end { "a hole before" } else { "an overlap at" };
-            return Err(format!("has bad offsets: {fault} {key:?} ({from}..{to}, the one before ends at {end})"));
-        }
-        end = to;
-    }
-    match length - end {
-        0 => Ok(header),
-        extra => Err(format!("has {extra} trailing bytes that belong to no tensor")),
-    }
+    let entry = |info: &TensorInfo| {
+        let (from, to) = info.data_offsets;
+        let (start, length) = (start + from as u64, (to - from) as u64);
+        Entry { stored: Stored::Plain(info.dtype), shape: info.shape.clone(), start, length }
+    };
+    Ok(metadata.tensors().into_iter().map(|(key, info)| (key, entry(info))).collect())
 }
 
 /// A shape as in "(2, 3)".
@@ -152,44 +139,37 @@ pub(super) fn dims(shape: &[usize]) -> String {
     format!("({})", dims.join(", "))
 }
 
-#[derive(Deserialize)]
-struct RawEntry {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    data_offsets: (u64, u64),
-}
+/// The tensors of a header in the order of their data; a key that comes twice is an error.
+struct Tensors(Vec<(String, TensorInfo)>);
 
-/// The entries of a header; a key that comes twice is an error.
-struct Raw(BTreeMap<String, RawEntry>);
-
-impl<'de> Deserialize<'de> for Raw {
+impl<'de> Deserialize<'de> for Tensors {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(RawVisitor).map(Raw)
+        deserializer.deserialize_map(TensorsVisitor)
     }
 }
 
-struct RawVisitor;
+struct TensorsVisitor;
 
-impl<'de> Visitor<'de> for RawVisitor {
-    type Value = BTreeMap<String, RawEntry>;
+impl<'de> Visitor<'de> for TensorsVisitor {
+    type Value = Tensors;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("an object from keys to tensors")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let (mut entries, mut metadata) = (BTreeMap::new(), false);
+        let (mut keys, mut tensors) = (HashSet::new(), Vec::new());
         while let Some(key) = map.next_key::<String>()? {
-            let again = if key == "__metadata__" {
+            if key == "__metadata__" {
                 map.next_value::<IgnoredAny>()?;
-                std::mem::replace(&mut metadata, true)
             } else {
-                entries.insert(key.clone(), map.next_value()?).is_some()
-            };
-            if again {
+                tensors.push((key.clone(), map.next_value::<TensorInfo>()?));
+            }
+            if let Some(key) = keys.replace(key) {
                 return Err(de::Error::custom(format!("{key:?} is there twice")));
             }
         }
-        Ok(entries)
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        Ok(Tensors(tensors))
     }
 }

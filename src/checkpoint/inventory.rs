@@ -6,11 +6,11 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde::Serialize;
 
-use super::Source;
 use super::archive::Archive;
-use super::header::Stored;
-use super::weights::{Asked, Fault, Weights, check};
-use crate::error::Result;
+use super::header::{Fault, Stored};
+use super::weights::{Asked, Weights, check};
+use super::{Source, keys};
+use crate::error::{Error, Result};
 
 /// The tensors of some files.
 #[derive(Debug)]
@@ -57,17 +57,24 @@ impl Inventory {
     /// Errors: a file that is broken.
     pub fn open(path: &Path) -> Result<Self> {
         if !path.is_dir() {
-            return Ok(Self { archives: vec![Archive::open(path)?] });
+            let mut archives = vec![Archive::open(path)?];
+            keys::publish(&mut archives)?;
+            return Ok(Self { archives });
         }
         let mut files = BTreeSet::new();
         for entry in std::fs::read_dir(path)? {
             let file = entry?.path();
-            let weights = file.extension().is_some_and(|e| e == "safetensors" || e == "pt" || e == "gguf");
+            let kind = file.extension().and_then(|e| e.to_str());
+            // Other .bin files are settings of a trainer.
+            let pytorch = file.file_stem().and_then(|s| s.to_str()).is_some_and(|s| s.starts_with("pytorch_model"));
+            let weights = matches!(kind, Some("safetensors" | "pt" | "gguf")) || kind == Some("bin") && pytorch;
             if weights && file.is_file() {
                 files.insert(file);
             }
         }
-        Ok(Self { archives: files.iter().map(|f| Archive::open(f)).collect::<Result<_>>()? })
+        let mut archives = files.iter().map(|f| Archive::open(f)).collect::<Result<Vec<_>>>()?;
+        keys::publish(&mut archives)?;
+        Ok(Self { archives })
     }
 
     /// The files that `file` stands for in a model (see [`Source::load`]).
@@ -78,6 +85,11 @@ impl Inventory {
     /// Whether any file has a tensor of this key.
     pub fn has(&self, key: &str) -> bool {
         self.archives.iter().any(|a| a.entry(key).is_some())
+    }
+
+    /// Why no config can fit these files: their layout or encoding is not read.
+    pub fn unread(&self) -> Option<Error> {
+        keys::unread(&self.archives)
     }
 
     /// Every file in numbers.

@@ -9,10 +9,11 @@
 //! | `model.safetensors` | the transformer |
 //! | `image_tokenizer.safetensors` | the image tokenizer |
 //!
-//! SentencePiece's `tokenizer.model` may take the place of `tokenizer.json`. Either of the weights' files may also be in shards (`model.safetensors.index.json` names them) or a PyTorch checkpoint
-//! (`model.pt`).
+//! SentencePiece's `tokenizer.model` may take the place of `tokenizer.json`. Either of the weights' files may also be in
+//! shards (`model.safetensors.index.json` names them, or their own names count them), GGUF (`model.gguf`) or a PyTorch
+//! checkpoint (`model.pt`, `pytorch_model.bin`, its shards).
 //!
-//! Keys are those of Qwen2.5-VL and TokenFlow. Weights are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32
+//! Keys are those of Qwen2.5-VL, in any layout that transformers writes, and of TokenFlow. Weights are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32
 //! tensor `KEY.scale` of one scale per row: value = (byte - 128) * scale.
 //!
 //! Nothing in them is trusted: headers are checked before a byte of data is read, and all keys and shapes are compared
@@ -24,7 +25,9 @@ mod embedded;
 mod extend;
 mod gguf;
 mod header;
+mod init;
 mod inventory;
+mod keys;
 mod pickle;
 mod shards;
 mod source;
@@ -36,10 +39,12 @@ mod weights;
 pub use archive::{load, metadata, quantise, save, write};
 pub use convert::{abandon, quantise as quantise_model, whole_folder};
 pub use extend::extend;
+pub use init::Init;
 pub use inventory::{FileSummary, Fit, Inventory};
 pub use source::{NANO, Source, copy_weights, load_file};
 pub use weight_type::{Matrices, WeightType};
-pub use weights::{Init, Weights};
+pub use weights::Weights;
+pub(crate) use weights::placeholder;
 
 #[cfg(test)]
 mod tests;

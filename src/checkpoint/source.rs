@@ -10,11 +10,13 @@ use candle_core::{DType, Device};
 
 use super::archive::{self, Archive};
 use super::embedded;
+use super::header::Fault;
+use super::keys;
 use super::shards;
 use super::weight_type::{Matrices, WeightType};
-use super::weights::{Fault, Weights};
+use super::weights::Weights;
 use crate::error::{Error, Kind, Result, told};
-use crate::ops::Bytes;
+use crate::ops::Int8Matrix;
 use crate::text::Text;
 
 /// How many faults of a file a message spells out.
@@ -79,6 +81,13 @@ impl Source {
         })
     }
 
+    /// The content of a small text file in UTF-8.
+    pub fn read_text(&self, file: &str) -> Result<String> {
+        String::from_utf8(self.bytes(file)?.into_owned()).map_err(|_| {
+            Error::model(format!("{file} of {self} is not UTF-8")).hint("copy the file from its origin again")
+        })
+    }
+
     /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
         let sentencepiece = match self {
@@ -110,7 +119,7 @@ impl Source {
     /// a CPU and bf16 elsewhere, but GGUF stays what it is, as do bytes with a scale per row on a CPU that multiplies them.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
         let weights = weights.filter(|_| !self.is_gguf(file));
-        let multiplied = device.is_cpu() && Bytes::suits(1);
+        let multiplied = device.is_cpu() && Int8Matrix::supports(1);
         if weights.is_none() && multiplied && self.archives(file).is_ok_and(|all| all.iter().any(Archive::has_bytes)) {
             return (DType::F32, Matrices::Bytes);
         }
@@ -126,6 +135,13 @@ impl Source {
             return Err(Error::usage(message).hint("leave out --quant"));
         }
         Ok(())
+    }
+
+    /// Whether the files of `file` have a tensor of this key.
+    ///
+    /// Errors: those of [`Source::load`], as far as headers tell.
+    pub fn has_tensor(&self, file: &str, key: &str) -> Result<bool> {
+        Ok(self.archives(file)?.iter().any(|archive| archive.entry(key).is_some()))
     }
 
     /// Builds a part of the model from a file of weights or its shards, as `dtype` on `device`. Tensors that nothing asks for are
@@ -215,7 +231,12 @@ impl Source {
     pub(super) fn archives(&self, file: &str) -> Result<Vec<Archive>> {
         match self {
             Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
-            Self::Folder(folder) => shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect(),
+            Self::Folder(folder) => {
+                let mut archives: Vec<_> =
+                    shards::find(folder, file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?;
+                keys::publish(&mut archives)?;
+                Ok(archives)
+            }
         }
     }
 
@@ -232,9 +253,13 @@ impl Source {
             .ok_or_else(|| Error::model("this build of nextflow has no built-in model").hint("--model FOLDER"))
     }
 
-    fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+    pub(super) fn bytes(&self, file: &str) -> Result<Cow<'static, [u8]>> {
         let Self::Folder(folder) = self else { return self.embedded(file).map(Cow::Borrowed) };
-        Ok(archive::read_json(&folder.join(file))?.into())
+        let path = folder.join(file);
+        if !path.exists() {
+            return Err(shards::absent(&path));
+        }
+        Ok(archive::read_small(&path)?.into())
     }
 }
 
@@ -274,7 +299,8 @@ fn plan<T>(
     let planned = build(&plan).map(drop);
     let problems = plan.problems();
     if !problems.is_empty() {
-        return Err(misfit(name, layout, &problems, planned.is_err()));
+        let name = if let [archive] = &archives[..] { archive.name() } else { name };
+        return Err(keys::unread(&archives).unwrap_or_else(|| misfit(name, layout, &problems, planned.is_err())));
     }
     planned.map(|()| archives).map_err(|e| failure(name, e))
 }

@@ -47,7 +47,7 @@ pub(super) fn matrix(
     device: &Device,
 ) -> Result<WeightMatrix> {
     let drawn = rows.min(DRAWN);
-    let few = ops::quantise(&draw(drawn * columns, init), (drawn, columns), blocks, &Device::Cpu)?;
+    let few = ops::quantize(&draw(drawn * columns, init), (drawn, columns), blocks, &Device::Cpu)?;
     let few = few.data()?;
     let bytes: Vec<u8> = few.chunks(few.len() / drawn).cycle().take(rows).flatten().copied().collect();
     Ok(QTensor::new(QStorage::from_data(bytes.into(), device, blocks)?, (rows, columns))?.into())

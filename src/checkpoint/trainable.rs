@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Error, Result, Shape, Tensor, Var};
 
-use super::weights::{Fault, Init};
+use super::header::Fault;
+use super::init::Init;
 use crate::rng::{Rng, Stream, fnv1a};
 
 /// What was asked for so far, and what it begins with where that is known.

@@ -70,7 +70,7 @@ pub enum Matrices {
     /// As tensors, of the type of the others.
     #[default]
     Tensors,
-    /// What is stored as bytes with a scale per row stays so, if it [suits](crate::ops::Bytes::suits) this processor; the
+    /// What is stored as bytes with a scale per row stays so where that is [supported](crate::ops::Int8Matrix::supports); the
     /// others are tensors.
     Bytes,
     /// In blocks.

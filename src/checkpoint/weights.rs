@@ -2,7 +2,7 @@
 
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashSet};
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,34 +10,16 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, Var};
 
 use super::archive::Archive;
-use super::header::{Stored, dims};
+use super::header::{Fault, Stored};
+use super::init::Init;
 use super::synthetic;
 use super::trainable::Trainable;
 use super::weight_type::Matrices;
-use crate::ops::{ByteFilters, Bytes, Filters, WeightMatrix};
+use crate::ops::{Filters, Int8Filters, Int8Matrix, WeightMatrix};
 
 /// More faults than this, or a faulty tensor of more elements, end a check: the config is nonsense.
 const MAX_PROBLEMS: usize = 100_000;
 const MAX_ELEMENTS: usize = 1 << 30;
-
-/// Initial values of a tensor that is trained from nothing.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Init {
-    /// All zero.
-    Zeros,
-    /// All one.
-    Ones,
-    /// Normal around zero.
-    Normal {
-        /// Standard deviation.
-        std: f64,
-    },
-    /// Uniform on (-bound, bound).
-    Uniform {
-        /// The largest magnitude.
-        bound: f64,
-    },
-}
 
 /// Tensors by key, under a prefix.
 #[derive(Clone, Debug)]
@@ -77,24 +59,6 @@ pub(super) struct Asked {
     pub(super) matrix: bool,
     /// What it would begin with.
     pub(super) init: Init,
-}
-
-/// Why a tensor cannot be had.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Fault {
-    Missing,
-    Shape { found: Vec<usize>, expected: Vec<usize> },
-    Type(Stored),
-}
-
-impl Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Missing => f.write_str("missing"),
-            Self::Shape { found, expected } => write!(f, "found {}, expected {}", dims(found), dims(expected)),
-            Self::Type(dtype) => write!(f, "stored as {dtype}, expected F32, F16 or BF16"),
-        }
-    }
 }
 
 /// Faults by key, in the order in which the model asks for them.
@@ -138,6 +102,18 @@ impl Weights {
     /// and shapes of a model without its memory.
     pub fn inventory() -> Self {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
+    }
+
+    /// Whether tensors have numbers. In a [plan](Self::plan) and an [inventory](Self::inventory)
+    /// they have a shape alone, so that no config can make them allocate.
+    pub fn has_numbers(&self) -> bool {
+        !self.unused && !matches!(*self.store, Store::Plan(..) | Store::Inventory(_))
+    }
+
+    /// What `compute` makes of loaded tensors, of this shape; where tensors [have no
+    /// numbers](Self::has_numbers), a zero broadcast to it.
+    pub fn derive(&self, shape: impl Into<Shape>, compute: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        if self.has_numbers() { compute() } else { placeholder(shape) }
     }
 
     /// Random weights as `dtype` that are made when they are asked for, in next to no time.
@@ -208,8 +184,10 @@ impl Weights {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
             match matrices {
-                Matrices::Bytes if asked.matrix && Bytes::suits(asked.shape[1]) => elements + 4 * asked.shape[0],
-                Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if ByteFilters::suits([o, c, k, l])) => {
+                Matrices::Bytes if asked.matrix && Int8Matrix::supports(asked.shape[1]) => {
+                    elements + 4 * asked.shape[0]
+                }
+                Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if Int8Filters::supports([o, c, k, l])) => {
                     elements + 4 * asked.shape[0]
                 }
                 Matrices::Blocks(blocks) if asked.matrix => match fitting(blocks, asked.shape[1]) {
@@ -240,9 +218,9 @@ impl Weights {
             Store::Inventory(asked) => {
                 let (dims, required) = (shape.dims().to_vec(), !self.unused);
                 lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init });
-                Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)
+                placeholder(shape)
             }
-            _ if self.unused => Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape),
+            _ if self.unused => placeholder(shape),
             Store::Files(archives, dtype) => {
                 find(archives, &key, &shape)?.read(&key, self.dtype.unwrap_or(*dtype), &self.device)
             }
@@ -265,13 +243,13 @@ impl Weights {
                 let required = !self.unused;
                 let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init };
                 lock(asked).insert(self.key(name), wish);
-                Ok(WeightMatrix::Dense(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?))
+                placeholder(shape).map(WeightMatrix::Dense)
             }
             Store::Synthetic(_) => match (self.matrices, self.blocks(shape.1)) {
                 (_, Some(blocks)) => synthetic::matrix(shape, init, blocks, &self.device),
-                (Matrices::Bytes, _) if self.keeps_bytes() && Bytes::suits(shape.1) => {
+                (Matrices::Bytes, _) if self.keeps_bytes() && Int8Matrix::supports(shape.1) => {
                     let (bytes, scales) = synthetic::bytes(shape, init);
-                    Bytes::new(bytes.into(), &scales, shape).map(WeightMatrix::Bytes)
+                    Int8Matrix::new(bytes.into(), &scales, shape).map(WeightMatrix::Int8)
                 }
                 _ => self.get(shape, name, init).map(WeightMatrix::Dense),
             },
@@ -286,9 +264,9 @@ impl Weights {
                 let plain = |blocks: &GgmlDType| blocks.block_size() == 1 && !self.device.is_cpu();
                 match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
-                    None if self.keeps_bytes() && archive.is_bytes(&key) && Bytes::suits(shape.1) => {
+                    None if self.keeps_bytes() && archive.is_bytes(&key) && Int8Matrix::supports(shape.1) => {
                         let (bytes, scales) = archive.read_bytes(&key)?;
-                        Bytes::new(bytes, &scales, shape).map(WeightMatrix::Bytes)
+                        Int8Matrix::new(bytes, &scales, shape).map(WeightMatrix::Int8)
                     }
                     None => self.get(shape, name, init).map(WeightMatrix::Dense),
                 }
@@ -302,19 +280,19 @@ impl Weights {
 
     /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.
     pub fn filters(&self, shape: [usize; 4], name: &str, init: Init) -> Result<Filters> {
-        if self.keeps_bytes() && !self.unused && ByteFilters::suits(shape) {
+        if self.keeps_bytes() && !self.unused && Int8Filters::supports(shape) {
             match &*self.store {
                 Store::Files(archives, _) => {
                     let key = self.key(name);
                     let archive = find(archives, &key, &shape.to_vec().into())?;
                     if archive.is_bytes(&key) {
                         let (bytes, scales) = archive.read_bytes(&key)?;
-                        return ByteFilters::new(&bytes, &scales, shape).map(Filters::Bytes);
+                        return Int8Filters::new(&bytes, &scales, shape).map(Filters::Int8);
                     }
                 }
                 Store::Synthetic(_) => {
                     let (bytes, scales) = synthetic::bytes((shape[0], shape[1..].iter().product()), init);
-                    return ByteFilters::new(&bytes, &scales, shape).map(Filters::Bytes);
+                    return Int8Filters::new(&bytes, &scales, shape).map(Filters::Int8);
                 }
                 _ => {}
             }
@@ -331,6 +309,11 @@ impl Weights {
     fn blocks(&self, columns: usize) -> Option<GgmlDType> {
         if let Matrices::Blocks(blocks) = self.matrices { fitting(blocks, columns) } else { None }
     }
+}
+
+/// A zero broadcast to a shape: one number, whatever the shape.
+pub(crate) fn placeholder(shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape.into())
 }
 
 /// The type of blocks for rows of so many columns.

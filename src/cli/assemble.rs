@@ -49,7 +49,11 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
         return Err(Error::usage(format!("{} exists already", args.out.display())).hint("-o ANOTHER_FOLDER"));
     }
     let source = of(&args.backbone).source()?;
-    if !chat::is_qwen(&source.read_config()?) {
+    let config = source.read_config()?;
+    if let Some(family) = chat::other_family(&config) {
+        return Err(chat::unknown_family(&source, family));
+    }
+    if !chat::is_qwen(&config) {
         return Err(Error::model(format!("{source} is not Qwen2.5-VL")).hint("--backbone Qwen/Qwen2.5-VL-7B-Instruct"));
     }
     let codec: Codec = of(&args.tokenizer).codec()?;

@@ -16,7 +16,7 @@ use crate::chat::{
 };
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, Sampling, TRANSFORMER, cost};
+use crate::generate::{Job, Sampling, TRANSFORMER};
 use crate::output::Destination;
 use crate::settings::{self, Settings};
 use crate::size::Size;
@@ -163,7 +163,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
                 .hint("leave it out, or nextflow gen, which has --temperature for images"));
         }
     }
-    let images = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
+    let images = pixels::open_all(&args.images, PIPE)?;
     let device = args.device.get()?;
     let folder = Destination::Folder { path: args.out_dir.clone().unwrap_or_default(), force: false };
     if args.out_dir.is_some() {
@@ -188,7 +188,9 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         }
     }
     let sampling = sampling(args, config.sampling)?;
-    let plan = plan(args, &config, &source, &images, &device)?;
+    // Before anything is counted in sizes that the weights may not have.
+    source.check(TRANSFORMER, |w| config.build(w))?;
+    let plan = plan(args, text.as_deref(), &config, &source, &images, &device)?;
     if args.dry_run {
         ChatModel::check(&source, &config)?;
         return plan.emit(args.json);
@@ -198,6 +200,9 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let stop = terminal::interrupts()?;
     let mut console = Console::new(Level::new(args.quiet, args.verbose), 1);
     let model = console.load("the model", || ChatModel::load(&source, config, &device, args.quant))?;
+    if !args.quiet {
+        model.config().notes.iter().for_each(|note| terminal::note(note));
+    }
     let pictures = args.images.iter().zip(&images).map(|(path, image)| {
         let started = Instant::now();
         let picture = model.picture(&path.display().to_string(), image)?;
@@ -270,10 +275,25 @@ fn sampling(args: &ChatArgs, defaults: TextSampling) -> Result<TextSampling> {
     }
 }
 
-fn plan(args: &ChatArgs, config: &ChatConfig, source: &Source, images: &[RgbImage], device: &Device) -> Result<Plan> {
+/// Tokens and memory of the first answer.
+///
+/// Errors: usage, for what the model's context has no room for.
+fn plan(
+    args: &ChatArgs,
+    message: Option<&str>,
+    config: &ChatConfig,
+    source: &Source,
+    images: &[RgbImage],
+    device: &Device,
+) -> Result<Plan> {
     let sizes = images.iter().map(|image| config.image_tokens(image.dimensions())).collect::<Result<Vec<_>>>()?;
     let of_images: usize = sizes.iter().map(|(_, tokens)| tokens).sum();
-    let tokens = of_images + args.text.as_deref().map_or(0, cost::tokens) + args.max_tokens as usize;
+    let mut said = of_images;
+    let tokenizer = source.text_of(config.backbone.vocab_size)?;
+    for text in message.into_iter().chain(args.system.as_deref()) {
+        said += tokenizer.encode(text)?.len();
+    }
+    let tokens = said + config.room(said)?.min(args.max_tokens as usize);
     let largest = sizes.iter().map(|(grid, _)| *grid).max_by_key(|(h, w)| h * w);
     let memory = config.memory(Some(source), args.quant, tokens, largest, device)?;
     let images = args.images.iter().zip(&sizes);

@@ -11,7 +11,7 @@ use super::request::Request;
 use crate::chat::Frame;
 use crate::chat::{ChatConfig, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
-use crate::generate::{cost, schedule};
+use crate::generate::schedule;
 use crate::terminal::{self, Console};
 use crate::{memory, pixels};
 
@@ -46,7 +46,7 @@ const THOUGHT: usize = 64;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
-    let sources = args.images.iter().map(|path| pixels::open_or_read(path, PIPE)).collect::<Result<Vec<_>>>()?;
+    let sources = pixels::open_all(&args.images, PIPE)?;
     let Some(first) = sources.first() else { return Err(no_image()) };
     let request = Request::new(&args.words, &args.draw)?;
     if args.free && request.sampling.cfg == 0.0 {
@@ -56,8 +56,9 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     args.draw.check_scales(&request.sampling, frame.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
-    let words = cost::longest(&request.prompts);
-    let tokens = read.sum::<Result<usize>>()? + words + AROUND + THOUGHT + schedule::codes(&frame.scales);
+    let said = read.sum::<Result<usize>>()? + request.tokens + AROUND;
+    config.room(said)?;
+    let tokens = said + THOUGHT + schedule::codes(&frame.scales);
     let memory =
         config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
     let preview = args.draw.preview()?;

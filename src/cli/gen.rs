@@ -140,7 +140,7 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         Some(old) if typed.draw.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
         _ => request.size.grids(&request.config)?,
     };
-    request.negative = negative(&args, &request, scales.len())?;
+    set_negative(&args, &mut request, scales.len())?;
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling.draft);
     }
@@ -226,9 +226,13 @@ impl GenArgs {
     }
 }
 
-/// What guidance is to lead away from.
-pub(super) fn negative(args: &GenArgs, request: &Request, scales: usize) -> Result<Option<String>> {
-    request::negative(args.negative.as_deref().map(OsStr::as_encoded_bytes), &request.sampling, scales)
+/// Takes what guidance is to lead away from.
+pub(super) fn set_negative(args: &GenArgs, request: &mut Request, scales: usize) -> Result<()> {
+    let text = args.negative.as_deref().map(OsStr::as_encoded_bytes);
+    if let Some((text, tokens)) = request::negative(text, &request.counter, &request.sampling, scales)? {
+        (request.negative, request.tokens) = (Some(text), request.tokens.max(tokens));
+    }
+    Ok(())
 }
 
 /// How many of so many images are drawn at once.
@@ -242,7 +246,6 @@ pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
 }
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
-    let Request { config, source, weights, sampling, device, prompts, .. } = request;
-    let words = cost::longest(prompts.iter().chain(&request.negative));
-    cost::memory(config, source, *weights, Work { scales, images: batch, words, sampling }, device)
+    let Request { config, source, weights, sampling, device, tokens, .. } = request;
+    cost::memory(config, source, *weights, Work { scales, images: batch, words: *tokens, sampling }, device)
 }

@@ -55,6 +55,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         Some(path) => match config(path)? {
             Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.clone()))?,
             Some(config) if is_model(&config) => of_model(&Source::Folder(path.clone()))?,
+            Some(config) if chat::other_family(&config).is_some() => of_family(path, &config)?,
             None if is_whole(path) => {
                 return Err(Error::model(format!("{} holds a model, but config.json is missing", path.display()))
                     .hint(format!("copy it from its origin; nextflow info {}", quoted(&path.join(TRANSFORMER)))));
@@ -73,7 +74,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
         true => terminal::emit_json(&info)?,
         false => terminal::emit(info.text().as_bytes())?,
     };
-    Ok(())
+    info.check()
 }
 
 /// A folder's config, if there is one.
@@ -86,6 +87,14 @@ fn config(folder: &Path) -> Result<Option<serde_json::Value>> {
 fn is_whole(folder: &Path) -> bool {
     let source = Source::Folder(folder.into());
     source.has(TRANSFORMER) && source.has(IMAGE_TOKENIZER)
+}
+
+/// A model of a family that is not read, by the name that its config has for it.
+fn of_family(folder: &Path, config: &serde_json::Value) -> Result<Info> {
+    let inventory = Inventory::open(folder)?;
+    let family = chat::other_family(config).unwrap_or_default();
+    let family = format!("a model of the family {family}, which is not read");
+    Ok(Info { family, config: None, files: inventory.files(), words: None, fit: None })
 }
 
 /// Words of a model's text tokenizer, if it has one, at most so many.
@@ -131,7 +140,9 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
             fit: Some(fit),
         });
     }
+    let unread = inventory.unread().map(|e| e.message);
     let family = match () {
+        _ if let Some(unread) = &unread => unread,
         _ if inventory.has("model.pos_1LC") || inventory.has("pos_1LC") => "TokenFlow-t2i language model",
         _ if inventory.has("visual.patch_embed.proj.weight") => "Qwen2.5-VL",
         _ if inventory.has("model.layers.0.self_attn.q_proj.bias") => "a language model of Qwen2's layout",
@@ -142,6 +153,19 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
 }
 
 impl Info {
+    /// Errors: weights that do not fit their config.
+    fn check(&self) -> Result<()> {
+        let Some(fit) = self.fit.as_ref().filter(|fit| !fit.is_complete()) else { return Ok(()) };
+        let faults = fit.misshapen.iter().cloned().chain(fit.missing.iter().map(|key| format!("{key}: missing")));
+        let shown: Vec<String> = faults.take(SHOWN).collect();
+        let (missing, misshapen) = (fit.missing.len(), fit.misshapen.len());
+        let message = format!(
+            "the weights do not fit the config, {missing} tensors missing, {misshapen} misshapen: {}",
+            shown.join("; ")
+        );
+        Err(Error::model(message).hint("copy config.json and all weights from one checkpoint"))
+    }
+
     fn text(&self) -> String {
         let mut text = String::new();
         // Names and keys come from files. A String takes every line.

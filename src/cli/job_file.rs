@@ -34,6 +34,8 @@ pub struct Task {
     pub out: Option<PathBuf>,
     /// How it is drawn.
     pub job: Job,
+    /// Tokens of its prompt, or of what guidance leads away from.
+    pub tokens: usize,
     /// Its image is there already, and [`Reading::resume`] leaves it out.
     pub there: bool,
     /// What is at its place is replaced.
@@ -221,8 +223,15 @@ impl<'a> Jobs<'a> {
         sampling.check(scales.len())?;
         flags.check_scales(&sampling, scales.len())?;
         let prompt = text::check_prompt(line.prompt.as_bytes())?;
+        let mut tokens = request.counter.count(&prompt)?;
         let negative = match &line.negative {
-            Some(text) => request::negative(Some(text.as_bytes()), &sampling, scales.len())?,
+            Some(text) => {
+                let negative = request::negative(Some(text.as_bytes()), &request.counter, &sampling, scales.len())?;
+                negative.map(|(negative, count)| {
+                    tokens = tokens.max(count);
+                    negative
+                })
+            }
             None => request.negative.clone().filter(|_| sampling.guided_scales(scales.len()) > 0),
         };
         if place != Place::Free && !resume && !force {
@@ -232,7 +241,8 @@ impl<'a> Jobs<'a> {
         let seed = line.seed.or(flags.seed.first().copied()).unwrap_or_else(request::any_seed);
         let job = Job { prompt, negative, scales, sampling, seed };
         let there = place == Place::Image && resume;
-        Ok(Task { line: self.read, id: line.id, out, job, there, replaces: place != Place::Free && !there })
+        let replaces = place != Place::Free && !there;
+        Ok(Task { line: self.read, id: line.id, out, job, tokens, there, replaces })
     }
 
     /// Takes a place below the folder of all images; what is there already.

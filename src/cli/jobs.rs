@@ -143,7 +143,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let mut request = Request::of_jobs(&args.draw)?;
     args.set_passes(&mut request)?;
     let usual = args.draw.size.parse::<Size>()?.grids(&request.config)?;
-    request.negative = r#gen::negative(args, &request, usual.len())?;
+    r#gen::set_negative(args, &mut request, usual.len())?;
     let request = &request;
     let batch = r#gen::batch(args, usize::MAX)?;
     if batch > 1 && input::is_stdin(file) {
@@ -300,7 +300,7 @@ fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual
     let tasks = || all.iter().flatten().filter(|task| !task.there);
     let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));
     let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided_scales(usual.len()));
-    let words = cost::longest(tasks().flat_map(|task| task.job.negative.iter().chain(Some(&task.job.prompt))));
+    let words = tasks().map(|task| task.tokens).max().unwrap_or(0).max(request.tokens);
     let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
     let work = Work { scales, images, words, sampling };
     cost::memory(&request.config, &request.source, request.weights, work, &request.device)

@@ -87,17 +87,19 @@ pub enum Command {
     Train(train::TrainArgs),
 }
 
-/// The command that the process was started with; `None` when help or the version was asked for, and printed.
-pub fn parse() -> Result<Option<Command>> {
-    match Cli::try_parse_from(with_dashes(std::env::args_os().collect())) {
+/// The command that `args` asks for, the program's name first; `None` when help or the version was
+/// asked for, and printed.
+pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Command>> {
+    let args: Vec<OsString> = args.collect();
+    match Cli::try_parse_from(with_dashes(args.clone())) {
         Ok(cli) => Ok(Some(cli.command)),
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             let _ = terminal::emit(e.render().to_string().as_bytes())?;
             Ok(None)
         }
         Err(e) => {
-            let typed: Vec<String> = std::env::args_os().skip(1).filter_map(|arg| arg.into_string().ok()).collect();
-            Err(one_sentence(&e, &typed.iter().map(String::as_str).collect::<Vec<_>>()))
+            let typed: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
+            Err(one_sentence(&e, &typed))
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::backbone::Backbone;
 use crate::chat::{self, ChatConfig, ChatModel};
 use crate::checkpoint::{self, WeightType, Weights};
 use crate::error::Result;
-use crate::generate::{Model, ModelConfig};
+use crate::generate::{Model, ModelConfig, tokenflow};
 use crate::terminal;
 
 /// Flags of `nextflow quantize`.
@@ -33,7 +33,11 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = args.model.source()?;
     terminal::interrupts_after(checkpoint::abandon)?;
     let asked = Weights::inventory();
-    if chat::is_qwen(&source.read_config()?) {
+    let config = source.read_config()?;
+    if let Some(family) = chat::other_family(&config).filter(|_| !tokenflow::is_public(&config)) {
+        return Err(chat::unknown_family(&source, family));
+    }
+    if chat::is_qwen(&config) {
         let config = ChatConfig::read(&source)?;
         ChatModel::check(&source, &config)?;
         config.build(&asked)?;

@@ -9,7 +9,7 @@ use candle_core::Device;
 use super::{DrawArgs, PromptArgs};
 use crate::checkpoint::{Source, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, ModelConfig, Sampling, TRANSFORMER};
+use crate::generate::{Job, ModelConfig, PromptCounter, Sampling, TRANSFORMER};
 use crate::input::{self, shown};
 use crate::output::{self, Destination};
 use crate::size::Size;
@@ -21,6 +21,10 @@ pub struct Request {
     pub prompts: Vec<String>,
     /// What guidance leads away from, if that is not the model's own.
     pub negative: Option<String>,
+    /// Counts the tokens of prompts.
+    pub counter: PromptCounter,
+    /// Tokens of the longest of the prompts.
+    pub tokens: usize,
     /// With all of them; never empty.
     pub seeds: Vec<u64>,
     /// Images per prompt and seed; their seeds count up.
@@ -81,6 +85,8 @@ impl Request {
         let source = args.model.source()?;
         let config = ModelConfig::read(&source)?;
         source.check_type(TRANSFORMER, args.quant)?;
+        let counter = config.prompt_counter(&source)?;
+        let tokens = longest(&prompts, &counter)?;
         let model = args.quant.map_or(config.name.clone(), |weights| format!("{} ({weights})", config.name));
         let (sampling, weights) = (sampling(args, config.sampling.clone()), args.quant);
         if let Some(flag) = without_effect(args.top_k, args.top_p, &sampling) {
@@ -91,6 +97,8 @@ impl Request {
         Ok(Self {
             prompts,
             negative,
+            counter,
+            tokens,
             seeds,
             count,
             size,
@@ -157,17 +165,37 @@ pub(super) fn no_effect(flag: &str) -> Error {
         .hint(format!("leave out --{flag}, or --temperature 1"))
 }
 
-/// What guidance leads away from.
+/// Tokens of the longest prompt.
+fn longest(prompts: &[String], counter: &PromptCounter) -> Result<usize> {
+    let mut longest = 0;
+    for (i, prompt) in prompts.iter().enumerate() {
+        let located = |e: Error| match prompts.len() {
+            1 => e,
+            of => Error { message: format!("prompt {} of {of}: {}", i + 1, e.message), ..e },
+        };
+        longest = longest.max(counter.count(prompt).map_err(located)?);
+    }
+    Ok(longest)
+}
+
+/// What guidance leads away from, and its tokens.
 ///
-/// Errors: usage, for what is no prompt, and where none of so many scales is guided.
-pub(crate) fn negative(text: Option<&[u8]>, sampling: &Sampling, scales: usize) -> Result<Option<String>> {
+/// Errors: usage, for what is no prompt or too long, and where none of so many scales is guided.
+pub(crate) fn negative(
+    text: Option<&[u8]>,
+    counter: &PromptCounter,
+    sampling: &Sampling,
+    scales: usize,
+) -> Result<Option<(String, usize)>> {
     let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
     if sampling.guided_scales(scales) == 0 {
         return Err(Error::usage("a negative prompt without guidance leads away from nothing")
             .hint("leave out one of them, or set cfg to 3"));
     }
     let located = |e: Error| Error { message: format!("negative: {}", e.message), ..e };
-    text::check_prompt(text).map(Some).map_err(located)
+    let text = text::check_prompt(text).map_err(located)?;
+    let tokens = counter.count(&text).map_err(located)?;
+    Ok(Some((text, tokens)))
 }
 
 /// The model's own sampling with the given settings in its place.

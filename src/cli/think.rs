@@ -8,14 +8,16 @@ use super::request::Request;
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, ReplyEvent, ReplyOptions, Session};
 use crate::error::Result;
 use crate::generate::prompt::THINK;
-use crate::generate::{cost, schedule};
+use crate::generate::schedule;
 
 /// The most words that it thinks.
 const LONGEST: usize = 256;
 
 /// The memory that it takes.
 pub(super) fn forecast(request: &Request, config: &ChatConfig, scales: &[(usize, usize)]) -> Result<ChatMemory> {
-    let tokens = cost::longest(&request.prompts) + AROUND + LONGEST + schedule::codes(scales);
+    let said = request.tokens + AROUND;
+    config.room(said)?;
+    let tokens = said + LONGEST + schedule::codes(scales);
     config.memory(Some(&request.source), request.weights, tokens, scales.last().copied(), &request.device)
 }
 

@@ -62,16 +62,6 @@ pub struct Work<'a> {
     pub sampling: &'a Sampling,
 }
 
-/// About how many tokens a text has.
-pub fn tokens(text: &str) -> usize {
-    text.len().div_ceil(3)
-}
-
-/// About how many the longest of some texts has.
-pub fn longest<'a>(texts: impl IntoIterator<Item = &'a String>) -> usize {
-    texts.into_iter().map(|text| tokens(text)).max().unwrap_or(0)
-}
-
 /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
 ///
 /// Errors: a source whose header cannot be read.

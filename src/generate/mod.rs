@@ -15,7 +15,7 @@ use std::ops::ControlFlow;
 use candle_core::Tensor;
 
 pub use model::{ConversationConfig, IMAGE_TOKENIZER, Model, ModelConfig, SYSTEM, TRANSFORMER};
-pub use prompt::{Prefix, PromptConfig};
+pub use prompt::{Prefix, PromptConfig, PromptCounter};
 pub use rows::Rows;
 pub use sampling::Sampling;
 

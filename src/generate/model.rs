@@ -4,7 +4,9 @@ use candle_core::{DType, Device};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, Event, Job, Observer, Prefix, PromptConfig, Sampling, draw_after, schedule, tokenflow};
+use super::{
+    Batch, Event, Job, Observer, Prefix, PromptConfig, PromptCounter, Sampling, draw_after, schedule, tokenflow,
+};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Kind, Result, told};
@@ -19,6 +21,10 @@ pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
 
 /// The longest side of a grid: 4096 pixels.
 const MAX_GRID: usize = 256;
+
+/// More scales than any image has, and more tokens than a prompt is padded to.
+const MAX_SCALES: usize = 1000;
+const MAX_PADDED: usize = 1 << 16;
 
 /// What the model is told if the user tells nothing (Qwen2.5-VL's chat template).
 pub const SYSTEM: &str = "You are a helpful assistant.";
@@ -104,6 +110,13 @@ impl ModelConfig {
             return Err(format!("the transformer has {of}, the image tokenizer {are}"));
         }
         self.check_image()
+    }
+
+    /// What counts the tokens of prompts.
+    ///
+    /// Errors: a text tokenizer that is missing or broken.
+    pub fn prompt_counter(&self, source: &Source) -> Result<PromptCounter> {
+        Ok(PromptCounter::new(source.text_of(self.backbone.vocab_size)?, self.conversation.context))
     }
 
     /// Whether it draws images of these grids (height, width), coarse to fine.
@@ -216,6 +229,16 @@ impl ModelConfig {
         }
         if self.grids.iter().any(|&(h, w)| h == 0 || w == 0 || h > MAX_GRID || w > MAX_GRID) {
             return Err(format!("grids must have sides from 1 to {MAX_GRID}"));
+        }
+        if self.scales > MAX_SCALES || self.prompt.padded_to > Some(MAX_PADDED) {
+            let padded = self.prompt.padded_to.unwrap_or(0);
+            return Err(format!(
+                "{} scales or a prompt of {padded} tokens: {MAX_SCALES} and {MAX_PADDED} are the limits",
+                self.scales
+            ));
+        }
+        if let Some(bos) = self.prompt.bos.filter(|&id| id as usize >= backbone.vocab_size) {
+            return Err(format!("prompt.bos {bos} is none of {} tokens", backbone.vocab_size));
         }
         let needed = self.scales + usize::from(backbone.context_last_scale);
         if self.scales == 0 || backbone.spatial_extent.is_some() && backbone.max_scales < needed {

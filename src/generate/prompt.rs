@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::text::Text;
+use crate::text::{self, Text};
 
 /// Before a request that the model is to think about first.
 pub const THINK: &str = "think, then draw ";
@@ -23,6 +23,36 @@ pub struct PromptConfig {
     pub padded_to: Option<usize>,
     /// Text of the unconditional row.
     pub negative: String,
+}
+
+/// The most tokens of a prompt: as many as the longest prompt has bytes. Unicode's compatibility forms make up to eleven of one.
+const MAX_TOKENS: usize = text::MAX_PROMPT;
+
+/// Counts the tokens of prompts, before weights load.
+#[derive(Debug)]
+pub struct PromptCounter {
+    text: Text,
+    limit: usize,
+}
+
+impl PromptCounter {
+    /// Counts with the tokenizer of a model that reads so many tokens at most.
+    pub fn new(text: Text, context: usize) -> Self {
+        Self { text, limit: context.min(MAX_TOKENS) }
+    }
+
+    /// Tokens of a prompt.
+    ///
+    /// Errors: usage, if there are more than the model reads; [`crate::error::Kind::Model`] for a tokenizer that cannot be used.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        match (self.text.encode(prompt)?.len(), self.limit) {
+            (count, limit) if count > limit => {
+                Err(Error::usage(format!("the prompt has {count} tokens, the limit is {limit}"))
+                    .hint("shorten it: -p \"a red apple\""))
+            }
+            (count, _) => Ok(count),
+        }
+    }
 }
 
 /// The tokens of one row up to the one that predicts the first code.

@@ -1,85 +1,71 @@
-//! Element-wise activations.
+//! Element-wise operations.
 
 use candle_core::cpu::erf::erf_f32;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
-#[cfg(feature = "cuda")]
-use candle_core::{CudaStorage, backend::BackendStorage};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::exp::exp;
-use super::slice::{self, Borrowed};
+use super::cpu::exp::{exp, sigmoid};
+use super::cpu::operand::{Operand, are_f32};
+use super::cpu::reduce::vectorized;
+use super::custom_op::{Op, apply1, apply2, supports, supports_f32};
 
-/// Elements one thread takes at a time: fewer are not worth waking another.
+/// Elements per task: fewer are not worth waking another thread.
 const CHUNK: usize = 1 << 15;
 
-/// GELU in its tanh approximation, of x's shape and dtype.
+/// GELU in its tanh approximation: x's shape and dtype.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    match slice::trained(&[x]) {
-        true => x.contiguous()?.apply_op1(Gelu::Tanh),
-        false => x.gelu(),
-    }
+    if supports_f32(&[x]) { apply1(Gelu::Tanh, x) } else { x.gelu() }
 }
 
-/// GELU by the error function, of x's shape and dtype.
+/// GELU by the error function: x's shape and dtype.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
-    match slice::trained(&[x]) {
-        true => x.contiguous()?.apply_op1(Gelu::Erf),
-        false => x.gelu_erf(),
-    }
+    if supports_f32(&[x]) { apply1(Gelu::Erf, x) } else { x.gelu_erf() }
 }
 
-/// `x * sigmoid(1.702 x)`, CLIP's stand-in for GELU, of x's shape and dtype.
+/// `x * sigmoid(1.702 x)`, the GELU of OpenAI's CLIP: x's shape and dtype.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    match slice::trained(&[x]) {
-        true => x.contiguous()?.apply_op1(Gelu::Quick),
-        false => plain_quick_gelu(x),
-    }
+    if supports_f32(&[x]) { apply1(Gelu::Quick, x) } else { composed_quick_gelu(x) }
 }
 
-fn plain_quick_gelu(x: &Tensor) -> Result<Tensor> {
+fn composed_quick_gelu(x: &Tensor) -> Result<Tensor> {
     (x * f64::from(QUICK))?.silu()? / f64::from(QUICK)
 }
 
-/// `silu(gate) * up`, of their common shape and dtype.
+/// `silu(gate) * up` for operands of one shape: their shape and dtype.
 ///
-/// Errors when the shapes differ.
+/// Errors: different shapes.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         bail!("swiglu: shapes {:?} and {:?} differ", gate.dims(), up.dims());
     }
-    match slice::kernels(&[gate, up]) {
-        // Parts of the rows of one product.
-        #[cfg(feature = "cuda")]
-        true if [gate, up].into_iter().all(super::cuda::in_rows) => gate.apply_op2(up, SwiGlu),
-        true => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
-        false => plain_swiglu(gate, up),
+    if !supports(&[gate, up]) {
+        return composed_swiglu(gate, up);
     }
+    #[cfg(feature = "cuda")]
+    if [gate, up].into_iter().all(super::cuda::has_row_stride) {
+        // The two halves of one product, read in place.
+        return gate.apply_op2(up, super::custom_op::Custom(SwiGlu));
+    }
+    apply2(SwiGlu, gate, up)
 }
 
-/// `a + b` of the same shape, of a's dtype. candle's own makes threads of another pool spin.
-///
-/// Errors when the shapes differ.
-pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    match slice::fused(&[a, b]) && a.dims() == b.dims() {
-        true => a.contiguous()?.apply_op2(&b.contiguous()?, Sum),
-        false => a + b,
-    }
-}
-
-fn plain_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+fn composed_swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.to_dtype(DType::F32)?.silu()?.to_dtype(gate.dtype())?.mul(up)
 }
 
-#[inline(always)]
-pub(super) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+/// `a + b` for operands of one shape: their shape and dtype. candle's own sum keeps the threads of
+/// a second pool spinning.
+///
+/// Errors: different shapes.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if are_f32(&[a, b]) && a.dims() == b.dims() { apply2(Add, a, b) } else { a + b }
 }
 
 /// `f` of every pair, on all threads.
 fn map2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
     let mut out = vec![0f32; a.len()];
     out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(|((out, a), b)| {
-        slice::wide(
+        vectorized(
             #[inline(always)]
             || {
                 for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
@@ -91,9 +77,9 @@ fn map2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
     out
 }
 
-/// In the order of `gelu` in training.cu.
+/// The discriminants are those of `gelu` in f32.cu.
 #[derive(Clone, Copy)]
-enum Gelu {
+pub(super) enum Gelu {
     Tanh,
     Erf,
     Quick,
@@ -114,102 +100,69 @@ fn normal_cdf(x: f32) -> f32 {
     0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
-impl CustomOp1 for Gelu {
-    fn name(&self) -> &'static str {
-        "gelu"
-    }
+impl Op<1> for Gelu {
+    const NAME: &'static str = "gelu";
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice::contiguous(s1, l1)?;
+    fn forward(&self, [x]: [Operand; 1]) -> Result<(Vec<f32>, Shape)> {
+        let (x, shape) = (x.slice()?, x.shape().clone());
         let y = match self {
             Gelu::Tanh => map2(x, x, |x, _| x * tanh_gate(x)),
             Gelu::Erf => map2(x, x, |x, _| x * normal_cdf(x)),
             Gelu::Quick => map2(x, x, |x, _| x * sigmoid(QUICK * x)),
         };
-        Ok((CpuStorage::F32(y), l1.shape().clone()))
+        Ok((y, shape))
     }
 
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout) -> Result<(CudaStorage, Shape)> {
-        super::cuda::training::gelu((s1, l1), *self as i32)
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        #[cfg(feature = "cuda")]
-        if x.device().is_cuda() {
-            return super::cuda::training::gelu_back(x, dy, *self as i32).map(Some);
-        }
-        let dy = dy.contiguous()?;
-        let (bx, bdy) = (Borrowed::of(x), Borrowed::of(&dy));
-        let (xs, dys) = (bx.slice()?, bdy.slice()?);
+    fn backward(&self, [x]: [Operand; 1], _wanted: [bool; 1], dy: &[f32]) -> Result<[Option<Vec<f32>>; 1]> {
+        let x = x.slice()?;
         let dx = match self {
-            Gelu::Tanh => map2(xs, dys, |x, dy| {
+            Gelu::Tanh => map2(x, dy, |x, dy| {
                 let s = tanh_gate(x);
                 let slope = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
                 dy * (s + x * s * (1.0 - s) * slope)
             }),
-            Gelu::Erf => map2(xs, dys, |x, dy| {
+            Gelu::Erf => map2(x, dy, |x, dy| {
                 let density = INV_SQRT_2PI * exp(-0.5 * x * x);
                 dy * (normal_cdf(x) + x * density)
             }),
-            Gelu::Quick => map2(xs, dys, |x, dy| {
+            Gelu::Quick => map2(x, dy, |x, dy| {
                 let s = sigmoid(QUICK * x);
                 dy * (s + x * QUICK * s * (1.0 - s))
             }),
         };
-        slice::gradient(x, dx)
+        Ok([Some(dx)])
     }
 }
 
-struct Sum;
+pub(super) struct Add;
 
-impl CustomOp2 for Sum {
-    fn name(&self) -> &'static str {
-        "sum"
+impl Op<2> for Add {
+    const NAME: &'static str = "add";
+
+    fn forward(&self, [a, b]: [Operand; 2]) -> Result<(Vec<f32>, Shape)> {
+        Ok((map2(a.slice()?, b.slice()?, |a, b| a + b), a.shape().clone()))
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = map2(slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, |a, b| a + b);
-        Ok((CpuStorage::F32(y), l1.shape().clone()))
-    }
-
-    fn bwd(&self, _a: &Tensor, _b: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(dy.clone()), Some(dy.clone())))
+    fn backward(&self, _: [Operand; 2], wanted: [bool; 2], dy: &[f32]) -> Result<[Option<Vec<f32>>; 2]> {
+        Ok(wanted.map(|wanted| wanted.then(|| dy.to_vec())))
     }
 }
 
-struct SwiGlu;
+pub(super) struct SwiGlu;
 
-impl CustomOp2 for SwiGlu {
-    fn name(&self) -> &'static str {
-        "swiglu"
+impl Op<2> for SwiGlu {
+    const NAME: &'static str = "swiglu";
+
+    fn forward(&self, [gate, up]: [Operand; 2]) -> Result<(Vec<f32>, Shape)> {
+        let y = map2(gate.slice()?, up.slice()?, |gate, up| gate * sigmoid(gate) * up);
+        Ok((y, gate.shape().clone()))
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = map2(slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, |gate, up| gate * sigmoid(gate) * up);
-        Ok((CpuStorage::F32(y), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
-        match s1.dtype() {
-            DType::F32 => super::cuda::training::swiglu((s1, l1), (s2, l2)),
-            _ => super::cuda::swiglu((s1, l1), (s2, l2)),
-        }
-    }
-
-    fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        #[cfg(feature = "cuda")]
-        if gate.device().is_cuda() {
-            let (dgate, dup) = super::cuda::training::swiglu_back(gate, up, dy)?;
-            return Ok((Some(dgate), Some(dup)));
-        }
-        let dy = dy.contiguous()?;
-        let (bgate, bup, bdy) = (Borrowed::of(gate), Borrowed::of(up), Borrowed::of(&dy));
-        let (gates, ups, dys) = (bgate.slice::<f32>()?, bup.slice::<f32>()?, bdy.slice::<f32>()?);
-        let (mut dgate, mut dup) = (vec![0f32; gates.len()], vec![0f32; gates.len()]);
+    fn backward(&self, [gate, up]: [Operand; 2], _wanted: [bool; 2], dy: &[f32]) -> Result<[Option<Vec<f32>>; 2]> {
+        let (gate, up) = (gate.slice::<f32>()?, up.slice::<f32>()?);
+        let (mut dgate, mut dup) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
         let outputs = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
-        let inputs = gates.par_chunks(CHUNK).zip(ups.par_chunks(CHUNK)).zip(dys.par_chunks(CHUNK));
+        let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));
         outputs.zip(inputs).for_each(|((dgate, dup), ((gate, up), dy))| {
             for ((dgate, dup), ((g, up), dy)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up).zip(dy)) {
                 let s = sigmoid(*g);
@@ -217,13 +170,13 @@ impl CustomOp2 for SwiGlu {
                 *dgate = dy * up * s * (1.0 + g * (1.0 - s));
             }
         });
-        Ok((slice::gradient(gate, dgate)?, slice::gradient(up, dup)?))
+        Ok([Some(dgate), Some(dup)])
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{random, same};
+    use super::super::testing::{random, same};
     use super::*;
 
     #[test]
@@ -231,14 +184,25 @@ mod tests {
         let (x, y) = (random((3, 37), 1), random((3, 37), 2));
         same(&[&x], || gelu_tanh(&x), || x.gelu());
         same(&[&x], || gelu_erf(&x), || x.gelu_erf());
-        same(&[&x], || quick_gelu(&x), || plain_quick_gelu(&x));
-        same(&[&x, &y], || swiglu(&x, &y), || plain_swiglu(&x, &y));
+        same(&[&x], || quick_gelu(&x), || composed_quick_gelu(&x));
+        same(&[&x, &y], || swiglu(&x, &y), || composed_swiglu(&x, &y));
         same(&[&x, &y], || add(&x, &y), || x.as_tensor() + y.as_tensor());
         same(&[&x], || gelu_erf(&x.t()?), || x.t()?.gelu_erf());
     }
 
+    /// candle-nn's takes gate and up as halves of one tensor.
     #[test]
-    fn far_out_is_finite() -> Result<()> {
+    fn swiglu_is_that_of_candle_nn() {
+        let (x, y) = (random((3, 37), 1), random((3, 37), 2));
+        same(
+            &[&x, &y],
+            || swiglu(&x, &y),
+            || candle_nn::ops::swiglu(&Tensor::cat(&[x.as_tensor(), y.as_tensor()], 1)?),
+        );
+    }
+
+    #[test]
+    fn large_inputs_give_finite_results() -> Result<()> {
         let x = Tensor::new(&[-200f32, -20.0, 20.0, 200.0], &candle_core::Device::Cpu)?;
         for y in [gelu_tanh(&x)?, gelu_erf(&x)?, quick_gelu(&x)?, swiglu(&x, &x.ones_like()?)?] {
             let y = y.to_vec1::<f32>()?;

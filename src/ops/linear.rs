@@ -1,166 +1,106 @@
-//! The linear layer.
+//! The linear layer over dense weights.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-#[cfg(target_arch = "x86_64")]
-use candle_core::quantized::GgmlDType;
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::columns::filled;
-use super::product::{Rows, product};
-use super::slice::{self, Borrowed, Into, Matrix, MatrixMut, gemm};
-#[cfg(target_arch = "x86_64")]
-use super::{layout, panels};
+use super::cpu::gemm::{Matrix, MatrixMut, Update, gemm};
+use super::cpu::matmul::matmul;
+use super::cpu::operand::Operand;
+use super::cpu::quants::WeightRows;
+use super::cpu::reduce;
+use super::custom_op::{Op, apply3, supports_f32};
 
-/// Rows one thread sums at a time.
+/// Rows that one thread sums at a time.
 const ROWS: usize = 64;
 
 /// `x wᵀ + b` for x (..., in), w (out, in) and b (out): (..., out), of x's dtype.
 ///
-/// Errors when the shapes do not fit.
+/// Errors: shapes that do not fit.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = w.dims2()?;
     if x.dims().last() != Some(&inner) || b.is_some_and(|b| b.dims() != [out]) {
         bail!("linear: {:?} does not fit weights {:?} and bias {:?}", x.dims(), w.dims(), b.map(Tensor::dims));
     }
-    apply(x, w, b, Linear { rounded: false })
+    apply(x, w, b, Linear { bf16: false })
 }
 
-/// As [`linear`], but where the processor multiplies bf16 all factors are rounded to it, in the backward pass too: mixed
-/// precision, with weights, sums and gradients in f32.
+/// [`linear`] in mixed precision: weights, sums and gradients are f32, but where the CPU multiplies
+/// bf16 all factors are rounded to it, in the backward pass too.
 pub(super) fn mixed_linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = w.dims2()?;
-    if x.dims().last() != Some(&inner) || !rounds(out, inner) {
+    if x.dims().last() != Some(&inner) || !bf16::supports(out, inner) {
         return linear(x, w, b);
     }
-    apply(x, w, b, Linear { rounded: true })
-}
-
-/// Whether products of such weights, and those of the backward pass, can be of bf16.
-#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-fn rounds(out: usize, inner: usize) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return panels::suits(GgmlDType::BF16, out) && panels::suits(GgmlDType::BF16, inner);
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    apply(x, w, b, Linear { bf16: true })
 }
 
 fn apply(x: &Tensor, w: &Tensor, b: Option<&Tensor>, linear: Linear) -> Result<Tensor> {
-    if !slice::trained(&[x, w, b.unwrap_or(w)]) {
-        return plain(x, w, b);
+    if !supports_f32(&[x, w, b.unwrap_or(w)]) {
+        return composed(x, w, b);
     }
-    // An op has a fixed number of operands: no bias is an empty one.
-    let b = b.map_or_else(|| Tensor::zeros(0, DType::F32, x.device()), Tensor::contiguous)?;
-    x.contiguous()?.apply_op3(&w.contiguous()?, &b, linear)
+    // An op has a fixed number of operands: an empty bias is none.
+    let empty = || Tensor::zeros(0, DType::F32, x.device());
+    let b = b.map_or_else(empty, |b| Ok(b.clone()))?;
+    apply3(linear, x, w, &b)
 }
 
-fn plain(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = w.dims2()?;
-    let y = x.reshape(((), inner))?.matmul(&w.t()?)?;
-    let mut dims = x.dims().to_vec();
-    dims.pop();
-    dims.push(out);
-    let y = y.reshape(dims)?;
+    let y = x.reshape(((), inner))?.matmul(&w.t()?)?.reshape(with_last(x.dims(), out))?;
     b.map_or(Ok(y.clone()), |b| y.broadcast_add(b))
 }
 
-struct Linear {
-    /// All factors are bf16: [`rounds`] says that they can be.
-    rounded: bool,
+/// Dimensions with another last one.
+pub(super) fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
+    let mut dims = dims.to_vec();
+    dims.pop();
+    dims.push(last);
+    dims
 }
 
-impl CustomOp3 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
+/// Of x (..., in), w (out, in) and b (out) or (0).
+pub(super) struct Linear {
+    /// All factors are rounded to bf16: [`bf16::supports`] the sizes.
+    bf16: bool,
+}
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, w, b) = (slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, slice::contiguous(s3, l3)?);
-        let (out, inner) = l2.shape().dims2()?;
-        let bias = if b.is_empty() { None } else { Some(b) };
-        let y = match self.rounded {
-            #[cfg(target_arch = "x86_64")]
-            true => product(x, Rows::Blocks(&layout::rounded(w), GgmlDType::BF16), bias, (out, inner))?,
-            _ => product(x, Rows::Plain(w), bias, (out, inner))?,
+impl Op<3> for Linear {
+    const NAME: &'static str = "linear";
+
+    fn forward(&self, [x, w, b]: [Operand; 3]) -> Result<(Vec<f32>, Shape)> {
+        let (out, inner) = w.shape().dims2()?;
+        let shape = Shape::from(with_last(x.dims(), out));
+        let bias = Some(b.slice::<f32>()?).filter(|bias| !bias.is_empty());
+        let (x, w) = (x.slice()?, w.slice()?);
+        let y = match self.bf16 {
+            true => bf16::forward(x, w, bias, (out, inner))?,
+            false => matmul(x, WeightRows::F32(w), bias, (out, inner))?,
         };
-        let mut dims = l1.dims().to_vec();
-        dims.pop();
-        dims.push(out);
-        Ok((CpuStorage::F32(y), Shape::from(dims)))
+        Ok((y, shape))
     }
 
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        super::cuda::training::linear((s1, l1), (s2, l2), (s3, l3))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        #[cfg(feature = "cuda")]
-        if x.device().is_cuda() {
-            let [dx, dw, db] = super::cuda::training::linear_back(x, w, b, dy)?;
-            return Ok((dx, dw, db));
-        }
-        let dy = dy.contiguous()?;
-        let (out, inner) = w.dims2()?;
-        let rows = x.elem_count() / inner;
-        let (bx, bw, bdy) = (Borrowed::of(x), Borrowed::of(w), Borrowed::of(&dy));
-        let (xs, ws, dys) = (bx.slice()?, bw.slice()?, bdy.slice::<f32>()?);
-        let (dx, dw) = match self.rounded {
-            #[cfg(target_arch = "x86_64")]
-            true => (
-                of(x, &|| {
-                    let w = layout::rounded_columns(ws, (out, inner));
-                    product(dys, Rows::Blocks(&w, GgmlDType::BF16), None, (inner, out))
-                })?,
-                of(w, &|| {
-                    let x = layout::rounded_columns(xs, (rows, inner));
-                    filled(out * inner, |dw| panels::products_of_columns(dw, &x, dys, (rows, out)))
-                })?,
-            ),
-            _ => {
-                let grad = Matrix::new(dys, rows, out);
-                let product = |lhs: Matrix, rhs: Matrix, rows: usize| {
-                    let mut d = vec![0f32; rows * inner];
-                    gemm(MatrixMut::new(&mut d, rows, inner), Into::Overwrite, lhs, rhs, 1.0, true);
-                    Ok(d)
-                };
-                let dx = of(x, &|| product(grad, Matrix::new(ws, out, inner), rows))?;
-                (dx, of(w, &|| product(grad.t(), Matrix::new(xs, rows, inner), out))?)
-            }
+    fn backward(&self, [x, w, b]: [Operand; 3], wanted: [bool; 3], dy: &[f32]) -> Result<[Option<Vec<f32>>; 3]> {
+        let (out, inner) = w.shape().dims2()?;
+        let (biased, x, w) = (b.dims() == [out], x.slice::<f32>()?, w.slice::<f32>()?);
+        let rows = x.len() / inner;
+        let dx = || match self.bf16 {
+            true => bf16::input_gradient(dy, w, (out, inner)),
+            false => Ok(product(Matrix::new(dy, rows, out), Matrix::new(w, out, inner), (rows, inner))),
         };
-        let db = if b.track_op() && b.elem_count() > 0 { slice::gradient(b, column_sums(dys, out))? } else { None };
-        Ok((dx, dw, db))
+        let dw = || match self.bf16 {
+            true => bf16::weight_gradient(dy, x, (out, inner)),
+            false => Ok(product(Matrix::new(dy, rows, out).t(), Matrix::new(x, rows, inner), (out, inner))),
+        };
+        let [want_x, want_w, want_b] = wanted;
+        let db = (want_b && biased).then(|| column_sums(dy, out));
+        Ok([want_x.then(dx).transpose()?, want_w.then(dw).transpose()?, db])
     }
 }
 
-/// The gradient of a tensor, unless it is a constant.
-fn of(tensor: &Tensor, values: &dyn Fn() -> Result<Vec<f32>>) -> Result<Option<Tensor>> {
-    if tensor.track_op() { slice::gradient(tensor, values()?) } else { Ok(None) }
+fn product(lhs: Matrix, rhs: Matrix, (rows, cols): (usize, usize)) -> Vec<f32> {
+    let mut y = vec![0f32; rows * cols];
+    gemm(MatrixMut::new(&mut y, rows, cols), Update::Overwrite, lhs, rhs, 1.0, true);
+    y
 }
 
 fn column_sums(values: &[f32], cols: usize) -> Vec<f32> {
@@ -171,25 +111,79 @@ fn column_sums(values: &[f32], cols: usize) -> Vec<f32> {
         }
         sums
     };
-    values.par_chunks(cols * ROWS).fold(zeros, block).reduce(zeros, slice::add)
+    values.par_chunks(cols * ROWS).fold(zeros, block).reduce(zeros, reduce::add)
+}
+
+/// The products of mixed precision, where the CPU multiplies bf16.
+#[cfg(target_arch = "x86_64")]
+mod bf16 {
+    use candle_core::Result;
+    use candle_core::quantized::GgmlDType;
+
+    use crate::ops::cpu::columns::filled;
+    use crate::ops::cpu::matmul::matmul;
+    use crate::ops::cpu::quants::WeightRows;
+    use crate::ops::cpu::{avx512, gemm_bf16, pack_bf16};
+
+    /// Whether the products with weights of this shape, and those of the backward pass, can be of
+    /// bf16.
+    pub(super) fn supports(out: usize, inner: usize) -> bool {
+        avx512::supports_bf16(GgmlDType::BF16, out) && avx512::supports_bf16(GgmlDType::BF16, inner)
+    }
+
+    pub(super) fn forward(x: &[f32], w: &[f32], bias: Option<&[f32]>, shape: (usize, usize)) -> Result<Vec<f32>> {
+        matmul(x, WeightRows::Blocks(&pack_bf16::rounded(w), GgmlDType::BF16), bias, shape)
+    }
+
+    pub(super) fn input_gradient(dy: &[f32], w: &[f32], (out, inner): (usize, usize)) -> Result<Vec<f32>> {
+        let w = pack_bf16::rounded_columns(w, (out, inner));
+        matmul(dy, WeightRows::Blocks(&w, GgmlDType::BF16), None, (inner, out))
+    }
+
+    pub(super) fn weight_gradient(dy: &[f32], x: &[f32], (out, inner): (usize, usize)) -> Result<Vec<f32>> {
+        let rows = x.len() / inner;
+        let x = pack_bf16::rounded_columns(x, (rows, inner));
+        filled(out * inner, |dw| gemm_bf16::gemm_columns(dw, &x, dy, (rows, out)))
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod bf16 {
+    use candle_core::{Result, bail};
+
+    pub(super) fn supports(_: usize, _: usize) -> bool {
+        false
+    }
+
+    pub(super) fn forward(_: &[f32], _: &[f32], _: Option<&[f32]>, _: (usize, usize)) -> Result<Vec<f32>> {
+        bail!("this CPU does not multiply bf16")
+    }
+
+    pub(super) fn input_gradient(_: &[f32], _: &[f32], _: (usize, usize)) -> Result<Vec<f32>> {
+        bail!("this CPU does not multiply bf16")
+    }
+
+    pub(super) fn weight_gradient(_: &[f32], _: &[f32], _: (usize, usize)) -> Result<Vec<f32>> {
+        bail!("this CPU does not multiply bf16")
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{agree, random, same};
+    use super::super::testing::{agree, random, same};
     use super::*;
     use candle_core::Var;
 
     #[test]
     fn matches_the_composition() {
         let (x, w, b) = (random((3, 45, 37), 1), random((29, 37), 2), random(29, 3));
-        same(&[&x, &w, &b], || linear(&x, &w, Some(&b)), || plain(&x, &w, Some(&b)));
-        same(&[&x, &w], || linear(&x, &w, None), || plain(&x, &w, None));
+        same(&[&x, &w, &b], || linear(&x, &w, Some(&b)), || composed(&x, &w, Some(&b)));
+        same(&[&x, &w], || linear(&x, &w, None), || composed(&x, &w, None));
         let part = || w.narrow(0, 5, 11);
-        same(&[&x, &w], || linear(&x, &part()?, None), || plain(&x, &part()?, None));
+        same(&[&x, &w], || linear(&x, &part()?, None), || composed(&x, &part()?, None));
     }
 
-    /// Whatever the sizes, nothing but rounding: here all factors are bf16 already.
+    /// All factors are bf16 already: sizes of every kind lose nothing but the rounding of sums.
     #[test]
     fn mixed_precision_loses_no_more_than_rounding() -> Result<()> {
         let bf16 = |x: &Tensor| Var::from_tensor(&x.to_dtype(DType::BF16)?.to_dtype(DType::F32)?);
@@ -207,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_shapes_that_do_not_fit() {
+    fn shapes_that_do_not_fit_are_refused() {
         let (x, w, b) = (random((2, 3), 1), random((4, 3), 2), random(3, 3));
         assert!(linear(&x, &w, Some(&b)).is_err());
         assert!(linear(&x, &random((4, 2), 2), None).is_err());

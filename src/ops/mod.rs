@@ -1,55 +1,52 @@
-//! The network's kernels: fused, multi-threaded f32 on the CPU, each with its backward pass.
+//! The operations of all networks.
 //!
-//! Every function takes any device and dtype. On the CPU in f32 it runs as one candle custom op that borrows its
-//! operands and keeps no intermediate for the backward pass, which recomputes what it needs. With `--features cuda` the same holds
-//! for f32 on a GPU; in bf16, what counts when a model draws has kernels there, forward only. Elsewhere it is the plain
-//! composition of candle's own differentiable operations, with softmax, norms and losses in f32; the tests hold the
-//! kernels to that composition, values and gradients.
+//! They exist because candle-nn's fused operations (`rms_norm`, `layer_norm`, `rope`,
+//! `softmax_last_dim`, `sdpa`) have no backward pass, so that code which also trains cannot call
+//! them, and because candle multiplies neither int8 with a scale per row nor bf16 on a CPU.
+//!
+//! - Linear layers over a [`WeightMatrix`] of any type: [`linear`], [`linear_each`], [`add_linear`]
+//!   with a residual, [`gated_linear`] with SwiGLU.
+//! - Attention with grouped keys: [`attention`], [`attention_rows`]; rotary positions: [`rope`],
+//!   [`project_heads`].
+//! - Norms: [`rms_norm`], [`layer_norm`], [`group_norm`].
+//! - Convolutions over dense or int8 [`Filters`]: [`conv2d`], [`add_conv2d`], [`upsampled_conv2d`].
+//! - Element-wise: [`add`], [`swiglu`], [`gelu_erf`], [`gelu_tanh`], [`quick_gelu`].
+//! - Rows of a table: [`select`]. GGML's formats: [`quantize`], [`dequantize`].
+//!
+//! Every function takes any device and dtype. In f32 on the CPU it is one operation that borrows
+//! its operands and keeps nothing for the backward pass but its inputs. With the feature `cuda` the
+//! same holds for f32 on a GPU, and in bf16 what drawing needs has kernels there, forward only.
+//! Anything else is composed of candle's own differentiable operations, with softmax and norms in
+//! f32. Tests compare the kernels with these compositions and with candle-nn, values and gradients.
+//!
+//! The kernels are in [`cpu`] and `cuda`; [`custom_op`] ties them to candle.
 
 mod activation;
 mod attention;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
-mod blocks;
-mod bytes;
-#[cfg(test)]
-mod check;
-mod columns;
 mod conv;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
-mod exp;
-mod few;
+pub(crate) mod cuda;
+pub(crate) mod custom_op;
 mod group_norm;
-#[cfg(target_arch = "x86_64")]
-mod layout;
 mod linear;
-mod loss;
 mod matrix;
 mod norm;
-mod optim;
-#[cfg(target_arch = "x86_64")]
-mod panels;
-mod product;
-mod resize;
 mod rope;
 mod select;
-mod slice;
-mod tiles;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention, attention_rows};
-pub use blocks::{dequantise, quantise};
-pub use bytes::{ByteFilters, Bytes};
 pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
+pub use cpu::int8::{Int8Filters, Int8Matrix};
+pub use cpu::quants::{dequantize, quantize};
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
 pub use linear::linear;
-pub use loss::cross_entropy;
 pub use matrix::{WeightMatrix, add_linear, gated_linear, linear_each};
 pub use norm::{layer_norm, rms_norm};
-pub use optim::{adamw_step, adamw_stepped, muon_step, muon_stepped};
-pub use resize::{pixel_shuffle, pixel_unshuffle};
 pub use rope::{project_heads, rope};
 pub use select::select;

@@ -1,16 +1,15 @@
 //! Rotary position embedding.
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
-#[cfg(feature = "cuda")]
-use candle_core::{CudaStorage, backend::BackendStorage};
+use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::slice::{self, Borrowed};
+use super::cpu::operand::Operand;
+use super::custom_op::{Op, apply3, supports};
 
-/// Rotates the halves of each head of x (B, T, H, D) by the angles whose cosines and sines are given, (T, D/2) or
-/// (B, T, D/2): x's shape and dtype. The angles are constants: no gradient flows into them.
+/// Rotates the halves of each head of x (B, T, H, D) by the angles whose cosines and sines are
+/// given, (T, D/2) or (B, T, D/2): x's shape and dtype. No gradient flows into the angles.
 ///
-/// Errors when the shapes do not fit or D is odd.
+/// Errors: shapes that do not fit, or an odd D.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (b, t, _, d) = x.dims4()?;
     let fits = |dims: &[usize]| dims == [t, d / 2] || dims == [b, t, d / 2];
@@ -18,15 +17,16 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         bail!("rope: {:?} does not fit angles {:?} and {:?}", x.dims(), cos.dims(), sin.dims());
     }
     let angles = [cos, sin].iter().all(|t| t.dtype() == DType::F32);
-    match angles && slice::kernels(&[x]) {
-        true => x.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, Rope),
-        false => plain(x, cos, sin),
-    }
+    if angles && supports(&[x]) { apply3(Rope, x, cos, sin) } else { composed(x, cos, sin) }
 }
 
-/// Heads of the product x (R, T, (H + 2 KV) D) of a joint projection, and of its bias: queries, rotated, (R, T, H, D). Keys,
-/// rotated, and values are written into the keys and values (1, capacity, KV, D) of every row, from the position on that is
-/// given with them. None where there is no kernel for that.
+/// Splits the product x (R, T, (H + 2 KV) D) of a joint projection into heads, in one kernel: adds
+/// `bias`, rotates queries and keys, and writes keys and values into the caches, a pair of
+/// (1, capacity, KV, D) and the position to write at for every row. Returns the queries
+/// (R, T, H, D). None where there is no kernel: the CPU, other dtypes than bf16, and operands that
+/// are not aligned.
+///
+/// Errors: shapes that do not fit, and caches without room for T more positions.
 #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
 pub fn project_heads(
     x: &Tensor,
@@ -40,7 +40,9 @@ pub fn project_heads(
     Ok(None)
 }
 
-fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+/// candle-nn's differentiable `rope_slow` takes neither angles of each batch row nor half
+/// precision.
+fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let half = x.dim(D::Minus1)? / 2;
     let wide = x.to_dtype(DType::F32)?;
     let angle = |t: &Tensor| t.detach().to_dtype(DType::F32)?.unsqueeze(D::Minus2);
@@ -51,11 +53,11 @@ fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Tensor::cat(&[first, second], D::Minus1)?.to_dtype(x.dtype())
 }
 
-/// Elements one thread takes at a time, in whole positions: fewer are not worth waking another.
+/// Elements per task, in whole positions: fewer are not worth waking another thread.
 const CHUNK: usize = 1 << 15;
 
-/// Rotates each position by its angles, or back with `sign` -1.
-fn rotate(x: &[f32], heads: usize, d: usize, cos: &[f32], sin: &[f32], sign: f32) -> Vec<f32> {
+/// Rotates each position by its angles; backwards if `sign` is -1.
+fn rotate(x: &[f32], (heads, d): (usize, usize), cos: &[f32], sin: &[f32], sign: f32) -> Vec<f32> {
     let half = d / 2;
     let positions = cos.len() / half;
     let mut out = vec![0f32; x.len()];
@@ -77,66 +79,27 @@ fn rotate(x: &[f32], heads: usize, d: usize, cos: &[f32], sin: &[f32], sign: f32
     out
 }
 
-struct Rope;
+pub(super) struct Rope;
 
-impl CustomOp3 for Rope {
-    fn name(&self) -> &'static str {
-        "rope"
+impl Op<3> for Rope {
+    const NAME: &'static str = "rope";
+
+    fn forward(&self, [x, cos, sin]: [Operand; 3]) -> Result<(Vec<f32>, Shape)> {
+        let (_, _, heads, d) = x.shape().dims4()?;
+        Ok((rotate(x.slice()?, (heads, d), cos.slice()?, sin.slice()?, 1.0), x.shape().clone()))
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (_, _, heads, d) = l1.shape().dims4()?;
-        let (x, cos, sin) = (slice::contiguous(s1, l1)?, slice::contiguous(s2, l2)?, slice::contiguous(s3, l3)?);
-        Ok((CpuStorage::F32(rotate(x, heads, d, cos, sin, 1.0)), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        match s1.dtype() {
-            DType::F32 => super::cuda::training::rope((s1, l1), (s2, l2), (s3, l3)),
-            _ => super::cuda::rope((s1, l1), (s2, l2), (s3, l3)),
-        }
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        cos: &Tensor,
-        sin: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        #[cfg(feature = "cuda")]
-        if x.device().is_cuda() {
-            return Ok((Some(super::cuda::training::rope_back(dy, cos, sin)?), None, None));
-        }
-        let (_, _, heads, d) = x.dims4()?;
-        let dy = dy.contiguous()?;
-        let (bcos, bsin, bdy) = (Borrowed::of(cos), Borrowed::of(sin), Borrowed::of(&dy));
-        let dx = rotate(bdy.slice()?, heads, d, bcos.slice()?, bsin.slice()?, -1.0);
-        Ok((slice::gradient(x, dx)?, None, None))
+    fn backward(&self, [x, cos, sin]: [Operand; 3], _: [bool; 3], dy: &[f32]) -> Result<[Option<Vec<f32>>; 3]> {
+        let (_, _, heads, d) = x.shape().dims4()?;
+        Ok([Some(rotate(dy, (heads, d), cos.slice()?, sin.slice()?, -1.0)), None, None])
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{random, same};
+    use candle_nn::rotary_emb::{rope_slow, rope_thd};
+
+    use super::super::testing::{agree, random, same};
     use super::*;
 
     #[test]
@@ -144,12 +107,20 @@ mod tests {
         let x = random((2, 5, 3, 14), 1);
         for shape in [vec![5, 7], vec![2, 5, 7]] {
             let (c, s) = (random(shape.clone(), 2), random(shape, 3));
-            same(&[&x], || rope(&x, &c, &s), || plain(&x, &c, &s));
+            same(&[&x], || rope(&x, &c, &s), || composed(&x, &c, &s));
         }
     }
 
     #[test]
-    fn rejects_shapes_that_do_not_fit() {
+    fn rotations_are_those_of_candle_nn() -> Result<()> {
+        let (x, c, s) = (random((2, 5, 3, 14), 1), random((5, 7), 2), random((5, 7), 3));
+        same(&[&x], || rope(&x, &c, &s), || rope_slow(&x.transpose(1, 2)?, &c, &s)?.transpose(1, 2));
+        let (c, s) = (random((2, 5, 7), 2), random((2, 5, 7), 3));
+        agree("angles of each batch row", &rope(&x, &c, &s)?, &rope_thd(&x, &c, &s)?)
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
         let (odd, x, c) = (random((1, 4, 1, 5), 1), random((1, 4, 1, 6), 1), random((4, 2), 2));
         assert!(rope(&odd, &c, &c).is_err());
         assert!(rope(&x, &c, &c).is_err());

@@ -1,24 +1,27 @@
 //! Image files from anywhere: bounded, upright, in plain RGB.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use image::error::LimitErrorKind;
-use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, RgbaImage};
+use image::{ImageError, RgbImage};
 
+use super::decode::{self, MAX_SIDE};
 use super::pillow::{self, Filter};
 use super::{foreign, jpeg};
 use crate::error::{Error, Result};
 use crate::input;
 
-/// The largest width and height that is read, in pixels, and the most memory that decoding may take, in bytes.
-const MAX_SIDE: u32 = 8192;
+/// The most memory, in bytes, that images take at once: what they are decoded with, and their pixels.
 const MAX_BYTES: u64 = 256 << 20;
 
 /// Reads a PNG, JPEG or WebP file, or a pipe of one, turned as its EXIF says, what is transparent on white.
 ///
 /// Errors: usage, if it cannot be read, is no such image, is cut off or damaged, or is larger than the limits.
 pub fn open(path: &Path) -> Result<RgbImage> {
+    open_file(path, MAX_BYTES)
+}
+
+fn open_file(path: &Path, bytes: u64) -> Result<RgbImage> {
     const HINT: &str = "check the path: ls, or name another image";
     let unreadable = |e: io::Error| input::unreadable(path, &e, HINT);
     let kind = path.metadata().map_err(unreadable)?.file_type();
@@ -28,25 +31,42 @@ pub fn open(path: &Path) -> Result<RgbImage> {
         );
     }
     match kind.is_file() {
-        true => decode(BufReader::new(std::fs::File::open(path).map_err(unreadable)?), path),
+        true => decode(BufReader::new(std::fs::File::open(path).map_err(unreadable)?), path, bytes),
         // A pipe, as of `<(command)`, can be read once and from its beginning.
-        false => decode(Cursor::new(input::piped(path, MAX_BYTES, HINT)?), path),
+        false => decode(Cursor::new(input::piped(path, MAX_BYTES, HINT)?), path, bytes),
     }
 }
 
 /// As [`open`], or the same of standard input by the name `-`, of whose errors `hint` is the way out: a pipe into the
 /// command.
 pub fn open_or_read(path: &Path, hint: &str) -> Result<RgbImage> {
+    open_within(path, MAX_BYTES, hint)
+}
+
+fn open_within(path: &Path, bytes: u64, hint: &str) -> Result<RgbImage> {
     match input::is_stdin(path) {
-        true => decode(Cursor::new(input::piped(path, MAX_BYTES, hint)?), path),
-        false => open(path).map_err(|e| match (input::is_address(path), hint.split_once("| ")) {
+        true => decode(Cursor::new(input::piped(path, MAX_BYTES, hint)?), path, bytes),
+        false => open_file(path, bytes).map_err(|e| match (input::is_address(path), hint.split_once("| ")) {
             (true, Some((_, command))) => e.hint(format!("curl -sL {} | {command}", input::quoted(path))),
             _ => e,
         }),
     }
 }
 
-fn decode(mut source: impl BufRead + Seek, path: &Path) -> Result<RgbImage> {
+/// The images of some paths, in memory together: all of them within the limit of one.
+///
+/// Errors: those of [`open_or_read`].
+pub fn open_all(paths: &[PathBuf], hint: &str) -> Result<Vec<RgbImage>> {
+    let mut left = MAX_BYTES;
+    let open = |path: &PathBuf| {
+        let image = open_within(path, left, hint)?;
+        left = left.saturating_sub(image.as_raw().len() as u64);
+        Ok(image)
+    };
+    paths.iter().map(open).collect()
+}
+
+fn decode(mut source: impl BufRead + Seek, path: &Path, bytes: u64) -> Result<RgbImage> {
     let shown = input::shown(path);
     let unreadable = |e: io::Error| Error::usage(format!("cannot read {shown}: {e}")).hint("name another image");
     let head = source.fill_buf().map_err(unreadable)?;
@@ -54,60 +74,39 @@ fn decode(mut source: impl BufRead + Seek, path: &Path) -> Result<RgbImage> {
         return Err(Error::usage(format!("{shown} is {name}; PNG, JPEG and WebP are read")).hint(hint));
     }
     if !head.starts_with(b"\xff\xd8") {
-        return decode_format(source, &shown);
+        return decode_format(source, &shown, bytes);
     }
-    let mut bytes = Vec::new();
-    source.take(MAX_BYTES).read_to_end(&mut bytes).map_err(unreadable)?;
-    // What is not cut off may be no JPEG at all: of that the decoder tells more.
-    let fault = jpeg::fault(&bytes);
-    let image = decode_format(Cursor::new(bytes), &shown)?;
-    match fault {
+    let mut file = Vec::new();
+    source.take(MAX_BYTES).read_to_end(&mut file).map_err(unreadable)?;
+    // First the decoder, which refuses what is too large.
+    let image = decode_format(Cursor::new(&file), &shown, bytes)?;
+    match jpeg::fault(&file) {
         Some(fault) => Err(Error::usage(format!("cannot read {shown} as an image: {fault}"))
             .hint("get the whole file again, or name another image")),
         None => Ok(image),
     }
 }
 
-fn decode_format(source: impl BufRead + Seek, shown: &str) -> Result<RgbImage> {
-    let unreadable = |e: io::Error| Error::usage(format!("cannot read {shown}: {e}")).hint("name another image");
-    let mut reader = ImageReader::new(source).with_guessed_format().map_err(unreadable)?;
-    let mut limits = Limits::default();
-    (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
-    limits.max_alloc = Some(MAX_BYTES);
-    reader.limits(limits);
-    let decoded = reader.into_decoder().and_then(|mut decoder| {
-        if decoder.total_bytes() > MAX_BYTES {
-            return Err(ImageError::Limits(LimitErrorKind::InsufficientMemory.into()));
-        }
-        let orientation = decoder.orientation()?;
-        let mut image = DynamicImage::from_decoder(decoder)?;
-        image.apply_orientation(orientation);
-        Ok(image)
-    });
-    let image = decoded.map_err(|e| {
-        let limit = matches!(e, ImageError::Limits(_));
-        let hint = match limit {
-            true => {
-                format!("scale it down: up to {MAX_SIDE}x{MAX_SIDE} pixels and {} MB of them are read", MAX_BYTES >> 20)
-            }
-            false => "name a PNG, JPEG or WebP file".into(),
+fn decode_format(source: impl BufRead + Seek, shown: &str, bytes: u64) -> Result<RgbImage> {
+    let image = decode::decode(source, bytes).map_err(|e| {
+        let most = MAX_BYTES >> 20;
+        let (before, hint) = match &e {
+            ImageError::Limits(_) if bytes < MAX_BYTES => (
+                format!(" after others that take {} of {most} MB", (MAX_BYTES - bytes) >> 20),
+                format!("scale them down: {most} MB of pixels are read, those of all images together"),
+            ),
+            ImageError::Limits(_) => (
+                String::new(),
+                format!("scale it down: up to {MAX_SIDE}x{MAX_SIDE} pixels and {most} MB of them are read"),
+            ),
+            _ => (String::new(), "name a PNG, JPEG or WebP file".into()),
         };
-        Error::usage(format!("cannot read {shown} as an image: {e}")).hint(hint)
+        Error::usage(format!("cannot read {shown} as an image{before}: {e}")).hint(hint)
     })?;
     if image.width() == 0 || image.height() == 0 {
         return Err(Error::usage(format!("{shown} has no pixels")).hint("name another image"));
     }
-    Ok(match image.color().has_alpha() {
-        true => on_white(&image.to_rgba8()),
-        false => image.to_rgb8(),
-    })
-}
-
-fn on_white(image: &RgbaImage) -> RgbImage {
-    RgbImage::from_fn(image.width(), image.height(), |x, y| {
-        let [r, g, b, a] = image.get_pixel(x, y).0.map(u32::from);
-        image::Rgb([r, g, b].map(|v| ((v * a + 255 * (255 - a) + 127) / 255) as u8))
-    })
+    Ok(image)
 }
 
 /// The image scaled to cover `width` x `height` pixels, its middle cut out: bicubic, antialiased.
@@ -143,7 +142,7 @@ pub fn contain(image: &RgbImage, outer: (u32, u32)) -> RgbImage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image::{Rgb, Rgba};
+    use image::{Rgb, Rgba, RgbaImage};
 
     #[test]
     fn transparency_is_white_and_grey_is_rgb() {

@@ -95,15 +95,46 @@ pub(super) fn resize_part(
     let lost = |from: usize, to: u32| from as i64 - i64::from(to);
     let height_first = lost(h_in, size.1) > (2 * lost(w_in, size.0)).max(0);
     let bytes = match height_first {
-        true => resize_rows(&resize_columns(image.as_raw(), w_in, &rows), w_in, &columns),
-        false => resize_columns(&resize_rows(image.as_raw(), w_in, &columns), columns.len(), &rows),
+        true => height_first_bands(image, &columns, &rows),
+        false => width_first_bands(image, &columns, &rows),
     };
     RgbImage::from_raw(part.0, part.1, bytes).unwrap_or_default()
 }
 
+/// Weights of the inputs of every output: the first input, and the weights from there.
+type Taps = [(usize, Vec<i32>)];
+
+/// The most bytes of what is between the two passes: a band of the image at a time.
+const BAND: usize = 8 << 20;
+
+fn height_first_bands(image: &RgbImage, columns: &Taps, rows: &Taps) -> Vec<u8> {
+    let width = image.width() as usize;
+    let mut out = Vec::with_capacity(rows.len() * columns.len() * 3);
+    for band in rows.chunks((BAND / (width * 3)).max(1)) {
+        out.extend(resize_rows(&resize_columns(image.as_raw(), width, band, 0), width, columns));
+    }
+    out
+}
+
+fn width_first_bands(image: &RgbImage, columns: &Taps, rows: &Taps) -> Vec<u8> {
+    let (width, most) = (image.width() as usize, (BAND / (columns.len() * 3)).max(1));
+    let mut out = Vec::with_capacity(rows.len() * columns.len() * 3);
+    let mut rest = rows;
+    while let Some(&(first, _)) = rest.first() {
+        let end = |(from, weights): &(usize, Vec<i32>)| from + weights.len();
+        let count = rest.iter().take_while(|taps| end(taps) - first <= most).count().max(1);
+        let (band, below) = rest.split_at(count);
+        let last = band.iter().map(end).max().unwrap_or(first);
+        let narrow = resize_rows(&image.as_raw()[first * width * 3..last * width * 3], width, columns);
+        out.extend(resize_columns(&narrow, columns.len(), band, first));
+        rest = below;
+    }
+    out
+}
+
 /// Every row of an image of `width` on its own.
-fn resize_rows(image: &[u8], width: usize, taps: &[(usize, Vec<i32>)]) -> Vec<u8> {
-    let mut out = vec![0u8; image.len() / width * taps.len()];
+fn resize_rows(image: &[u8], width: usize, taps: &Taps) -> Vec<u8> {
+    let mut out = vec![0u8; image.len() / width / 3 * taps.len() * 3];
     out.par_chunks_mut(taps.len() * 3).zip(image.par_chunks(width * 3)).for_each(|(out, row)| {
         for (out, (first, weights)) in out.chunks_exact_mut(3).zip(taps) {
             for (c, out) in out.iter_mut().enumerate() {
@@ -114,12 +145,13 @@ fn resize_rows(image: &[u8], width: usize, taps: &[(usize, Vec<i32>)]) -> Vec<u8
     out
 }
 
-/// Every column of an image of `width` on its own.
-fn resize_columns(image: &[u8], width: usize, taps: &[(usize, Vec<i32>)]) -> Vec<u8> {
+/// Every column on its own of an image of `width`, which begins at row `top` of the one that the taps are of.
+fn resize_columns(image: &[u8], width: usize, taps: &Taps, top: usize) -> Vec<u8> {
     let mut out = vec![0u8; taps.len() * width * 3];
     out.par_chunks_mut(width * 3).zip(taps).for_each(|(out, (first, weights))| {
         for (x, out) in out.iter_mut().enumerate() {
-            *out = weighted(image[first * width * 3 + x..].iter().step_by(width * 3).copied(), weights);
+            let column = image[(first - top) * width * 3 + x..].iter().step_by(width * 3);
+            *out = weighted(column.copied(), weights);
         }
     });
     out
@@ -152,4 +184,23 @@ pub fn pad_to_square(image: &RgbImage, side: u32) -> RgbImage {
     let (left, top) = ((longer - width) / 2, (longer - height) / 2);
     imageops::replace(&mut square, image, i64::from(left), i64::from(top));
     resize(&square, (side, side), Filter::Bicubic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bands_make_no_difference() {
+        let image = RgbImage::from_fn(3000, 1300, |x, y| Rgb([(x * 7 + y) as u8, (x ^ y) as u8, (x * y) as u8]));
+        let bytes = image.as_raw();
+        for (width, height) in [(2900, 700), (2900, 2600), (600, 150), (2999, 90)] {
+            let columns = fixed_taps(3000, width, Filter::Bicubic, 0..width);
+            let rows = fixed_taps(1300, height, Filter::Bicubic, 0..height);
+            let narrow = resize_columns(&resize_rows(bytes, 3000, &columns), width, &rows, 0);
+            assert!(width_first_bands(&image, &columns, &rows) == narrow, "{width} x {height}");
+            let flat = resize_rows(&resize_columns(bytes, 3000, &rows, 0), 3000, &columns);
+            assert!(height_first_bands(&image, &columns, &rows) == flat, "{width} x {height}");
+        }
+    }
 }

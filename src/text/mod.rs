@@ -1,56 +1,70 @@
-//! Words to ids: BPE, and what a prompt may be.
+//! Words to ids: BPE and Unigram vocabularies, and what a prompt may be.
 
+mod components;
+mod file;
+mod guard;
 mod sentencepiece;
+#[cfg(feature = "train")]
+mod train;
+mod vocabulary;
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 
-use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{
+    Decoder, DecoderWrapper, Model, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential,
+    OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper,
+};
 
 use crate::error::{Error, Result};
+use guard::guard;
+
+#[cfg(feature = "train")]
+pub use train::train_bpe;
 
 /// Longest prompt in bytes.
 pub const MAX_PROMPT: usize = 8192;
+/// The longest text, in bytes, that is cut into tokens, as the normalizer leaves it: all of the longest message, or eleven
+/// times the longest prompt, which is the most that Unicode's compatibility forms make of it.
+const MAX_NORMALIZED: usize = 128 << 10;
+/// A normalizer that makes more of a text than this many times its bytes is not one of a real model.
+const MAX_GROWTH: usize = 16;
 
 /// A text tokenizer whose control tokens are out of reach: whatever a user types, `<boi>` or `<|im_start|>` included, is
 /// plain text.
 #[derive(Debug)]
 pub struct Text {
-    tokenizer: Tokenizer,
+    normalizers: Vec<NormalizerWrapper>,
+    pre_tokenizers: Vec<PreTokenizerWrapper>,
+    model: ModelWrapper,
+    decoders: Vec<DecoderWrapper>,
+    /// The highest id of the model and one.
+    size: usize,
     /// Ids of the control tokens.
     control: BTreeMap<String, u32>,
+    /// Control tokens that are shown in a reply: those that the file does not call special, such as `<tool_call>`.
+    shown: BTreeMap<u32, String>,
 }
 
 impl Text {
     /// Reads a `tokenizer.json` with a BPE.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or describes anything but what
+    /// [`components`] lists.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::from_json(serde_json::from_slice(bytes).map_err(|e| bad(&e))?)
+        file::read(bytes, "BPE")
+    }
+
+    /// Reads a `tokenizer.json` with a Unigram, as T5's. The pieces of its vocabulary that are control tokens match no text:
+    /// here they would be the likeliest pieces of all.
+    ///
+    /// Errors: as [`Text::from_bytes`].
+    pub fn from_unigram(bytes: &[u8]) -> Result<Self> {
+        file::read(bytes, "Unigram")
     }
 
     /// Reads a `tokenizer.model` of SentencePiece with a BPE, as Llama's.
     pub fn from_sentencepiece(bytes: &[u8]) -> Result<Self> {
-        Self::from_json(sentencepiece::convert(bytes)?)
-    }
-
-    fn from_json(mut file: Value) -> Result<Self> {
-        // Other models, and these two affixes, reach code of the library that panics on crafted files.
-        let model = &file["model"];
-        let none = |key: &str| matches!(&model[key], Value::Null) || model[key] == "";
-        if model["type"] != "BPE" || !none("continuing_subword_prefix") || !none("end_of_word_suffix") {
-            return Err(bad(&"not a plain BPE"));
-        }
-        let added = file["added_tokens"].as_array().into_iter().flatten();
-        let control = added.filter_map(|t| Some((t["content"].as_str()?.into(), t["id"].as_u64()?.try_into().ok()?)));
-        let control: BTreeMap<String, u32> = control.collect();
-        if let Some(fields) = file.as_object_mut() {
-            // Control words would be recognised in prompts, and the other two would silently change them.
-            fields.insert("added_tokens".into(), Value::Array(Vec::new()));
-            fields.insert("truncation".into(), Value::Null);
-            fields.insert("padding".into(), Value::Null);
-        }
-        guard(|| serde_json::from_value(file).map_err(|e| bad(&e))).map(|tokenizer| Self { tokenizer, control })
+        sentencepiece::read(bytes)
     }
 
     /// The id of a control token, such as `<|im_start|>`.
@@ -58,42 +72,101 @@ impl Text {
         self.control.get(word).copied()
     }
 
+    /// Every control token with its id.
+    pub fn controls(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.control.iter().map(|(word, id)| (word.as_str(), *id))
+    }
+
+    /// Whether a control token is shown in a reply.
+    pub fn is_shown(&self, id: u32) -> bool {
+        self.shown.contains_key(&id)
+    }
+
     /// Ids of a text; never those of control tokens.
+    ///
+    /// Errors: usage, for a text that is too long once it is normalised; [`crate::error::Kind::Model`] for a tokenizer that
+    /// cannot be used.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        guard(|| Ok(self.tokenizer.encode_fast(text, false).map_err(|e| bad(&e))?.get_ids().to_vec()))
+        if text.contains('\0') {
+            return Err(Error::usage("the text holds the control character U+0000").hint("leave it out"));
+        }
+        // Step by step, not by the library's `encode`: what one step makes is bounded before the next one reads it, and the
+        // tokens of one piece are dropped before those of the next one are made.
+        let run = || {
+            check_length(text.len(), text.len())?;
+            let mut normalized = NormalizedString::from(text);
+            for step in &self.normalizers {
+                step.normalize(&mut normalized).map_err(|e| broken(&e))?;
+                check_length(text.len(), normalized.len())?;
+            }
+            if text.is_empty() || normalized.is_empty() {
+                return Ok(Vec::new());
+            }
+            let mut pieces = PreTokenizedString::from(normalized);
+            for step in &self.pre_tokenizers {
+                step.pre_tokenize(&mut pieces).map_err(|e| broken(&e))?;
+            }
+            let mut ids = Vec::new();
+            for (piece, ..) in pieces.get_splits(OffsetReferential::Original, OffsetType::None) {
+                let tokens = self.model.tokenize(piece).map_err(|e| broken(&e))?;
+                ids.extend(tokens.iter().map(|token| token.id));
+            }
+            Ok(ids)
+        };
+        guard(run).unwrap_or_else(|| Err(broken(&"it is damaged")))
     }
 
-    /// The text of ids.
+    /// The text of ids. Special control tokens and ids that are not in the vocabulary have none.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] for a tokenizer that cannot be used.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        guard(|| self.tokenizer.decode(ids, false).map_err(|e| bad(&e)))
-    }
-
-    /// Ids there are.
-    pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab(false).into_values().max().map_or(0, |id| id as usize + 1)
-    }
-
-    /// Writes a `tokenizer.json`, its control tokens included.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let json = self.tokenizer.to_string(false).map_err(|e| bad(&e))?;
-        let mut file: Value = serde_json::from_str(&json).map_err(|e| bad(&e))?;
-        let added = self.control.iter().map(|(content, id)| {
-            serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false})
+        let runs = ids.chunk_by(|a, b| !self.is_shown(*a) && !self.is_shown(*b));
+        let text = runs.map(|run| match self.shown.get(&run[0]) {
+            Some(word) => Ok(word.clone()),
+            None => guard(|| self.decode_words(run)).unwrap_or_else(|| Err(broken(&"it is damaged"))),
         });
-        file["added_tokens"] = added.collect();
-        let json = serde_json::to_string_pretty(&file).map_err(|e| bad(&e))?;
-        crate::checkpoint::write(path, json.as_bytes())
+        text.collect()
+    }
+
+    fn decode_words(&self, ids: &[u32]) -> Result<String> {
+        let mut words: Vec<String> = ids.iter().filter_map(|&id| self.model.id_to_token(id)).collect();
+        if self.decoders.is_empty() {
+            return Ok(words.join(" "));
+        }
+        // No decoder makes a text longer: see `components`.
+        for step in &self.decoders {
+            words = step.decode_chain(words).map_err(|e| broken(&e))?;
+        }
+        Ok(words.concat())
+    }
+
+    /// Ids there are, control tokens aside.
+    pub fn vocab_size(&self) -> usize {
+        self.size
     }
 }
 
+/// Refuses a text that has `after` bytes of `before` once it is normalised.
+fn check_length(before: usize, after: usize) -> Result<()> {
+    if after > MAX_GROWTH * before + 64 {
+        return Err(broken(&format!("its normalizer makes {after} bytes of {before}")));
+    }
+    if after > MAX_NORMALIZED {
+        let message = format!("the text has {after} bytes once it is normalised, the limit is {MAX_NORMALIZED}");
+        return Err(Error::usage(message).hint("shorten it"));
+    }
+    Ok(())
+}
+
+/// The error of a file that cannot be used.
 fn bad(what: &dyn std::fmt::Display) -> Error {
     Error::model(format!("tokenizer.json cannot be used: {what}")).hint("copy the file from the checkpoint again")
 }
 
-/// Runs the library on a file from anywhere: a panic in it is an error like others.
-fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(bad(&"it is damaged")))
+/// The error of a tokenizer that was loaded and fails at a text.
+fn broken(what: &dyn std::fmt::Display) -> Error {
+    Error::model(format!("the model's text tokenizer cannot be used: {what}"))
+        .hint("copy the file from the checkpoint again")
 }
 
 /// Bytes that a user gave as a prompt, as text: UTF-8, not blank, at most [`MAX_PROMPT`] bytes, no control characters.
@@ -115,128 +188,5 @@ pub fn check_prompt(bytes: &[u8]) -> Result<String> {
     Ok(text.to_string())
 }
 
-/// Control tokens of a text tokenizer of our own: what begins and ends a message.
-#[cfg(feature = "train")]
-const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
-
-/// Trains a BPE of `vocab_size` ids, the control tokens among them, on captions. Upper and lower case are one, spaces belong to the word after them, so
-/// that frequent words become one id; bytes are the fallback for everything else.
-#[cfg(feature = "train")]
-pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Text> {
-    use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-    use tokenizers::normalizers::{Lowercase, NFKC, Prepend, Replace, Sequence, Strip};
-    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-    use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
-    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-    use tokenizers::{AddedToken, NormalizerWrapper, SplitDelimiterBehavior, TokenizerBuilder};
-
-    let fail = |e: tokenizers::Error| Error::model(format!("cannot train the text tokenizer: {e}"));
-    let spaces = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ");
-    let normalizer: Vec<NormalizerWrapper> = vec![
-        NFKC.into(),
-        Lowercase.into(),
-        spaces.map_err(fail)?.into(),
-        Strip::new(true, true).into(),
-        Prepend::new(" ".into()).into(),
-    ];
-    // Every Chinese character is a piece of its own: BPE would else fuse whole phrases, which then do not recombine.
-    let han = Split::new(SplitPattern::Regex(r"\p{Han}".into()), SplitDelimiterBehavior::Isolated, false);
-    let pieces = PreTokenizers::new(vec![han.map_err(fail)?.into(), ByteLevel::new(false, true, true).into()]);
-    let mut tokenizer = TokenizerBuilder::new()
-        .with_model(BPE::default())
-        .with_normalizer(Some(Sequence::new(normalizer)))
-        .with_pre_tokenizer(Some(pieces))
-        .with_post_processor(Some(ByteLevel::default()))
-        .with_decoder(Some(ByteLevel::default()))
-        .build()
-        .map_err(fail)?;
-    let mut trainer = BpeTrainerBuilder::new()
-        .show_progress(false)
-        .vocab_size(vocab_size - CONTROL.len())
-        .min_frequency(1)
-        .special_tokens(Vec::<AddedToken>::new())
-        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .build();
-    tokenizer.train(&mut trainer, captions).map_err(fail)?;
-    let json = tokenizer.to_string(true).map_err(fail)?;
-    let mut text = Text::from_bytes(json.as_bytes())?;
-    let first = text.vocab_size() as u32;
-    text.control = (first..).zip(CONTROL).map(|(id, word)| (word.to_string(), id)).collect();
-    Ok(text)
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prompts_are_checked() {
-        for (bytes, part) in [
-            (&b""[..], "empty"),
-            (b" \n ", "empty"),
-            (b"caf\xff", "byte 3"),
-            (&[b'a'; 1_000_000], "1000000 bytes"),
-            (b"a\x1b[31m", "U+001B"),
-        ] {
-            let error = check_prompt(bytes).unwrap_err();
-            assert_eq!(error.exit_code(), 2);
-            assert!(error.message.contains(part), "{}", error.message);
-        }
-        assert_eq!(check_prompt("  一只猫\n".as_bytes()).unwrap(), "一只猫");
-    }
-
-    #[test]
-    fn a_broken_file_is_an_error() {
-        let model = |fields: &str| format!(r#"{{"version": "1.0", "model": {{"type": "BPE", {fields}}}}}"#);
-        for json in [
-            String::new(),
-            "{}".into(),
-            "[1, 2".into(),
-            "[".repeat(10_000),
-            model(r#""vocab": {"a": -1}, "merges": []"#),
-            model(r#""vocab": {"a": 0}, "merges": ["a b"]"#),
-            model(r#""continuing_subword_prefix": "aaaa", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]"#),
-        ] {
-            assert_eq!(Text::from_bytes(json.as_bytes()).unwrap_err().exit_code(), 3, "{json}");
-        }
-    }
-
-    #[test]
-    fn control_words_of_a_file_are_plain_text_in_a_prompt() {
-        let vocab: serde_json::Map<String, Value> =
-            (b'!'..=b'~').enumerate().map(|(id, b)| ((b as char).to_string(), id.into())).collect();
-        let added = |id: u32, content: &str, special: bool| {
-            serde_json::json!({"id": id, "content": content, "special": special, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false})
-        };
-        let file = serde_json::json!({
-            "version": "1.0",
-            "added_tokens": [added(200, "<|im_start|>", true), added(201, "<tool_call>", false)],
-            "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
-            "model": {"type": "BPE", "vocab": vocab, "merges": []},
-        });
-        let text = Text::from_bytes(file.to_string().as_bytes()).unwrap();
-        for word in ["<|im_start|>", "<tool_call>"] {
-            let ids = text.encode(word).unwrap();
-            assert_eq!(ids.len(), word.len());
-            assert!(ids.iter().all(|&id| id < 94), "{ids:?}");
-        }
-    }
-
-    #[cfg(feature = "train")]
-    #[test]
-    fn words_become_ids_and_special_words_stay_text() {
-        let captions = ["a red apple", "two red apples", "a green star", "一只猫"];
-        let text = train_bpe(captions.iter().cycle().take(40).map(|c| c.to_string()), 400).unwrap();
-        assert_eq!(text.encode("a red apple").unwrap().len(), 3);
-        assert_eq!(text.encode("A  Red APPLE ").unwrap(), text.encode("a red apple").unwrap());
-        assert_eq!(text.decode(&text.encode("一只猫 <boi>").unwrap()).unwrap().trim(), "一只猫 <boi>");
-        for special in ["<boi>", "<|im_start|>", "<|endoftext|>"] {
-            assert!(text.encode(special).unwrap().len() > 2, "{special}");
-        }
-        assert_eq!(text.encode("一只猫").unwrap().len(), text.encode("猫只一").unwrap().len());
-        assert!(text.encode("🍎").unwrap().len() >= 2);
-        let again = train_bpe(captions.iter().cycle().take(40).map(|c| c.to_string()), 400).unwrap();
-        assert_eq!(again.encode("two green stars").unwrap(), text.encode("two green stars").unwrap());
-    }
-}
+mod tests;

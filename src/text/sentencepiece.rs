@@ -3,20 +3,27 @@
 //! The file is a protocol buffer (SentencePiece's `ModelProto`). SentencePiece merges, again and again, the neighbours
 //! whose union has the best score; a list of merges sorted by the score of what they make does the same.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use serde_json::{Value, json};
+use tokenizers::decoders::byte_fallback::ByteFallback;
+use tokenizers::decoders::fuse::Fuse;
+use tokenizers::decoders::strip::Strip;
+use tokenizers::normalizers::{Prepend, Replace};
 
-use crate::error::Result;
+use super::Text;
+use super::vocabulary::{MAX_MERGES, MAX_WORDS, Merges, ModelFile, Words};
+use crate::error::{Error, Result};
 
 /// Kinds of pieces that text can become; the others are control words and single bytes.
 const NORMAL: u64 = 1;
+const UNKNOWN: u64 = 2;
 const USER_DEFINED: u64 = 4;
 /// The `model_type` of a BPE.
 const BPE: u64 = 2;
-/// No more pieces than this, and none of more bytes.
-const MAX_PIECES: usize = 1 << 20;
-const MAX_PIECE: usize = 256;
+/// The longest file, in bytes: Gemma's has 4.2 million.
+const MAX_FILE: usize = 16 << 20;
+/// The longest piece, in bytes: SentencePiece's own limit is 16 characters. Every split of a piece is looked up.
+const MAX_PIECE: usize = 64;
 
 /// What stands for a space.
 const SPACE: &str = "\u{2581}";
@@ -27,63 +34,80 @@ struct Piece {
     kind: u64,
 }
 
-/// The same vocabulary in the format of `tokenizer.json`.
+/// The tokenizer of a file: it puts a space in front of a text, and cuts it into pieces or, where there are none, bytes.
 ///
-/// Errors: a file that is none, or one of another kind than Llama's.
-pub(super) fn convert(bytes: &[u8]) -> Result<Value> {
-    let pieces =
-        read(bytes).ok_or_else(|| bad("it is damaged, or not a BPE of SentencePiece without normalisation"))?;
+/// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or of another kind than Llama's.
+pub(super) fn read(bytes: &[u8]) -> Result<Text> {
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err(Error::model("tokenizer.model is a git-lfs pointer file: the tokenizer itself was not downloaded")
+            .hint("git lfs pull, in the folder of the file"));
+    }
+    if bytes.len() > MAX_FILE {
+        return Err(bad(&format!("it has {} bytes, more than {MAX_FILE}", bytes.len())));
+    }
+    let pieces = pieces(bytes)
+        .ok_or_else(|| bad("it is damaged, too large, or not a BPE of SentencePiece without normalisation"))?;
     let ids: HashMap<&str, usize> = pieces.iter().enumerate().map(|(id, p)| (p.text.as_str(), id)).collect();
     if ids.len() != pieces.len() {
         return Err(bad("a piece is there twice"));
     }
-    let unknown = pieces.iter().find(|p| p.kind == 2).map(|p| p.text.as_str());
-    let tokenizer = json!({
-        "version": "1.0",
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": SPACE},
-            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-        ]},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
-        "model": {
-            "type": "BPE", "vocab": ids, "merges": merges(&pieces, &ids),
-            "unk_token": unknown, "fuse_unk": true, "byte_fallback": true,
-        },
-    });
-    Ok(tokenizer)
+    let merges = merges(&pieces, &ids).ok_or_else(|| bad(&format!("it has more than {MAX_MERGES} merges")))?;
+    let merges = merges.into_iter().map(|[left, right]| (left.to_string(), right.to_string())).collect();
+    let model = ModelFile {
+        kind: "BPE".into(),
+        unk_token: pieces.iter().find(|p| p.kind == UNKNOWN).map(|p| p.text.clone()),
+        vocab: Words::Ids(pieces.into_iter().zip(0..).map(|(piece, id)| (piece.text, id)).collect()),
+        merges: Merges(merges),
+        fuse_unk: Some(true),
+        byte_fallback: Some(true),
+        ..ModelFile::default()
+    };
+    let model = model.build(&BTreeMap::new()).map_err(|e| bad(&e))?;
+    let replace = |from: &str, to: &str| Replace::new(from, to).map_err(|e| bad(&e.to_string()));
+    Ok(Text {
+        normalizers: vec![Prepend::new(SPACE.into()).into(), replace(" ", SPACE)?.into()],
+        pre_tokenizers: Vec::new(),
+        model: model.model,
+        decoders: vec![
+            replace(SPACE, " ")?.into(),
+            ByteFallback::new().into(),
+            Fuse::new().into(),
+            Strip::new(' ', 1, 0).into(),
+        ],
+        size: model.size,
+        control: BTreeMap::new(),
+        shown: BTreeMap::new(),
+    })
 }
 
-/// Every way to make a piece of two others, the best pieces first.
-fn merges<'a>(pieces: &'a [Piece], ids: &HashMap<&str, usize>) -> Vec<[&'a str; 2]> {
+/// Every way to make a piece of two others, the best pieces first; `None` if there are more than [`MAX_MERGES`].
+fn merges<'a>(pieces: &'a [Piece], ids: &HashMap<&str, usize>) -> Option<Vec<[&'a str; 2]>> {
     let mut found = Vec::new();
     for piece in pieces.iter().filter(|p| [NORMAL, USER_DEFINED].contains(&p.kind)) {
         for (at, _) in piece.text.char_indices().skip(1) {
             let (left, right) = piece.text.split_at(at);
             if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
+                if found.len() == MAX_MERGES {
+                    return None;
+                }
                 found.push((-piece.score, l, r, [left, right]));
             }
         }
     }
     found.sort_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    found.into_iter().map(|(.., merge)| merge).collect()
+    Some(found.into_iter().map(|(.., merge)| merge).collect())
 }
 
-fn bad(what: &str) -> crate::error::Error {
-    crate::error::Error::model(format!("tokenizer.model cannot be used: {what}"))
-        .hint("copy the file from the checkpoint again")
+fn bad(what: &str) -> Error {
+    Error::model(format!("tokenizer.model cannot be used: {what}")).hint("copy the file from the checkpoint again")
 }
 
 /// The pieces of a model that splits text as Llama's does: a BPE that puts a space in front and changes nothing else.
-fn read(bytes: &[u8]) -> Option<Vec<Piece>> {
+fn pieces(bytes: &[u8]) -> Option<Vec<Piece>> {
     let (mut pieces, mut bpe, mut plain) = (Vec::new(), false, false);
     for field in Fields(bytes) {
         match field? {
-            (1, Data::Bytes(piece)) if pieces.len() < MAX_PIECES => pieces.push(read_piece(piece)?),
+            (1, Data::Bytes(piece)) if pieces.len() < MAX_WORDS => pieces.push(read_piece(piece)?),
             (1, _) => return None,
             (2, Data::Bytes(trainer)) => bpe = number(trainer, 3)? == Some(BPE),
             (3, Data::Bytes(normalizer)) => {
@@ -237,5 +261,41 @@ mod tests {
             damaged[at] ^= 0xff;
             let _ = Text::from_sentencepiece(&damaged); // Whatever comes of it, it is no panic.
         }
+    }
+
+    /// A field of bytes of a protocol buffer.
+    fn field(id: u8, data: &[u8]) -> Vec<u8> {
+        let mut out = vec![id << 3 | 2];
+        let mut length = data.len();
+        while length > 127 {
+            out.push(length as u8 & 127 | 128);
+            length >>= 7;
+        }
+        out.push(length as u8);
+        out.extend_from_slice(data);
+        out
+    }
+
+    fn model(pieces: impl Iterator<Item = String>) -> Vec<u8> {
+        let piece = |text: String| field(1, &[field(1, text.as_bytes()), b"\x15\0\0\0\0\x18\x01".to_vec()].concat());
+        let mut file: Vec<u8> = pieces.flat_map(piece).collect();
+        file.extend([field(2, b"\x18\x02"), field(3, b"\x18\x01\x20\x00")].concat());
+        file
+    }
+
+    #[test]
+    fn pieces_and_merges_are_bounded() {
+        let refused = |file: &[u8], part: &str| {
+            let error = Text::from_sentencepiece(file).unwrap_err();
+            assert!(error.exit_code() == 3 && error.message.contains(part), "{error}");
+        };
+        // Every word of up to 15 letters a and b: each of them can be made of two others in all ways.
+        let words = (1..16).flat_map(|n| (0..1 << n).map(move |bits: u32| (bits, n)));
+        let words = words.map(|(bits, n)| (0..n).map(|i| if bits >> i & 1 == 0 { 'a' } else { 'b' }).collect());
+        refused(&model(words), "more than 524288 merges");
+        refused(&model((0..=1 << 18).map(|i| format!("{i}"))), "damaged, too large, or not a BPE");
+        refused(&model(["x".repeat(65)].into_iter()), "damaged, too large, or not a BPE");
+        refused(&vec![0; (16 << 20) + 1], "more than 16777216");
+        refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer");
     }
 }

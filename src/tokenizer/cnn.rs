@@ -1,13 +1,20 @@
 //! The pixel branch: TokenFlow's convolutional encoder and decoder, with its public key names, which no autoencoder of
 //! candle-transformers has.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
+use candle_nn::ops::{pixel_shuffle, pixel_unshuffle};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Init, Weights};
-use crate::ops::{self, Filters, Mask};
+use crate::nn::{Conv, GroupNorm};
+use crate::ops::{self, Mask};
 
 const EPS: f64 = 1e-6;
+/// Top, bottom, left and right, at stride 2, as the reference's downsampling.
+const DOWNSAMPLING_PADDING: [usize; 4] = [0, 1, 0, 1];
+/// Channels of any level, and pixels for a code along a side, are no more.
+const MAX_CHANNELS: usize = 1 << 20;
+const MAX_STRIDE: usize = 1 << 10;
 
 /// Shape of one convolutional half.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,11 +37,16 @@ pub struct CnnConfig {
 impl CnnConfig {
     /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups do not divide.
     pub(super) fn check(&self) -> Result<()> {
-        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > 1 << 16 {
+        if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > MAX_STRIDE {
             bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
         }
-        let split = |mult: &usize| self.ch * mult > 0 && (self.ch * mult).is_multiple_of(self.groups);
-        if self.groups == 0 || self.num_res_blocks > 1000 || self.ch > 1 << 20 || !self.ch_mult.iter().all(split) {
+        let channels = |mult: &usize| self.ch.checked_mul(*mult).filter(|n| (1..=MAX_CHANNELS).contains(n));
+        if !(1..=MAX_CHANNELS).contains(&self.z_channels) || self.stride() > MAX_STRIDE {
+            let (z, stride) = (self.z_channels, self.stride());
+            bail!("{z} z_channels are not 1 to {MAX_CHANNELS}, or {stride} pixels for a code above {MAX_STRIDE}");
+        }
+        let split = |mult: &usize| channels(mult).is_some_and(|n| n.is_multiple_of(self.groups));
+        if self.groups == 0 || self.num_res_blocks > 100 || !self.ch_mult.iter().all(split) {
             bail!("{} groups do not divide {} channels times {:?}", self.groups, self.ch, self.ch_mult);
         }
         Ok(())
@@ -46,75 +58,9 @@ impl CnnConfig {
     }
 }
 
-/// A convolution with bias; `same` padding for odd kernels at stride 1.
-#[derive(Debug)]
-pub(super) struct Conv {
-    weight: Filters,
-    bias: Tensor,
-}
-
-impl Conv {
-    pub(super) fn load(w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Self> {
-        let bound = 1.0 / ((from * kernel * kernel) as f64).sqrt();
-        Self::load_with(w, from, to, kernel, Init::Uniform { bound })
-    }
-
-    /// Starts at zero, so that the block it closes begins as the identity.
-    fn load_zero(w: &Weights, from: usize, to: usize, kernel: usize) -> Result<Self> {
-        Self::load_with(w, from, to, kernel, Init::Zeros)
-    }
-
-    fn load_with(w: &Weights, from: usize, to: usize, kernel: usize, init: Init) -> Result<Self> {
-        let weight = match w.filters([to, from, kernel, kernel], "weight", init)? {
-            // As the kernels for CUDA take them: channels last.
-            Filters::Dense(weight) if w.device().is_cuda() && weight.dtype() == DType::BF16 => {
-                Filters::Dense(weight.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2))?)
-            }
-            weight => weight,
-        };
-        Ok(Self { weight, bias: w.get(to, "bias", Init::Zeros)? })
-    }
-
-    pub(super) fn dtype(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.same_conv2d(x, &self.bias)
-    }
-
-    /// As [`Self::forward`], added to `base`.
-    fn forward_onto(&self, base: &Tensor, x: &Tensor) -> Result<Tensor> {
-        self.weight.add_conv2d(base, x, &self.bias)
-    }
-
-    /// Of the image of twice the size.
-    fn forward_up(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.upsampled_conv2d(x, &self.bias)
-    }
-
-    /// Stride 2, padded by one at the bottom and on the right, as the reference's downsampling.
-    fn forward_down(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.conv2d(x, &self.bias, 2, [0, 1, 0, 1])
-    }
-}
-
-#[derive(Debug)]
-struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
-    groups: usize,
-}
-
-impl GroupNorm {
-    fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
-        let weight = w.get(channels, "weight", Init::Ones)?;
-        Ok(Self { weight, bias: w.get(channels, "bias", Init::Zeros)?, groups })
-    }
-
-    fn forward(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
-        ops::group_norm(x, &self.weight, &self.bias, self.groups, EPS, silu)
-    }
+/// A convolution that starts at zero, so that the block it closes begins as the identity.
+fn load_zeros(w: &Weights, inputs: usize, outputs: usize, kernel: usize) -> Result<Conv> {
+    Conv::load_with(w, inputs, outputs, kernel, Init::Zeros)
 }
 
 /// GroupNorm, SiLU, conv 3x3, twice, beside a shortcut (1x1 where channels change).
@@ -130,20 +76,20 @@ struct ResBlock {
 impl ResBlock {
     fn load(w: &Weights, from: usize, to: usize, groups: usize) -> Result<Self> {
         Ok(Self {
-            norm1: GroupNorm::load(&w.pp("norm1"), from, groups)?,
+            norm1: GroupNorm::load(&w.pp("norm1"), from, groups, EPS)?,
             conv1: Conv::load(&w.pp("conv1"), from, to, 3)?,
-            norm2: GroupNorm::load(&w.pp("norm2"), to, groups)?,
-            conv2: Conv::load_zero(&w.pp("conv2"), to, to, 3)?,
+            norm2: GroupNorm::load(&w.pp("norm2"), to, groups, EPS)?,
+            conv2: load_zeros(&w.pp("conv2"), to, to, 3)?,
             nin_shortcut: (from != to).then(|| Conv::load(&w.pp("nin_shortcut"), from, to, 1)).transpose()?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward(x, true)?)?;
-        let h = self.norm2.forward(&h, true)?;
+        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        let h = self.norm2.forward_silu(&h)?;
         match &self.nin_shortcut {
-            Some(shortcut) => self.conv2.forward_onto(&shortcut.forward(x)?, &h),
-            None => self.conv2.forward_onto(x, &h),
+            Some(shortcut) => self.conv2.forward_add(&shortcut.forward(x)?, &h),
+            None => self.conv2.forward_add(x, &h),
         }
     }
 }
@@ -162,21 +108,21 @@ impl AttnBlock {
     fn load(w: &Weights, channels: usize, groups: usize) -> Result<Self> {
         let conv = |name| Conv::load(&w.pp(name), channels, channels, 1);
         Ok(Self {
-            norm: GroupNorm::load(&w.pp("norm"), channels, groups)?,
+            norm: GroupNorm::load(&w.pp("norm"), channels, groups, EPS)?,
             q: conv("q")?,
             k: conv("k")?,
             v: conv("v")?,
-            proj_out: Conv::load_zero(&w.pp("proj_out"), channels, channels, 1)?,
+            proj_out: load_zeros(&w.pp("proj_out"), channels, channels, 1)?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
-        let normed = self.norm.forward(x, false)?;
+        let normed = self.norm.forward(x)?;
         let tokens = |conv: &Conv| conv.forward(&normed)?.permute((0, 2, 3, 1))?.reshape((b, h * w, 1, c));
         let scale = 1.0 / (c as f32).sqrt();
         let out = ops::attention(&tokens(&self.q)?, &tokens(&self.k)?, &tokens(&self.v)?, Mask::None, scale)?;
-        self.proj_out.forward_onto(x, &out.reshape((b, h, w, c))?.permute((0, 3, 1, 2))?)
+        self.proj_out.forward_add(x, &out.reshape((b, h, w, c))?.permute((0, 3, 1, 2))?)
     }
 }
 
@@ -264,7 +210,7 @@ impl Encoder {
             conv_in: Conv::load(&w.pp("conv_in"), 3 * config.patch * config.patch, config.ch, 3)?,
             levels,
             mid: Mid::load(&w.pp("mid"), from, groups)?,
-            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups)?,
+            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups, EPS)?,
             conv_out: Conv::load(&w.pp("conv_out"), from, config.z_channels, 3)?,
             patch: config.patch,
         })
@@ -272,14 +218,14 @@ impl Encoder {
 
     /// `x` in [-1, 1].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(&ops::pixel_unshuffle(x, self.patch)?)?;
+        let mut x = self.conv_in.forward(&pixel_unshuffle(x, self.patch)?)?;
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(down) = &level.resize {
-                x = down.forward_down(&x)?;
+                x = down.forward_strided(&x, 2, DOWNSAMPLING_PADDING)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.forward(&self.mid.forward(&x)?, true)?)
+        self.conv_out.forward(&self.norm_out.forward_silu(&self.mid.forward(&x)?)?)
     }
 }
 
@@ -310,7 +256,7 @@ impl Decoder {
             conv_in: Conv::load(&w.pp("conv_in"), config.z_channels, lowest, 3)?,
             mid: Mid::load(&w.pp("mid"), lowest, groups)?,
             levels,
-            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups)?,
+            norm_out: GroupNorm::load(&w.pp("norm_out"), from, groups, EPS)?,
             conv_out: Conv::load(&w.pp("conv_out"), from, 3 * config.patch * config.patch, 3)?,
             patch: config.patch,
         })
@@ -322,10 +268,10 @@ impl Decoder {
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(up) = &level.resize {
-                x = up.forward_up(&x)?;
+                x = up.forward_upsampled(&x)?;
             }
         }
-        ops::pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward(&x, true)?)?, self.patch)
+        pixel_shuffle(&self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?, self.patch)
     }
 }
 

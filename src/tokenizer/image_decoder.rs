@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::cnn::{Conv, Decoder};
+use super::cnn::Decoder;
 use super::{Quantizer, TokenizerConfig};
 use crate::checkpoint::Weights;
+use crate::nn::Conv;
 use crate::pixels::GridResampling;
 
 /// Codebook and pixel decoder.

@@ -1,55 +1,10 @@
-//! What the semantic encoder and the semantic decoder are made of: the pre-norm transformer block and its parts. candle-nn's
-//! layers have neither our kernels nor weights that stay bytes.
+//! The pre-norm transformer block of the semantic encoder and the semantic decoder.
 
 use candle_core::{Result, Tensor};
 
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{LayerNorm, Linear, lecun_normal};
 use crate::ops::{self, Mask};
-
-/// A linear layer.
-#[derive(Debug)]
-pub(super) struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// Keys `weight` (to, from) and `bias`.
-    pub(super) fn load(w: &Weights, from: usize, to: usize) -> Result<Self> {
-        Ok(Self { weight: w.get((to, from), "weight", fan_in(from))?, bias: Some(w.get(to, "bias", Init::Zeros)?) })
-    }
-
-    /// From its tensors, `weight` (to, from).
-    pub(super) fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
-    }
-}
-
-/// What keeps the size of values through a layer of `from` inputs.
-pub(super) fn fan_in(from: usize) -> Init {
-    Init::Normal { std: (from as f64).powf(-0.5) }
-}
-
-#[derive(Debug)]
-pub(super) struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-}
-
-impl LayerNorm {
-    pub(super) fn load(w: &Weights, size: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: w.get(size, "weight", Init::Ones)?, bias: w.get(size, "bias", Init::Zeros)?, eps })
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 enum Activation {
@@ -89,13 +44,13 @@ impl Block {
         let attn = w.pp("self_attn");
         Ok(Self {
             norm1: LayerNorm::load(&w.pp("layer_norm1"), d, eps)?,
-            q: Linear::load(&attn.pp("q_proj"), d, d)?,
-            k: Linear::load(&attn.pp("k_proj"), d, d)?,
-            v: Linear::load(&attn.pp("v_proj"), d, d)?,
-            out: Linear::load(&attn.pp("out_proj"), d, d)?,
+            q: Linear::load_dense(&attn.pp("q_proj"), d, d)?,
+            k: Linear::load_dense(&attn.pp("k_proj"), d, d)?,
+            v: Linear::load_dense(&attn.pp("v_proj"), d, d)?,
+            out: Linear::load_dense(&attn.pp("out_proj"), d, d)?,
             norm2: LayerNorm::load(&w.pp("layer_norm2"), d, eps)?,
-            fc1: Linear::load(&w.pp("mlp.fc1"), d, mlp)?,
-            fc2: Linear::load(&w.pp("mlp.fc2"), mlp, d)?,
+            fc1: Linear::load_dense(&w.pp("mlp.fc1"), d, mlp)?,
+            fc2: Linear::load_dense(&w.pp("mlp.fc2"), mlp, d)?,
             activation: Activation::GeluTanh,
             heads,
         })
@@ -105,7 +60,7 @@ impl Block {
     pub(super) fn load_clip(w: &Weights, shape: BlockShape) -> Result<Self> {
         let BlockShape { width: d, mlp, heads, eps } = shape;
         let attn = w.pp("attn");
-        let weight = attn.get((3 * d, d), "in_proj_weight", fan_in(d))?;
+        let weight = attn.get((3 * d, d), "in_proj_weight", lecun_normal(d))?;
         let bias = attn.get(3 * d, "in_proj_bias", Init::Zeros)?;
         let part = |i: usize| Ok::<_, candle_core::Error>(Linear::new(rows(&weight, i, d)?, Some(rows(&bias, i, d)?)));
         Ok(Self {
@@ -113,10 +68,10 @@ impl Block {
             q: part(0)?,
             k: part(1)?,
             v: part(2)?,
-            out: Linear::load(&attn.pp("out_proj"), d, d)?,
+            out: Linear::load_dense(&attn.pp("out_proj"), d, d)?,
             norm2: LayerNorm::load(&w.pp("ln_2"), d, eps)?,
-            fc1: Linear::load(&w.pp("mlp.c_fc"), d, mlp)?,
-            fc2: Linear::load(&w.pp("mlp.c_proj"), mlp, d)?,
+            fc1: Linear::load_dense(&w.pp("mlp.c_fc"), d, mlp)?,
+            fc2: Linear::load_dense(&w.pp("mlp.c_proj"), mlp, d)?,
             activation: Activation::QuickGelu,
             heads,
         })
@@ -126,16 +81,16 @@ impl Block {
     pub(super) fn load_beit(w: &Weights, shape: BlockShape) -> Result<Self> {
         let BlockShape { width: d, mlp, heads, eps } = shape;
         let attn = w.pp("attn");
-        let qkv = attn.pp("qkv").get((3 * d, d), "weight", fan_in(d))?;
+        let qkv = attn.pp("qkv").get((3 * d, d), "weight", lecun_normal(d))?;
         Ok(Self {
             norm1: LayerNorm::load(&w.pp("norm1"), d, eps)?,
             q: Linear::new(rows(&qkv, 0, d)?, Some(attn.get(d, "q_bias", Init::Zeros)?)),
             k: Linear::new(rows(&qkv, 1, d)?, None),
             v: Linear::new(rows(&qkv, 2, d)?, Some(attn.get(d, "v_bias", Init::Zeros)?)),
-            out: Linear::load(&attn.pp("proj"), d, d)?,
+            out: Linear::load_dense(&attn.pp("proj"), d, d)?,
             norm2: LayerNorm::load(&w.pp("norm2"), d, eps)?,
-            fc1: Linear::load(&w.pp("mlp.fc1"), d, mlp)?,
-            fc2: Linear::load(&w.pp("mlp.fc2"), mlp, d)?,
+            fc1: Linear::load_dense(&w.pp("mlp.fc1"), d, mlp)?,
+            fc2: Linear::load_dense(&w.pp("mlp.fc2"), mlp, d)?,
             activation: Activation::GeluErf,
             heads,
         })

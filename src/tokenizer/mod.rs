@@ -21,10 +21,11 @@ pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
 pub use semantic_decoder::SemanticDecoderConfig;
 pub use vit::{PositionResampling, SemanticEncoder, VitConfig, VitFeatures, VitLayout};
 
+use crate::backbone::check_sizes;
 use crate::checkpoint::{Init, Weights};
 use crate::error::Error;
+use crate::nn::{Conv, Linear};
 use crate::pixels::GridResampling;
-use layers::Linear;
 use semantic_decoder::SemanticDecoder;
 
 /// Shape of a whole tokenizer.
@@ -56,8 +57,11 @@ impl TokenizerConfig {
         self.semantic_decoder.check(&self.semantic)?;
         self.encoder.check()?;
         self.decoder.check()?;
+        let CodebookConfig { size, semantic_dim, pixel_dim, .. } = self.codebook;
+        let sizes = [("codebook size", size), ("semantic_dim", semantic_dim), ("pixel_dim", pixel_dim)];
+        check_sizes(sizes).map_err(candle_core::Error::Msg)?;
         let (grid, pixels) = (self.encoder.stride(), self.decoder.stride());
-        if grid != pixels || self.codebook.size == 0 || self.codebook.dim() == 0 || self.image_size == Some(0) {
+        if grid != pixels || self.image_size == Some(0) {
             bail!("a tokenizer needs codes, and one stride: its encoder's is {grid}, its decoder's {pixels}");
         }
         if self.image_size > Some(MAX_SIDE) {
@@ -90,7 +94,7 @@ pub struct ImageTokenizer {
     semantic: SemanticEncoder,
     encode_task: (Linear, Linear),
     encoder: cnn::Encoder,
-    quant_conv: cnn::Conv,
+    quant_conv: Conv,
     images: ImageDecoder,
     semantic_decoder: SemanticDecoder,
     decode_task: (Linear, Linear),
@@ -107,7 +111,7 @@ impl ImageTokenizer {
         let (d, codes) = (config.semantic.hidden_size, &config.codebook);
         let task = |name: &str, to: usize| -> Result<_> {
             let w = w.pp(name);
-            Ok((Linear::load(&w.pp(0), d, d)?, Linear::load(&w.pp(2), d, to)?))
+            Ok((Linear::load_dense(&w.pp(0), d, d)?, Linear::load_dense(&w.pp(2), d, to)?))
         };
         let semantic = w.pp("encoder_vqkd");
         let semantic = match config.semantic.layout {
@@ -125,7 +129,7 @@ impl ImageTokenizer {
             semantic: SemanticEncoder::load(&semantic, &config.semantic)?,
             encode_task: task("encode_task_layer", codes.semantic_dim)?,
             encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
-            quant_conv: cnn::Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
+            quant_conv: Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
             images: ImageDecoder::load(w, config)?,
             semantic_decoder: SemanticDecoder::load(
                 &w.pp("decoder_vqkd"),

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use gemm::Parallelism;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Init, Weights};
+use crate::checkpoint::{Init, Weights, placeholder};
 use crate::pixels::GridResampling;
 use crate::rng::Rng;
 
@@ -109,6 +109,10 @@ impl Quantizer {
         };
         let semantic = half("embedding_vqkd", config.semantic_dim)?;
         let pixel = half("embedding_vqgan", config.pixel_dim)?;
+        if !w.has_numbers() {
+            let rows = placeholder((config.size, config.dim()))?;
+            return Ok(Self { config: config.clone(), table: vec![], metric: vec![], norms: vec![], rows });
+        }
         let table = Tensor::cat(&[semantic, pixel], 1)?.to_dtype(DType::F32)?;
         let device = table.device().clone();
         Self::from_table(config, table.flatten_all()?.to_vec1()?, &device)

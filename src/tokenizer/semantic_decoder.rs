@@ -3,10 +3,11 @@
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
-use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
+use super::layers::{Block, BlockShape};
 use super::vit::{PositionResampling, VitConfig, positions_at};
-use crate::backbone::MAX_LAYERS;
+use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{LayerNorm, Linear, lecun_normal};
 
 const EPS: f64 = 1e-6;
 
@@ -30,6 +31,9 @@ pub struct SemanticDecoderConfig {
 impl SemanticDecoderConfig {
     /// Errors: more than [`MAX_LAYERS`] blocks, and heads that do not divide the encoder's width.
     pub(super) fn check(&self, encoder: &VitConfig) -> Result<()> {
+        let sizes = [("intermediate_size", self.intermediate_size), ("out_dim", self.out_dim)];
+        let given = sizes.into_iter().filter_map(|(name, size)| Some((name, size?)));
+        check_sizes(given).map_err(|e| candle_core::Error::Msg(format!("semantic_decoder: {e}")))?;
         match self.num_attention_heads {
             _ if self.depth > MAX_LAYERS => {
                 bail!("{} blocks of a semantic decoder are more than {MAX_LAYERS}", self.depth)
@@ -64,7 +68,8 @@ impl SemanticDecoder {
             eps: EPS,
         };
         let (d, proj) = (shape.width, w.pp("patch_embed.proj"));
-        let weight = proj.get((d, code_dim, 1, 1), "weight", fan_in(code_dim))?.reshape((d, code_dim))?;
+        let weight = proj.get((d, code_dim, 1, 1), "weight", lecun_normal(code_dim))?;
+        let weight = proj.derive((d, code_dim), || weight.reshape((d, code_dim)))?;
         let tokens = encoder.native_grid * encoder.native_grid + 1;
         Ok(Self {
             patch_embed: Linear::new(weight, Some(proj.get(d, "bias", Init::Zeros)?)),

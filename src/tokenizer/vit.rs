@@ -4,9 +4,10 @@
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
-use super::layers::{Block, BlockShape, LayerNorm, Linear, fan_in};
-use crate::backbone::MAX_LAYERS;
+use super::layers::{Block, BlockShape};
+use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
+use crate::nn::{LayerNorm, Linear, lecun_normal};
 use crate::pixels::{GridResampling, Resampling};
 
 /// Shape of the semantic encoder.
@@ -77,11 +78,19 @@ pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+/// Sides of patches, and of the grid of positions, are no larger.
+const MAX_SIDE: usize = 1 << 10;
+
 impl VitConfig {
     /// Errors: sizes that fit no encoder.
     pub(super) fn check(&self) -> Result<()> {
         if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             bail!("{} heads do not divide a width of {}", self.num_attention_heads, self.hidden_size);
+        }
+        let sizes = [("hidden_size", self.hidden_size), ("intermediate_size", self.intermediate_size)];
+        check_sizes(sizes).map_err(candle_core::Error::Msg)?;
+        if self.patch_size > MAX_SIDE || self.native_grid > MAX_SIDE {
+            bail!("patches of {} pixels and a grid of {} are above {MAX_SIDE}", self.patch_size, self.native_grid);
         }
         if self.patch_size == 0 || self.native_grid == 0 || !(1..=MAX_LAYERS).contains(&self.num_hidden_layers) {
             bail!("a semantic encoder needs patches, a grid and 1 to {MAX_LAYERS} layers");
@@ -166,7 +175,7 @@ impl SemanticEncoder {
         let normed = config.features == VitFeatures::Normed;
         let encoder = Self {
             patch_embedding: match config.layout {
-                VitLayout::Naflex => Linear::load(&patch, 3 * p * p, d)?,
+                VitLayout::Naflex => Linear::load_dense(&patch, 3 * p * p, d)?,
                 _ => Linear::new(convolution(&patch, d, p)?, Some(patch.get(d, "bias", Init::Zeros)?)),
             },
             class_embedding: None,
@@ -186,10 +195,10 @@ impl SemanticEncoder {
         head.get((1, 1, d), "probe", Init::Zeros)?;
         head.pp("attention").get((3 * d, d), "in_proj_weight", Init::Zeros)?;
         head.pp("attention").get(3 * d, "in_proj_bias", Init::Zeros)?;
-        Linear::load(&head.pp("attention.out_proj"), d, d)?;
+        Linear::load_dense(&head.pp("attention.out_proj"), d, d)?;
         LayerNorm::load(&head.pp("layernorm"), d, shape.eps)?;
-        Linear::load(&head.pp("mlp.fc1"), d, shape.mlp)?;
-        Linear::load(&head.pp("mlp.fc2"), shape.mlp, d)?;
+        Linear::load_dense(&head.pp("mlp.fc1"), d, shape.mlp)?;
+        Linear::load_dense(&head.pp("mlp.fc2"), shape.mlp, d)?;
         Ok(encoder)
     }
 
@@ -278,5 +287,6 @@ const TABLE: Init = Init::Normal { std: 0.02 };
 
 /// A convolution whose stride is its side, as the matrix (D, 3 * p * p) that it is.
 fn convolution(w: &Weights, d: usize, p: usize) -> Result<Tensor> {
-    w.get((d, 3, p, p), "weight", fan_in(3 * p * p))?.reshape((d, 3 * p * p))
+    let weight = w.get((d, 3, p, p), "weight", lecun_normal(3 * p * p))?;
+    w.derive((d, 3 * p * p), || weight.reshape((d, 3 * p * p)))
 }

@@ -4,6 +4,7 @@ mod codebook;
 pub mod dataset;
 pub mod dialogue;
 pub mod export;
+pub(crate) mod loss;
 mod names;
 mod optimizer;
 pub mod pool;

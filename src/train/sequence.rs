@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 
 use candle_core::{DType, Result, Tensor};
 
+use super::loss::cross_entropy;
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, BackboneConfig, Context, Position, Rope};
 use crate::generate::inputs::NextInput;
@@ -183,7 +184,7 @@ impl Part<'_> {
         };
         let loss = |logits: &Tensor, targets: &[(usize, &Target)], weights: Vec<f32>| {
             let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
-            let losses = ops::cross_entropy(logits, &ids)?;
+            let losses = cross_entropy(logits, &ids)?;
             let weights = Tensor::new(weights, logits.device())?;
             Ok::<_, candle_core::Error>(((&losses * weights)?.sum_all()?, losses.detach()))
         };

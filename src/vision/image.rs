@@ -1,7 +1,6 @@
 //! What Qwen2.5-VL's encoder is given of an image.
 
 use image::RgbImage;
-use serde::Deserialize;
 
 use super::VisionConfig;
 use crate::error::{Error, Result};
@@ -10,9 +9,11 @@ use crate::pixels::{Filter, resize};
 /// The most a side may exceed the other.
 const MAX_RATIO: u32 = 200;
 
+/// No image is enlarged to more pixels.
+const MOST_PIXELS: usize = 1 << 28;
+
 /// How images are made ready; names as in the public preprocessor_config.json.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ImageProcessor {
     /// Smaller images are enlarged to so many pixels.
     pub min_pixels: usize,
@@ -25,10 +26,11 @@ pub struct ImageProcessor {
 }
 
 impl Default for ImageProcessor {
+    /// transformers' defaults.
     fn default() -> Self {
         Self {
             min_pixels: 56 * 56,
-            max_pixels: 12_845_056,
+            max_pixels: 28 * 28 * 1280,
             image_mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
             image_std: [0.268_629_55, 0.261_302_6, 0.275_777_1],
         }
@@ -46,6 +48,19 @@ pub struct Patches {
 }
 
 impl ImageProcessor {
+    /// What would make no image, as one sentence.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        let Self { min_pixels: least, max_pixels: most, image_mean, image_std } = self;
+        if least > most || *least > MOST_PIXELS || *most == 0 {
+            return Err(format!("images cannot have {least} to {most} pixels"));
+        }
+        if !image_mean.iter().all(|mean| mean.is_finite()) || !image_std.iter().all(|std| std.is_finite() && *std > 0.0)
+        {
+            return Err(format!("image_mean {image_mean:?} or image_std {image_std:?} cannot be"));
+        }
+        Ok(())
+    }
+
     /// The size (width, height) that an image of (width, height) is brought to: multiples of `factor` pixels, with about
     /// its ratio, and pixels within the limits where the ratio allows it.
     ///

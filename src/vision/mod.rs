@@ -8,18 +8,21 @@ use serde::Deserialize;
 
 pub use image::{ImageProcessor, Patches};
 
-use crate::backbone::MAX_LAYERS;
-use crate::checkpoint::{Init, Weights};
-use crate::ops::{self, Mask, WeightMatrix};
+use crate::backbone::{MAX_LAYERS, check_sizes};
+use crate::checkpoint::Weights;
+use crate::nn::{Linear, RmsNorm, lecun_normal};
+use crate::ops::{self, Mask};
 use windows::Windows;
 
 /// Epsilon of every RMSNorm.
-const EPS: f32 = 1e-6;
+const EPS: f64 = 1e-6;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-/// Shape of the encoder; names as in `vision_config` of the public config.json, whose other fields do not matter here.
+/// Shape of the encoder; names as in `vision_config` of the public config.json. Fields that are left
+/// out have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct VisionConfig {
     /// Blocks.
     pub depth: usize,
@@ -43,6 +46,13 @@ pub struct VisionConfig {
     pub fullatt_block_indexes: Vec<usize>,
 }
 
+impl Default for VisionConfig {
+    /// The defaults of transformers' `Qwen2_5_VLVisionConfig`, which are no published encoder's.
+    fn default() -> Self {
+        Self { hidden_size: 3584, ..Self::qwen2_5_vl(3584) }
+    }
+}
+
 impl VisionConfig {
     /// The encoder of Qwen2.5-VL-3B and 7B, for a transformer of width `out`.
     pub fn qwen2_5_vl(out: usize) -> Self {
@@ -63,11 +73,17 @@ impl VisionConfig {
     /// What would make the encoder panic or mislead, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { hidden_size, num_heads, patch_size, spatial_merge_size: merge, window_size, .. } = *self;
+        check_sizes([
+            ("hidden_size", hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("out_hidden_size", self.out_hidden_size),
+            ("window_size", window_size),
+        ])?;
         if num_heads == 0 || hidden_size % num_heads != 0 || hidden_size / num_heads % 4 != 0 {
             return Err(format!("{num_heads} heads do not divide a width of {hidden_size} into multiples of 4"));
         }
         if !(1..=256).contains(&patch_size)
-            || !(1..=16).contains(&merge)
+            || !(1..=8).contains(&merge)
             || !(1..=16).contains(&self.temporal_patch_size)
         {
             return Err("the sizes of patches make no sense".into());
@@ -113,28 +129,11 @@ impl VisionConfig {
 }
 
 #[derive(Debug)]
-struct Linear {
-    weight: WeightMatrix,
-    bias: Tensor,
-}
-
-impl Linear {
-    fn load(w: &Weights, from: usize, to: usize) -> Result<Self> {
-        let init = Init::Normal { std: (from as f64).powf(-0.5) };
-        Ok(Self { weight: w.matrix((to, from), "weight", init)?, bias: w.get(to, "bias", Init::Zeros)? })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.linear(x, Some(&self.bias))
-    }
-}
-
-#[derive(Debug)]
 struct Block {
-    norm1: Tensor,
+    norm1: RmsNorm,
     qkv: Linear,
     proj: Linear,
-    norm2: Tensor,
+    norm2: RmsNorm,
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
@@ -147,10 +146,10 @@ impl Block {
     fn load(w: &Weights, c: &VisionConfig, index: usize) -> Result<Self> {
         let (d, inner, mlp) = (c.hidden_size, c.intermediate_size, w.pp("mlp"));
         Ok(Self {
-            norm1: w.pp("norm1").get(d, "weight", Init::Ones)?,
+            norm1: RmsNorm::load(&w.pp("norm1"), d, EPS)?,
             qkv: Linear::load(&w.pp("attn.qkv"), d, 3 * d)?,
             proj: Linear::load(&w.pp("attn.proj"), d, d)?,
-            norm2: w.pp("norm2").get(d, "weight", Init::Ones)?,
+            norm2: RmsNorm::load(&w.pp("norm2"), d, EPS)?,
             gate_proj: Linear::load(&mlp.pp("gate_proj"), d, inner)?,
             up_proj: Linear::load(&mlp.pp("up_proj"), d, inner)?,
             down_proj: Linear::load(&mlp.pp("down_proj"), inner, d)?,
@@ -161,8 +160,8 @@ impl Block {
 
     /// Patches (1, N, D) in the order of `windows`.
     fn forward(&self, x: &Tensor, windows: &Windows, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        let x = ops::add(x, &self.attention(&ops::rms_norm(x, &self.norm1, EPS)?, windows, cos, sin)?)?;
-        let y = ops::rms_norm(&x, &self.norm2, EPS)?;
+        let x = ops::add(x, &self.attention(&self.norm1.forward(x)?, windows, cos, sin)?)?;
+        let y = self.norm2.forward(&x)?;
         let y = ops::swiglu(&self.gate_proj.forward(&y)?, &self.up_proj.forward(&y)?)?;
         ops::add(&x, &self.down_proj.forward(&y)?)
     }
@@ -194,7 +193,7 @@ pub struct VisionTower {
     /// (hidden, 3 * patch * patch): the kernel summed over its frames, which are all the same image.
     patch_embed: Tensor,
     blocks: Vec<Block>,
-    ln_q: Tensor,
+    ln_q: RmsNorm,
     merger: [Linear; 2],
     config: VisionConfig,
 }
@@ -204,13 +203,12 @@ impl VisionTower {
     pub fn load(w: &Weights, config: &VisionConfig) -> Result<Self> {
         config.check().map_err(candle_core::Error::Msg)?;
         let (d, p, frames) = (config.hidden_size, config.patch_size, config.temporal_patch_size);
-        let kernel = Init::Normal { std: ((3 * frames * p * p) as f64).powf(-0.5) };
-        let kernel = w.pp("patch_embed.proj").get((d, 3, frames, p, p), "weight", kernel)?;
+        let kernel = w.pp("patch_embed.proj").get((d, 3, frames, p, p), "weight", lecun_normal(3 * frames * p * p))?;
         let (merger, merged) = (w.pp("merger"), d * config.spatial_merge_size.pow(2));
         Ok(Self {
-            patch_embed: kernel.sum(2)?.reshape((d, 3 * p * p))?,
+            patch_embed: w.derive((d, 3 * p * p), || kernel.sum(2)?.reshape((d, 3 * p * p)))?,
             blocks: (0..config.depth).map(|i| Block::load(&w.pp("blocks").pp(i), config, i)).collect::<Result<_>>()?,
-            ln_q: merger.pp("ln_q").get(d, "weight", Init::Ones)?,
+            ln_q: RmsNorm::load(&merger.pp("ln_q"), d, EPS)?,
             merger: [
                 Linear::load(&merger.pp("mlp.0"), merged, merged)?,
                 Linear::load(&merger.pp("mlp.2"), merged, config.out_hidden_size)?,
@@ -242,7 +240,7 @@ impl VisionTower {
         for block in &self.blocks {
             x = block.forward(&x, &windows, &cos, &sin)?;
         }
-        let x = ops::rms_norm(&x, &self.ln_q, EPS)?.reshape((h * w, unit * c.hidden_size))?;
+        let x = self.ln_q.forward(&x)?.reshape((h * w, unit * c.hidden_size))?;
         let x = self.merger[1].forward(&ops::gelu_erf(&self.merger[0].forward(&x)?)?)?;
         x.index_select(&Tensor::new(windows.places(), device)?, 0)
     }

@@ -2,289 +2,293 @@
 
 use std::collections::HashMap;
 
-use safetensors::Dtype;
+use super::code::{Code, Span};
+use super::opcode::*;
+use super::value::{Class, Id, Tensor, Value};
 
-/// A value, by its place in [`Machine::values`] wherever another one holds it.
-#[derive(Debug)]
-pub(super) enum Value<'a> {
-    /// Something that is not needed to find tensors.
-    Opaque,
-    Int(i64),
-    Text(&'a str),
-    Tuple(Vec<usize>),
-    List,
-    Dict(Vec<(usize, usize)>),
-    /// The name of a class or function.
-    Global(&'a str, &'a str),
-    Storage {
-        key: &'a str,
-        dtype: Dtype,
-    },
-    Tensor(Tensor),
-}
+/// The most instructions that are run; each adds one value, of some 40 bytes with its share of everything else, at most. A
+/// tensor takes about 40 of them, so that 25,000 tensors fit.
+const MAX_INSTRUCTIONS: usize = 1 << 20;
 
-/// Where a tensor lies.
-#[derive(Debug)]
-pub(super) struct Tensor {
-    pub storage: String,
-    pub dtype: Dtype,
-    /// Of the first element, in elements.
-    pub offset: u64,
-    pub shape: Vec<usize>,
-    pub stride: Vec<u64>,
+/// The entries of a dictionary.
+#[derive(Debug, Default)]
+struct Dict {
+    entries: Vec<(Id, Id)>,
+    /// Whether a tensor or something unknown is among the values.
+    holds_tensors: bool,
 }
 
 /// What has been built, and what is being built.
-#[derive(Default)]
 pub(super) struct Machine<'a> {
+    code: Code<'a>,
     /// All values that were built.
-    pub values: Vec<Value<'a>>,
-    stack: Vec<usize>,
+    values: Vec<Value>,
+    /// The items of all tuples.
+    items: Vec<Id>,
+    dicts: Vec<Dict>,
+    stack: Vec<Id>,
     /// Heights of the stack at the open marks.
-    marks: Vec<usize>,
-    memo: HashMap<u32, usize>,
+    marks: Vec<u32>,
+    memo: HashMap<u32, Id>,
 }
 
 impl<'a> Machine<'a> {
-    /// Runs a pickle of protocol 2 to 5 and returns its root.
-    pub fn run(&mut self, pickle: &'a [u8]) -> Result<usize, String> {
-        let mut code = Code(pickle);
-        loop {
-            let op = code.byte()?;
-            match op {
-                // PROTO, FRAME: nothing to know.
-                0x80 => drop(code.byte()?),
-                0x95 => drop(code.take(8)?),
-                b'.' => return self.pop(),
-                b'(' => self.marks.push(self.stack.len()),
-                b'0' => drop(self.pop()?),
-                b'1' => drop(self.since_mark()?),
-                b'2' => {
-                    let top = *self.stack.last().ok_or("nothing to duplicate")?;
-                    self.stack.push(top);
-                }
-                b'N' | 0x88 | 0x89 | 0x8f => self.push(Value::Opaque),
-                b'G' => {
-                    code.take(8)?;
-                    self.push(Value::Opaque);
-                }
-                b'J' => {
-                    let value = i32::from_le_bytes(code.array()?);
-                    self.push(Value::Int(value.into()));
-                }
-                b'K' => {
-                    let value = code.byte()?;
-                    self.push(Value::Int(value.into()));
-                }
-                b'M' => {
-                    let value = u16::from_le_bytes(code.array()?);
-                    self.push(Value::Int(value.into()));
-                }
-                // LONG1: a little-endian integer of any size; what does not fit is no size of a tensor.
-                0x8a => {
-                    let length = code.byte()?.into();
-                    let bytes = code.take(length)?;
-                    self.push(if length > 8 { Value::Opaque } else { Value::Int(integer(bytes)) });
-                }
-                b'X' | 0x8c | 0x8d | b'U' | b'T' => {
-                    let length = code.length(op)?;
-                    let text = std::str::from_utf8(code.take(length)?).map_err(|_| "text that is not UTF-8")?;
-                    self.push(Value::Text(text));
-                }
-                b'B' | b'C' | 0x8e => {
-                    let length = code.length(op)?;
-                    code.take(length)?;
-                    self.push(Value::Opaque);
-                }
-                b'c' => {
-                    let (module, name) = (code.line()?, code.line()?);
-                    self.push(Value::Global(module, name));
-                }
-                0x93 => {
-                    let (name, module) = (self.pop()?, self.pop()?);
-                    let value = match (&self.values[module], &self.values[name]) {
-                        (Value::Text(module), Value::Text(name)) => Value::Global(module, name),
-                        _ => return Err("a name that is not text".into()),
-                    };
-                    self.push(value);
-                }
-                b']' | b'l' => {
-                    if op == b'l' {
-                        self.since_mark()?;
-                    }
-                    self.push(Value::List);
-                }
-                b'a' => drop(self.pop()?),
-                b'e' | 0x90 => drop(self.since_mark()?),
-                b')' => self.push(Value::Tuple(Vec::new())),
-                b't' => {
-                    let items = self.since_mark()?;
-                    self.push(Value::Tuple(items));
-                }
-                0x85..=0x87 => {
-                    let count = usize::from(op - 0x84);
-                    let first = self.floor(count)?;
-                    let items = self.stack.split_off(first);
-                    self.push(Value::Tuple(items));
-                }
-                b'}' => self.push(Value::Dict(Vec::new())),
-                b's' => {
-                    let (value, key) = (self.pop()?, self.pop()?);
-                    self.insert(&[key, value])?;
-                }
-                b'u' => {
-                    let items = self.since_mark()?;
-                    self.insert(&items)?;
-                }
-                b'h' => {
-                    let key = code.byte()?.into();
-                    self.recall(key)?;
-                }
-                b'j' => {
-                    let key = u32::from_le_bytes(code.array()?);
-                    self.recall(key)?;
-                }
-                b'q' => {
-                    let key = code.byte()?.into();
-                    self.remember(key)?;
-                }
-                b'r' => {
-                    let key = u32::from_le_bytes(code.array()?);
-                    self.remember(key)?;
-                }
-                0x94 => self.remember(self.memo.len() as u32)?,
-                b'Q' => {
-                    let id = self.pop()?;
-                    let storage = self.storage(id)?;
-                    self.push(storage);
-                }
-                b'R' | 0x81 => {
-                    let (arguments, callable) = (self.pop()?, self.pop()?);
-                    self.reduce(callable, arguments)?;
-                }
-                // BUILD: attributes, of which weights have none that matter.
-                b'b' => drop(self.pop()?),
-                other => return Err(format!("instruction {other:#04x} has no place in a checkpoint")),
-            }
-        }
+    /// A machine for a pickle of less than 4 GB.
+    pub fn new(pickle: &'a [u8]) -> Self {
+        let (values, items, dicts, stack, marks) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { code: Code::new(pickle), values, items, dicts, stack, marks, memo: HashMap::new() }
     }
 
-    fn push(&mut self, value: Value<'a>) {
-        self.stack.push(self.values.len());
+    /// Runs the pickle, of protocol 2 to 5, and returns its root.
+    ///
+    /// Errors: an instruction that checkpoints do not have, or that cannot be run, and too many of them.
+    pub fn run(&mut self) -> Result<Id, String> {
+        for _ in 0..MAX_INSTRUCTIONS {
+            match self.code.byte()? {
+                STOP => return self.pop(),
+                op => self.step(op)?,
+            }
+        }
+        Err(format!("it has more than {MAX_INSTRUCTIONS} instructions"))
+    }
+
+    fn step(&mut self, op: u8) -> Result<(), String> {
+        match op {
+            PROTO => drop(self.code.byte()?),
+            FRAME => drop(self.code.take(8)?),
+            MARK => self.marks.push(self.stack.len() as u32),
+            POP | APPEND | BUILD => {
+                let top = self.pop()?;
+                if op == APPEND {
+                    self.append(&[top])?;
+                }
+            }
+            POP_MARK => drop(self.since_mark()?),
+            DUP => self.stack.push(*self.stack.last().ok_or("nothing to duplicate")?),
+            EMPTY_LIST => self.push(Value::List),
+            EMPTY_TUPLE => self.push(Value::Tuple(Span { start: 0, length: 0 }, false)),
+            EMPTY_DICT => self.push(Value::Dict(None)),
+            EMPTY_SET => self.push(Value::List),
+            LIST | FROZENSET => {
+                let items = self.since_mark()?;
+                self.push(Value::List);
+                self.append(&items)?;
+            }
+            APPENDS | ADDITEMS => {
+                let items = self.since_mark()?;
+                self.append(&items)?;
+            }
+            TUPLE => {
+                let first = self.mark()?;
+                self.tuple(first);
+            }
+            TUPLE1 | TUPLE2 | TUPLE3 => {
+                let first = self.floor(usize::from(op - TUPLE1) + 1)?;
+                self.tuple(first);
+            }
+            SETITEM => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.insert(&[key, value])?;
+            }
+            SETITEMS => {
+                let items = self.since_mark()?;
+                self.insert(&items)?;
+            }
+            BINGET | LONG_BINGET => {
+                let key = self.code.memo_key(op == BINGET)?;
+                let value = *self.memo.get(&key).ok_or("a value that was never memorised")?;
+                self.stack.push(value);
+            }
+            BINPUT | LONG_BINPUT => {
+                let key = self.code.memo_key(op == BINPUT)?;
+                self.memorise(key)?;
+            }
+            MEMOIZE => self.memorise(self.memo.len() as u32)?,
+            GLOBAL => {
+                let (module, name) = (self.code.line()?, self.code.line()?);
+                self.push(Value::Class(Class::of(module, name)));
+            }
+            STACK_GLOBAL => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                let (Some(module), Some(name)) = (self.text(module), self.text(name)) else {
+                    return Err("a name that is not text".into());
+                };
+                self.push(Value::Class(Class::of(module, name)));
+            }
+            BINPERSID => {
+                let id = self.pop()?;
+                let storage = self.storage(id)?;
+                self.push(storage);
+            }
+            REDUCE | NEWOBJ => {
+                let (arguments, callable) = (self.pop()?, self.pop()?);
+                self.reduce(callable, arguments)?;
+            }
+            NEWOBJ_EX => {
+                self.stack.truncate(self.floor(3)?);
+                self.push(Value::Unknown);
+            }
+            _ => self.literal(op)?,
+        }
+        Ok(())
+    }
+
+    /// An instruction whose value stands behind it.
+    fn literal(&mut self, op: u8) -> Result<(), String> {
+        let value = match op {
+            NONE | NEWTRUE | NEWFALSE => Value::Plain,
+            BINFLOAT => {
+                self.code.take(8)?;
+                Value::Plain
+            }
+            BININT => Value::Int(i32::from_le_bytes(self.code.array()?).into()),
+            BININT1 => Value::Int(self.code.byte()?.into()),
+            BININT2 => Value::Int(u16::from_le_bytes(self.code.array()?).into()),
+            // What does not fit is no size of a tensor.
+            LONG1 | LONG4 => self.code.long(op)?.map_or(Value::Plain, Value::Int),
+            BINUNICODE | SHORT_BINUNICODE | BINUNICODE8 | BINSTRING | SHORT_BINSTRING => {
+                let length = self.code.length(op)?;
+                let (start, bytes) = (self.code.at, self.code.take(length)?);
+                std::str::from_utf8(bytes).map_err(|_| "text that is not UTF-8")?;
+                match length {
+                    ..=MAX_TEXT => Value::Text(Span { start: start as u32, length: length as u32 }),
+                    // No name of anything.
+                    _ => Value::Plain,
+                }
+            }
+            BINBYTES | SHORT_BINBYTES | BINBYTES8 | BYTEARRAY8 => {
+                let length = self.code.length(op)?;
+                self.code.take(length)?;
+                Value::Plain
+            }
+            other => return Err(format!("instruction {other:#04x} has no place in a checkpoint")),
+        };
+        self.push(value);
+        Ok(())
+    }
+
+    fn push(&mut self, value: Value) {
+        self.stack.push(self.values.len() as Id);
         self.values.push(value);
     }
 
-    /// Where the last `count` values begin, none of them below an open mark.
+    /// Where the last `count` values of the stack begin, none of them below an open mark.
     fn floor(&self, count: usize) -> Result<usize, String> {
         let first = self.stack.len().checked_sub(count);
-        let mark = self.marks.last().copied().unwrap_or(0);
+        let mark = self.marks.last().map_or(0, |&mark| mark as usize);
         first.filter(|&first| first >= mark).ok_or_else(|| "too few values on the stack".into())
     }
 
-    fn pop(&mut self) -> Result<usize, String> {
+    fn pop(&mut self) -> Result<Id, String> {
         self.floor(1)?;
         self.stack.pop().ok_or_else(|| "an empty stack".into())
     }
 
-    fn since_mark(&mut self) -> Result<Vec<usize>, String> {
-        let mark = self.marks.pop().ok_or("no mark")?;
-        Ok(self.stack.split_off(mark.min(self.stack.len())))
+    /// Closes a mark; what stands above it begins here.
+    fn mark(&mut self) -> Result<usize, String> {
+        let mark = self.marks.pop().ok_or("no mark")? as usize;
+        Ok(mark.min(self.stack.len()))
     }
 
-    fn recall(&mut self, key: u32) -> Result<(), String> {
-        let value = *self.memo.get(&key).ok_or("a value that was never memorised")?;
-        self.stack.push(value);
-        Ok(())
+    fn since_mark(&mut self) -> Result<Vec<Id>, String> {
+        let mark = self.mark()?;
+        Ok(self.stack.split_off(mark))
     }
 
-    fn remember(&mut self, key: u32) -> Result<(), String> {
+    fn memorise(&mut self, key: u32) -> Result<(), String> {
         let top = *self.stack.last().ok_or("nothing to memorise")?;
         self.memo.insert(key, top);
         Ok(())
     }
 
-    fn insert(&mut self, items: &[usize]) -> Result<(), String> {
-        let target = *self.stack.last().ok_or("items without a dictionary")?;
-        if !items.len().is_multiple_of(2) {
-            return Err("a key without a value".into());
-        }
-        // The attributes of other objects do not matter.
-        if let Value::Dict(entries) = &mut self.values[target] {
-            entries.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
+    /// Makes a tuple of the stack from `first` on.
+    fn tuple(&mut self, first: usize) {
+        let holds_tensors = self.stack[first..].iter().any(|&item| self.holds_tensors(item));
+        let span = Span { start: self.items.len() as u32, length: (self.stack.len() - first) as u32 };
+        self.items.extend(self.stack.drain(first..));
+        self.push(Value::Tuple(span, holds_tensors));
+    }
+
+    fn append(&mut self, items: &[Id]) -> Result<(), String> {
+        let target = *self.stack.last().ok_or("items without a list")?;
+        if items.iter().any(|&item| self.holds_tensors(item)) {
+            self.values[target as usize] = Value::Unknown;
         }
         Ok(())
     }
 
-    fn tuple(&self, id: usize) -> &[usize] {
-        match &self.values[id] {
-            Value::Tuple(items) => items,
-            _ => &[],
+    fn insert(&mut self, items: &[Id]) -> Result<(), String> {
+        let target = *self.stack.last().ok_or("items without a dictionary")? as usize;
+        let (pairs, []) = items.as_chunks::<2>() else { return Err("a key without a value".into()) };
+        // The attributes of other objects do not matter.
+        let Value::Dict(index) = self.values[target] else { return Ok(()) };
+        if pairs.is_empty() {
+            return Ok(());
         }
+        let index = index.unwrap_or(self.dicts.len() as u32);
+        if index as usize == self.dicts.len() {
+            self.dicts.push(Dict::default());
+            self.values[target] = Value::Dict(Some(index));
+        }
+        let holds_tensors = pairs.iter().any(|&[_, value]| self.holds_tensors(value));
+        let dict = &mut self.dicts[index as usize];
+        dict.entries.extend(pairs.iter().map(|&[key, value]| (key, value)));
+        dict.holds_tensors |= holds_tensors;
+        Ok(())
     }
 
     /// A persistent id: ("storage", class, key, device, elements).
-    fn storage(&self, id: usize) -> Result<Value<'a>, String> {
-        let [kind, class, key, ..] = self.tuple(id) else { return Err("a persistent id that is not a tuple".into()) };
-        match (&self.values[*kind], &self.values[*class], &self.values[*key]) {
-            (Value::Text("storage"), Value::Global(_, class), Value::Text(key)) => {
-                let dtype = match *class {
-                    "FloatStorage" => Dtype::F32,
-                    "HalfStorage" => Dtype::F16,
-                    "BFloat16Storage" => Dtype::BF16,
-                    "DoubleStorage" => Dtype::F64,
-                    "LongStorage" => Dtype::I64,
-                    "IntStorage" => Dtype::I32,
-                    "ShortStorage" => Dtype::I16,
-                    "CharStorage" => Dtype::I8,
-                    "ByteStorage" => Dtype::U8,
-                    "BoolStorage" => Dtype::BOOL,
-                    other => return Err(format!("a storage of unknown class {other:?}")),
-                };
-                Ok(Value::Storage { key, dtype })
-            }
+    fn storage(&self, id: Id) -> Result<Value, String> {
+        let [kind, class, key, ..] = *self.items(id) else {
+            return Err("a persistent id that is not a tuple".into());
+        };
+        match (self.text(kind), self.value(class), self.value(key)) {
+            (Some("storage"), Value::Class(Class::Storage(dtype)), Value::Text(key)) => Ok(Value::Storage(key, dtype)),
+            (Some("storage"), Value::Class(_), _) => Err("a storage of an unknown class".into()),
             _ => Err("a persistent id that is not a storage".into()),
         }
     }
 
     /// What a call would give, without calling anything.
-    fn reduce(&mut self, callable: usize, arguments: usize) -> Result<(), String> {
-        let Value::Global(module, name) = self.values[callable] else {
-            self.push(Value::Opaque);
-            return Ok(());
+    fn reduce(&mut self, callable: Id, arguments: Id) -> Result<(), String> {
+        let called = |machine: &Self, callable: Id| match machine.value(callable) {
+            Value::Class(class) => class,
+            _ => Class::Other,
         };
-        match (module, name) {
-            ("collections", "OrderedDict") => self.push(Value::Dict(Vec::new())),
-            ("torch._utils", "_rebuild_parameter") => {
-                let tensor = *self.tuple(arguments).first().ok_or("a parameter without a tensor")?;
+        let (mut class, mut arguments) = (called(self, callable), arguments);
+        if let (Class::FromType, &[function, _, inner, ..]) = (class, self.items(arguments)) {
+            (class, arguments) = (called(self, function), inner);
+        }
+        match class {
+            Class::OrderedDict if self.items(arguments).is_empty() => self.push(Value::Dict(None)),
+            Class::Tensor => {
+                self.tensor_of(arguments)?;
+                self.push(Value::Tensor(arguments));
+            }
+            Class::Parameter => {
+                let tensor = *self.items(arguments).first().ok_or("a parameter without a tensor")?;
                 self.stack.push(tensor);
             }
-            ("torch._utils", "_rebuild_tensor_v2") => {
-                let tensor = self.tensor(arguments)?;
-                self.push(Value::Tensor(tensor));
-            }
-            _ => self.push(Value::Opaque),
+            _ => self.push(Value::Unknown),
         }
         Ok(())
     }
 
     /// (storage, offset, shape, strides, ...).
-    fn tensor(&self, arguments: usize) -> Result<Tensor, String> {
-        let [storage, offset, shape, stride, ..] = self.tuple(arguments) else {
+    fn tensor_of(&self, arguments: Id) -> Result<Tensor<'a>, String> {
+        let [storage, offset, shape, stride, ..] = *self.items(arguments) else {
             return Err("a tensor with too few arguments".into());
         };
-        let Value::Storage { key, dtype } = &self.values[*storage] else {
+        let Value::Storage(key, dtype) = self.value(storage) else {
             return Err("a tensor without a storage".into());
         };
-        if key.len() > MAX_KEY {
-            return Err(format!("a storage whose name has {} bytes", key.len()));
-        }
-        let number = |id: &usize| match self.values[*id] {
+        let number = |id: Id| match self.value(id) {
             Value::Int(value) => u64::try_from(value).map_err(|_| format!("a negative size {value}")),
             _ => Err("a size that is not an integer".to_string()),
         };
-        let numbers = |id: &usize| match self.tuple(*id) {
+        let numbers = |id: Id| match self.items(id) {
             sizes if sizes.len() > MAX_RANK => Err(format!("a tensor of {} dimensions", sizes.len())),
-            sizes => sizes.iter().map(number).collect::<Result<Vec<u64>, String>>(),
+            sizes => sizes.iter().map(|&size| number(size)).collect::<Result<Vec<u64>, String>>(),
         };
         let (shape, stride) = (numbers(shape)?, numbers(stride)?);
         if shape.len() != stride.len() {
@@ -292,55 +296,59 @@ impl<'a> Machine<'a> {
         }
         let shape = shape.into_iter().map(|n| usize::try_from(n).map_err(|_| "a size that overflows".to_string()));
         let shape = shape.collect::<Result<_, _>>()?;
-        Ok(Tensor { storage: key.to_string(), dtype: *dtype, offset: number(offset)?, shape, stride })
+        Ok(Tensor { storage: self.code.text(key), dtype, offset: number(offset)?, shape, stride })
+    }
+
+    fn value(&self, id: Id) -> Value {
+        self.values[id as usize]
+    }
+
+    /// The items of a tuple.
+    fn items(&self, id: Id) -> &[Id] {
+        match self.value(id) {
+            Value::Tuple(Span { start, length }, _) => &self.items[start as usize..][..length as usize],
+            _ => &[],
+        }
+    }
+
+    /// A value as text, if it is one.
+    pub fn text(&self, id: Id) -> Option<&'a str> {
+        match self.value(id) {
+            Value::Text(span) => Some(self.code.text(span)),
+            _ => None,
+        }
+    }
+
+    /// A value as a tensor, if it is one.
+    ///
+    /// Errors: one that cannot be.
+    pub fn tensor(&self, id: Id) -> Option<Result<Tensor<'a>, String>> {
+        match self.value(id) {
+            Value::Tensor(arguments) => Some(self.tensor_of(arguments)),
+            _ => None,
+        }
+    }
+
+    /// The keys and values of a dictionary; nothing of other values.
+    pub fn entries(&self, id: Id) -> &[(Id, Id)] {
+        match self.value(id) {
+            Value::Dict(Some(index)) => &self.dicts[index as usize].entries,
+            _ => &[],
+        }
+    }
+
+    /// Whether a value is a tensor or something unknown, or holds one, as far as that is known.
+    pub fn holds_tensors(&self, id: Id) -> bool {
+        match self.value(id) {
+            Value::Tensor(_) | Value::Unknown | Value::Storage(..) => true,
+            Value::Tuple(_, holds) => holds,
+            Value::Dict(Some(index)) => self.dicts[index as usize].holds_tensors,
+            _ => false,
+        }
     }
 }
 
-/// The most dimensions of a tensor, and bytes of the name of its storage: every tensor has a copy of both, and a few bytes of a
-/// pickle make a tensor.
+/// The longest name of a tensor or storage, in bytes: every one of a million entries may have the same.
+const MAX_TEXT: usize = 1024;
+/// The most dimensions of a tensor.
 const MAX_RANK: usize = 8;
-const MAX_KEY: usize = 256;
-
-fn integer(bytes: &[u8]) -> i64 {
-    let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);
-    let mut wide = [if negative { 0xff } else { 0 }; 8];
-    wide[..bytes.len()].copy_from_slice(bytes);
-    i64::from_le_bytes(wide)
-}
-
-/// The rest of a pickle.
-struct Code<'a>(&'a [u8]);
-
-impl<'a> Code<'a> {
-    fn take(&mut self, n: usize) -> Result<&'a [u8], String> {
-        let (head, rest) = self.0.split_at_checked(n).ok_or("it ends in the middle of an instruction")?;
-        self.0 = rest;
-        Ok(head)
-    }
-
-    fn byte(&mut self) -> Result<u8, String> {
-        Ok(self.take(1)?[0])
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        let (head, rest) = self.0.split_first_chunk().ok_or("it ends in the middle of an instruction")?;
-        self.0 = rest;
-        Ok(*head)
-    }
-
-    /// The length that precedes text or bytes, as wide as the instruction says.
-    fn length(&mut self, op: u8) -> Result<usize, String> {
-        let length = match op {
-            0x8c | b'U' | b'C' => self.byte()?.into(),
-            0x8d | 0x8e => u64::from_le_bytes(self.array()?),
-            _ => u32::from_le_bytes(self.array()?).into(),
-        };
-        usize::try_from(length).map_err(|_| "a length that overflows".into())
-    }
-
-    fn line(&mut self) -> Result<&'a str, String> {
-        let end = self.0.iter().position(|&b| b == b'\n').ok_or("a line without an end")?;
-        let line = self.take(end + 1)?;
-        std::str::from_utf8(&line[..end]).map_err(|_| "a name that is not UTF-8".into())
-    }
-}

@@ -1,27 +1,41 @@
 //! PyTorch checkpoints (`torch.save` since 1.6): a zip archive of raw storages, and a pickle that says which tensors
 //! lie in them.
 //!
-//! A pickle is a program. This machine knows the instructions that build plain values and the four names that PyTorch
-//! uses for tensors; whatever else a pickle names becomes a value that nothing can be done with. Nothing is called, and
-//! every instruction adds at most one value that borrows its text from the file, so memory stays a small multiple of the
-//! pickle's size.
+//! candle's reader would not do: it clones memoised values, which can grow exponentially, allocates what a length in the
+//! file says, and knows neither the newer instructions nor tensors with attributes.
+//!
+//! A pickle is a program. This machine knows the instructions that build plain values and the names that PyTorch uses for
+//! tensors; whatever else a pickle names becomes a value that nothing can be done with. Nothing is called, and memory is
+//! bounded, whatever the file says.
 
+mod code;
 mod machine;
+mod opcode;
+mod value;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 
 use zip::{CompressionMethod, ZipArchive};
 
-use super::header::{self, Entry, Header, MAX_HEADER, Stored};
+use super::header::{self, Entry, Header, Stored};
 use crate::error::Result;
-use machine::{Machine, Tensor, Value};
+use machine::Machine;
+use value::{Id, Tensor};
 
 /// How a zip archive begins.
 pub(super) const MAGIC: &[u8] = b"PK\x03\x04";
 
-/// Names under which trainers keep the weights, in the order of preference of TokenFlow's reference.
-const CONTAINERS: [&str; 3] = ["ema", "model", "state_dict"];
+/// Where trainers put the weights, in the order of preference of TokenFlow's reference; then Infinity's.
+const CONTAINERS: [&[&str]; 5] = [&["ema"], &["model"], &["state_dict"], &["vae"], &["trainer", "gpt_fsdp"]];
+
+/// The longest pickle, in bytes: that of a model of 700 tensors has 100,000.
+const MAX_PICKLE: u64 = 16 << 20;
+/// The longest list of files of the archive, in bytes; what is made of it is six times as large.
+const MAX_DIRECTORY: u64 = 8 << 20;
+/// The most tensors.
+const MAX_TENSORS: usize = 100_000;
 
 /// Reads and checks what tensors the file `name` holds.
 ///
@@ -36,7 +50,9 @@ type Storages = HashMap<String, (u64, u64)>;
 fn parse(mut file: impl Read + Seek) -> Result<Header, String> {
     let broken = |e: &dyn std::fmt::Display| format!("is not a PyTorch checkpoint: {e}");
     let length = file.seek(SeekFrom::End(0)).map_err(|e| broken(&e))?;
-    let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|e| broken(&e))?;
+    let left = Cell::new(MAX_DIRECTORY);
+    let mut zip = ZipArchive::new(BufReader::new(Bounded { file, left: &left })).map_err(|e| broken(&e))?;
+    left.set(u64::MAX);
     let (mut pickle, mut storages) = (None, Storages::new());
     for i in 0..zip.len() {
         let mut entry = zip.by_index_raw(i).map_err(|e| broken(&e))?;
@@ -48,11 +64,11 @@ fn parse(mut file: impl Read + Seek) -> Result<Header, String> {
         }
         match inner {
             "data.pkl" => {
-                if entry.size() > MAX_HEADER {
-                    return Err(format!("has a pickle of {} bytes, more than {MAX_HEADER}", entry.size()));
+                if entry.size() > MAX_PICKLE {
+                    return Err(format!("has a pickle of {} bytes, more than {MAX_PICKLE}", entry.size()));
                 }
                 let mut bytes = Vec::new();
-                entry.by_ref().take(MAX_HEADER).read_to_end(&mut bytes).map_err(|e| broken(&e))?;
+                entry.by_ref().take(MAX_PICKLE).read_to_end(&mut bytes).map_err(|e| broken(&e))?;
                 pickle = Some(bytes);
             }
             "byteorder" => {
@@ -74,42 +90,86 @@ fn parse(mut file: impl Read + Seek) -> Result<Header, String> {
         }
     }
     let pickle = pickle.ok_or_else(|| broken(&"there is no data.pkl in it"))?;
-    let mut machine = Machine::default();
-    let root = machine.run(&pickle).map_err(|e| format!("has a broken pickle: {e}"))?;
-    header(&machine.values, root, &storages)
+    let mut machine = Machine::new(&pickle);
+    let root = machine.run().map_err(|e| format!("has a broken pickle: {e}"))?;
+    header(&machine, weights(&machine, root)?, &storages)
 }
 
-/// The tensors of the first container that has any, or of the root itself.
-fn header(values: &[Value], root: usize, storages: &Storages) -> Result<Header, String> {
-    let entries = |id: usize| match &values[id] {
-        Value::Dict(entries) => entries.as_slice(),
-        _ => &[],
+/// A file of which so many bytes more may be read.
+struct Bounded<'a, F> {
+    file: F,
+    left: &'a Cell<u64>,
+}
+
+impl<F: Read> Read for Bounded<'_, F> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        let left = self.left.get().checked_sub(read as u64);
+        self.left
+            .set(left.ok_or_else(|| io::Error::other(format!("its list of files has over {MAX_DIRECTORY} bytes")))?);
+        Ok(read)
+    }
+}
+
+impl<F: Seek> Seek for Bounded<'_, F> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+/// The dictionary of the weights: the first of the known containers that has any tensors, or the root, or the only
+/// dictionary in it that has any.
+fn weights(machine: &Machine, root: Id) -> Result<Id, String> {
+    let has_tensors = |id: Id| machine.entries(id).iter().any(|&(_, value)| machine.tensor(value).is_some());
+    let named = |id: Id, name: &&str| {
+        let entry = machine.entries(id).iter().find(|(key, _)| machine.text(*key) == Some(name));
+        entry.map(|&(_, value)| value)
     };
-    let named = |name: &str| entries(root).iter().find(|(k, _)| matches!(values[*k], Value::Text(t) if t == name));
-    let tensors = |id: usize| -> Vec<(&str, &Tensor)> {
-        let tensor = |&(key, value): &(usize, usize)| match (&values[key], &values[value]) {
-            (Value::Text(key), Value::Tensor(tensor)) => Some((*key, tensor)),
-            _ => None,
-        };
-        entries(id).iter().filter_map(tensor).collect()
-    };
-    let places = CONTAINERS.iter().filter_map(|c| named(c)).map(|&(_, id)| id).chain([root]);
-    let Some(found) = places.map(tensors).find(|tensors| !tensors.is_empty()) else {
-        return Err(format!("holds no tensors, neither at its root nor in {}", CONTAINERS.join(", ")));
-    };
+    let known = CONTAINERS.iter().filter_map(|path| path.iter().try_fold(root, named));
+    if let Some(found) = known.chain([root]).find(|&id| has_tensors(id)) {
+        return Ok(found);
+    }
+    let others: Vec<(Id, Id)> = machine.entries(root).iter().copied().filter(|&(_, id)| has_tensors(id)).collect();
+    match others[..] {
+        [(_, only)] => Ok(only),
+        [] => {
+            let known: Vec<String> = CONTAINERS.iter().map(|path| path.join(".")).collect();
+            Err(format!("holds no tensors, neither at its root nor in {}", known.join(", ")))
+        }
+        [(one, _), (other, _), ..] => {
+            let name = |key: Id| machine.text(key).unwrap_or("a key that is not text");
+            Err(format!("holds tensors in several places, {:?} and {:?} among them", name(one), name(other)))
+        }
+    }
+}
+
+/// The tensors of a dictionary. Plain values among them, such as the count of steps, are left out.
+fn header(machine: &Machine, weights: Id, storages: &Storages) -> Result<Header, String> {
     let mut header = BTreeMap::new();
-    for (key, tensor) in found {
-        let entry = tensor.locate(storages).map_err(|e| format!("has a bad tensor {key:?}: {e}"))?;
+    for &(key, value) in machine.entries(weights) {
+        let name = machine.text(key);
+        let Some(tensor) = machine.tensor(value) else {
+            if machine.holds_tensors(value) {
+                return Err(format!("has a value that cannot be read: {:?}", name.unwrap_or("(no text)")));
+            }
+            continue;
+        };
+        let key = name.ok_or("has a tensor whose key is not text, or too long")?;
+        let entry = tensor.and_then(|tensor| tensor.locate(storages));
+        let entry = entry.map_err(|e| format!("has a bad tensor {key:?}: {e}"))?;
         if header.insert(key.to_string(), entry).is_some() {
             return Err(format!("is broken: {key:?} is there twice"));
+        }
+        if header.len() > MAX_TENSORS {
+            return Err(format!("has more than {MAX_TENSORS} tensors"));
         }
     }
     Ok(header)
 }
 
-impl Tensor {
+impl Tensor<'_> {
     fn locate(&self, storages: &Storages) -> Result<Entry, String> {
-        let &(start, length) = storages.get(&self.storage).ok_or("its storage is missing")?;
+        let &(start, length) = storages.get(self.storage).ok_or("its storage is missing")?;
         let mut row = 1u64;
         for (&size, &stride) in self.shape.iter().zip(&self.stride).rev() {
             if size > 1 && stride != row {

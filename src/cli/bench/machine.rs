@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::checkpoint::Matrices;
 use crate::error::Result;
-use crate::ops::{Bytes, WeightMatrix};
+use crate::ops::{Int8Matrix, WeightMatrix};
 
 /// How fast this machine could be.
 pub struct Machine {
@@ -25,7 +25,7 @@ impl Machine {
         let w = match matrices {
             Matrices::Bytes => {
                 let bytes = (0..side * side).map(|i| (i % 251) as u8).collect();
-                WeightMatrix::Bytes(Bytes::new(bytes, &vec![0.01; side], (side, side))?)
+                WeightMatrix::Int8(Int8Matrix::new(bytes, &vec![0.01; side], (side, side))?)
             }
             _ => WeightMatrix::Dense(random()?),
         };

@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::check::{agree, random, same};
+use crate::ops::testing::{agree, random, same};
 use candle_core::{Device, Var};
 
 fn inputs(b: usize, t: usize, s: usize, (h, kv, d): (usize, usize, usize)) -> [Var; 3] {
@@ -28,18 +28,18 @@ fn matches_the_composition() -> Result<()> {
         (2, 3, 530, (6, 2, 10)),
     ] {
         let [q, k, v] = &inputs(b, t, s, heads);
-        same(&[q, k, v], || attention(q, k, v, Mask::None, 0.4), || plain(q, k, v, None, 0.4));
-        let behind = causal(t, s, &Device::Cpu)?;
-        same(&[q, k, v], || attention(q, k, v, Mask::Causal, 0.4), || plain(q, k, v, Some(&behind), 0.4));
+        same(&[q, k, v], || attention(q, k, v, Mask::None, 0.4), || composed(q, k, v, None, 0.4));
+        let behind = causal_mask(t, s, &Device::Cpu)?;
+        same(&[q, k, v], || attention(q, k, v, Mask::Causal, 0.4), || composed(q, k, v, Some(&behind), 0.4));
         for mask in [mask(None, t, s)?, mask(Some(b), t, s)?] {
-            same(&[q, k, v], || attention(q, k, v, Mask::Kept(&mask), 0.4), || plain(q, k, v, Some(&mask), 0.4));
+            same(&[q, k, v], || attention(q, k, v, Mask::Kept(&mask), 0.4), || composed(q, k, v, Some(&mask), 0.4));
         }
     }
     Ok(())
 }
 
 #[test]
-fn rows_that_see_nothing_are_zero() -> Result<()> {
+fn queries_that_see_no_key_give_zeros() -> Result<()> {
     let [q, k, v] = &inputs(2, 4, 5, (2, 1, 3));
     let y = attention(q, k, v, Mask::Kept(&mask(Some(2), 4, 5)?), 1.0)?.narrow(1, 1, 1)?;
     assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().all(|&y| y == 0.0));
@@ -47,7 +47,7 @@ fn rows_that_see_nothing_are_zero() -> Result<()> {
 }
 
 #[test]
-fn what_is_not_a_number_shows() -> Result<()> {
+fn nan_shows_in_the_result() -> Result<()> {
     for (t, s) in [(4, 5), (60, 1200)] {
         let [q, k, v] = inputs(1, t, s, (2, 1, 64));
         let q = (q.as_tensor() * f64::NAN)?;
@@ -64,10 +64,10 @@ fn reads_views_of_a_cache() {
     let [q, k, v] = &inputs(2, 3, 12, (4, 2, 5));
     let view = |x: &Var| x.narrow(1, 2, 6);
     let kernel = || attention(q, &view(k)?, &view(v)?, Mask::None, 0.5);
-    same(&[q, k, v], kernel, || plain(q, &view(k)?, &view(v)?, None, 0.5));
-    // Strides of the heads themselves are copied.
+    same(&[q, k, v], kernel, || composed(q, &view(k)?, &view(v)?, None, 0.5));
+    // Heads that are not contiguous are copied.
     let turned = |x: &Var| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
-    same(&[q, k, v], || attention(q, &turned(k)?, &turned(v)?, Mask::None, 0.5), || plain(q, k, v, None, 0.5));
+    same(&[q, k, v], || attention(q, &turned(k)?, &turned(v)?, Mask::None, 0.5), || composed(q, k, v, None, 0.5));
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn other_dtypes_compose() -> Result<()> {
 }
 
 #[test]
-fn rejects_shapes_that_do_not_fit() -> Result<()> {
+fn shapes_that_do_not_fit_are_refused() -> Result<()> {
     let [q, k, v] = &inputs(1, 3, 4, (3, 2, 4));
     assert!(attention(q, k, v, Mask::None, 1.0).is_err());
     let [q, k, v] = &inputs(1, 3, 4, (4, 2, 4));

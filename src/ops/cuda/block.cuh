@@ -7,13 +7,13 @@
 
 constexpr int THREADS = 256;
 
-// The sum over all lanes of a warp, for all of them.
+// The sum over the lanes of a warp, in every lane.
 __device__ inline float warp_sum(float x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
   return x;
 }
 
-// The sum over all threads of a block, for all of them.
+// The sum over the threads of a block, in every thread.
 __device__ inline float block_sum(float x) {
   __shared__ float warps[THREADS / 32];
   x = warp_sum(x);
@@ -21,7 +21,7 @@ __device__ inline float block_sum(float x) {
   __syncthreads();
   float sum = 0.0f;
   for (int warp = 0; warp < THREADS / 32; warp++) sum += warps[warp];
-  // Before the next sum takes their place.
+  // Before the next sum overwrites them.
   __syncthreads();
   return sum;
 }

@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no name for, or only a long one. Nothing else in this folder holds assembly.
+// Instructions without an intrinsic, or with a long one. All assembly is here and in hopper.cuh.
 
 #ifndef PTX_CUH
 #define PTX_CUH
@@ -9,7 +9,7 @@ using bf16 = __nv_bfloat16;
 
 constexpr unsigned ALL_LANES = 0xffffffff;
 
-// What the launch reserved.
+// The dynamic shared memory.
 __device__ inline uint4 *dynamic_shared() {
   extern __shared__ __align__(1024) uint4 reserved[];
   return reserved;
@@ -29,7 +29,7 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
-// Starts to copy 16 bytes into shared memory; unless they `exist`, it writes zeros and reads nothing.
+// Starts to copy 16 bytes into shared memory; without `exist` it writes zeros and reads nothing.
 __device__ inline void copy_async(uint4 *to, const void *from, bool exist) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   const int bytes = exist ? 16 : 0;
@@ -39,7 +39,8 @@ __device__ inline void copy_async(uint4 *to, const void *from, bool exist) {
 // Closes a group of copies.
 __device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most so many groups of copies of this thread are under way; those of others need a barrier behind it.
+// Waits until at most so many groups of copies of this thread are in flight; a barrier has to
+// follow for those of others.
 template <int GROUPS> __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
@@ -47,8 +48,8 @@ template <int GROUPS> __device__ inline void wait_for_copies() {
 // Waits for the copies that this thread started.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8x8 matrices, to whose rows of 16 bytes the lanes 8i .. 8i + 7 point: of each, lane l gets elements 2(l % 4) and
-// the next of row l / 4.
+// Four 8x8 matrices: lanes 8i .. 8i + 7 point to the rows of the i-th, 16 bytes each, and of every
+// matrix lane l gets elements 2(l % 4) and 2(l % 4) + 1 of row l / 4.
 __device__ inline void load_matrices(unsigned (&m)[4], const uint4 *row) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -76,7 +77,7 @@ __device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsig
 
 constexpr int WIDTH = 8;
 
-// What a thread moves at a time.
+// What a thread moves at a time: 16 bytes.
 __device__ inline void read(float (&x)[WIDTH], const bf16 *from) {
   const uint4 bits = *reinterpret_cast<const uint4 *>(from);
   const unsigned pairs[WIDTH / 2] = {bits.x, bits.y, bits.z, bits.w};

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::super::tests::{Tiny, clipb, siglip};
-use super::CnnConfig;
+use super::{CnnConfig, DOWNSAMPLING_PADDING};
 
 /// The first channels of a probe, of which every `step`th row and column is stored.
 fn probe(x: &Tensor, like: &Tensor, step: usize) -> Tensor {
@@ -26,7 +26,7 @@ fn probes_hold(tiny: &Tiny) {
     for (i, level) in encoder.levels.iter().enumerate() {
         x = level.forward(&x).unwrap();
         if let Some(down) = &level.resize {
-            x = down.forward_down(&x).unwrap();
+            x = down.forward_strided(&x, 2, DOWNSAMPLING_PADDING).unwrap();
         }
         if i == 0 {
             holds(tiny, "enc_level0_down", &x, 4);
@@ -40,7 +40,7 @@ fn probes_hold(tiny: &Tiny) {
     let x = decoder.mid.forward(&x).unwrap();
     holds(tiny, "dec_mid2", &x, 1);
     let x = decoder.levels[0].forward(&x).unwrap();
-    holds(tiny, "dec_block0_up", &decoder.levels[0].resize.as_ref().unwrap().forward_up(&x).unwrap(), 1);
+    holds(tiny, "dec_block0_up", &decoder.levels[0].resize.as_ref().unwrap().forward_upsampled(&x).unwrap(), 1);
 }
 
 #[test]

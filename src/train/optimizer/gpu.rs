@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor, Var};
 
+use super::steps::{adamw_stepped, muon_stepped};
 use super::{BETA1, EPS, Pace, TINY, is_matrix, muon};
-use crate::{error, ops};
+use crate::error;
 
 /// What is stepped alike.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,12 +102,11 @@ impl Group {
         match (self.kind, &self.v) {
             (Kind::AdamW { decays }, Some(second)) => {
                 let (decay, moments) = (if decays { pace.decay } else { 0.0 }, (&self.m, second));
-                let (value, m, v) =
-                    ops::adamw_stepped(&self.value, grad, moments, lr, [BETA1, beta2], EPS, decay, step)?;
+                let (value, m, v) = adamw_stepped(&self.value, grad, moments, lr, [BETA1, beta2], EPS, decay, step)?;
                 Ok((only(&self.value, value)?, only(&self.m, m)?, Some(only(second, v)?)))
             }
             _ => {
-                let (value, m) = ops::muon_stepped(&self.value, grad, &self.m, lr, pace.decay)?;
+                let (value, m) = muon_stepped(&self.value, grad, &self.m, lr, pace.decay)?;
                 Ok((only(&self.value, value)?, only(&self.m, m)?, None))
             }
         }

@@ -6,8 +6,9 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 
+use super::steps::{adamw_step, muon_step};
 use super::{BETA1, EPS, Pace, TINY, is_matrix, muon};
-use crate::{error, ops};
+use crate::error;
 
 /// A parameter and its moments.
 pub(super) struct Param {
@@ -46,8 +47,8 @@ impl Param {
         let decay = if is_matrix(&self.var) { pace.decay } else { 0.0 };
         let (value, m) = (&mut self.value, &mut self.m);
         match self.v.is_empty() {
-            true => ops::muon_step(value, grad, m, self.var.dims()[0], lr, decay, scale),
-            false => ops::adamw_step(value, grad, m, &mut self.v, lr, BETA1, beta2, EPS, decay, step, scale),
+            true => muon_step(value, grad, m, self.var.dims()[0], lr, decay, scale),
+            false => adamw_step(value, grad, m, &mut self.v, lr, BETA1, beta2, EPS, decay, step, scale),
         }
         self.set()
     }

@@ -3,6 +3,7 @@
 
 mod gpu;
 mod host;
+mod steps;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;

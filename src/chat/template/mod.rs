@@ -1,0 +1,176 @@
+//! The chat template: from what is said to control tokens, words and images. It is ChatML as Qwen2.5-VL has it, or the
+//! checkpoint's own.
+
+mod jinja;
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+pub use jinja::ChatTemplate;
+
+use crate::error::{Error, Result};
+use crate::text::Text;
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The user.
+    User,
+    /// The model.
+    Assistant,
+}
+
+/// A part of a message.
+#[derive(Clone, Debug)]
+pub enum Part<I> {
+    /// Words.
+    Text(String),
+    /// Words as the model drew them; its tokenizer need not choose these ids for the same text.
+    Drawn(String, Vec<u32>),
+    /// An image.
+    Image(I),
+}
+
+impl<I> Part<I> {
+    /// The words, if it is words.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Part::Text(text) | Part::Drawn(text, _) => Some(text),
+            Part::Image(_) => None,
+        }
+    }
+
+    /// The image, if it is one.
+    pub fn image(&self) -> Option<&I> {
+        match self {
+            Part::Image(image) => Some(image),
+            Part::Text(_) | Part::Drawn(..) => None,
+        }
+    }
+}
+
+/// A stretch of a rendered conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece<'a, I> {
+    /// Ids of words and control tokens.
+    Words(Vec<u32>),
+    /// An image.
+    Image(&'a I),
+}
+
+/// A rendered conversation; `said` tells whether a piece is the model's, the token that ends its message included.
+pub type Pieces<'a, I> = Vec<(Piece<'a, I>, bool)>;
+
+/// Control tokens of ChatML, and the template in its place if the checkpoint has one.
+#[derive(Clone, Debug)]
+pub struct Template {
+    start: u32,
+    /// Ends a message.
+    pub end: u32,
+    /// What stands before and after an image that brings no such tokens itself.
+    around_images: Option<(u32, u32)>,
+    own: Option<Arc<ChatTemplate>>,
+}
+
+impl Template {
+    /// The template of a vocabulary; images of an encoder apart stand between `<|vision_start|>` and `<|vision_end|>`.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] if its control tokens are missing: then the model does not talk.
+    pub fn of(text: &Text, encoder_apart: bool) -> Result<Self> {
+        let id = |word: &str| {
+            text.control(word).ok_or_else(|| {
+                Error::model(format!("the model does not talk: tokenizer.json has no {word}"))
+                    .hint("nextflow chat --model Qwen/Qwen2.5-VL-3B-Instruct")
+            })
+        };
+        let around_images = match encoder_apart {
+            true => Some((id("<|vision_start|>")?, id("<|vision_end|>")?)),
+            false => None,
+        };
+        Ok(Self { start: id("<|im_start|>")?, end: id("<|im_end|>")?, around_images, own: None })
+    }
+
+    /// The same, with the checkpoint's own template in the place of ChatML.
+    pub fn with_own(self, own: ChatTemplate) -> Self {
+        Self { own: Some(Arc::new(own)), ..self }
+    }
+
+    /// A whole conversation. Behind the last message of a user stands what opens the model's, and what it has said of it:
+    /// `reply`.
+    pub fn render<'a, I>(
+        &self,
+        text: &Text,
+        system: &'a str,
+        turns: impl IntoIterator<Item = (Role, &'a [Part<I>])>,
+        reply: &'a [Part<I>],
+    ) -> Result<Pieces<'a, I>> {
+        if let Some(own) = &self.own {
+            return own.render(text, system, turns, reply);
+        }
+        let newline = text.encode("\n")?;
+        let close = |pieces: &mut Pieces<I>, said| {
+            pieces.push((Piece::Words(vec![self.end]), said));
+            pieces.push((Piece::Words(newline.clone()), false));
+        };
+        let mut pieces = Pieces::new();
+        if !system.is_empty() {
+            pieces.push((Piece::Words(vec![self.start]), false));
+            pieces.push((Piece::Words(text.encode(&format!("system\n{system}"))?), false));
+            close(&mut pieces, false);
+        }
+        let mut last = Role::Assistant;
+        for (role, parts) in turns {
+            last = role;
+            pieces.push((Piece::Words(vec![self.start]), false));
+            self.message(text, role, parts, &mut pieces)?;
+            close(&mut pieces, role == Role::Assistant);
+        }
+        if last == Role::User {
+            pieces.push((Piece::Words(vec![self.start]), false));
+            self.message(text, Role::Assistant, reply, &mut pieces)?;
+        }
+        Ok(pieces)
+    }
+
+    fn message<'a, I>(&self, text: &Text, role: Role, parts: &'a [Part<I>], pieces: &mut Pieces<'a, I>) -> Result<()> {
+        let said = role == Role::Assistant;
+        let head = match role {
+            Role::User => "user\n",
+            Role::Assistant => "assistant\n",
+        };
+        // What stands between control tokens is one text, for words may reach across its parts.
+        let mut open = head.to_string();
+        let mut first = true;
+        let mut flush = |open: &mut String, pieces: &mut Pieces<'a, I>| {
+            let mut ids = text.encode(&std::mem::take(open))?;
+            if let Some(head) = Some(text.encode(head)?).filter(|head| first && ids.starts_with(head)) {
+                let rest = ids.split_off(head.len());
+                pieces.push((Piece::Words(ids), false));
+                ids = rest;
+            }
+            first = false;
+            pieces.push((Piece::Words(ids), said));
+            Ok::<_, Error>(())
+        };
+        for part in parts {
+            match part {
+                Part::Text(words) => open += words,
+                Part::Drawn(_, ids) => {
+                    flush(&mut open, pieces)?;
+                    pieces.push((Piece::Words(ids.clone()), said));
+                }
+                Part::Image(image) => {
+                    flush(&mut open, pieces)?;
+                    let around = |mark: Option<u32>| (Piece::Words(mark.into_iter().collect()), false);
+                    pieces.push(around(self.around_images.map(|marks| marks.0)));
+                    pieces.push((Piece::Image(image), said));
+                    pieces.push(around(self.around_images.map(|marks| marks.1)));
+                }
+            }
+        }
+        flush(&mut open, pieces)?;
+        Ok(())
+    }
+}

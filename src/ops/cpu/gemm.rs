@@ -1,0 +1,127 @@
+//! The crate `gemm` on slices with strides: matrix products of any shape.
+
+use gemm::Parallelism;
+
+/// A matrix to read: element (r, c) lies at `r * row_stride + c * col_stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Row-major and contiguous.
+    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// Row-major with rows `row_stride` apart.
+    pub(crate) fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transpose.
+    pub(crate) fn t(self) -> Self {
+        let Self { data, rows, cols, row_stride, col_stride } = self;
+        Self { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+/// A row-major matrix to write, with rows `row_stride` apart.
+pub(crate) struct MatrixMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+impl<'a> MatrixMut<'a> {
+    /// Row-major and contiguous.
+    pub(crate) fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// Row-major with rows `row_stride` apart.
+    pub(crate) fn strided(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self { data, rows, cols, row_stride }
+    }
+}
+
+/// What happens to the old elements of the destination.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Update {
+    Overwrite,
+    Add,
+}
+
+/// Products with fewer multiplications than this are not worth waking the other threads.
+const PARALLEL: usize = 1 << 18;
+
+/// `dst = scale * lhs * rhs`, or `dst +=` that.
+pub(crate) fn gemm(dst: MatrixMut, update: Update, lhs: Matrix, rhs: Matrix, scale: f32, parallel: bool) {
+    debug_assert_eq!((dst.rows, dst.cols, lhs.cols), (lhs.rows, rhs.cols, rhs.rows), "shapes of a product");
+    debug_assert!(dst.row_stride >= dst.cols, "rows of a product overlap");
+    let (m, n, k) = (dst.rows, dst.cols, lhs.cols);
+    let extent = |rows, cols, row_stride, col_stride| match (rows, cols) {
+        (0, _) | (_, 0) => 0,
+        _ => (rows - 1) * row_stride + (cols - 1) * col_stride + 1,
+    };
+    // Slicing checks the bounds once per product, which costs nothing beside it.
+    let out = &mut dst.data[..extent(m, n, dst.row_stride, 1)];
+    let a = &lhs.data[..extent(m, k, lhs.row_stride, lhs.col_stride)];
+    let b = &rhs.data[..extent(k, n, rhs.row_stride, rhs.col_stride)];
+    let parallelism = match parallel && m * n * k > PARALLEL {
+        true => Parallelism::Rayon(rayon::current_num_threads()),
+        false => Parallelism::None,
+    };
+    let (add, old) = match update {
+        Update::Add => (true, 1.0),
+        Update::Overwrite => (false, 0.0),
+    };
+    // SAFETY: the three slices above hold every element that these shapes and strides address, the
+    // destination is borrowed mutably and so overlaps neither operand, and its rows do not overlap.
+    #[allow(unsafe_code)]
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            dst.row_stride as isize,
+            add,
+            a.as_ptr(),
+            lhs.col_stride as isize,
+            lhs.row_stride as isize,
+            b.as_ptr(),
+            rhs.col_stride as isize,
+            rhs.row_stride as isize,
+            old,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gemm_reads_strides_and_transposes() {
+        let a = [1., 2., 9., 3., 4., 9.];
+        let b = [1., 0., 2., 1.];
+        let mut out = [10., 10., 7., 10., 10., 7.];
+        let (lhs, rhs) = (Matrix::strided(&a, 2, 2, 3), Matrix::new(&b, 2, 2));
+        gemm(MatrixMut::strided(&mut out, 2, 2, 3), Update::Overwrite, lhs, rhs, 2.0, false);
+        assert_eq!(out, [10., 4., 7., 22., 8., 7.]);
+        gemm(MatrixMut::strided(&mut out, 2, 2, 3), Update::Add, lhs.t(), rhs, 1.0, true);
+        assert_eq!(out, [17., 7., 7., 32., 12., 7.]);
+    }
+}

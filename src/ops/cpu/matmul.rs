@@ -1,0 +1,135 @@
+//! Matrix products with weights of any type: the choice of the kernel.
+
+use std::cell::RefCell;
+
+use candle_core::Result;
+use candle_core::quantized::GgmlDType;
+use rayon::prelude::*;
+
+use super::columns::{Columns, by_columns, filled};
+use super::gemm::{Matrix, MatrixMut, Update, gemm};
+use super::gemm_f32;
+use super::gemv::{self, GEMV_ROWS};
+use super::int8::q8_0;
+use super::quants::{WeightRows, dequantize};
+
+#[cfg(target_arch = "x86_64")]
+use super::gemm_bf16::{self, Epilogue};
+
+/// Rows of weights per task of the GEMV, and of the GEMM over dequantised weights.
+const GEMV_TASK: usize = 32;
+const DEQUANTIZED_TASK: usize = 256;
+/// Rows of outputs per task that fills in the bias.
+const BIAS_TASK: usize = 64;
+
+/// `x wᵀ + bias` for x (M, columns), `w` (rows, columns) and `bias` (rows): (M, rows).
+///
+/// All in f32, except that with quantised weights and more than [`GEMV_ROWS`] rows of x these are
+/// rounded: to bf16 where the CPU multiplies bf16, or else, for Q8_0, to 16-bit integers.
+///
+/// Errors: blocks of a type that [`dequantize`] does not support, or that do not divide `columns`.
+pub(crate) fn matmul(
+    x: &[f32],
+    w: WeightRows,
+    bias: Option<&[f32]>,
+    (rows, columns): (usize, usize),
+) -> Result<Vec<f32>> {
+    let count = x.len() / columns.max(1);
+    if count * rows == 0 {
+        return Ok(vec![0.0; count * rows]);
+    }
+    if count <= GEMV_ROWS {
+        let x = gemv::Activations::new(x, columns, w);
+        let products = |y: &mut Columns| {
+            let mut transposed = vec![0f32; y.width() * count];
+            gemv::gemv(&mut transposed, w.narrow(y.first(), y.width(), columns), &x)?;
+            y.put_transposed(&transposed, bias);
+            Ok(())
+        };
+        return filled(count * rows, |y| by_columns(y, rows, GEMV_TASK, products));
+    }
+    match w {
+        WeightRows::F32(w) if gemm_f32::supports(columns) => {
+            filled(count * rows, |y| gemm_f32::gemm_f32(y, w, None, bias, x, columns))
+        }
+        WeightRows::F32(w) => Ok(portable(x, w, bias, (rows, columns))),
+        #[cfg(target_arch = "x86_64")]
+        WeightRows::Blocks(w, dtype) if super::avx512::supports_bf16(dtype, columns) => {
+            filled(count * rows, |y| gemm_bf16::gemm_bf16(y, (w, dtype), Epilogue::Bias(bias), x, columns))
+        }
+        WeightRows::Blocks(w, dtype) if q8_0::supports(dtype, columns) => {
+            filled(count * rows, |y| q8_0::gemm_q8_0(y, w, None, bias, x, columns))
+        }
+        WeightRows::Blocks(_, dtype) => dequantized(x, w, dtype, bias, (rows, columns)),
+    }
+}
+
+/// By the crate `gemm`.
+fn portable(x: &[f32], w: &[f32], bias: Option<&[f32]>, (rows, columns): (usize, usize)) -> Vec<f32> {
+    let count = x.len() / columns;
+    let mut y = vec![0f32; count * rows];
+    if let Some(bias) = bias {
+        let tasks = y.par_chunks_mut(rows * BIAS_TASK);
+        tasks.for_each(|y| y.chunks_exact_mut(rows).for_each(|y| y.copy_from_slice(bias)));
+    }
+    let update = if bias.is_some() { Update::Add } else { Update::Overwrite };
+    let (x, w) = (Matrix::new(x, count, columns), Matrix::new(w, rows, columns));
+    gemm(MatrixMut::new(&mut y, count, rows), update, x, w.t(), 1.0, true);
+    y
+}
+
+/// By the crate `gemm`, on some rows of weights at a time, dequantised to f32.
+fn dequantized(
+    x: &[f32],
+    w: WeightRows,
+    dtype: GgmlDType,
+    bias: Option<&[f32]>,
+    (rows, columns): (usize, usize),
+) -> Result<Vec<f32>> {
+    thread_local!(static SCRATCH: RefCell<[Vec<f32>; 2]> = RefCell::default());
+    let count = x.len() / columns;
+    let products = |y: &mut Columns| {
+        SCRATCH.with_borrow_mut(|[dense, transposed]| {
+            let WeightRows::Blocks(w, _) = w.narrow(y.first(), y.width(), columns) else { return Ok(()) };
+            dense.resize(y.width() * columns, 0.0);
+            dequantize(w, dtype, dense)?;
+            transposed.resize(y.width() * count, 0.0);
+            let (w, x) = (Matrix::new(dense, y.width(), columns), Matrix::new(x, count, columns));
+            gemm(MatrixMut::new(transposed, y.width(), count), Update::Overwrite, w, x.t(), 1.0, false);
+            y.put_transposed(transposed, bias);
+            Ok(())
+        })
+    };
+    filled(count * rows, |y| by_columns(y, rows, DEQUANTIZED_TASK, products))
+}
+
+/// `silu(x gateᵀ) * (x upᵀ)` for x (M, columns) and two matrices of one shape (rows, columns):
+/// (M, rows), as [`matmul`] of each. None where one kernel for both is no faster.
+pub(crate) fn gated_matmul(
+    x: &[f32],
+    gate: WeightRows,
+    up: WeightRows,
+    (rows, columns): (usize, usize),
+) -> Result<Option<Vec<f32>>> {
+    if x.len() <= GEMV_ROWS * columns {
+        return Ok(None);
+    }
+    let count = x.len() / columns * rows;
+    match (gate, up) {
+        (WeightRows::F32(gate), WeightRows::F32(up)) if gemm_f32::supports(columns) => {
+            filled(count, |y| gemm_f32::gemm_f32(y, gate, Some(up), None, x, columns)).map(Some)
+        }
+        #[cfg(target_arch = "x86_64")]
+        (WeightRows::Blocks(gate, dtype), WeightRows::Blocks(up, same))
+            if dtype == same && super::avx512::supports_bf16(dtype, columns) =>
+        {
+            filled(count, |y| gemm_bf16::gemm_bf16(y, (gate, dtype), Epilogue::Gate(up), x, columns)).map(Some)
+        }
+        (WeightRows::Blocks(gate, dtype), WeightRows::Blocks(up, same))
+            if dtype == same && q8_0::supports(dtype, columns) =>
+        {
+            filled(count, |y| q8_0::gemm_q8_0(y, gate, Some(up), None, x, columns)).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
