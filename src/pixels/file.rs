@@ -78,10 +78,9 @@ fn decode(mut source: impl BufRead + Seek, path: &Path, bytes: u64) -> Result<Rg
     }
     let mut file = Vec::new();
     source.take(MAX_BYTES).read_to_end(&mut file).map_err(unreadable)?;
-    // What is not cut off may be no JPEG at all: of that the decoder tells more.
-    let fault = jpeg::fault(&file);
-    let image = decode_format(Cursor::new(file), &shown, bytes)?;
-    match fault {
+    // First the decoder, which refuses what is too large.
+    let image = decode_format(Cursor::new(&file), &shown, bytes)?;
+    match jpeg::fault(&file) {
         Some(fault) => Err(Error::usage(format!("cannot read {shown} as an image: {fault}"))
             .hint("get the whole file again, or name another image")),
         None => Ok(image),

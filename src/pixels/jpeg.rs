@@ -8,7 +8,7 @@ const PADDING: usize = 64;
 /// Decoders refuse more.
 const MAX_SCANS: usize = 100;
 /// Larger images are refused anyway.
-const MAX_SIDE: usize = 1 << 14;
+const MAX_SIDE: usize = 1 << 13;
 
 /// What is wrong with the data of a JPEG file, if anything is. Bytes after its end are not its own: cameras put further
 /// images there. What it cannot judge (arithmetic coding, missing tables) it leaves to the decoder.
