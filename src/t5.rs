@@ -106,7 +106,7 @@ fn check(config: &Config) -> std::result::Result<(), String> {
         return Err("feed_forward_proj is not gated-gelu".into());
     }
     let (buckets, distance) = (config.relative_attention_num_buckets, config.relative_attention_max_distance);
-    if buckets < 4 || buckets > MOST || distance <= buckets / 4 || distance > MOST {
+    if !(4..=MOST).contains(&buckets) || !(buckets / 4 + 1..=MOST).contains(&distance) {
         return Err(format!("{buckets} buckets for a distance of {distance}"));
     }
     if config.eos_token_id >= config.vocab_size {
