@@ -71,9 +71,7 @@ impl InfinityConfig {
         if depth == 0 {
             return Err(bad(format!("{} is missing", key_of(0, 0))));
         }
-        let (bits, width) = match two("word_embed.weight")? {
-            (width, bits) => (bits, width),
-        };
+        let (width, bits) = two("word_embed.weight")?;
         let scales = "block_chunks.0.module.0.sa.scale_mul_1H11";
         let (heads, heads_first) = match shape(scales)? {
             &[1, heads, 1, 1] => (heads, true),
