@@ -213,7 +213,7 @@ impl Lesson<'_> {
                 (first + i as u64, turns)
             })
             .collect();
-        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, template, *index, turns, short)).collect()
+        dialogues.par_iter().map(|(index, turns)| self.dialogue(text, &template, *index, turns, short)).collect()
     }
 
     /// What is quantised, of all images in the order of the dialogues, or of those that the user shows: (h * w, D) each.
@@ -231,7 +231,7 @@ impl Lesson<'_> {
     fn dialogue(
         &self,
         text: &Text,
-        template: Template,
+        template: &Template,
         index: u64,
         turns: &[(Role, Vec<Part<Vec<f32>>>)],
         short: bool,

@@ -5,7 +5,7 @@ use candle_core::{Device, Var};
 use super::*;
 use crate::backbone::{InputMode, Step};
 use crate::checkpoint::Weights;
-use crate::generate::{PromptConfig, Rows, schedule};
+use crate::generate::{PromptConfig, Rows, Sequences, schedule};
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::{CodebookConfig, SelfCorrection};
 use crate::train::recipe::Recipe;
