@@ -134,7 +134,11 @@ impl Codes {
         if path.is_dir() {
             return Err(bad("is a folder".into()));
         }
-        let bytes = input::piped(path, MAX_BYTES, HINT)?;
+        let mut bytes = input::piped(path, MAX_BYTES, HINT)?;
+        // PowerShell writes what it redirects as UTF-16. Without the mark it could be a safetensors file.
+        if bytes.starts_with(b"\xff\xfe") {
+            bytes = input::utf8(bytes);
+        }
         let json = input::without_bom(&bytes);
         let codes = match json.trim_ascii_start().first() {
             Some(b'{') => serde_json::from_slice::<Json>(json).map_err(|e| e.to_string()).and_then(Json::codes),

@@ -46,6 +46,11 @@ fn an_image_goes_out_and_comes_back() {
     works(here, &["decode", "a.json", "-o", "a.png"]);
     let other = works(here, &["decode", "b.safetensors", "-o", "-"]);
     assert_eq!(std::fs::read(here.join("a.png")).unwrap(), other, "both formats hold the same codes");
+    // As PowerShell writes what it redirects.
+    let utf16 = format!("\u{feff}{}", String::from_utf8(json.clone()).unwrap());
+    let utf16: Vec<u8> = utf16.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    std::fs::write(here.join("c.json"), utf16).unwrap();
+    assert_eq!(works(here, &["decode", "c.json", "-o", "-"]), other);
     let back = image::open(here.join("a.png")).unwrap().to_rgb8();
     assert!(back.width() > back.height(), "{:?}", back.dimensions());
     // The colours are where they were, as far as the small tokenizer goes.

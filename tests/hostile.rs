@@ -26,6 +26,8 @@ struct Run {
 }
 
 /// Runs the program in a folder with `input` on standard input.
+// `wait4` waits for it, and says what memory it took.
+#[allow(clippy::zombie_processes)]
 fn nextflow(folder: &Path, args: &[&str], input: &[u8]) -> Run {
     let file = |bytes: &[u8]| {
         let mut file = tempfile::tempfile().unwrap();

@@ -290,7 +290,8 @@ fn precompiled(table: &str) -> Result<Precompiled> {
     let (length, rest) = bytes.split_first_chunk::<4>().ok_or_else(damaged)?;
     // The library reserves memory of this length before it looks how much there is.
     let length = u32::from_le_bytes(*length) as usize;
-    let (_, texts) = rest.split_at_checked(length).filter(|_| length > 0 && length % 4 == 0).ok_or_else(damaged)?;
+    let (_, texts) =
+        rest.split_at_checked(length).filter(|_| length > 0 && length.is_multiple_of(4)).ok_or_else(damaged)?;
     if texts.split(|&b| b == 0).any(|text| text.len() > MAX_ENTRY) {
         return Err(format!("makes more than {MAX_ENTRY} bytes of a character"));
     }

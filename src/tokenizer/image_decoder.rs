@@ -13,20 +13,20 @@ use crate::pixels::{self, GridResampling};
 #[derive(Debug)]
 pub enum ImageDecoder {
     /// TokenFlow's.
-    Table(TableDecoder),
+    Table(Box<TableDecoder>),
     /// Infinity's.
-    Bits(BitDecoder),
+    Bits(Box<BitDecoder>),
 }
 
 impl ImageDecoder {
     /// As [`TableDecoder::load`].
     pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {
-        TableDecoder::load(w, config).map(Self::Table)
+        Ok(Self::Table(Box::new(TableDecoder::load(w, config)?)))
     }
 
     /// As [`BitDecoder::load`].
     pub fn load_bits(w: &Weights, config: &BitTokenizerConfig) -> Result<Self> {
-        BitDecoder::load(w, config).map(Self::Bits)
+        Ok(Self::Bits(Box::new(BitDecoder::load(w, config)?)))
     }
 
     /// Which codes it decodes.

@@ -216,3 +216,48 @@ fn a_pasted_address_is_a_name() {
         "{stderr}"
     );
 }
+
+/// Infinity's repository holds models of all sizes; one is chosen by name, and its text encoder comes from another repository.
+#[test]
+fn one_of_infinitys_models_is_chosen_with_what_it_needs() {
+    const ID: &str = "FoundationVision/Infinity";
+    let named = |names: &[&'static str]| names.iter().map(|name| (*name, name.as_bytes().to_vec())).collect::<Vec<_>>();
+    let home = tempfile::tempdir().unwrap();
+    let hub = Hub::serve(model(
+        ID,
+        &named(&[
+            "config.json",
+            "infinity_125M_256x256.pth",
+            "infinity_2b_reg.pth",
+            "infinity_vae_d16.pth",
+            "infinity_vae_d32.pth",
+            "infinity_vae_d32reg.pth",
+        ]),
+    ));
+    let index = r#"{"weight_map": {"shared.weight": "one.safetensors", "encoder.block.0.x": "one.safetensors",
+        "decoder.block.0.x": "two.safetensors"}}"#;
+    let mut text = named(&["config.json", "tokenizer.json", "one.safetensors", "two.safetensors", "pytorch_model.bin"]);
+    text.push(("model.safetensors.index.json", index.into()));
+    hub.add(model("google/flan-t5-xl", &text));
+    let (code, _, stderr) = nextflow(home.path(), &hub, &["models", "pull", ID]);
+    assert!(code == 2 && ["125m", "2b", "8b", "8b-512"].iter().all(|name| stderr.contains(name)), "{code}: {stderr}");
+    assert_eq!(hub.requests("/resolve/").len(), 0, "a choice comes before a download");
+    let (code, _, stderr) = nextflow(home.path(), &hub, &["models", "pull", &format!("{ID}:125m")]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("11.5 GB in all"), "the size is told first: {stderr}");
+    for (file, times) in [
+        ("infinity_125M_256x256.pth", 1),
+        ("infinity_vae_d16.pth", 1),
+        ("infinity_2b_reg.pth", 0),
+        ("infinity_vae_d32", 0),
+        ("one.safetensors", 1),
+        ("two.safetensors", 0),
+        ("pytorch_model.bin", 0),
+    ] {
+        assert_eq!(
+            hub.requests(file).iter().filter(|r| r.path.contains("/resolve/")).count(),
+            times,
+            "{file}: {stderr}"
+        );
+    }
+}
