@@ -337,7 +337,7 @@ fn pictures_are_cropped_as_the_reference_does() {
 }
 
 /// Keys, shapes and types of a public checkpoint: a comment, then a line for each.
-fn public_keys(file: &str) -> BTreeMap<String, (Vec<usize>, String)> {
+fn public_keys(file: &str) -> Keys {
     let text = std::fs::read_to_string(data(file)).unwrap();
     let line = |line: &str| {
         let mut words = line.split('\t');
@@ -349,7 +349,7 @@ fn public_keys(file: &str) -> BTreeMap<String, (Vec<usize>, String)> {
 }
 
 /// A checkpoint of nothing but a header: its data is a hole that takes no room on the disk.
-fn hollow(path: &Path, keys: &BTreeMap<String, (Vec<usize>, String)>) {
+fn hollow(path: &Path, keys: &Keys) {
     let (mut end, mut header) = (0, serde_json::Map::new());
     for (key, (shape, dtype)) in keys {
         let (start, (dtype, width)) = (end, if dtype == "int64" { ("I64", 8) } else { ("F32", 4) });
@@ -362,8 +362,11 @@ fn hollow(path: &Path, keys: &BTreeMap<String, (Vec<usize>, String)>) {
     file.set_len((8 + header.len() + end) as u64).unwrap();
 }
 
+/// The shape and type of every tensor of a file.
+type Keys = BTreeMap<String, (Vec<usize>, String)>;
+
 /// The keys of every public tokenizer, as the files have them or without the extra part.
-fn public_tokenizers() -> Vec<(&'static str, BTreeMap<String, (Vec<usize>, String)>)> {
+fn public_tokenizers() -> Vec<(&'static str, Keys)> {
     let f16 = public_keys("keys_infinity_vae_d32reg.txt");
     let with = |dim: usize| {
         let mut keys = f16.clone();
@@ -387,7 +390,7 @@ fn public_tokenizers() -> Vec<(&'static str, BTreeMap<String, (Vec<usize>, Strin
     ]
 }
 
-fn plain(keys: &BTreeMap<String, (Vec<usize>, String)>) -> BTreeMap<String, (Vec<usize>, String)> {
+fn plain(keys: &Keys) -> Keys {
     let plain = |key: &str| {
         let mut parts: Vec<&str> = key.split('.').collect();
         let extra = parts.len().checked_sub(2).filter(|&at| parts[at] == "conv" || parts[at] == "norm");
