@@ -151,6 +151,12 @@ fn is_model(config: &serde_json::Value) -> bool {
 fn of_qwen(source: &Source) -> Result<Info> {
     let config = ChatConfig::read(source)?;
     let (files, fit) = config.compare(source)?;
+    // Other names than those asked for say less than whose names they are.
+    if !fit.is_complete()
+        && let Some(error) = Inventory::of(source, TRANSFORMER)?.unread()
+    {
+        return Err(error);
+    }
     let words = words(source, config.backbone.vocab_size)?;
     let config = serde_json::json!({ "backbone": config.backbone });
     Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, words, fit: Some(fit) })

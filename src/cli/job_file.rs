@@ -336,14 +336,20 @@ fn in_a_line(hint: &str) -> String {
     }
 }
 
-/// The longest name of a file, in bytes.
+/// The longest name of a file, and the longest path, in bytes.
 const MAX_NAME: usize = 255;
+const MAX_PATH: usize = 4096;
 
 /// Where an image goes below the folder of all: to `out`, or to a name made of `id`.
 fn target(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
     let Some(out) = out else { return Ok(id.map(|id| format!("{}.png", slug(id)).into())) };
+    const HINT: &str = r#""out": "fruit/apple.png""#;
+    if out.len() > MAX_PATH {
+        let message = format!("out has {} bytes, no path has more than {MAX_PATH}", out.len());
+        return Err(Error::usage(message).hint(HINT));
+    }
     let path = Path::new(out);
-    let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(r#""out": "fruit/apple.png""#));
+    let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(HINT));
     let inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
     if out.contains('\\') {
         let hint = format!("\"out\": {:?}", out.replace('\\', "/"));
@@ -372,6 +378,9 @@ mod tests {
         assert_eq!(place("a/b/c.png").unwrap(), Path::new("a/b/c.png"));
         assert_eq!(place("./a//b/./c.png").unwrap(), Path::new("a/b/c.png"));
         assert!(place(&format!("{}.png", "x".repeat(252))).is_err());
+        assert!(place(&format!("{}c.png", "a/".repeat(2000))).is_ok());
+        let long = place(&format!("{}c.png", "a/".repeat(30_000))).unwrap_err();
+        assert!(long.message.contains("60005 bytes") && long.message.len() < 100, "{long}");
         assert_eq!(target(None, Some("The 1st/../x")).unwrap().unwrap(), Path::new("the-1st-x.png"));
         assert_eq!(target(None, None).unwrap(), None);
         for out in [
