@@ -460,6 +460,8 @@ fn llama_cpps_names_are_named() {
         let folder = Folder::new();
         fs::write(folder.remove("model.safetensors").file("model.gguf"), bytes).unwrap();
         folder.refused(&["model.gguf", "llama.cpp's"]);
+        let (code, _, stderr) = nextflow(folder.0.path(), &["info", "T"]);
+        assert!(code == 3 && stderr.contains("llama.cpp's"), "{stderr}");
     }
 }
 
