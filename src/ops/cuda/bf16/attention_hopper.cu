@@ -18,7 +18,7 @@ constexpr int MAX_ROWS = 8;
 // Keys and values (keys, kv_heads, D) of every row, in boxes of half a tile, and the number of
 // keys.
 struct Rows {
-  TensorMap k[MAX_ROWS], v[MOST_ROWS];
+  TensorMap k[MAX_ROWS], v[MAX_ROWS];
   int length[MAX_ROWS];
 };
 
