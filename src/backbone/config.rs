@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::rope::RopeScaling;
+use super::rope_scaling::RopeScaling;
 
 /// More layers than any transformer has: a larger number is damage.
 pub(crate) const MAX_LAYERS: usize = 1000;

@@ -7,6 +7,7 @@ mod config;
 mod image;
 pub mod presets;
 pub mod rope;
+pub mod rope_scaling;
 pub mod sequence;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -16,7 +17,8 @@ pub use block::{Context, Step};
 pub use cache::Cache;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 pub(crate) use config::{MAX_LAYERS, check_sizes};
-pub use rope::{Position, Rope, RopeScaling};
+pub use rope::{Position, Rope};
+pub use rope_scaling::RopeScaling;
 
 use crate::checkpoint::{Init, Weights};
 use crate::nn::RmsNorm;

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::archive::Archive;
 use super::header::{Fault, Stored};
 use super::weights::{Asked, Weights, check};
-use super::{Source, keys};
+use super::{Source, layout};
 use crate::error::{Error, Result};
 
 /// The tensors of some files.
@@ -58,7 +58,7 @@ impl Inventory {
     pub fn open(path: &Path) -> Result<Self> {
         if !path.is_dir() {
             let mut archives = vec![Archive::open(path)?];
-            keys::publish(&mut archives)?;
+            layout::publish(&mut archives)?;
             return Ok(Self { archives });
         }
         let mut files = BTreeSet::new();
@@ -73,7 +73,7 @@ impl Inventory {
             }
         }
         let mut archives = files.iter().map(|f| Archive::open(f)).collect::<Result<Vec<_>>>()?;
-        keys::publish(&mut archives)?;
+        layout::publish(&mut archives)?;
         Ok(Self { archives })
     }
 
@@ -94,7 +94,7 @@ impl Inventory {
 
     /// Why no config can fit these files: their layout or encoding is not read.
     pub fn unread(&self) -> Option<Error> {
-        keys::unread(&self.archives)
+        layout::unread(&self.archives)
     }
 
     /// Every file in numbers.

@@ -1,11 +1,10 @@
-//! Names of tensors: other layouts of Qwen2.5-VL's state dict, renamed to the published one, and
-//! layouts that are recognised only to be named in an error.
+//! Names of tensors: those of Qwen2.5-VL in every layout, and those by which a layout that is not read
+//! is recognised.
 
-use std::borrow::{Borrow, Cow};
+use std::borrow::Cow;
 
-use super::archive::Archive;
 use super::header::{self, Header};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Prefixes of Qwen2.5-VL's state dict, and what the published checkpoints have in their place:
 /// those of transformers 4.52 and later, of its base model without the head, and of a wrapped text
@@ -22,20 +21,15 @@ const PREFIXES: [(&str, &str); 5] = [
 /// that prefix too.
 const VISION: [&str; 2] = ["visual.patch_embed.", "model.visual.patch_embed."];
 
-/// The published name of a key of Qwen2.5-VL.
-fn published(key: &str) -> Cow<'_, str> {
-    let renamed = PREFIXES.iter().find_map(|(from, to)| Some(format!("{to}{}", key.strip_prefix(from)?)));
-    renamed.map_or(Cow::Borrowed(key), Cow::Owned)
+/// Whether only a checkpoint of Qwen2.5-VL has such a key.
+pub(super) fn is_qwen(key: &str) -> bool {
+    VISION.iter().any(|prefix| key.starts_with(prefix))
 }
 
-/// Renames the tensors of the files of one model, if they are Qwen2.5-VL's in another layout.
-///
-/// Errors: two tensors of one file that get the same name.
-pub(super) fn publish(archives: &mut [Archive]) -> Result<()> {
-    if !archives.iter().any(|archive| archive.has_key(|key| VISION.iter().any(|prefix| key.starts_with(prefix)))) {
-        return Ok(());
-    }
-    archives.iter_mut().filter(|archive| archive.has_key(|key| published(key) != key)).try_for_each(Archive::publish)
+/// The published name of a key of Qwen2.5-VL.
+pub(super) fn published(key: &str) -> Cow<'_, str> {
+    let renamed = PREFIXES.iter().find_map(|(from, to)| Some(format!("{to}{}", key.strip_prefix(from)?)));
+    renamed.map_or(Cow::Borrowed(key), Cow::Owned)
 }
 
 /// The header with published names.
@@ -53,27 +47,6 @@ pub(super) fn renamed(name: &str, header: Header) -> Result<Header> {
     Ok(renamed)
 }
 
-/// The error of files whose tensors are none that any config can ask for: of a layout or an encoding
-/// that is not read.
-pub(super) fn unread(archives: &[impl Borrow<Archive>]) -> Option<Error> {
-    const OTHER: &str = "use the model's safetensors as they were published, with --quant q8_0 or --quant q4_K";
-    let named = |is: fn(&str) -> bool| archives.iter().map(Borrow::borrow).find(|a: &&Archive| a.has_key(is));
-    let error =
-        |archive: &Archive, what: &str, hint: &str| Some(Error::model(format!("{} {what}", archive.name())).hint(hint));
-    if let Some(archive) = named(is_llama_cpp) {
-        return error(archive, "has llama.cpp's names of tensors (blk.0.attn_q.weight), which are not read", OTHER);
-    }
-    if let Some(archive) = named(is_lora) {
-        return error(archive, "holds a LoRA adapter, not the weights of a model", MERGE);
-    }
-    if let Some(archive) = named(is_quantised) {
-        let what = "holds weights that were quantised for another program (qweight, weight_packed, absmax), \
-                    which is not read";
-        return error(archive, what, OTHER);
-    }
-    None
-}
-
 /// What to do with a LoRA adapter.
 pub(super) const MERGE: &str = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)";
 
@@ -82,12 +55,13 @@ pub(super) fn is_llama_cpp(key: &str) -> bool {
     key == "token_embd.weight" || key.starts_with("blk.") || key.starts_with("v.blk.")
 }
 
-fn is_lora(key: &str) -> bool {
+/// Names of a LoRA adapter's matrices.
+pub(super) fn is_lora(key: &str) -> bool {
     key.contains(".lora_A.") || key.contains(".lora_B.")
 }
 
 /// Names by which AWQ, GPTQ, compressed-tensors, bitsandbytes and block-wise fp8 store a matrix.
-fn is_quantised(key: &str) -> bool {
+pub(super) fn is_quantised(key: &str) -> bool {
     const NAMES: [&str; 6] = ["qweight", "qzeros", "weight_packed", "weight.absmax", "SCB", "weight_scale_inv"];
     NAMES.iter().any(|name| key.strip_suffix(name).is_some_and(|rest| rest.ends_with('.')))
 }

@@ -28,6 +28,7 @@ mod header;
 mod init;
 mod inventory;
 mod keys;
+mod layout;
 mod pickle;
 mod shards;
 mod source;

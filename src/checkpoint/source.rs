@@ -11,7 +11,7 @@ use candle_core::{DType, Device};
 use super::archive::{self, Archive};
 use super::embedded;
 use super::header::Fault;
-use super::keys;
+use super::layout;
 use super::shards;
 use super::weight_type::{Matrices, WeightType};
 use super::weights::Weights;
@@ -286,7 +286,7 @@ impl Source {
             Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
             _ => {
                 let mut archives: Vec<_> = self.files(file)?.iter().map(|f| Archive::open(f)).collect::<Result<_>>()?;
-                keys::publish(&mut archives)?;
+                layout::publish(&mut archives)?;
                 Ok(archives)
             }
         }
@@ -349,7 +349,7 @@ fn plan<T>(
     let problems = plan.problems();
     if !problems.is_empty() {
         let name = if let [archive] = &archives[..] { archive.name() } else { name };
-        return Err(keys::unread(&archives).unwrap_or_else(|| misfit(name, layout, &problems, planned.is_err())));
+        return Err(layout::unread(&archives).unwrap_or_else(|| misfit(name, layout, &problems, planned.is_err())));
     }
     planned.map(|()| archives).map_err(|e| failure(name, e))
 }

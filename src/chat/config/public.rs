@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::{PUBLISHED, without_nulls};
 use crate::backbone::presets::QWEN2_5_VL_7B;
-use crate::backbone::rope::yarn_mscale;
+use crate::backbone::rope_scaling::yarn_mscale;
 use crate::backbone::{BackboneConfig, RopeScaling};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
