@@ -8,9 +8,11 @@ use super::attention::Attention;
 use super::conv::Conv;
 use super::cuda::f32::Operand;
 use super::cuda::{bf16, f32};
-use super::custom_op::CudaOp;
+use super::custom_op::{CudaOp, Op};
+use super::depthwise_conv::DepthwiseConv;
 use super::group_norm::GroupNorm;
 use super::linear::Linear;
+use super::modulate::{AddGated, ModulatedNorm};
 use super::norm::{LayerNorm, RmsNorm};
 use super::rope::Rope;
 
@@ -31,15 +33,26 @@ impl CudaOp<1> for Gelu {
     }
 }
 
-/// candle's own sum serves on a GPU.
-impl CudaOp<2> for Add {
-    fn cuda_forward(&self, _: [Operand; 2]) -> Forward {
-        bail!("add has no kernel for a GPU")
-    }
+/// Operations that candle's own compose on a GPU.
+macro_rules! composed {
+    ($($op:ty, $n:literal;)*) => {$(
+        impl CudaOp<$n> for $op {
+            fn cuda_forward(&self, _: [Operand; $n]) -> Forward {
+                bail!("{} has no kernel for a GPU", <Self as Op<$n>>::NAME)
+            }
 
-    fn cuda_backward(&self, _: [&Tensor; 2], _: &Tensor) -> Backward<2> {
-        bail!("add has no kernel for a GPU")
-    }
+            fn cuda_backward(&self, _: [&Tensor; $n], _: &Tensor) -> Backward<$n> {
+                bail!("{} has no kernel for a GPU", <Self as Op<$n>>::NAME)
+            }
+        }
+    )*};
+}
+
+composed! {
+    Add, 2;
+    DepthwiseConv, 2;
+    ModulatedNorm, 3;
+    AddGated, 3;
 }
 
 impl CudaOp<2> for SwiGlu {

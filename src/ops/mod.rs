@@ -9,7 +9,9 @@
 //! - Attention with grouped keys: [`attention`], [`attention_rows`]; rotary positions: [`rope`],
 //!   [`project_heads`].
 //! - Norms: [`rms_norm`], [`layer_norm`], [`group_norm`].
-//! - Convolutions over dense or int8 [`Filters`]: [`conv2d`], [`add_conv2d`], [`upsampled_conv2d`].
+//! - Convolutions over dense or int8 [`Filters`]: [`conv2d`], [`add_conv2d`], [`upsampled_conv2d`];
+//!   of every channel by itself: [`depthwise_conv2d`].
+//! - Adaptive norms and gates: [`modulated_norm`], [`add_gated`].
 //! - Element-wise: [`add`], [`swiglu`], [`gelu_erf`], [`gelu_tanh`], [`quick_gelu`].
 //! - Rows of a table: [`select`]. GGML's formats: [`quantize`], [`dequantize`].
 //!
@@ -30,6 +32,7 @@ pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_ops;
 pub(crate) mod custom_op;
+mod depthwise_conv;
 mod group_norm;
 mod linear;
 mod matrix;
@@ -45,6 +48,7 @@ pub use attention::{Mask, attention, attention_rows};
 pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 pub use cpu::int8::{Int8Filters, Int8Matrix};
 pub use cpu::quants::{dequantize, quantize};
+pub use depthwise_conv::depthwise_conv2d;
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};
 pub use group_norm::group_norm;
