@@ -26,6 +26,7 @@ mod nn;
 pub mod ops;
 pub mod output;
 pub mod pixels;
+pub mod refiner;
 pub mod rng;
 pub mod scenes;
 pub mod settings;

@@ -11,6 +11,8 @@ pub enum Stream {
     Token = 2,
     /// Training and data preparation: step is the caller's.
     Train = 3,
+    /// Noise that the refiner begins with: step = 0.
+    Refine = 4,
 }
 
 /// The key of one stream of draws.

@@ -6,15 +6,16 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
 
-use crate::checkpoint::Weights;
+use crate::checkpoint::{Source, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::{Sampling, TRANSFORMER};
+use crate::generate::{Model, Sampling, TRANSFORMER};
 use crate::library::{Library, SIDE};
 use crate::terminal;
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::train::dataset::Dataset;
 use crate::train::pool::{Pool, PoolSizes};
+use crate::train::refine_pool::{RefinePool, RefinePoolSizes};
 use crate::train::run::Run;
 use crate::train::tokenizer::Stage;
 use crate::train::transformer::Lesson;
@@ -47,6 +48,9 @@ enum Step {
         /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any language
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
+        /// Pixels of a side; above 128, for the refiner, only pictures that models learn to draw
+        #[arg(long, value_name = "N", default_value_t = SIDE, conflicts_with = "folder")]
+        side: usize,
     },
     /// Train the text tokenizer on all captions
     Text,
@@ -86,6 +90,26 @@ enum Step {
         #[command(flatten)]
         plan: Plan,
     },
+    /// Train the refiner on what a model draws, with a library of twice its pixels
+    Refiner {
+        /// Model whose codes are refined [default: the embedded one]
+        #[arg(long, value_name = "DIR")]
+        model: Option<String>,
+        /// Everyday things in the pool: the first N [default: all]
+        #[arg(long, value_name = "N")]
+        things: Option<usize>,
+        /// Drawings of each of them by the model
+        #[arg(long, default_value_t = 3)]
+        draws: usize,
+        /// Compositions of shapes in the pool
+        #[arg(long, default_value_t = 3000)]
+        scenes: usize,
+        /// Compositions of several things in the pool
+        #[arg(long, default_value_t = 1000)]
+        several: usize,
+        #[command(flatten)]
+        plan: Plan,
+    },
     /// Write the checkpoint folder
     Export {
         /// Where to
@@ -122,6 +146,7 @@ impl Step {
             Step::Semantic(_) => "semantic".into(),
             Step::Tokenizer { stage, .. } => stage.name(),
             Step::Transformer { part, .. } => part.clone(),
+            Step::Refiner { .. } => "refiner".into(),
             Step::Export { .. } => "export".into(),
         }
     }
@@ -144,14 +169,14 @@ fn sampling() -> Sampling {
 
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    if let Step::Data { packages, folder } = &args.step {
+    if let Step::Data { packages, folder, side } = &args.step {
         let library = match folder {
             Some(_) if args.data.exists() => {
                 let message = format!("{} already exists", input::shown(&args.data));
                 return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
             }
             Some(folder) => Library::from_folder(folder)?,
-            None => train::prepare::prepare(packages)?,
+            None => train::prepare::prepare(packages, *side)?,
         };
         // What cannot be trained on is not written.
         Dataset::new(&library, 0)?;
@@ -175,15 +200,20 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         ))
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
     }
+    if let Step::Refiner { model, things, draws, scenes, several, plan } = &args.step {
+        let things = things.unwrap_or(usize::MAX);
+        let sizes = RefinePoolSizes { things, draws: *draws, scenes: *scenes, several: *several };
+        return refiner(args, &run, model.as_deref(), sizes, plan);
+    }
     let library = Library::load(&args.data)?;
     let dataset = Dataset::new(&library, run.seed(&args.step.name()))?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
-        Step::Data { .. } | Step::Export { .. } => Ok(()),
+        Step::Data { .. } | Step::Refiner { .. } | Step::Export { .. } => Ok(()),
         Step::Text => {
             let concepts = (0..library.concepts.len()).flat_map(|c| library.captions(c));
             let scenes = (0..4000).flat_map(|i| dataset.scene(i, SIDE, SIDE).captions);
-            let several = (0..4000).flat_map(|i| dataset.several(dataset.everyday(), i).captions);
+            let several = (0..4000).flat_map(|i| dataset.several(dataset.everyday(), i, SIDE).captions);
             let captions = concepts.chain(scenes).chain(several);
             crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
         }
@@ -228,6 +258,29 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             train::transformer::train(&lesson, batch, &plan.hyperparameters())
         }
     }
+}
+
+/// Trains the refiner.
+fn refiner(args: &TrainArgs, run: &Run, model: Option<&str>, sizes: RefinePoolSizes, plan: &Plan) -> Result<()> {
+    let library = Library::load_any(&args.data)?;
+    let side = SIDE * run.recipe.refiner.upscale;
+    if library.side() != side {
+        let message =
+            format!("{} has pictures of {} pixels, the refiner draws {side}", args.data.display(), library.side());
+        return Err(Error::usage(message)
+            .hint(format!("nextflow train data --side {side} --data data/library-{side}.safetensors")));
+    }
+    let dataset = Dataset::new(&library, run.seed("refiner"))?;
+    let source = Source::parse(model)?;
+    let model = Model::load(&source, &run.device, None)?;
+    let config = model.config();
+    let tokenizer = config.load_tokenizer(&source, &run.device, Some(WeightType::F32))?;
+    let text = source.text_of(config.backbone.vocab_size)?;
+    let pool = RefinePool::build(&dataset, (&model, &tokenizer, &text), &run.recipe.self_correction, sizes, side)?;
+    if pool.is_empty() {
+        return Err(Error::usage("there is nothing to learn from").hint("--scenes 3000"));
+    }
+    train::refiner::train(run, &tokenizer, &pool, plan.batch.get(), &plan.hyperparameters())
 }
 
 /// A CPU or an NVIDIA GPU, and a line that says which: for others there are no kernels with a backward pass.

@@ -1,6 +1,6 @@
 //! The picture library: concepts ("red apple") with their words and their pictures, the material of training and evaluation.
 //!
-//! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the metadata under `library`
+//! One safetensors file: the tensor `rgba`, u8, (pictures, side, side, 4), straight alpha, and in the metadata under `library`
 //! the JSON of [`Concept`]s and [`Picture`]s. `nextflow train data` writes it; what else an older one has put there is ignored.
 
 mod folder;
@@ -16,10 +16,12 @@ use crate::error::{Error, Kind, Result};
 use crate::rng::fnv1a;
 pub use words::with_article;
 
-/// Width and height of every picture, in pixels.
+/// Width and height of every picture in pixels, but for the targets of the refiner.
 pub const SIDE: usize = 128;
 /// Bytes of one picture: `SIDE` x `SIDE` x RGBA.
 pub const BYTES: usize = SIDE * SIDE * 4;
+/// The most pixels of a side.
+const MAX_SIDE: usize = 1024;
 
 const HINT: &str = "in a checkout: sh src/train/fetch-data.sh data && cargo run --release --features train -- train data, \
     or of images of your own: train data --folder DIR";
@@ -117,7 +119,9 @@ pub struct Library {
     pub concepts: Vec<Concept>,
     /// What each picture shows, in the order of the pixels.
     pub pictures: Vec<Picture>,
-    /// Holds the pixels, (pictures, 128, 128, 4), from byte `start` on.
+    /// Width and height of every picture, in pixels.
+    side: usize,
+    /// Holds the pixels, (pictures, side, side, 4), from byte `start` on.
     bytes: Vec<u8>,
     start: usize,
 }
@@ -125,12 +129,17 @@ pub struct Library {
 impl Library {
     /// A library of these parts; `rgba` is (pictures, 128, 128, 4), straight alpha.
     pub fn new(concepts: Vec<Concept>, pictures: Vec<Picture>, rgba: Vec<u8>) -> Result<Self> {
-        Self::checked(Index { concepts, pictures }, rgba, 0)
+        Self::of_side(SIDE, concepts, pictures, rgba)
     }
 
-    fn checked(index: Index, bytes: Vec<u8>, start: usize) -> Result<Self> {
+    /// As [`Self::new`], with pictures of another side.
+    pub fn of_side(side: usize, concepts: Vec<Concept>, pictures: Vec<Picture>, rgba: Vec<u8>) -> Result<Self> {
+        Self::checked(Index { concepts, pictures }, side, rgba, 0)
+    }
+
+    fn checked(index: Index, side: usize, bytes: Vec<u8>, start: usize) -> Result<Self> {
         let Index { concepts, pictures } = index;
-        if bytes.len() < start || bytes.len() - start != pictures.len() * BYTES {
+        if bytes.len() < start || bytes.len() - start != pictures.len() * side * side * 4 {
             return Err(
                 Error::model(format!("picture library lists {} pictures but holds others", pictures.len())).hint(HINT)
             );
@@ -141,13 +150,25 @@ impl Library {
         if let Some(c) = concepts.iter().find(|c| c.names.is_empty() && c.captions.is_empty()) {
             return Err(Error::model(format!("picture library has no name or caption for {}", c.label)).hint(HINT));
         }
-        Ok(Self { concepts, pictures, bytes, start })
+        Ok(Self { concepts, pictures, side, bytes, start })
     }
 
     /// Reads the library at `path` into memory.
     ///
-    /// Errors: there is no such file, or it is truncated or not a picture library; the hint says how to build one.
+    /// Errors: there is no such file, or it is truncated, not a picture library or one of pictures of another side than
+    /// [`SIDE`]; the hint says how to build one.
     pub fn load(path: &Path) -> Result<Self> {
+        let library = Self::load_any(path)?;
+        match library.side {
+            SIDE => Ok(library),
+            side => {
+                Err(Error::usage(format!("{} has pictures of {side} pixels, not {SIDE}", path.display())).hint(HINT))
+            }
+        }
+    }
+
+    /// As [`Self::load`], with pictures of any side.
+    pub fn load_any(path: &Path) -> Result<Self> {
         let bad = |why: String| Error::model(format!("{} is not a picture library: {why}", path.display())).hint(HINT);
         let bytes = std::fs::read(path).map_err(|e| {
             Error::new(Kind::Usage, format!("cannot read the picture library {}: {e}", path.display())).hint(HINT)
@@ -157,13 +178,14 @@ impl Library {
         let json = json.ok_or_else(|| bad("it has no list of concepts".into()))?;
         let index: Index = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
         let rgba = metadata.info("rgba").ok_or_else(|| bad("it has no tensor `rgba`".into()))?;
-        let shape = [index.pictures.len(), SIDE, SIDE, 4];
+        let side = rgba.shape.get(1).copied().filter(|side| (1..=MAX_SIDE).contains(side)).unwrap_or(SIDE);
+        let shape = [index.pictures.len(), side, side, 4];
         if rgba.dtype != Dtype::U8 || rgba.shape != shape {
             return Err(bad(format!("`rgba` is {:?} {:?}, not U8 {shape:?}", rgba.dtype, rgba.shape)));
         }
         // The tensor data begin after the length of the header (8 bytes) and the header.
         let start = 8 + header + rgba.data_offsets.0;
-        Self::checked(index, bytes, start)
+        Self::checked(index, side, bytes, start)
     }
 
     /// Writes the library to `path`, which appears complete or not at all.
@@ -171,8 +193,9 @@ impl Library {
         let fail = |e: String| Error::new(Kind::Failure, format!("cannot write {}: {e}", path.display()));
         let index = Index { concepts: self.concepts.clone(), pictures: self.pictures.clone() };
         let json = serde_json::to_string(&index).map_err(|e| fail(e.to_string()))?;
-        let rgba = TensorView::new(Dtype::U8, vec![self.pictures.len(), SIDE, SIDE, 4], &self.bytes[self.start..])
-            .map_err(|e| fail(e.to_string()))?;
+        let rgba =
+            TensorView::new(Dtype::U8, vec![self.pictures.len(), self.side, self.side, 4], &self.bytes[self.start..])
+                .map_err(|e| fail(e.to_string()))?;
         let folder = match path.parent() {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),
@@ -186,9 +209,15 @@ impl Library {
         Ok(())
     }
 
-    /// The pixels of a picture: (128, 128, 4), straight alpha.
+    /// Width and height of every picture, in pixels.
+    pub fn side(&self) -> usize {
+        self.side
+    }
+
+    /// The pixels of a picture: (side, side, 4), straight alpha.
     pub fn rgba(&self, picture: usize) -> &[u8] {
-        &self.bytes[self.start + picture * BYTES..][..BYTES]
+        let bytes = self.side * self.side * 4;
+        &self.bytes[self.start + picture * bytes..][..bytes]
     }
 
     /// Whether no background shows behind a picture.
@@ -196,7 +225,7 @@ impl Library {
         self.rgba(picture).iter().skip(3).step_by(4).all(|&alpha| alpha == 255)
     }
 
-    /// A picture on a background: RGB, (128, 128, 3).
+    /// A picture on a background: RGB, (side, side, 3).
     pub fn over(&self, picture: usize, background: [u8; 3]) -> Vec<u8> {
         let pixels = self.rgba(picture).chunks_exact(4);
         pixels.flat_map(|p| [0, 1, 2].map(|c| blend(p[c].into(), background[c], p[3] as f32 / 255.0))).collect()
@@ -205,7 +234,7 @@ impl Library {
     /// Pastes a picture, scaled to `size` x `size` pixels by area, with its top left corner at (`x`, `y`);
     /// what lies outside the canvas is cut off.
     pub fn compose(&self, canvas: &mut Canvas, picture: usize, (x, y): (i32, i32), size: usize) {
-        let pixels = resize(self.rgba(picture), size);
+        let pixels = resize(self.rgba(picture), self.side, size);
         for (row, line) in pixels.chunks_exact(size.max(1)).enumerate() {
             let Some(top) = inside(y, row, canvas.height) else { continue };
             for (column, &[r, g, b, alpha]) in line.iter().enumerate() {
@@ -295,28 +324,28 @@ fn inside(origin: i32, offset: usize, limit: usize) -> Option<usize> {
     usize::try_from(origin as i64 + offset as i64).ok().filter(|&at| at < limit)
 }
 
-/// For each of `size` pixels, the pixels of the `SIDE` that it covers and the share of each.
-fn shares(size: usize) -> Vec<Vec<(usize, f32)>> {
-    let ratio = SIDE as f32 / size as f32;
+/// For each of `size` pixels, the pixels of the `side` that it covers and the share of each.
+fn shares(side: usize, size: usize) -> Vec<Vec<(usize, f32)>> {
+    let ratio = side as f32 / size as f32;
     let share = |i: usize| {
-        let (from, to) = (i as f32 * ratio, ((i + 1) as f32 * ratio).min(SIDE as f32));
-        let covered = from as usize..(to.ceil() as usize).min(SIDE);
+        let (from, to) = (i as f32 * ratio, ((i + 1) as f32 * ratio).min(side as f32));
+        let covered = from as usize..(to.ceil() as usize).min(side);
         covered.map(|s| (s, (to.min((s + 1) as f32) - from.max(s as f32)).max(0.0) / ratio)).collect()
     };
     (0..size).map(share).collect()
 }
 
 /// A picture of straight alpha scaled by area to (size, size), alpha premultiplied, all channels on 0 to 255.
-fn resize(rgba: &[u8], size: usize) -> Vec<[f32; 4]> {
+fn resize(rgba: &[u8], side: usize, size: usize) -> Vec<[f32; 4]> {
     let add = |sum: &mut [f32; 4], p: &[f32; 4], w: f32| (0..4).for_each(|c| sum[c] += w * p[c]);
     let premultiply = |p: &[u8]| {
         let alpha = p[3] as f32;
         [p[0] as f32 * alpha / 255.0, p[1] as f32 * alpha / 255.0, p[2] as f32 * alpha / 255.0, alpha]
     };
     let pixels: Vec<[f32; 4]> = rgba.chunks_exact(4).map(premultiply).collect();
-    let shares = shares(size);
-    let mut narrow = vec![[0.0; 4]; SIDE * size];
-    for (to, from) in narrow.chunks_exact_mut(size.max(1)).zip(pixels.chunks_exact(SIDE)) {
+    let shares = shares(side, size);
+    let mut narrow = vec![[0.0; 4]; side * size];
+    for (to, from) in narrow.chunks_exact_mut(size.max(1)).zip(pixels.chunks_exact(side)) {
         for (sum, share) in to.iter_mut().zip(&shares) {
             share.iter().for_each(|&(s, w)| add(sum, &from[s], w));
         }

@@ -139,7 +139,7 @@ fn pictures_are_composited_and_clipped() {
 
 #[test]
 fn an_odd_size_keeps_the_light() {
-    let pixels = resize(library().rgba(0), 37);
+    let pixels = resize(library().rgba(0), SIDE, 37);
     let alpha: f32 = pixels.iter().map(|p| p[3]).sum();
     assert!((alpha / (37.0 * 37.0) - 255.0 / 4.0).abs() < 0.01);
     assert!(pixels.iter().all(|p| p[3] == 0.0 || (p[0] / p[3] * 255.0 - 200.0).abs() < 0.01));

@@ -48,9 +48,9 @@ pub use attention::{Mask, attention, attention_rows};
 pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 pub use cpu::int8::{Int8Filters, Int8Matrix};
 pub use cpu::quants::{dequantize, quantize};
-pub use depthwise_conv::depthwise_conv2d;
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};
+pub use depthwise_conv::depthwise_conv2d;
 pub use group_norm::group_norm;
 pub use linear::linear;
 pub use matrix::{WeightMatrix, add_linear, gated_linear, linear_each};

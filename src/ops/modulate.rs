@@ -130,9 +130,7 @@ impl Op<3> for ModulatedNorm {
             let (x, dy, scale) = (&values[position * c..][..c], &dy[position * c..][..c], &a[row * c..][..c]);
             let (mean, r) = moments(x, self.eps);
             let (dscale, dshift) = sums.split_at_mut(c);
-            for (((((dx, x), dy), scale), ds), db) in
-                dx.iter_mut().zip(x).zip(dy).zip(scale).zip(dscale).zip(dshift)
-            {
+            for (((((dx, x), dy), scale), ds), db) in dx.iter_mut().zip(x).zip(dy).zip(scale).zip(dscale).zip(dshift) {
                 *dx = dy * (1.0 + scale);
                 *ds += dy * (x - mean) * r;
                 *db += dy;

@@ -83,6 +83,11 @@ impl TokenizerConfig {
         if self.image_size.is_some() { self.semantic.patch_size } else { self.decoder.stride() }
     }
 
+    /// Channels of the semantic features that are decoded from codes.
+    pub fn semantic_features(&self) -> usize {
+        self.semantic_decoder.out_dim.unwrap_or(self.semantic.hidden_size)
+    }
+
     /// The grid of an image of (height, width).
     ///
     /// Errors: an image that is smaller than a code.
@@ -103,8 +108,7 @@ pub struct ImageTokenizer {
     encoder: cnn::Encoder,
     quant_conv: Conv,
     images: TableDecoder,
-    semantic_decoder: SemanticDecoder,
-    decode_task: (Linear, Linear),
+    features: SemanticFeatures,
     config: TokenizerConfig,
 }
 
@@ -116,10 +120,6 @@ impl ImageTokenizer {
     pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {
         config.check()?;
         let (d, codes) = (config.semantic.hidden_size, &config.codebook);
-        let task = |name: &str, to: usize| -> Result<_> {
-            let w = w.pp(name);
-            Ok((Linear::load_dense(&w.pp(0), d, d)?, Linear::load_dense(&w.pp(2), d, to)?))
-        };
         let semantic = w.pp("encoder_vqkd");
         let semantic = match config.semantic.layout {
             VitLayout::Clip => semantic,
@@ -134,17 +134,11 @@ impl ImageTokenizer {
         }
         Ok(Self {
             semantic: SemanticEncoder::load(&semantic, &config.semantic)?,
-            encode_task: task("encode_task_layer", codes.semantic_dim)?,
+            encode_task: task(&w.pp("encode_task_layer"), d, codes.semantic_dim)?,
             encoder: cnn::Encoder::load(&w.pp("encoder"), &config.encoder)?,
             quant_conv: Conv::load(&w.pp("quant_conv"), config.encoder.z_channels, codes.pixel_dim, 1)?,
             images: TableDecoder::load(w, config)?,
-            semantic_decoder: SemanticDecoder::load(
-                &w.pp("decoder_vqkd"),
-                &config.semantic,
-                &config.semantic_decoder,
-                codes.semantic_dim,
-            )?,
-            decode_task: task("decode_task_layer", config.semantic_decoder.out_dim.unwrap_or(d))?,
+            features: SemanticFeatures::load(w, config)?,
             config: config.clone(),
         })
     }
@@ -227,9 +221,42 @@ impl ImageTokenizer {
         self.images.decode_features(f)
     }
 
-    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, out_dim).
+    /// As [`SemanticFeatures::decode`].
     pub fn decode_semantic(&self, f: &Tensor) -> Result<Tensor> {
-        let x = self.semantic_decoder.forward(&f.narrow(3, 0, self.config.codebook.semantic_dim)?.contiguous()?)?;
-        self.decode_task.1.forward(&self.decode_task.0.forward(&x)?.tanh()?)
+        self.features.decode(f)
     }
+}
+
+/// What decodes the semantic half of codes.
+#[derive(Debug)]
+pub struct SemanticFeatures {
+    decoder: SemanticDecoder,
+    task: (Linear, Linear),
+    channels: usize,
+}
+
+impl SemanticFeatures {
+    /// TokenFlow's keys `decoder_vqkd` and `decode_task_layer`.
+    ///
+    /// Errors: tensors that are missing or misshapen.
+    pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {
+        let (d, channels) = (config.semantic.hidden_size, config.codebook.semantic_dim);
+        let decoder = &w.pp("decoder_vqkd");
+        Ok(Self {
+            decoder: SemanticDecoder::load(decoder, &config.semantic, &config.semantic_decoder, channels)?,
+            task: task(&w.pp("decode_task_layer"), d, config.semantic_features())?,
+            channels,
+        })
+    }
+
+    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, out_dim).
+    pub fn decode(&self, f: &Tensor) -> Result<Tensor> {
+        let x = self.decoder.forward(&f.narrow(3, 0, self.channels)?.contiguous()?)?;
+        self.task.1.forward(&self.task.0.forward(&x)?.tanh()?)
+    }
+}
+
+/// The two layers that lead into the codes' semantic half, or out of it.
+fn task(w: &Weights, width: usize, to: usize) -> Result<(Linear, Linear)> {
+    Ok((Linear::load_dense(&w.pp(0), width, width)?, Linear::load_dense(&w.pp(2), width, to)?))
 }

@@ -180,7 +180,7 @@ fn decoding_holds(tiny: &Tiny) {
     let tokenizer = &tiny.tokenizer;
     let f = tiny.golden("final_quantize").permute((0, 2, 3, 1)).unwrap().contiguous().unwrap();
     let semantic = f.narrow(3, 0, 32).unwrap().contiguous().unwrap();
-    tiny.holds("sem_dec_hidden", &tokenizer.semantic_decoder.forward(&semantic).unwrap(), FEATURES);
+    tiny.holds("sem_dec_hidden", &tokenizer.features.decoder.forward(&semantic).unwrap(), FEATURES);
     tiny.holds("sem_recon", &tokenizer.decode_semantic(&f).unwrap(), FEATURES);
     let pixel = tiny.golden("final_quantize").narrow(1, 32, 8).unwrap().contiguous().unwrap();
     tiny.holds("post_quant", &tokenizer.images.post_quant_conv.forward(&pixel).unwrap(), FEATURES);

@@ -114,7 +114,7 @@ impl<'a> Dataset<'a> {
                 canvas.rgb
             }
             0..15 => Scene::sample(&self.rng(index, 2), Split::Train).render(SIDE, SIDE),
-            15..25 => self.several(&self.pictures, index).canvas.rgb,
+            15..25 => self.several(&self.pictures, index, SIDE).canvas.rgb,
             _ => {
                 let picture = self.pictures[rng.below(1, self.pictures.len())];
                 let size = if rng.uniform(2) < 0.5 { SIDE } else { 72 + rng.below(3, 73) };
@@ -178,27 +178,30 @@ impl<'a> Dataset<'a> {
         Sample { canvas, captions }
     }
 
-    /// Two things among the given pictures side by side, or two to four of one kind that has a name, and so a plural.
-    pub fn several(&self, among: &[usize], index: u64) -> Sample {
+    /// Two things among the given pictures side by side, or two to four of one kind that has a name, and so a plural, in a
+    /// square of `side` pixels.
+    pub fn several(&self, among: &[usize], index: u64, side: usize) -> Sample {
         let rng = self.rng(index, 5);
         let picture = |counter| among[rng.below(counter, among.len())];
-        let (first, second) = (picture(0), picture(1));
-        let mut canvas = Canvas::new(SIDE, SIDE, WHITE);
+        let (first, second, half) = (picture(0), picture(1), side / 2);
+        let mut canvas = Canvas::new(side, side, WHITE);
+        // Corners are in quarters of the side.
+        let corner = |(x, y): (usize, usize)| ((x * side / 4) as i32, (y * side / 4) as i32);
         let name = self.library.concepts[self.concept(first)].names.first();
         let Some(name) = name.filter(|_| rng.uniform(2) >= 0.6) else {
-            self.library.compose(&mut canvas, first, (0, 32), 64);
-            self.library.compose(&mut canvas, second, (64, 32), 64);
+            self.library.compose(&mut canvas, first, corner((0, 1)), half);
+            self.library.compose(&mut canvas, second, corner((2, 1)), half);
             let [left, right] = [first, second].map(|p| self.library.caption(self.concept(p)));
             let captions = vec![format!("{left} and {right}"), format!("{left} on the left and {right} on the right")];
             return Sample { canvas, captions };
         };
-        let (count, places): (&str, &[(i32, i32)]) = match rng.below(3, 3) {
-            0 => ("two", &[(0, 32), (64, 32)]),
-            1 => ("three", &[(32, 0), (0, 64), (64, 64)]),
-            _ => ("four", &[(0, 0), (64, 0), (0, 64), (64, 64)]),
+        let (count, places): (&str, &[(usize, usize)]) = match rng.below(3, 3) {
+            0 => ("two", &[(0, 1), (2, 1)]),
+            1 => ("three", &[(1, 0), (0, 2), (2, 2)]),
+            _ => ("four", &[(0, 0), (2, 0), (0, 2), (2, 2)]),
         };
         for &place in places {
-            self.library.compose(&mut canvas, first, place, 64);
+            self.library.compose(&mut canvas, first, corner(place), half);
         }
         Sample { canvas, captions: vec![format!("{count} {}", plural(name))] }
     }
@@ -287,7 +290,7 @@ mod tests {
             assert_eq!(dataset.picture(i).len(), SIDE * SIDE * 3);
             let (_, caption, concept) = dataset.captioned(i);
             assert!(own[..2][concept].contains(&caption.as_str()), "{caption}");
-            let Sample { captions, .. } = dataset.several(dataset.everyday(), i);
+            let Sample { captions, .. } = dataset.several(dataset.everyday(), i, SIDE);
             let [both, sides] = &captions[..] else { panic!("{captions:?}") };
             let [left, right] = both.split(" and ").collect::<Vec<_>>()[..] else { panic!("{both}") };
             assert!([left, right].iter().all(|c| own.iter().any(|own| own[0] == *c)), "{both}");
@@ -303,7 +306,7 @@ mod tests {
         assert!(dataset.has_things() && (0..20).all(|i| dataset.thing(&rng, i) == (0, "owl", "")));
         let sample = dataset.single(0, Some(&BACKGROUNDS[0]), SIDE, SIDE);
         assert_eq!(sample.captions[0], format!("an owl on a {} background", BACKGROUNDS[0].name));
-        let said: Vec<String> = (0..200).flat_map(|i| dataset.several(&[0, 1], i).captions).collect();
+        let said: Vec<String> = (0..200).flat_map(|i| dataset.several(&[0, 1], i, SIDE).captions).collect();
         for caption in ["an owl and a bus", "a bus on the left and an owl on the right", "three buses", "two owls"] {
             assert!(said.iter().any(|c| c == caption), "{caption} in {said:?}");
         }

@@ -11,6 +11,8 @@ pub mod pool;
 pub mod prepare;
 mod progress;
 pub mod recipe;
+pub mod refine_pool;
+pub mod refiner;
 pub mod run;
 pub mod semantic;
 mod sequence;

@@ -145,7 +145,7 @@ impl Shelf {
             dataset.single(everyday[n], Some(background), side, side)
         };
         let scene = |i: usize| dataset.scene(i as u64, side, side);
-        let several = |i: usize| dataset.several(everyday, i as u64);
+        let several = |i: usize| dataset.several(everyday, i as u64, side);
         let groups = if everyday.is_empty() { 0 } else { sizes.several };
         Ok(Self {
             grids: schedule::nearest(1.0).prefix(scales),

@@ -1,6 +1,6 @@
 //! Builds the picture library from the packages that `fetch-data.sh` fetches.
 //!
-//! Every picture is cropped to its object and scaled so that the object's longer side spans 112 of 128 pixels, centred:
+//! Every picture is cropped to its object and scaled so that the object's longer side spans seven eighths of its own, centred:
 //! then size and place carry no noise, and scenes put them where the sentence says.
 
 use std::collections::{HashMap, HashSet};
@@ -24,8 +24,8 @@ const FLUENT_FLAT: &str = "iconify-json-fluent-emoji-flat-1.2.6";
 const NOTO: &str = "iconify-json-noto-1.2.9";
 const EMOJIBASE: &str = "emojibase-data-17.0.0";
 
-/// Longer side of every object in its picture, in pixels.
-const OBJECT: f32 = 112.0;
+/// Longer side of every object, as a share of its picture's.
+const OBJECT: f32 = 0.875;
 /// Pixels of at most this alpha (of 255) are not part of the object.
 const FAINT: u8 = 8;
 
@@ -35,18 +35,21 @@ const GROUPS: [u32; 8] = [0, 1, 3, 4, 5, 6, 7, 8];
 /// objects.
 const EVERYDAY_GROUPS: std::ops::RangeInclusive<u32> = 3..=7;
 
-/// The library of the packages under `packages`.
+/// The library of the packages under `packages`, with pictures of `side` pixels; beyond [`SIDE`] only those that models learn
+/// to draw.
 ///
 /// Errors: a package is missing or holds something unreadable.
-pub fn prepare(packages: &Path) -> Result<Library> {
+pub fn prepare(packages: &Path, side: usize) -> Result<Library> {
     let concepts = concepts(&packages.join(EMOJIBASE))?;
     let fluent = Files::open(&packages.join(FLUENT_3D).join("assets"))?;
     let flat = Icons::open(&packages.join(FLUENT_FLAT))?;
     let noto = Icons::open(&packages.join(NOTO))?;
 
     let draw = |(key, _): &(String, Concept)| -> Result<Vec<(Style, Vec<u8>)>> {
-        let drawn =
-            [(Style::ThreeD, fluent.draw(key)?), (Style::Flat, flat.draw(key)?), (Style::Noto, noto.draw(key)?)];
+        let mut drawn = vec![(Style::ThreeD, fluent.draw(key, side)?)];
+        if side <= SIDE {
+            drawn.extend([(Style::Flat, flat.draw(key, side)?), (Style::Noto, noto.draw(key, side)?)]);
+        }
         Ok(drawn.into_iter().filter_map(|(style, pixels)| Some((style, pixels?))).collect())
     };
     let drawn: Vec<_> = concepts.par_iter().map(draw).collect::<Result<_>>()?;
@@ -60,7 +63,7 @@ pub fn prepare(packages: &Path) -> Result<Library> {
         }
         kept.push(concept);
     }
-    Library::new(kept, pictures, rgba)
+    Library::of_side(side, kept, pictures, rgba)
 }
 
 /// An entry of emojibase's `data.json`.
@@ -160,10 +163,10 @@ impl Files {
         Ok(Self(files))
     }
 
-    fn draw(&self, key: &str) -> Result<Option<Vec<u8>>> {
+    fn draw(&self, key: &str, side: usize) -> Result<Option<Vec<u8>>> {
         let Some(path) = self.0.get(key) else { return Ok(None) };
         let image = image::open(path).map_err(|e| broken(path, &e))?;
-        Ok(fit_raster(&image.to_rgba8()))
+        Ok(fit_raster(&image.to_rgba8(), side))
     }
 }
 
@@ -206,7 +209,7 @@ impl Icons {
         Ok(Self { names, set: read(&path)?, path })
     }
 
-    fn draw(&self, key: &str) -> Result<Option<Vec<u8>>> {
+    fn draw(&self, key: &str, side: usize) -> Result<Option<Vec<u8>>> {
         let Some(name) = self.names.get(key) else { return Ok(None) };
         let alias = self.set.aliases.get(name);
         let flip = if alias.is_some_and(|a| a.h_flip) { -1.0 } else { 1.0 };
@@ -218,7 +221,7 @@ impl Icons {
         );
         let tree =
             Tree::from_str(&svg, &Options::default()).map_err(|e| broken(&self.path, &format!("{name}: {e}")))?;
-        Ok(fit_vector(&tree, width.max(height), flip))
+        Ok(fit_vector(&tree, width.max(height), flip, side))
     }
 }
 
@@ -232,18 +235,18 @@ fn bounds(rgba: &[u8], width: usize) -> Option<[u32; 4]> {
 }
 
 /// A raster picture cropped, scaled and centred; `None` where there is nothing to see.
-fn fit_raster(image: &RgbaImage) -> Option<Vec<u8>> {
+fn fit_raster(image: &RgbaImage, side: usize) -> Option<Vec<u8>> {
     let [left, top, width, height] = bounds(image, image.width() as usize)?;
     // Scaled with alpha premultiplied: colour that cannot be seen must not bleed in.
     let object = Rgba32FImage::from_fn(width, height, |x, y| {
         let [r, g, b, a] = image.get_pixel(left + x, top + y).0.map(|v| v as f32 / 255.0);
         image::Rgba([r * a, g * a, b * a, a])
     });
-    let scale = OBJECT / width.max(height) as f32;
+    let scale = OBJECT * side as f32 / width.max(height) as f32;
     let [w, h] = [width, height].map(|v| ((v as f32 * scale).round() as u32).max(1));
     let object = imageops::resize(&object, w, h, FilterType::CatmullRom);
-    let mut out = RgbaImage::new(SIDE as u32, SIDE as u32);
-    let (x0, y0) = ((SIDE as u32 - w) / 2, (SIDE as u32 - h) / 2);
+    let mut out = RgbaImage::new(side as u32, side as u32);
+    let (x0, y0) = ((side as u32 - w) / 2, (side as u32 - h) / 2);
     for (x, y, &image::Rgba([r, g, b, a])) in object.enumerate_pixels() {
         let alpha = a.clamp(0.0, 1.0);
         if alpha >= 0.5 / 255.0 {
@@ -255,9 +258,9 @@ fn fit_raster(image: &RgbaImage) -> Option<Vec<u8>> {
 }
 
 /// A vector picture, `extent` units wide or high, rendered so that it is cropped, scaled and centred; `flip` of -1 mirrors it.
-fn fit_vector(tree: &Tree, extent: f32, flip: f32) -> Option<Vec<u8>> {
+fn fit_vector(tree: &Tree, extent: f32, flip: f32, side: usize) -> Option<Vec<u8>> {
     // Rendered once to see where the object is, then again so that it falls into place.
-    let probe = 2.0 * SIDE as f32;
+    let probe = 2.0 * side as f32;
     let render = |side: u32, transform| {
         let mut pixmap = Pixmap::new(side, side)?;
         resvg::render(tree, transform, &mut pixmap.as_mut());
@@ -266,11 +269,11 @@ fn fit_vector(tree: &Tree, extent: f32, flip: f32) -> Option<Vec<u8>> {
     let zoom = probe / extent;
     let [left, top, width, height] =
         bounds(render(probe as u32, Transform::from_scale(zoom, zoom))?.data(), probe as usize)?;
-    let scale = OBJECT / width.max(height) as f32;
+    let scale = OBJECT * side as f32 / width.max(height) as f32;
     let middle = [left as f32 + width as f32 / 2.0, top as f32 + height as f32 / 2.0];
-    let half = SIDE as f32 / 2.0;
+    let half = side as f32 / 2.0;
     let [dx, dy] = [half - flip * scale * middle[0], half - scale * middle[1]];
-    let pixmap = render(SIDE as u32, Transform::from_row(flip * scale * zoom, 0.0, 0.0, scale * zoom, dx, dy))?;
+    let pixmap = render(side as u32, Transform::from_row(flip * scale * zoom, 0.0, 0.0, scale * zoom, dx, dy))?;
     let straight = pixmap.pixels().iter().map(|p| p.demultiply());
     Some(straight.flat_map(|p| [p.red(), p.green(), p.blue(), p.alpha()]).collect())
 }
@@ -289,15 +292,15 @@ mod tests {
         for (x, y) in (10..90).flat_map(|x| (200..240).map(move |y| (x, y))) {
             image.put_pixel(x, y, image::Rgba([250, 128, 10, 255]));
         }
-        let raster = fit_raster(&image).unwrap();
+        let raster = fit_raster(&image, SIDE).unwrap();
         assert_eq!(alpha_bounds(&raster), [8, 36, 112, 56]);
         assert_eq!(raster[4 * (64 * SIDE + 64)..][..4], [250, 128, 10, 255]);
-        assert!(fit_raster(&RgbaImage::new(9, 9)).is_none());
+        assert!(fit_raster(&RgbaImage::new(9, 9), SIDE).is_none());
 
         let svg = r##"<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32"><rect x="2" y="20" width="10" height="5" fill="#fa800a"/></svg>"##;
         let tree = Tree::from_str(svg, &Options::default()).unwrap();
         for flip in [1.0, -1.0] {
-            let vector = fit_vector(&tree, 32.0, flip).unwrap();
+            let vector = fit_vector(&tree, 32.0, flip, SIDE).unwrap();
             assert_eq!(alpha_bounds(&vector), [8, 36, 112, 56]);
             assert_eq!(vector[4 * (64 * SIDE + 64)..][..4], [250, 128, 10, 255]);
         }
@@ -324,7 +327,7 @@ mod tests {
     #[test]
     fn missing_packages_name_the_command() {
         let dir = tempfile::tempdir().unwrap();
-        let error = prepare(dir.path()).err().unwrap();
+        let error = prepare(dir.path(), SIDE).err().unwrap();
         assert!(error.hint.unwrap().contains("fetch-data.sh"));
     }
 }

@@ -8,6 +8,7 @@ use crate::backbone::BackboneConfig;
 use crate::error::{Error, Result};
 use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling, schedule};
 use crate::library::SIDE;
+use crate::refiner::RefinerConfig;
 use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
 
 /// What is trained: shapes and choices of every part.
@@ -34,6 +35,15 @@ pub struct Recipe {
     pub self_correction: SelfCorrection,
     /// Exponent of the scale weights 1 / (h w)^alpha.
     pub scale_reweight: f64,
+    /// The refiner.
+    #[serde(default = "nano_refiner")]
+    pub refiner: RefinerConfig,
+}
+
+fn nano_refiner() -> RefinerConfig {
+    // Not by way of a whole recipe, whose default this is.
+    let nano: serde_json::Value = serde_json::from_str(NANO).expect("nano's recipe");
+    serde_json::from_value(nano["refiner"].clone()).expect("nano's refiner")
 }
 
 fn nano() -> String {
@@ -104,6 +114,12 @@ impl Recipe {
                 let image = format!("a square of {} scales has {grid} codes a side", self.scales);
                 return Err(format!("{image}, of {cell} pixels by tokenizer.{part}, and pictures have {SIDE} pixels"));
             }
+        }
+        self.refiner.check()?;
+        let (codes, features) = (self.tokenizer.codebook.dim(), self.tokenizer.semantic_features());
+        let found = (self.refiner.code_dim, self.refiner.semantic_dim, self.refiner.code_cell);
+        if found != (codes, features, self.tokenizer.cell()) {
+            return Err(format!("refiner: code_dim, semantic_dim and code_cell {found:?} are not the tokenizer's"));
         }
         match self.self_correction.fraction {
             share if (0.0..=1.0).contains(&share) => Ok(()),

@@ -281,7 +281,7 @@ fn losses(
 }
 
 /// The scales of a square image whose last grid has `side` rows.
-fn square_scales(side: usize) -> &'static [(usize, usize)] {
+pub(super) fn square_scales(side: usize) -> &'static [(usize, usize)] {
     let scales = &schedule::nearest(1.0).scales;
     let count = scales.iter().position(|s| s.0 == side).map_or(scales.len(), |i| i + 1);
     &scales[..count]

@@ -68,7 +68,7 @@ fn is_matrix(var: &Var) -> bool {
 
 /// Whether Muon trains a parameter: matrices and kernels that take features to features, not tables of vectors.
 fn muon(name: &str, var: &Var) -> bool {
-    is_matrix(var) && !["embed", "lm_head", "pos_1LC"].iter().any(|table| name.contains(table))
+    is_matrix(var) && !["embed", "lm_head", "pos_1LC", "depthwise"].iter().any(|table| name.contains(table))
 }
 
 /// What [`Optimizer::save`] wrote, all of one step.
@@ -193,6 +193,7 @@ mod tests {
             ("model.lvl_embed.weight", &[5, 6]),
             ("model.embed_tokens.weight", &[5, 6]),
             ("lm_head.weight", &[5, 6]),
+            ("unet.middle.0.depthwise", &[9, 6]),
         ];
         for (parameters, muons) in [(&layers[..], true), (&others, false)] {
             for (name, shape) in parameters {

@@ -1,0 +1,127 @@
+//! The shape of a diffusion decoder: what the paper leaves open.
+
+use serde::{Deserialize, Serialize};
+
+/// Sizes of the U-Net and of the caption encoder, and how a picture is refined.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefinerConfig {
+    /// Pixels of the refined picture that one token of the finest level stands for, along each side.
+    pub patch: usize,
+    /// Pixels of the refined picture for one of the tokenizer's, along each side (the paper's 2x2
+    /// upsampling task).
+    pub upscale: usize,
+    /// Channels of every level, fine to coarse; each level has half the grid of the one before.
+    pub widths: Vec<usize>,
+    /// Blocks of every level on the way down; the last level is the middle.
+    pub down_blocks: Vec<usize>,
+    /// Blocks of every level but the last on the way up, fine to coarse.
+    pub up_blocks: Vec<usize>,
+    /// How many of the last blocks of a level attend to the picture and the caption, fine to coarse: on
+    /// the way up, and in the middle.
+    pub attention: Vec<usize>,
+    /// Channels of an attention head.
+    pub head_dim: usize,
+    /// Side of the depthwise kernels.
+    pub kernel: usize,
+    /// Inner channels of a gated MLP for each channel.
+    pub mlp_ratio: usize,
+    /// Channels of the embedding of time and caption that scales and shifts every block.
+    pub embedding: usize,
+    /// Channels of the code embeddings (semantic and pixel), as the tokenizer has them.
+    pub code_dim: usize,
+    /// Channels of the tokenizer's decoded semantic features.
+    pub semantic_dim: usize,
+    /// Pixels of the tokenizer's picture for a code, along each side.
+    pub code_cell: usize,
+    /// Channels that the codes have at every token of the finest level.
+    pub code_channels: usize,
+    /// The caption encoder.
+    pub caption: CaptionConfig,
+    /// Steps of a refinement if the user asks for no other number.
+    pub steps: usize,
+}
+
+/// The encoder of captions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptionConfig {
+    /// Tokens of the model's text tokenizer.
+    pub vocab_size: usize,
+    /// Channels.
+    pub width: usize,
+    /// Transformer blocks.
+    pub blocks: usize,
+    /// Heads.
+    pub heads: usize,
+    /// The most tokens that are read of a caption.
+    pub max_tokens: usize,
+}
+
+impl RefinerConfig {
+    /// What would keep the refiner from being built, as one sentence.
+    pub fn check(&self) -> Result<(), String> {
+        let levels = self.widths.len();
+        let lists =
+            [(self.down_blocks.len(), levels), (self.up_blocks.len() + 1, levels), (self.attention.len(), levels)];
+        if levels == 0 || lists.iter().any(|(found, expected)| found != expected) {
+            return Err(format!(
+                "refiner: widths, down_blocks and attention need a number for each of {levels} levels, up_blocks one less"
+            ));
+        }
+        let sizes = [
+            ("patch", self.patch),
+            ("upscale", self.upscale),
+            ("head_dim", self.head_dim),
+            ("mlp_ratio", self.mlp_ratio),
+            ("embedding", self.embedding),
+            ("code_dim", self.code_dim),
+            ("semantic_dim", self.semantic_dim),
+            ("code_cell", self.code_cell),
+            ("code_channels", self.code_channels),
+            ("caption.width", self.caption.width),
+            ("caption.heads", self.caption.heads),
+            ("caption.vocab_size", self.caption.vocab_size),
+            ("caption.max_tokens", self.caption.max_tokens),
+            ("steps", self.steps),
+        ];
+        if let Some((name, size)) = sizes.into_iter().find(|(_, size)| !(1..=1 << 20).contains(size)) {
+            return Err(format!("refiner: {name} {size} is not from 1 to {}", 1 << 20));
+        }
+        if self.widths.iter().any(|&width| width == 0 || width > 1 << 14) {
+            return Err(format!("refiner: widths {:?} are not from 1 to {}", self.widths, 1 << 14));
+        }
+        let mut attending = self.widths.iter().zip(&self.attention).filter(|(_, blocks)| **blocks > 0);
+        if let Some((width, _)) = attending.find(|(width, _)| **width % self.head_dim != 0) {
+            return Err(format!("refiner: head_dim {} does not divide a level's {width} channels", self.head_dim));
+        }
+        if self.head_dim % 4 != 0 || self.kernel % 2 == 0 || self.kernel > 31 {
+            return Err("refiner: head_dim must be a multiple of 4 and kernel odd, at most 31".into());
+        }
+        let blocks = self.down_blocks.iter().chain(&self.up_blocks);
+        if blocks.chain([&self.caption.blocks]).any(|&blocks| blocks > 1000) {
+            return Err("refiner: at most 1000 blocks a level".into());
+        }
+        if self.caption.width % self.caption.heads != 0 {
+            return Err(format!(
+                "refiner: {} heads do not divide caption.width {}",
+                self.caption.heads, self.caption.width
+            ));
+        }
+        // Tokens of the finest level for a code, which every level must divide.
+        let cells = self.code_cell * self.upscale;
+        if self.patch % self.upscale != 0 || cells % self.patch != 0 || (cells / self.patch) % (1 << (levels - 1)) != 0
+        {
+            return Err(format!(
+                "refiner: patch {} with {levels} levels does not divide a code's {cells} pixels",
+                self.patch
+            ));
+        }
+        Ok(())
+    }
+
+    /// Tokens of the finest level for a code, along each side.
+    pub(super) fn tokens_per_code(&self) -> usize {
+        self.code_cell * self.upscale / self.patch
+    }
+}
