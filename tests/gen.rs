@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use nextflow::settings::{self, Settings};
+use nextflow::generate::png_info::{self, PngInfo};
 
 fn command(folder: &Path, args: &[&str]) -> Command {
     common::command(folder, &[&["gen"], args].concat())
@@ -278,10 +278,10 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
     gen_ok(here, &["--from", "wide.png", "-o", "wide-again.png"]);
     assert!(read("wide-again.png") == read("wide.png"));
     // Passes that this model does not take are left out, as another model's are; typed, they are refused.
-    let mut told = Settings::of_png(&read("one.png")).unwrap();
+    let mut told = PngInfo::of_png(&read("one.png")).unwrap();
     told.passes = Some(2);
     let picture = image::open(here.join("one.png")).unwrap().to_rgb8();
-    fs::write(here.join("passes.png"), settings::encode(&picture, &told).unwrap()).unwrap();
+    fs::write(here.join("passes.png"), png_info::encode(&picture, &told).unwrap()).unwrap();
     gen_ok(here, &["--from", "passes.png", "-o", "once.png"]);
     assert!(read("once.png") == read("one.png"));
     assert_eq!(command(here, &["--from", "one.png", "--passes", "2"]).status().unwrap().code(), Some(2));
@@ -332,7 +332,7 @@ fn prompts_may_begin_with_a_dash() {
         let args = [&["--seed", seed, "-o", seed][..], words].concat();
         gen_ok(folder.path(), &args);
         let png = fs::read(folder.path().join(seed)).unwrap();
-        assert_eq!(Settings::of_png(&png).unwrap().prompt, "-a cat", "{words:?}");
+        assert_eq!(PngInfo::of_png(&png).unwrap().prompt, "-a cat", "{words:?}");
     }
 }
 

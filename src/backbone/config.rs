@@ -88,7 +88,7 @@ pub struct BackboneConfig {
     pub input_mode: InputMode,
     /// The most scales an image may have: rows of the scale embedding.
     pub max_scales: usize,
-    /// Add the sinusoidal embedding of an image's number of scales.
+    /// Add the paper's scale-length embedding: the sinusoidal embedding of an image's number of scales.
     pub scale_length_embedding: bool,
     /// An image that others follow in the sequence ends with one more grid: the sum of all its scales. Without it
     /// nothing after an image sees the codes of its last scale, which are never an input.

@@ -6,10 +6,9 @@ use serde::Serialize;
 use super::session::CHUNK;
 use super::{ChatConfig, ChatModel};
 use crate::chat::Frame;
-use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
+use crate::checkpoint::{Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::{TRANSFORMER, cost, schedule};
-use crate::size::Size;
+use crate::generate::{Size, cost, schedule};
 use crate::tokenizer::ImageTokenizer;
 use crate::vision::VisionTower;
 

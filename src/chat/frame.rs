@@ -3,9 +3,8 @@
 use image::{RgbImage, imageops};
 
 use crate::error::Result;
-use crate::generate::ModelConfig;
+use crate::generate::{ModelConfig, Size};
 use crate::pixels;
-use crate::size::Size;
 
 /// Where an image lies in the model's. It is scaled until it fits, stands in the middle, and its outermost pixels are
 /// repeated where the ratios differ.

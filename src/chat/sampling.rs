@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::generate::sampler::{self, Filter};
+use crate::generate::{Filter, sampler};
 use crate::rng::{Rng, Stream};
 use crate::text::Text;
 
@@ -47,7 +47,7 @@ impl TextSampling {
         }
         let filter = Filter { top_k: self.top_k, top_p: self.top_p };
         let noise = Rng::new(seed, 0, Stream::Token, position as u64).uniform(0);
-        Some(sampler::draw(logits, self.temperature, filter, noise))
+        Some(sampler::sample_row(logits, self.temperature, filter, noise))
     }
 }
 

@@ -6,8 +6,7 @@ use super::picture::{self, Script, Token, passes};
 use super::reply::{Ending, Pause, Reply, ReplyEvent, ReplyObserver, ReplyOptions, Talk};
 use super::template::{Part, Role};
 use super::{ChatModel, Picture, Speech};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Cache, Context, Rope, Step};
+use crate::backbone::{Cache, Context, Layout, Rope, Step};
 use crate::error::{Error, Kind, Result};
 
 /// Images in one reply: what opens more has lost itself.

@@ -10,8 +10,7 @@ use serde_json::Value;
 use super::picture::{Script, Token, passes};
 use super::session::Row;
 use super::*;
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Context, Rope};
+use crate::backbone::{Context, Layout, Rope};
 #[cfg(feature = "nano")]
 use crate::generate::Sampling;
 #[cfg(feature = "nano")]

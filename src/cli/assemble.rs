@@ -7,10 +7,11 @@ use clap::Args;
 use super::ModelArgs;
 use crate::backbone::Backbone;
 use crate::chat::{self, QwenConfig};
-use crate::checkpoint::{self, Weights};
-use crate::codec::Codec;
+use crate::checkpoint::{self, TRANSFORMER, Weights};
+use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, TRANSFORMER};
+use crate::generate::ModelConfig;
+use crate::io::output;
 use crate::terminal;
 
 /// Flags of `nextflow assemble`.
@@ -56,7 +57,7 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     if !chat::is_qwen(&config) {
         return Err(Error::model(format!("{source} is not Qwen2.5-VL")).hint("--backbone Qwen/Qwen2.5-VL-7B-Instruct"));
     }
-    let codec: Codec = of(&args.tokenizer).codec()?;
+    let codec: TokenizerSource = of(&args.tokenizer).codec()?;
     let name = Path::new(&args.out).file_name().unwrap_or_default().to_string_lossy();
     let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, codec.tokenflow()?.clone());
     let asked = Weights::inventory();
@@ -69,7 +70,7 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     terminal::interrupts_after(checkpoint::abandon)?;
     checkpoint::whole_folder(&args.out, |part| {
         let json = serde_json::to_string_pretty(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
-        checkpoint::write(&part.join("config.json"), (json + "\n").as_bytes())?;
+        output::write(&part.join("config.json"), (json + "\n").as_bytes())?;
         for file in ["tokenizer.json", "generation_config.json"] {
             if source.has_file(file) {
                 source.copy(file, file, part)?;

@@ -14,14 +14,14 @@ use super::{DeviceArgs, ModelArgs, lines, plan, request};
 use crate::chat::{
     ChatConfig, ChatMemory, ChatModel, Ending, Picture, Reply, ReplyEvent, ReplyOptions, Session, TextSampling,
 };
-use crate::checkpoint::{Source, WeightType};
+use crate::checkpoint::{Source, TRANSFORMER, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{Job, Sampling, TRANSFORMER};
-use crate::output::Destination;
-use crate::settings::{self, Settings};
-use crate::size::Size;
+use crate::generate::png_info::{self, PngInfo};
+use crate::generate::{Job, Sampling, Size};
+use crate::io::input;
+use crate::io::output::Destination;
 use crate::terminal::{self, Console, Level, Stop};
-use crate::{input, memory, pixels};
+use crate::{memory, pixels};
 
 /// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a red apple\" -o - | nextflow chat -i - \"what is in the picture?\"";
@@ -410,7 +410,7 @@ impl Host {
 fn png(image: &RgbImage, picture: &Picture, text: &str, sampling: Sampling, seed: u64, model: &str) -> Result<Vec<u8>> {
     let scales = picture.codes().map(|codes| codes.scales.clone()).unwrap_or_default();
     let job = Job { prompt: text.into(), negative: None, scales, sampling, seed };
-    settings::encode(image, &Settings { conversation: true, ..Settings::new(&job, model, image.dimensions()) })
+    png_info::encode(image, &PngInfo { conversation: true, ..PngInfo::new(&job, model, image.dimensions()) })
 }
 
 /// Opens an image for a conversation.

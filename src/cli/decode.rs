@@ -7,10 +7,11 @@ use clap::Args;
 use image::ImageFormat;
 
 use super::{DeviceArgs, ModelArgs, request};
-use crate::codes::Codes;
+use crate::codes::CodeFile;
 use crate::error::{Error, Result};
-use crate::output::{self, Destination};
-use crate::{input, terminal};
+use crate::io::input;
+use crate::io::output::{self, Destination};
+use crate::terminal;
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
@@ -49,7 +50,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     }
     let device = args.device.get()?;
     let codec = args.model.codec()?;
-    let mut codes = Codes::read(&args.codes)?;
+    let mut codes = CodeFile::read(&args.codes)?;
     codes.check(&codec)?;
     if codes.model != codec.name {
         terminal::note(&format!("(these are codes of {}, this is {}: another image)", codes.model, codec.name));

@@ -18,9 +18,9 @@ use super::request::Request;
 use super::{DeviceArgs, ModelArgs};
 use crate::checkpoint::WeightType;
 use crate::error::{Error, Result};
+use crate::generate::png_info::{self, PngInfo};
 use crate::generate::{Batch, Event, Generator, Job, Sampling, sampler};
-use crate::output::Destination;
-use crate::settings::{self, Settings};
+use crate::io::output::Destination;
 use crate::terminal::{self, Console, Level, Preview, Stop};
 use crate::tokenizer::Code;
 
@@ -246,13 +246,13 @@ impl<'a> Delivery<'a> {
         took: Duration,
         to: &Destination,
     ) -> Result<Kept> {
-        let settings = Settings {
+        let settings = PngInfo {
             thought: thought.map(String::from),
             sources: self.edit.iter().flat_map(|edit| &edit.images).map(|path| path.to_string_lossy().into()).collect(),
             free: self.edit.is_some_and(|edit| edit.free),
-            ..Settings::new(job, &self.request.model, image.dimensions())
+            ..PngInfo::new(job, &self.request.model, image.dimensions())
         };
-        let png = settings::encode(image, &settings)?;
+        let png = png_info::encode(image, &settings)?;
         if self.stop.check().is_break() {
             return Err(terminal::interrupted());
         }

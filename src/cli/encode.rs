@@ -6,11 +6,12 @@ use clap::Args;
 use image::ImageFormat;
 
 use super::{DeviceArgs, ModelArgs, request};
-use crate::codes::Codes;
+use crate::codes::CodeFile;
 use crate::error::{Error, Result};
-use crate::output::{self, Destination};
-use crate::size::Size;
-use crate::{input, pixels, terminal};
+use crate::generate::Size;
+use crate::io::input;
+use crate::io::output::{self, Destination};
+use crate::{pixels, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]
@@ -61,7 +62,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let (image, scales) = codec.prepare(&image, size, scales)?;
     let codes = codec.encode(&image, &scales, &device)?;
     let (space, model) = (codec.space(), codec.name);
-    let codes = Codes { model, space, scales, codes };
+    let codes = CodeFile { model, space, scales, codes };
     let bytes =
         match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
             true => codes.to_safetensors()?,

@@ -7,13 +7,12 @@ use clap::{Args, ValueEnum};
 
 use super::{DeviceArgs, ModelArgs};
 use crate::chat::{ChatConfig, ChatModel};
-use crate::checkpoint::WeightType;
+use crate::checkpoint::{TRANSFORMER, WeightType};
+use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
-use crate::generate::{Job, Model, ModelConfig, TRANSFORMER};
-use crate::library::Library;
+use crate::generate::{Job, Model, ModelConfig, Size};
 use crate::scenes::{KINDS, Split};
-use crate::size::Size;
 use crate::terminal::{self, Console, Level};
 
 /// The picture library that `nextflow train data` writes.
@@ -83,8 +82,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let source = args.model.source()?;
     source.check_type(TRANSFORMER, args.quant)?;
     let library = match &args.data {
-        Some(path) => Some(Library::load(path)?),
-        None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),
+        Some(path) => Some(Dataset::load(path)?),
+        None if Path::new(LIBRARY).exists() => Some(Dataset::load(LIBRARY.as_ref())?),
         None => None,
     };
     let of_pictures = [Suite::Recognition, Suite::Reconstruction];

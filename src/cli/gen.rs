@@ -12,12 +12,14 @@ use super::plan::Plan;
 use super::request::{self, Request};
 use super::think;
 use crate::chat::{ChatConfig, ChatModel};
+use crate::checkpoint::TRANSFORMER;
 use crate::error::{Error, Result};
 use crate::generate::cost::{Memory, Work};
-use crate::generate::{Generator, GeneratorConfig, Guidance, Job, TRANSFORMER, tokenflow};
-use crate::settings::{self, Settings};
+use crate::generate::png_info::{self, PngInfo};
+use crate::generate::{Generator, GeneratorConfig, Guidance, Job, tokenflow};
+use crate::io::input;
+use crate::memory;
 use crate::terminal::{self, Console};
-use crate::{input, memory};
 
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
@@ -70,12 +72,12 @@ pub struct GenArgs {
 const MAX_PNG: u64 = 256 << 20;
 
 /// The flags, with what a PNG tells in the place of those that are not there, and all that it tells.
-fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
+fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, PngInfo)> {
     const HINT: &str = "name a PNG that nextflow gen drew; other programs may have taken the text out of it";
     let other = |why: &str| Error::usage(format!("{} {why}", input::shown(path)));
     let png = input::piped(path, MAX_PNG, HINT)?;
-    let Some(old) = Settings::of_png(&png) else {
-        return Err(match settings::stranger(&png) {
+    let Some(old) = PngInfo::of_png(&png) else {
+        return Err(match png_info::stranger(&png) {
             Some(what) => other(&what).hint("name a PNG that nextflow gen drew"),
             None => other("does not tell how it was drawn").hint(HINT),
         });

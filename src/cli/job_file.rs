@@ -9,9 +9,10 @@ use super::DrawArgs;
 use super::job_line::{EXAMPLE, Line};
 use super::request::{self, Request};
 use crate::error::{Error, Result};
-use crate::generate::Job;
-use crate::output::{self, Destination, slug};
-use crate::{input, settings, terminal, text};
+use crate::generate::{Job, png_info};
+use crate::io::input;
+use crate::io::output::{self, Destination, slug};
+use crate::{terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
 const MAX_LINE: u64 = 1 << 20;
@@ -271,7 +272,7 @@ impl<'a> Jobs<'a> {
         let place = match path.symlink_metadata() {
             Err(_) => Place::Free,
             // Without one of these flags it makes no difference what the file is.
-            Ok(_) if path.is_file() && self.reading.resume && settings::is_whole_png(&path) => Place::Image,
+            Ok(_) if path.is_file() && self.reading.resume && png_info::is_whole_png(&path) => Place::Image,
             Ok(_) if path.is_file() => Place::Other,
             Ok(_) => {
                 let message = format!("{} exists and is not an image", path.display());

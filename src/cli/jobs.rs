@@ -11,12 +11,14 @@ use super::draw::{Delivery, Line};
 use super::r#gen::{self, GenArgs};
 use super::job_file::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
 use super::request::Request;
+use crate::checkpoint::TRANSFORMER;
 use crate::error::{Error, Kind, Result};
 use crate::generate::cost::{Memory, Work};
-use crate::generate::{Generator, Job, TRANSFORMER, schedule};
-use crate::output::Destination;
+use crate::generate::{Generator, Job, schedule};
+use crate::io::output::Destination;
+use crate::io::{input, output};
+use crate::memory;
 use crate::terminal::{self, Console};
-use crate::{input, memory, output};
 
 /// Flags for files of jobs.
 #[derive(Args, Clone, Debug, Default)]

@@ -47,7 +47,8 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
-use crate::{input, terminal};
+use crate::io::input;
+use crate::terminal;
 
 /// Draw images from a terminal with NextFlow.
 #[derive(Debug, Parser)]

@@ -6,12 +6,11 @@ use clap::Args;
 #[cfg(feature = "hub")]
 use clap::builder::FalseyValueParser;
 
-use crate::checkpoint::Source;
-use crate::codec::Codec;
+use crate::checkpoint::{Source, TRANSFORMER};
+use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
 #[cfg(feature = "hub")]
-use crate::generate::tokenflow;
-use crate::generate::{TRANSFORMER, infinity};
+use crate::generate::{infinity, tokenflow};
 #[cfg(feature = "hub")]
 use crate::hub;
 
@@ -66,15 +65,17 @@ impl ModelArgs {
     /// Infinity in a folder.
     ///
     /// Errors: as [`Self::source`].
-    pub fn codec(&self) -> Result<Codec> {
+    pub fn codec(&self) -> Result<TokenizerSource> {
         match self.name().map(Path::new) {
-            Some(file) if file.is_file() => Codec::of_file(file),
+            Some(file) if file.is_file() => TokenizerSource::of_file(file),
             // A folder with nothing but image tokenizers is no model.
-            Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => match Codec::of_folder(folder)? {
-                Some(codec) => Ok(codec),
-                None => Codec::of_model(self.source()?),
-            },
-            _ => Codec::of_model(self.source()?),
+            Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => {
+                match TokenizerSource::of_folder(folder)? {
+                    Some(codec) => Ok(codec),
+                    None => TokenizerSource::of_model(self.source()?),
+                }
+            }
+            _ => TokenizerSource::of_model(self.source()?),
         }
     }
 

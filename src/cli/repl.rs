@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use super::chat::{self, Ask, Host};
 use super::lines::{self, Lines};
 use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
-use crate::checkpoint;
 use crate::error::{Error, Kind, Result};
-use crate::size::Size;
-use crate::{input, output, terminal};
+use crate::generate::Size;
+use crate::io::{input, output};
+use crate::terminal;
 
 const HELP: &str = "\
 /image FILE    show an image with the next message; a file may be dropped on the terminal
@@ -324,7 +324,7 @@ impl<'a> Repl<'a> {
         let turns = turns.map(|turn| SavedTurn { role: turn.role, parts: turn.parts.iter().map(part).collect() });
         let saved = Saved { system: self.session.system().into(), turns: turns.collect() };
         let json = serde_json::to_vec_pretty(&saved).map_err(|e| Error::new(Kind::Failure, e.to_string()))?;
-        checkpoint::write(path, &json)
+        output::write(path, &json)
     }
 
     /// Everything is read before anything changes.

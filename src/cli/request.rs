@@ -8,12 +8,11 @@ use candle_core::Device;
 
 use super::per_scale::PerScale;
 use super::{DrawArgs, PromptArgs};
-use crate::checkpoint::{Source, WeightType};
+use crate::checkpoint::{Source, TRANSFORMER, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, TRANSFORMER};
-use crate::input::{self, shown};
-use crate::output::{self, Destination};
-use crate::size::Size;
+use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, Size};
+use crate::io::input::{self, shown};
+use crate::io::output::{self, Destination};
 use crate::text;
 
 /// What to draw, with what, and where to.

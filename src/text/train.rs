@@ -12,6 +12,7 @@ use tokenizers::{AddedToken, NormalizerWrapper, SplitDelimiterBehavior, Tokenize
 
 use super::{Text, bad};
 use crate::error::{Error, Result};
+use crate::io::output;
 
 /// Control tokens of a text tokenizer of our own: what begins and ends a message.
 const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
@@ -60,7 +61,7 @@ impl Text {
     /// Errors: a file that cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let json = self.to_json().and_then(|file| serde_json::to_string_pretty(&file)).map_err(|e| bad(&e))?;
-        crate::checkpoint::write(path, json.as_bytes())
+        output::write(path, json.as_bytes())
     }
 
     fn to_json(&self) -> serde_json::Result<Value> {

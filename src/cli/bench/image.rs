@@ -11,15 +11,12 @@ use super::{BenchArgs, Shape, gb};
 use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
 #[cfg(feature = "nano")]
-use crate::checkpoint::Source;
-use crate::checkpoint::{Matrices, WeightType, Weights};
+use crate::checkpoint::{Matrices, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::Result;
 #[cfg(feature = "nano")]
-use crate::generate::TRANSFORMER;
 use crate::generate::cost::{self, Work};
-use crate::generate::inputs::NextInput;
-use crate::generate::{Batch, Event, ModelConfig, Prefix, draw_after, tokenflow};
-use crate::size::Size;
+use crate::generate::next_input::NextInput;
+use crate::generate::{Batch, Event, ModelConfig, Prefix, Size, draw_after, tokenflow};
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
 use crate::{memory, terminal};
 

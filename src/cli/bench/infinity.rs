@@ -12,7 +12,7 @@ use crate::checkpoint::{WeightType, Weights};
 use crate::error::Result;
 use crate::generate::cost::{Memory, Work};
 use crate::generate::infinity::{InfinityRows, InfinitySetup, Variant, lattice};
-use crate::generate::inputs::NextInput;
+use crate::generate::next_input::NextInput;
 use crate::generate::{Batch, Event, draw_codes};
 use crate::infinity::{Infinity, InfinityConfig};
 use crate::t5::{self, Encoder};

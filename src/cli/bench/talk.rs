@@ -8,13 +8,11 @@ use serde::Serialize;
 
 use super::machine::Machine;
 use super::{BenchArgs, gb};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Rope, Step};
+use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Layout, Rope, Step};
 use crate::chat::ChatConfig;
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::cost;
-use crate::size::Size;
+use crate::generate::{Size, cost};
 use crate::vision::{Patches, VisionConfig};
 use crate::{memory, terminal};
 
