@@ -369,7 +369,7 @@ fn text_behind_the_pixels_draws_again() {
     assert!(fs::read(here.join("again.png")).unwrap() == png);
     fs::write(here.join("bare.png"), [&head[..], rest].concat()).unwrap();
     fs::write(here.join("photo.jpg"), b"\xff\xd8\xff\xe0").unwrap();
-    for (name, part) in [("bare.png", "does not tell how it was drawn"), ("photo.jpg", "is no PNG")] {
+    for (name, part) in [("bare.png", "holds no nextflow settings"), ("photo.jpg", "is no PNG")] {
         let output = command(here, &["--from", name]).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(2) && stderr.contains(part), "{stderr}");

@@ -16,7 +16,6 @@ use rayon::prelude::*;
 pub use block::{Context, Step};
 pub use cache::Cache;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
-pub(crate) use config::{MAX_LAYERS, check_sizes};
 pub use layout::Layout;
 pub use rope::{Position, Rope};
 pub use rope_scaling::RopeScaling;

@@ -1,4 +1,4 @@
-//! `nextflow info`: what a model, or a file of weights, is.
+//! `nextflow info`: describe a model or a weights file.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -23,11 +23,10 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what
-    /// NEXTFLOW_MODEL names, else the model inside the program]
+    /// Model folder, or weights file (.safetensors, .pt, .pth or .gguf) [default: NEXTFLOW_MODEL, else the built-in model]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
-    /// Print JSON in place of text
+    /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
 }

@@ -10,7 +10,7 @@ use crate::checkpoint::{TRANSFORMER, Weights};
 use crate::dataset::{Dataset, SIDE};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
-use crate::io::input;
+use crate::io::{input, output};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 use crate::train::pool::{Pool, PoolSizes};
@@ -185,7 +185,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let scenes = (0..4000).flat_map(|i| dataset.scene(i, SIDE, SIDE).captions);
             let several = (0..4000).flat_map(|i| dataset.several(dataset.everyday(), i).captions);
             let captions = concepts.chain(scenes).chain(several);
-            crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
+            let text = crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?;
+            output::write(&run.file("tokenizer.json"), text.to_file()?.as_bytes())
         }
         Step::Semantic(plan) => {
             train::semantic::train(&run, &dataset, &text()?, plan.batch.get(), &plan.hyperparameters())

@@ -225,7 +225,7 @@ pub fn stranger(file: &[u8]) -> Option<String> {
         return Some(format!("was drawn by another program, {program}"));
     }
     let software = text(&info, "Software")?.chars().take(60).collect::<String>();
-    Some(format!("was written by another program, {software}, and does not tell how it was drawn"))
+    Some(format!("was written by another program, {software}, and holds no nextflow settings"))
 }
 
 /// The largest PNG of which [`is_whole_png`] is asked, in bytes.

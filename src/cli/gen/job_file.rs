@@ -5,9 +5,9 @@ use std::io::{BufRead, Cursor, Read};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use super::DrawArgs;
 use super::job_line::{EXAMPLE, Line};
-use super::request::{self, Request};
+use crate::cli::SamplingArgs;
+use crate::cli::request::{self, Request};
 use crate::error::{Error, Result};
 use crate::generate::{Job, png_info};
 use crate::io::input;
@@ -99,7 +99,7 @@ pub struct Reading<'a> {
     /// What the model is, and where images go.
     pub request: &'a Request,
     /// Settings of lines that tell none.
-    pub flags: &'a DrawArgs,
+    pub flags: &'a SamplingArgs,
     /// Scales that lines that do not tell leave out, in place of the model's.
     pub draft: Option<usize>,
     /// Images go below this folder.
