@@ -9,7 +9,7 @@ use super::delivery::Delivery;
 use super::request::{Request, TEMPLATE_TOKENS};
 use super::run::{Load, Plan};
 use super::{DrawArgs, PromptArgs};
-use crate::chat::{ChatConfig, ChatModel, Frame, ReplyEvent, ReplyOptions, Session};
+use crate::chat::{ChatConfig, ChatModel, Letterbox, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::schedule;
 use crate::pixels;
@@ -51,19 +51,24 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     if args.free && request.sampling.cfg == 0.0 {
         return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
     }
-    let frame = Frame::of(model, first.dimensions(), request.size)?;
-    args.draw.sampling.check_scales(&request.sampling, frame.scales.len())?;
+    let letterbox = Letterbox::of(model, first.dimensions(), request.size)?;
+    args.draw.sampling.check_scales(&request.sampling, letterbox.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
     let said = read.sum::<Result<usize>>()? + request.tokens + TEMPLATE_TOKENS;
     config.room(said)?;
-    let tokens = said + THOUGHT + schedule::codes(&frame.scales);
-    let memory =
-        config.memory(Some(&request.source), request.weights, tokens, frame.scales.last().copied(), &request.device)?;
+    let tokens = said + THOUGHT + schedule::codes(&letterbox.scales);
+    let memory = config.memory(
+        Some(&request.source),
+        request.weights,
+        tokens,
+        letterbox.scales.last().copied(),
+        &request.device,
+    )?;
     let preview = args.draw.output.preview(args.draw.report.verbose)?;
     if args.draw.report.dry_run {
         ChatModel::check(&request.source, &config)?;
-        let plan = Plan::new(&request, frame.size(), &frame.scales, memory, memory.peak());
+        let plan = Plan::new(&request, letterbox.size(), &letterbox.scales, memory, memory.peak());
         return plan.emit(args.draw.report.json, &memory.parts());
     }
     let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
@@ -71,7 +76,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let mut run = load.start(args.draw.report.level(), request.images())?;
     let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
     let model = run.console.load(&request.model, load)?;
-    let mut pictures = vec![model.encode("$1", &frame.fit(first), &frame.scales)?];
+    let mut pictures = vec![model.encode("$1", &letterbox.apply(first), &letterbox.scales)?];
     for (n, image) in sources.iter().enumerate().skip(1) {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
@@ -79,7 +84,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let mut delivery = Delivery::new(&request, run, args.draw.report.json);
     (delivery.preview, delivery.free) = (preview, args.free);
     delivery.sources = args.images.iter().map(|path| path.to_string_lossy().into()).collect();
-    for job in request.jobs(&frame.scales) {
+    for job in request.jobs(&letterbox.scales) {
         let started = Instant::now();
         delivery.console.start(1);
         let options = ReplyOptions {
@@ -89,14 +94,14 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
             seed: job.seed,
             guide_from_sources: !args.free,
         };
-        let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&frame.scales), &mut |heard| {
-            let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(frame.cut(&model.pixels(codes, scales)?));
+        let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&letterbox.scales), &mut |heard| {
+            let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(letterbox.crop(&model.pixels(codes, scales)?));
             match heard {
                 ReplyEvent::Drawing(event) => delivery.event(&event, pixels),
                 _ => delivery.stop.check(),
             }
         })?;
-        let image = frame.cut(&model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?);
+        let image = letterbox.crop(&model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?);
         // The sources stay in the cache for the next one.
         session.undo();
         let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());

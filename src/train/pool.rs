@@ -162,7 +162,7 @@ impl Shelf {
 
     /// One item: a share of `shapes`; of the others single concepts on white 77%, on a colour 11.5%, several things 11.5%; of
     /// the kinds that there are.
-    pub fn draw(&self, rng: &Rng, shapes: f64) -> &Item {
+    pub fn sample(&self, rng: &Rng, shapes: f64) -> &Item {
         let things = |share: f64| share * (1.0 - shapes);
         let kinds = [
             (&self.plain, things(0.77)),

@@ -168,7 +168,7 @@ impl Lesson<'_> {
         let draws = |i: usize, purpose: u64| self.rng(i as u64, purpose << 32 | step as u64);
         let sequences = (0..size).into_par_iter().map(|i| {
             let (rng, noise) = (draws(i, 1), draws(i, 2));
-            let item = shelf.draw(&rng, shapes);
+            let item = shelf.sample(&rng, shapes);
             let mut sequence = Sequence::default();
             if rng.uniform(100) >= CAPTION_DROP {
                 sequence.push_words(item.caption(&rng));
