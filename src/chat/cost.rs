@@ -5,11 +5,10 @@ use serde::Serialize;
 
 use super::session::CHUNK;
 use super::{ChatConfig, ChatModel};
-use crate::chat::Frame;
-use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
+use crate::chat::Letterbox;
+use crate::checkpoint::{Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::{TRANSFORMER, cost, schedule};
-use crate::size::Size;
+use crate::generate::{Size, cost, schedule};
 use crate::tokenizer::ImageTokenizer;
 use crate::vision::VisionTower;
 
@@ -48,7 +47,7 @@ impl ChatConfig {
     /// Errors: usage, for an image that is too narrow, or if the model sees none.
     pub fn image_tokens(&self, size: (u32, u32)) -> Result<((usize, usize), usize)> {
         if let Some(config) = &self.drawing {
-            let scales = Frame::of(config, size, Size::Auto)?.scales;
+            let scales = Letterbox::of(config, size, Size::Auto)?.scales;
             let last = scales.last().copied().unwrap_or_default();
             let whole = if config.backbone.context_last_scale { last.0 * last.1 } else { 0 };
             return Ok((last, 1 + schedule::codes(&scales) + whole));

@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::Tensor;
 
 use super::template::{Piece, Pieces};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, BackboneConfig, Step};
+use crate::backbone::{Backbone, BackboneConfig, Layout, Step};
 use crate::error::{Error, Kind, Result};
 use crate::generate::ImageCodes;
-use crate::generate::inputs::NextInput;
+use crate::generate::next_input::NextInput;
 use crate::tokenizer::Quantizer;
 
 /// An image as the transformer reads it.
@@ -29,12 +28,12 @@ enum Seen {
     /// The features of an image encoder, (h * w, hidden), for a grid (height, width).
     Patches(Tensor, (usize, usize)),
     /// Codes, scale by scale.
-    Codes(Arc<Codes>),
+    Codes(Arc<PictureCodes>),
 }
 
 /// An image in codes.
 #[derive(Debug)]
-pub struct Codes {
+pub struct PictureCodes {
     /// Of every scale, coarse to fine, each row-major.
     pub codes: ImageCodes,
     /// Grids (height, width).
@@ -61,7 +60,7 @@ impl Picture {
         if let (true, Some(&grid)) = (config.context_last_scale, scales.last()) {
             inputs.push(quantizer.accumulate(&codes, scales, grid));
         }
-        Ok(Self::new(name, Seen::Codes(Arc::new(Codes { codes, scales: scales.into(), inputs }))))
+        Ok(Self::new(name, Seen::Codes(Arc::new(PictureCodes { codes, scales: scales.into(), inputs }))))
     }
 
     fn new(name: &str, seen: Seen) -> Self {
@@ -74,7 +73,7 @@ impl Picture {
     }
 
     /// The codes, where it is read as codes.
-    pub fn codes(&self) -> Option<&Codes> {
+    pub fn codes(&self) -> Option<&PictureCodes> {
         match &self.seen {
             Seen::Codes(codes) => Some(codes),
             Seen::Patches(..) => None,
@@ -99,7 +98,7 @@ impl Picture {
     }
 }
 
-impl Codes {
+impl PictureCodes {
     /// Grids of the inputs: the scales' from the second on, and once more the last one's.
     fn grids(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         self.scales.iter().skip(1).chain(self.scales.last()).copied()

@@ -10,8 +10,7 @@ use serde_json::Value;
 use super::picture::{Script, Token, passes};
 use super::session::Row;
 use super::*;
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Context, Rope};
+use crate::backbone::{Context, Layout, Rope};
 #[cfg(feature = "nano")]
 use crate::generate::Sampling;
 #[cfg(feature = "nano")]
@@ -164,10 +163,10 @@ fn texts_become_the_ids_of_the_reference() {
         let said = case["text"].as_str().unwrap();
         let ids = text.encode(said).unwrap();
         assert_eq!(ids, numbers(&case["ids"]), "{said:?}");
-        let mut speech = Speech::default();
-        let parts: Vec<String> = ids.iter().map(|&id| speech.push(id, &text).unwrap()).collect();
+        let mut detokenizer = Detokenizer::default();
+        let parts: Vec<String> = ids.iter().map(|&id| detokenizer.push(id, &text).unwrap()).collect();
         assert!(parts.iter().all(|part| !part.contains('\u{fffd}')), "{parts:?}");
-        let spoken = parts.concat() + &speech.finish(&text).unwrap();
+        let spoken = parts.concat() + &detokenizer.finish(&text).unwrap();
         assert_eq!(spoken, text.decode(&ids).unwrap());
     }
     assert_eq!(text.control("<|im_start|>"), Some(151_644));

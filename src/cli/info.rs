@@ -1,4 +1,4 @@
-//! `nextflow info`: what a model, or a file of weights, is.
+//! `nextflow info`: describe a model or a weights file.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -7,16 +7,15 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::chat::{self, ChatConfig};
-use crate::checkpoint::{FileSummary, Fit, Inventory, NANO, Source, Weights};
-use crate::codec;
+use crate::checkpoint::{FileSummary, Fit, IMAGE_TOKENIZER, Inventory, NANO, Source, TRANSFORMER, Weights};
 use crate::error::{Error, Result};
 use crate::generate::infinity::{self, InfinitySetup, Variant};
-use crate::generate::{IMAGE_TOKENIZER, ModelConfig, TRANSFORMER, tokenflow};
+use crate::generate::{ModelConfig, tokenflow};
 use crate::infinity::{Infinity, InfinityConfig};
-use crate::input::quoted;
+use crate::io::input::quoted;
 use crate::t5::TextEncoder;
-use crate::terminal;
 use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig};
+use crate::{codes, terminal};
 
 /// How many keys of a list are shown.
 const SHOWN: usize = 5;
@@ -24,11 +23,10 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// A model folder, or a file of weights (.safetensors, .pt, .pth or .gguf) [default: what
-    /// NEXTFLOW_MODEL names, else the model inside the program]
+    /// Model folder, or weights file (.safetensors, .pt, .pth or .gguf) [default: NEXTFLOW_MODEL, else the built-in model]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
-    /// Print JSON in place of text
+    /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
 }
@@ -192,7 +190,7 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         return Ok(Info { family, config: None, files, words: None, fit });
     }
     if inventory.has("quantize.embedding_vqgan.weight") {
-        let (preset, fit) = codec::nearest(inventory)?;
+        let (preset, fit) = codes::nearest(inventory)?;
         let config = serde_json::to_value(&preset.config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
         return Ok(Info {
             family: format!("TokenFlow image tokenizer {}", preset.name),

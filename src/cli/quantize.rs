@@ -25,7 +25,7 @@ pub struct QuantizeArgs {
     /// Type of the transformer's weights
     #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = WeightType::Q8_0)]
     pub weights: WeightType,
-    /// Write the new model folder here; it must not exist
+    /// New model folder; must not exist
     #[arg(short, long, value_name = "FOLDER")]
     pub output: PathBuf,
 }

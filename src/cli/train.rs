@@ -6,21 +6,21 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
 
-use crate::checkpoint::{Source, WeightType, Weights};
+use crate::checkpoint::{Source, TRANSFORMER, WeightType, Weights};
+use crate::dataset::{Dataset, SIDE};
 use crate::error::{Error, Result};
-use crate::generate::{Model, Sampling, TRANSFORMER};
-use crate::library::{Library, SIDE};
-use crate::terminal;
+use crate::generate::{Model, Sampling};
+use crate::io::{input, output};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
-use crate::train::dataset::Dataset;
 use crate::train::pool::{Pool, PoolSizes};
 use crate::train::refine_pool::{RefinePool, RefinePoolSizes};
 use crate::train::run::Run;
+use crate::train::samples::Samples;
 use crate::train::tokenizer::Stage;
 use crate::train::transformer::Lesson;
 use crate::train::{self, Hyperparameters};
-use crate::{device, input};
+use crate::{device, terminal};
 
 /// Train nano, step by step.
 #[derive(Debug, Args)]
@@ -175,11 +175,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 let message = format!("{} already exists", input::shown(&args.data));
                 return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
             }
-            Some(folder) => Library::from_folder(folder)?,
+            Some(folder) => Dataset::from_folder(folder)?,
             None => train::prepare::prepare(packages, *side)?,
         };
         // What cannot be trained on is not written.
-        Dataset::new(&library, 0)?;
+        Samples::new(&library, 0)?;
         library.save(&args.data)?;
         let held_out = library.concepts.iter().filter(|c| c.held_out).count();
         let (path, pictures, concepts) = (args.data.display(), library.pictures.len(), library.concepts.len());
@@ -205,8 +205,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         let sizes = RefinePoolSizes { things, draws: *draws, scenes: *scenes, several: *several };
         return refiner(args, &run, model.as_deref(), sizes, plan);
     }
-    let library = Library::load(&args.data)?;
-    let dataset = Dataset::new(&library, run.seed(&args.step.name()))?;
+    let library = Dataset::load(&args.data)?;
+    let dataset = Samples::new(&library, run.seed(&args.step.name()))?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
         Step::Data { .. } | Step::Refiner { .. } | Step::Export { .. } => Ok(()),
@@ -215,7 +215,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let scenes = (0..4000).flat_map(|i| dataset.scene(i, SIDE, SIDE).captions);
             let several = (0..4000).flat_map(|i| dataset.several(dataset.everyday(), i, SIDE).captions);
             let captions = concepts.chain(scenes).chain(several);
-            crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
+            let text = crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?;
+            output::write(&run.file("tokenizer.json"), text.to_file()?.as_bytes())
         }
         Step::Semantic(plan) => {
             train::semantic::train(&run, &dataset, &text()?, plan.batch.get(), &plan.hyperparameters())
@@ -262,7 +263,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 
 /// Trains the refiner.
 fn refiner(args: &TrainArgs, run: &Run, model: Option<&str>, sizes: RefinePoolSizes, plan: &Plan) -> Result<()> {
-    let library = Library::load_any(&args.data)?;
+    let library = Dataset::load_any(&args.data)?;
     let side = SIDE * run.recipe.refiner.upscale;
     if library.side() != side {
         let message =
@@ -270,7 +271,7 @@ fn refiner(args: &TrainArgs, run: &Run, model: Option<&str>, sizes: RefinePoolSi
         return Err(Error::usage(message)
             .hint(format!("nextflow train data --side {side} --data data/library-{side}.safetensors")));
     }
-    let dataset = Dataset::new(&library, run.seed("refiner"))?;
+    let dataset = Samples::new(&library, run.seed("refiner"))?;
     let source = Source::parse(model)?;
     let model = Model::load(&source, &run.device, None)?;
     let config = model.config();

@@ -10,7 +10,7 @@ use super::infinity::{self, FeatureStore, InfinityModel, InfinitySetup};
 use super::{Batch, Model, ModelConfig, Observer, PromptCounter, Sampling};
 use crate::checkpoint::{FileSummary, Fit, Source, WeightType};
 use crate::error::{Error, Result};
-use crate::size::Size;
+use crate::generate::Size;
 use crate::t5::TextEncoder;
 use crate::tokenizer::Code;
 

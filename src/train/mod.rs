@@ -1,7 +1,7 @@
 //! The trainer: data, the tokenizer's stages, the transformer, and the checkpoint that ships.
 
 mod codebook;
-pub mod dataset;
+
 pub mod dialogue;
 pub mod export;
 pub(crate) mod loss;
@@ -14,6 +14,7 @@ pub mod recipe;
 pub mod refine_pool;
 pub mod refiner;
 pub mod run;
+pub mod samples;
 pub mod semantic;
 mod sequence;
 pub mod tokenizer;

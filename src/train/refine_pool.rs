@@ -7,10 +7,10 @@
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::dataset::{Dataset, Sample};
+use super::samples::{Sample, Samples};
+use crate::dataset::{Canvas, SIDE};
 use crate::error;
 use crate::generate::{Batch, Event, Model, sampler};
-use crate::library::{Canvas, SIDE};
 use crate::pixels::{self, GridResampling};
 use crate::rng::Rng;
 use crate::scenes::BACKGROUNDS;
@@ -56,7 +56,7 @@ pub struct RefinePoolSizes {
 
 /// All items.
 pub struct RefinePool<'a> {
-    dataset: &'a Dataset<'a>,
+    dataset: &'a Samples<'a>,
     /// Pixels of a target, along each side.
     side: usize,
     /// Single things; compositions.
@@ -75,7 +75,7 @@ const SINGLES: f64 = 0.8;
 impl<'a> RefinePool<'a> {
     /// Draws and encodes everything; targets have `side` pixels along each side.
     pub fn build(
-        dataset: &'a Dataset<'a>,
+        dataset: &'a Samples<'a>,
         (model, tokenizer, text): (&Model, &ImageTokenizer, &Text),
         correction: &SelfCorrection,
         sizes: RefinePoolSizes,

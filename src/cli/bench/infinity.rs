@@ -9,15 +9,17 @@ use serde::Serialize;
 use super::machine::Machine;
 use super::{BenchArgs, gb};
 use crate::checkpoint::{WeightType, Weights};
+use crate::cli::run::{Load, Run};
 use crate::error::Result;
 use crate::generate::cost::{Memory, Work};
 use crate::generate::infinity::{InfinityRows, InfinitySetup, Variant, lattice};
-use crate::generate::inputs::NextInput;
+use crate::generate::next_input::NextInput;
 use crate::generate::{Batch, Event, draw_codes};
 use crate::infinity::{Infinity, InfinityConfig};
+use crate::memory;
 use crate::t5::{self, Encoder};
+use crate::terminal::{self, Level};
 use crate::tokenizer::{BitPreset, ImageDecoder};
-use crate::{memory, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -71,8 +73,13 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
     let images = args.batch as usize;
     let work = Work { scales: &scales, images, words, sampling: &setup.sampling };
     let needed = setup.memory(None, args.quant, work, &device)?;
-    memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
-    let stop = terminal::interrupts()?;
+    let load = Load {
+        source: None,
+        device: &device,
+        peak: needed.peak(),
+        smaller: "--quant q8_0, --quant q4_K, or a smaller --size or --batch",
+    };
+    let Run { stop, .. } = load.start(Level::Quiet, 1)?;
     let (phases, seconds) = measure(&setup, args, &scales, words, &device, &needed, &mut |_| stop.check())?;
 
     let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());

@@ -1,4 +1,4 @@
-//! `nextflow bench`: how fast a model's shape runs here, with random weights.
+//! `nextflow bench`: speed and memory of a model on this machine, with random weights.
 
 mod image;
 mod infinity;
@@ -49,39 +49,39 @@ pub enum Shape {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  nextflow bench --synthetic nextflow-7b --quant q8_0 --size 256x256")]
 pub struct BenchArgs {
-    /// Random weights of these shapes
+    /// Model whose shapes get random weights
     #[arg(long, value_name = "PRESET", value_enum)]
     pub synthetic: Shape,
-    /// Keep the transformer's weights in this type [default: f32 on a CPU, bf16 on a GPU]
-    #[arg(long, value_name = "TYPE", value_enum)]
+    /// Type of the transformer's weights: f32, bf16, f16, q8_0 or q4_K [default: f32 on a CPU, bf16 on a GPU]
+    #[arg(long, value_name = "TYPE", value_enum, hide_possible_values = true)]
     pub quant: Option<WeightType>,
-    /// The image: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the largest square, 448x448 for Qwen2.5-VL)
+    /// Image size: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (largest square; 448x448 for Qwen2.5-VL)
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Text tokens of the prompt [default: 16, 512 for Qwen2.5]
+    /// Length of the prompt, in tokens [default: 16, 512 for Qwen2.5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub prompt: Option<u32>,
-    /// Images in a row: of several the first warms up, and the median of the others is reported
+    /// Images to draw one after the other; of several, the first is a warm-up and the median of the others is reported
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub images: u32,
-    /// Images that are drawn in one pass over every scale
+    /// Images per pass
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub batch: u32,
     /// Guide the first N scales only [default: all]
     #[arg(long, value_name = "N")]
     pub cfg_until: Option<usize>,
-    /// Leave out the last N scales
+    /// Skip the last N scales
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub draft: usize,
-    /// Words that Qwen2.5 answers
+    /// Tokens that Qwen2.5 generates
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub words: u32,
-    /// What computes.
-    #[command(flatten)]
-    pub device: DeviceArgs,
-    /// Print JSON in place of a table
+    /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
+    /// The device.
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// Runs `nextflow bench`.
@@ -101,7 +101,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
-/// Bytes for people.
+/// Bytes, readable.
 fn gb(bytes: u64) -> String {
     match bytes as f64 {
         b if b >= 1e9 => format!("{:.2} GB", b / 1e9),

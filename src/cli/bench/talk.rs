@@ -8,15 +8,15 @@ use serde::Serialize;
 
 use super::machine::Machine;
 use super::{BenchArgs, gb};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Rope, Step};
+use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Layout, Rope, Step};
 use crate::chat::ChatConfig;
 use crate::checkpoint::{WeightType, Weights};
+use crate::cli::run::{Load, Run};
 use crate::error::{Error, Result};
-use crate::generate::cost;
-use crate::size::Size;
+use crate::generate::{Size, cost};
+use crate::memory;
+use crate::terminal::{self, Level};
 use crate::vision::{Patches, VisionConfig};
-use crate::{memory, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -67,9 +67,14 @@ pub(super) fn run(
     let seen = image.as_ref().map_or(0, |((h, w), _)| h * w);
     let total = seen + prompt + words;
     let forecast = config.memory(None, args.quant, total, image.as_ref().map(|(grid, _)| *grid), &device)?;
-    memory::check(forecast.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size")?;
+    let load = Load {
+        source: None,
+        device: &device,
+        peak: forecast.peak(),
+        smaller: "--quant q8_0, --quant q4_K, or a smaller --size",
+    };
+    let Run { stop, .. } = load.start(Level::Quiet, 1)?;
     let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-    let stop = terminal::interrupts()?;
     let started = Instant::now();
     let (backbone, tower) = config.build(&Weights::synthetic(dtype, &device).with_matrices(matrices))?;
     let load_seconds = started.elapsed().as_secs_f64();
