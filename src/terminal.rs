@@ -177,6 +177,7 @@ impl Console {
             Event::Prompt { tokens } => format!("prompt of {tokens} tokens"),
             Event::Scale { codes, scales, drawn } => self.scale(codes.len(), &scales[..*drawn]),
             Event::Decode => "decoding pixels".into(),
+            Event::Refine { step, steps } => format!("refining: step {step}/{steps}"),
         };
         let text = match self.drawn {
             _ if self.images <= 1 => text,

@@ -106,8 +106,8 @@ fn the_loop_draws_the_references_codes() {
     let (backbone, q) = (backbone(&TINY), quantizer());
     for (run, cfg, passes) in RUNS {
         let golden = golden(run);
-        let refine = vec![Filter { top_k: Some(1), top_p: 1.0 }; passes - 1];
-        let sampling = Sampling { cfg, top_k: Some(1), refine, ..Sampling::default() };
+        let later_passes = vec![Filter { top_k: Some(1), top_p: 1.0 }; passes - 1];
+        let sampling = Sampling { cfg, top_k: Some(1), later_passes, ..Sampling::default() };
         let batch = Batch { scales: &SCALES, sampling: &sampling, seeds: &[0, 0] };
         let mut prompts: Vec<[Prefix; 2]> = (0..2).map(|row| prefixes(&golden, row)).collect();
         let unconditional = prompts[0][1].clone();

@@ -52,6 +52,8 @@ pub(crate) use weights::placeholder;
 pub const TRANSFORMER: &str = "model.safetensors";
 /// The file of the image tokenizer's weights in a model folder.
 pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
+/// The file of the refiner's weights in a model folder that has one.
+pub const REFINER: &str = "refiner.safetensors";
 
 #[cfg(test)]
 mod tests;

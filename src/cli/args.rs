@@ -77,6 +77,12 @@ pub struct SamplingArgs {
     /// Sample from the most likely codes whose probabilities sum to P; 1 is off [default: the model's]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
+    /// Refine the image by diffusion in STEPS steps, to twice its size [default: as the model does; edit: off]
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, require_equals = true, conflicts_with = "no_refine")]
+    pub refine: Option<Option<usize>>,
+    /// Do not refine the image
+    #[arg(long)]
+    pub no_refine: bool,
 }
 
 /// A seed, as typed.

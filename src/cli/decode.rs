@@ -1,17 +1,25 @@
 //! `nextflow decode`: convert codes to an image.
 
+use std::ffi::OsString;
 use std::io::Cursor;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
+use candle_core::Device;
 use clap::Args;
-use image::ImageFormat;
+use image::{ImageFormat, RgbImage};
 
 use super::{DeviceArgs, ModelArgs, request};
+use crate::checkpoint::Source;
 use crate::codes::CodeFile;
 use crate::error::{Error, Result};
+use crate::generate::refinement::{self, Refined, Refinement};
+use crate::generate::{Event, ModelConfig};
 use crate::io::input;
 use crate::io::output::{self, Destination};
 use crate::terminal;
+use crate::text;
+use crate::tokenizer::TableDecoder;
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
@@ -28,12 +36,48 @@ pub struct DecodeArgs {
     /// Overwrite an existing file
     #[arg(long)]
     pub force: bool,
+    /// Refine the image by diffusion in STEPS steps, to twice its size
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, require_equals = true)]
+    pub refine: Option<Option<usize>>,
+    /// With --refine: what the image shows
+    #[arg(long, value_name = "TEXT", requires = "refine")]
+    pub caption: Option<OsString>,
+    /// With --refine: random seed
+    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "refine")]
+    pub seed: u64,
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
+}
+
+/// What refines: the model, the number of steps and the caption.
+fn checked(args: &DecodeArgs, steps: Option<usize>) -> Result<(Source, ModelConfig, usize, String)> {
+    request::check_refine(steps)?;
+    let source = args.model.source()?;
+    let config = ModelConfig::read(&source)?;
+    let Some(refiner) = &config.refiner else { return Err(refinement::none(&config.name)) };
+    let steps = steps.unwrap_or(refiner.steps);
+    let caption = args.caption.as_ref().map(|text| text::check_prompt(text.as_encoded_bytes())).transpose()?;
+    Ok((source, config, steps, caption.unwrap_or_default()))
+}
+
+/// The image of `codes`, refined.
+fn refined(
+    image: RgbImage,
+    codes: &CodeFile,
+    (source, config, device): (&Source, &ModelConfig, &Device),
+    (steps, caption, seed): (usize, &str, u64),
+) -> Result<RgbImage> {
+    let refinement = Refinement::load(source, config, (device, None))?;
+    let images = config.load_images(source, device, None, TableDecoder::load)?;
+    let text = source.text_of(config.backbone.vocab_size)?;
+    let job = Refined { codes: &codes.codes, caption, seed };
+    let on = &mut |_: Event| ControlFlow::Continue(());
+    let mut refined = refinement.refine((&images, &text), (&[image], &codes.scales), &[job], steps, on)?;
+    Ok(refined.remove(0))
 }
 
 /// Runs `nextflow decode`.
@@ -50,6 +94,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         request::no_terminal()?;
     }
     let device = args.device.get()?;
+    let refiner = args.refine.map(|steps| checked(args, steps)).transpose()?;
     let tokenizer = args.model.tokenizer()?;
     let mut codes = CodeFile::read(&args.codes)?;
     codes.check(&tokenizer)?;
@@ -64,7 +109,10 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         }
         codes.codes.truncate(scales);
     }
-    let image = tokenizer.decode(&codes.codes, &codes.scales, &device)?;
+    let mut image = tokenizer.decode(&codes.codes, &codes.scales, &device)?;
+    if let Some((source, config, steps, caption)) = refiner {
+        image = refined(image, &codes, (&source, &config, &device), (steps, &caption, args.seed))?;
+    }
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
     let png = png.into_inner();

@@ -46,7 +46,10 @@ const THOUGHT: usize = 64;
 pub(super) fn run(args: &EditArgs) -> Result<()> {
     let sources = pixels::open_all(&args.images, PIPE)?;
     let Some(first) = sources.first() else { return Err(no_image()) };
-    let request = Request::new(&args.words, &args.draw)?;
+    let mut request = Request::new(&args.words, &args.draw)?;
+    if args.draw.sampling.refine.is_none() {
+        request.sampling.refine = 0;
+    }
     let model = request.config.nextflow()?;
     if args.free && request.sampling.cfg == 0.0 {
         return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));

@@ -7,7 +7,7 @@ use clap::Args;
 use super::ModelArgs;
 use crate::backbone::Backbone;
 use crate::chat::{self, ChatConfig, ChatModel};
-use crate::checkpoint::{self, WeightType, Weights};
+use crate::checkpoint::{self, REFINER, WeightType, Weights};
 use crate::error::Result;
 use crate::generate::infinity::{self, InfinitySetup};
 use crate::generate::{Model, ModelConfig, tokenflow};
@@ -52,8 +52,9 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
         let config = ModelConfig::read(&source)?;
         Model::check(&source, &config)?;
         Backbone::load(&asked, &config.backbone)?;
-        let others = config.tokenizer_file(&source);
-        checkpoint::quantise_model(&source, &asked, args.weights, &[others], &args.output)?;
+        let mut others = vec![config.tokenizer_file(&source)];
+        others.extend(config.refiner.as_ref().map(|_| REFINER));
+        checkpoint::quantise_model(&source, &asked, args.weights, &others, &args.output)?;
     }
     terminal::emit_path(&args.output).map(drop)
 }

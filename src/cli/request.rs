@@ -10,6 +10,7 @@ use super::per_scale::PerScale;
 use super::{DrawArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
 use crate::checkpoint::{Source, TRANSFORMER, WeightType};
 use crate::error::{Error, Result};
+use crate::generate::refinement;
 use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, Size};
 use crate::io::input::{self, shown};
 use crate::io::output::{self, Destination};
@@ -89,7 +90,8 @@ impl Request {
         let counter = config.prompt_counter(&source)?;
         let tokens = longest(&prompts, &counter)?;
         let model = args.load.quant.map_or(config.name().into(), |weights| format!("{} ({weights})", config.name()));
-        let (sampling, weights) = (sampling(&args.sampling, config.sampling().clone()), args.load.quant);
+        let (mut sampling, weights) = (sampling(&args.sampling, config.sampling().clone()), args.load.quant);
+        sampling.refine = refine(&args.sampling, &config, size)?;
         if let Some(flag) = without_effect(args.sampling.top_k, args.sampling.top_p, &sampling) {
             return Err(no_effect(flag));
         }
@@ -141,8 +143,41 @@ pub fn any_seed() -> u64 {
     RandomState::new().hash_one(0) >> 32
 }
 
+/// Steps of the refiner for an image of a size. Where the flags leave it to the model, an exact size that only the picture
+/// without refinement has turns it off.
+///
+/// Errors: usage, for steps of a refiner that the model does not have.
+pub(super) fn refine(args: &SamplingArgs, config: &GeneratorConfig, size: Size) -> Result<usize> {
+    if args.no_refine {
+        return Ok(0);
+    }
+    let Some(usual) = config.refiner_steps() else {
+        return if args.refine.is_some() { Err(refinement::none(config.name())) } else { Ok(0) };
+    };
+    if let Some(steps) = args.refine {
+        return Ok(steps.unwrap_or(usual));
+    }
+    let refined = config.sampling();
+    let plain = Sampling { refine: 0, ..refined.clone() };
+    let only_plain = matches!(size, Size::Pixels { .. })
+        && config.grids(size, refined).is_err()
+        && config.grids(size, &plain).is_ok();
+    Ok(if only_plain { 0 } else { refined.refine })
+}
+
+/// Refuses a number of steps that no refinement has.
+pub(super) fn check_refine(steps: Option<usize>) -> Result<()> {
+    const MAX: usize = refinement::MAX_STEPS;
+    match steps.filter(|steps| !(1..=MAX).contains(steps)) {
+        None => Ok(()),
+        Some(steps) => Err(Error::usage(format!("--refine={steps} is not a number of steps from 1 to {MAX}"))
+            .hint("--refine, or leave it out")),
+    }
+}
+
 /// Refuses sampler values that mean nothing, whatever the model.
 pub(crate) fn check_sampler(args: &SamplingArgs) -> Result<()> {
+    args.refine.map_or(Ok(()), check_refine)?;
     let Some((flag, value, rule)) = sampling(args, Sampling::default()).fault() else { return Ok(()) };
     let example = match flag {
         "cfg" => "3",
@@ -212,6 +247,7 @@ pub(crate) fn sampling(args: &SamplingArgs, defaults: Sampling) -> Sampling {
         temperature_scales: each(&args.temperature, defaults.temperature_scales),
         top_k: args.top_k.or(defaults.top_k),
         top_p: args.top_p.unwrap_or(defaults.top_p),
+        later_passes: defaults.later_passes,
         refine: defaults.refine,
         cfg_until: args.cfg_until.or(defaults.cfg_until),
         // Only `gen` leaves scales out.

@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 use super::{PromptConfig, PromptCounter, Sampling, schedule};
 use crate::backbone::{Backbone, BackboneConfig, InputMode, Vocabulary};
 use crate::checkpoint::{
-    FileSummary, Fit, IMAGE_TOKENIZER, Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights,
+    FileSummary, Fit, IMAGE_TOKENIZER, Inventory, Matrices, REFINER, Source, TRANSFORMER, WeightType, Weights,
 };
 use crate::error::{Result, told};
+use crate::refiner::{Refiner, RefinerConfig};
 use crate::tokenizer::{ImageTokenizer, Preset, TokenizerConfig};
 
 /// The longest side of a grid: 4096 pixels.
@@ -68,6 +69,9 @@ pub struct ModelConfig {
     pub backbone: BackboneConfig,
     /// The image tokenizer.
     pub tokenizer: TokenizerConfig,
+    /// The refiner, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refiner: Option<RefinerConfig>,
 }
 
 impl ModelConfig {
@@ -81,7 +85,29 @@ impl ModelConfig {
             let (of, are) = (format!("{} codes of {} channels", codes.0, codes.1), format!("{} of {}", book.0, book.1));
             return Err(format!("the transformer has {of}, the image tokenizer {are}"));
         }
+        self.check_refiner()?;
         self.check_image()
+    }
+
+    /// What would keep the refiner from refining this model's images, as one sentence.
+    fn check_refiner(&self) -> std::result::Result<(), String> {
+        let Some(refiner) = &self.refiner else {
+            return if self.sampling.refine > 0 { Err("sampling.refine without a refiner".into()) } else { Ok(()) };
+        };
+        refiner.check()?;
+        let of = (self.tokenizer.codebook.dim(), self.tokenizer.semantic_features(), self.tokenizer.cell());
+        let found = (refiner.code_dim, refiner.semantic_dim, refiner.code_cell);
+        if found != of || refiner.caption.vocab_size < self.backbone.vocab_size {
+            return Err(format!(
+                "the refiner is another tokenizer's: code_dim, semantic_dim and code_cell are {found:?}, not {of:?}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Pixels of an image for one of the tokenizer's, along each side: more than 1 where a refiner enlarges it.
+    pub fn upscale(&self, sampling: &Sampling) -> usize {
+        self.refiner.as_ref().filter(|_| sampling.refine > 0).map_or(1, |refiner| refiner.upscale)
     }
 
     /// What counts the tokens of prompts.
@@ -98,7 +124,7 @@ impl ModelConfig {
         if self.grids.is_empty() { levels.any(any) } else { self.grids == scales }
     }
 
-    /// Pixels, (width, height), of an image of these grids.
+    /// Pixels, (width, height), of an image of these grids, as the tokenizer decodes it.
     pub fn pixels(&self, scales: &[(usize, usize)]) -> (u32, u32) {
         let cell = self.tokenizer.cell();
         scales.last().map_or((0, 0), |&(h, w)| ((w * cell) as u32, (h * cell) as u32))
@@ -130,6 +156,7 @@ impl ModelConfig {
             prompt: Default::default(),
             backbone,
             tokenizer,
+            refiner: None,
         }
     }
 
@@ -174,11 +201,13 @@ impl ModelConfig {
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
         let (mut files, mut fit) = (Vec::new(), Fit::default());
-        for file in [TRANSFORMER, self.tokenizer_file(source)] {
+        let refiner = self.refiner.as_ref().map(|_| REFINER);
+        for file in [TRANSFORMER, self.tokenizer_file(source)].into_iter().chain(refiner) {
             let inventory = Inventory::of(source, file)?;
             let asked = Weights::inventory();
-            match file {
-                TRANSFORMER => drop(Backbone::load(&asked, &self.backbone)?),
+            match (file, &self.refiner) {
+                (TRANSFORMER, _) => drop(Backbone::load(&asked, &self.backbone)?),
+                (REFINER, Some(config)) => drop(Refiner::load(&asked, config)?),
                 _ => drop(ImageTokenizer::load(&asked, &self.tokenizer)?),
             }
             let part = inventory.compare(&asked);

@@ -6,8 +6,9 @@ use serde::Serialize;
 use super::rows::POSITIONS;
 use super::{ModelConfig, Sampling, schedule};
 use crate::backbone::{Backbone, BackboneConfig};
-use crate::checkpoint::{Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights};
+use crate::checkpoint::{Inventory, Matrices, REFINER, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::Result;
+use crate::refiner::Refiner;
 use crate::tokenizer::{CnnConfig, ImageDecoder};
 
 /// Bytes that a process needs for the images that it draws at once.
@@ -26,6 +27,9 @@ pub struct Memory {
     pub tokenizer: u64,
     /// What decoding pixels holds at once.
     pub decode: u64,
+    /// Weights of the refiner and what a step of it holds at once.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub refiner: u64,
     /// The program itself, with what is embedded in it, its threads and vocabulary.
     pub program: u64,
 }
@@ -51,7 +55,7 @@ impl Memory {
         let drawing = loaded + self.cache;
         let decoding = match self.text {
             // The cache is there until all images are decoded, but for those that are drawn apart.
-            0 => drawing + self.decode,
+            0 => drawing + self.decode.max(self.refiner),
             _ => loaded + self.decode,
         };
         let text = if self.text > 0 { self.text + self.program } else { 0 };
@@ -63,13 +67,17 @@ impl Memory {
         if self.text > 0 {
             return self.phases().to_vec();
         }
-        vec![
+        [
             ("transformer", self.transformer),
             ("cache", self.cache),
             ("image tokenizer", self.tokenizer),
             ("at work", self.activations.max(self.decode)),
+            ("refiner", self.refiner),
             ("program", self.program),
         ]
+        .into_iter()
+        .filter(|(name, bytes)| *name != "refiner" || *bytes > 0)
+        .collect()
     }
 }
 
@@ -104,6 +112,12 @@ pub fn memory(
     let mut memory = synthetic_memory(config, dtype, (matrices, filters), work)?;
     memory.transformer *= source.copies(matrices);
     memory.program += source.embedded_bytes();
+    if let Some(refiner) = config.refiner.as_ref().filter(|_| work.sampling.refine > 0) {
+        let asked = Weights::inventory();
+        Refiner::load(&asked, refiner)?;
+        let (_, matrices) = source.placed(REFINER, weights.filter(|weights| *weights == WeightType::F32), device);
+        memory.refiner = asked.bytes(DType::F32, matrices) + refiner.activations(work.scales, work.images);
+    }
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
     }
@@ -137,6 +151,7 @@ pub fn synthetic_memory(
         activations: drawing(c, largest, (images, guided), width).max(pass(c, rows * prefix, width)),
         tokenizer: tokenizer.bytes(pixels, filters),
         decode: decoding(&config.tokenizer.decoder, largest, pixels.size_in_bytes()),
+        refiner: 0,
         program: PROGRAM,
     })
 }

@@ -74,12 +74,12 @@ impl GeneratorConfig {
         }
     }
 
-    /// The grids (height, width) of an image of a size.
+    /// The grids (height, width) of an image of a size, drawn and refined as `sampling` says.
     ///
     /// Errors: usage, for a size that the model cannot draw.
-    pub fn grids(&self, size: Size) -> Result<Vec<(usize, usize)>> {
+    pub fn grids(&self, size: Size, sampling: &Sampling) -> Result<Vec<(usize, usize)>> {
         match self {
-            Self::NextFlow(config) => size.grids(config),
+            Self::NextFlow(config) => size.refined_grids(config, config.upscale(sampling)),
             Self::Infinity(setup) => setup.grids(size),
         }
     }
@@ -92,11 +92,22 @@ impl GeneratorConfig {
         }
     }
 
-    /// Pixels, (width, height), of an image of these grids.
-    pub fn pixels(&self, scales: &[(usize, usize)]) -> (u32, u32) {
+    /// Pixels, (width, height), of an image of these grids, drawn and refined as `sampling` says.
+    pub fn pixels(&self, scales: &[(usize, usize)], sampling: &Sampling) -> (u32, u32) {
         match self {
-            Self::NextFlow(config) => config.pixels(scales),
+            Self::NextFlow(config) => {
+                let ((width, height), times) = (config.pixels(scales), config.upscale(sampling) as u32);
+                (width * times, height * times)
+            }
             Self::Infinity(setup) => setup.pixels(scales),
+        }
+    }
+
+    /// The steps that a refinement usually takes, if there is a refiner.
+    pub fn refiner_steps(&self) -> Option<usize> {
+        match self {
+            Self::NextFlow(config) => config.refiner.as_ref().map(|refiner| refiner.steps),
+            Self::Infinity(_) => None,
         }
     }
 
@@ -142,7 +153,8 @@ pub enum Generator {
 
 impl Generator {
     /// Loads what drawing needs onto `device`, in `weights` or as usual. Where a network of its own reads text it does so now, for
-    /// these `prompts`, and is gone before others are loaded; `features` are what it has read before.
+    /// these `prompts`, and is gone before others are loaded; `features` are what it has read before. With `refine` the refiner
+    /// is loaded too.
     ///
     /// Errors: files that are missing, broken or do not fit.
     pub fn load(
@@ -151,9 +163,16 @@ impl Generator {
         (device, weights): (&Device, Option<WeightType>),
         prompts: &[&str],
         features: Option<&Path>,
+        refine: bool,
     ) -> Result<Self> {
         match config {
-            GeneratorConfig::NextFlow(_) => Model::load(source, device, weights).map(|m| Self::NextFlow(Box::new(m))),
+            GeneratorConfig::NextFlow(_) => {
+                let mut model = Model::load(source, device, weights)?;
+                if refine {
+                    model = model.with_refiner(source, device, weights)?;
+                }
+                Ok(Self::NextFlow(Box::new(model)))
+            }
             GeneratorConfig::Infinity(setup) => {
                 let model = InfinityModel::load(source, setup, (device, weights), prompts, features)?;
                 Ok(Self::Infinity(Box::new(model)))

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use candle_core::Tensor;
 
 use super::Sampling;
+use crate::error::{Error, Kind};
 use crate::tokenizer::Code;
 
 /// One image to draw.
@@ -53,6 +54,13 @@ pub enum Event<'a> {
     },
     /// All codes were drawn; pixels come next.
     Decode,
+    /// The refiner has taken a step.
+    Refine {
+        /// Steps so far.
+        step: usize,
+        /// Of all.
+        steps: usize,
+    },
 }
 
 /// The codes of one image: of every scale, coarse to fine, the h * w codes of its grid, row-major.
@@ -60,3 +68,8 @@ pub type ImageCodes = Vec<Vec<Code>>;
 
 /// Called with every [`Event`].
 pub type Observer<'a> = &'a mut dyn FnMut(Event) -> ControlFlow<()>;
+
+/// The error of an observer that breaks.
+pub(super) fn interrupted() -> Error {
+    Error::new(Kind::Interrupted, "interrupted")
+}

@@ -11,6 +11,7 @@ pub mod next_input;
 pub mod png_info;
 pub mod prompt;
 pub mod ratios;
+pub mod refinement;
 mod rows;
 pub mod sampler;
 mod sampling;
@@ -136,7 +137,7 @@ fn to_host(codes: &[Tensor], scales: &[(usize, usize)]) -> Result<Vec<ImageCodes
 fn notify(observe: Observer, event: Event) -> Result<()> {
     match observe(event) {
         ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::new(Kind::Interrupted, "interrupted")),
+        ControlFlow::Break(()) => Err(job::interrupted()),
     }
 }
 

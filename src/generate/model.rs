@@ -4,10 +4,12 @@ use candle_core::Device;
 use image::RgbImage;
 
 use super::next_input::NextInput;
+use super::refinement::{self, Refined, Refinement};
 use super::{Batch, Event, Job, ModelConfig, Observer, Prefix, draw_after, infinity, tokenflow};
 use crate::backbone::Backbone;
-use crate::checkpoint::{Source, TRANSFORMER, WeightType, Weights};
+use crate::checkpoint::{REFINER, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
+use crate::refiner::Refiner;
 use crate::text::Text;
 use crate::tokenizer::{Code, ImageDecoder};
 
@@ -46,6 +48,7 @@ pub struct Model {
     unconditional: Prefix,
     backbone: Backbone,
     images: ImageDecoder,
+    refinement: Option<Refinement>,
     config: ModelConfig,
 }
 
@@ -56,7 +59,11 @@ impl Model {
     pub fn check(source: &Source, config: &ModelConfig) -> Result<()> {
         Self::words(source, config)?;
         source.check(TRANSFORMER, |w| Backbone::load(w, &config.backbone))?;
-        source.check(config.tokenizer_file(source), |w| ImageDecoder::load(w, &config.tokenizer))
+        source.check(config.tokenizer_file(source), |w| ImageDecoder::load(w, &config.tokenizer))?;
+        match &config.refiner {
+            Some(refiner) => source.check(REFINER, |w| Refiner::load(w, refiner)),
+            None => Ok(()),
+        }
     }
 
     /// The text tokenizer, and the tokens that open an image.
@@ -76,7 +83,15 @@ impl Model {
         let build = |w: &Weights| Backbone::load(&w.with_matrices(matrices), &config.backbone);
         let backbone = source.load(TRANSFORMER, dtype, device, build)?;
         let images = config.load_images(source, device, weights, ImageDecoder::load)?;
-        Ok(Self { text, opening, unconditional, backbone, images, config })
+        Ok(Self { text, opening, unconditional, backbone, images, refinement: None, config })
+    }
+
+    /// The same with the refiner, which [`super::Sampling::refine`] asks for.
+    ///
+    /// Errors: those of [`Refinement::load`].
+    pub fn with_refiner(mut self, source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
+        self.refinement = Some(Refinement::load(source, &self.config, (device, weights))?);
+        Ok(self)
     }
 
     /// The checkpoint's config.
@@ -112,18 +127,42 @@ impl Model {
     ) -> Result<Vec<RgbImage>> {
         let prefix =
             |prompt: &str| Ok::<_, Error>(self.config.prompt.prefix(&self.text.encode(prompt)?, &self.opening));
-        let prompts = prompts.iter().map(|prompt| prefix(prompt)).collect::<Result<Vec<_>>>()?;
+        let prefixes = prompts.iter().map(|prompt| prefix(prompt)).collect::<Result<Vec<_>>>()?;
         let negative = negative.map(prefix).transpose()?;
         let input = NextInput::of(&self.images, self.backbone.config().input_mode, batch.scales);
         let images = draw_after(
             &self.backbone,
             input,
-            &prompts,
+            &prefixes,
             negative.as_ref().unwrap_or(&self.unconditional),
             batch,
             observe,
         )?;
         super::notify(observe, Event::Decode)?;
-        images.iter().map(|codes| self.decode(codes, batch.scales)).collect()
+        let pictures = images.iter().map(|codes| self.decode(codes, batch.scales)).collect::<Result<Vec<_>>>()?;
+        if batch.sampling.refine == 0 {
+            return Ok(pictures);
+        }
+        let each = images.iter().zip(prompts).zip(batch.seeds);
+        let jobs: Vec<Refined> = each.map(|((codes, caption), &seed)| Refined { codes, caption, seed }).collect();
+        self.refine((&pictures, batch.scales), &jobs, batch.sampling.refine, observe)
+    }
+
+    /// As [`Refinement::refine`].
+    ///
+    /// Errors: usage, for a model that was loaded without its refiner.
+    pub fn refine(
+        &self,
+        pictures: (&[RgbImage], &[(usize, usize)]),
+        jobs: &[Refined],
+        steps: usize,
+        observe: Observer,
+    ) -> Result<Vec<RgbImage>> {
+        match (&self.refinement, &self.images) {
+            (Some(refinement), ImageDecoder::Table(images)) => {
+                refinement.refine((images, &self.text), pictures, jobs, steps, observe)
+            }
+            _ => Err(refinement::none(&self.config.name)),
+        }
     }
 }

@@ -59,6 +59,9 @@ pub struct PngInfo {
     /// The files of the images that it changes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<String>,
+    /// Steps of the refiner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refine: Option<usize>,
     /// Guidance led away from any image, not from one with the same sources.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub free: bool,
@@ -95,6 +98,7 @@ impl PngInfo {
             cfg_until: job.sampling.cfg_until,
             draft: Some(job.sampling.draft).filter(|&n| n > 0),
             passes: Some(job.sampling.passes(1) as u8).filter(|&n| n > 1),
+            refine: Some(job.sampling.refine).filter(|&n| n > 0),
             thought: None,
             sources: Vec::new(),
             free: false,
@@ -121,6 +125,7 @@ impl PngInfo {
         let passes = some("CFG until scale", self.cfg_until)
             + &some("Scales left out", self.draft)
             + &some("Passes", self.passes.map(usize::from))
+            + &some("Refiner steps", self.refine)
             + &list("CFG of scales", &self.cfg_scales)
             + &list("Temperature of scales", &self.temperature_scales);
         let negative = self.negative.as_ref().map(|text| format!("Negative prompt: {text}\n")).unwrap_or_default();

@@ -329,8 +329,8 @@ mod tests {
     #[test]
     fn every_pass_has_its_own_filter_and_noise() {
         let logits = Tensor::new(&[[0f32, 1.0, 0.5]; 200], &Device::Cpu).unwrap();
-        let refine = vec![Filter { top_k: None, top_p: 1.0 }, Filter { top_k: Some(1), top_p: 1.0 }];
-        let sampling = Sampling { refine, ..sampling(1.0, None, 1.0) };
+        let later_passes = vec![Filter { top_k: None, top_p: 1.0 }, Filter { top_k: Some(1), top_p: 1.0 }];
+        let sampling = Sampling { later_passes, ..sampling(1.0, None, 1.0) };
         let draw = |pass| sample(&logits, &sampling, 5, 0, pass).unwrap();
         assert_ne!(draw(0), draw(1));
         assert_eq!(draw(2), [1; 200]);

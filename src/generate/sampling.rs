@@ -1,5 +1,6 @@
 //! The settings by which codes are drawn.
 
+use super::refinement::MAX_STEPS;
 use crate::error::{Error, Result};
 
 /// Which codes stay candidates.
@@ -39,9 +40,9 @@ pub struct Sampling {
     pub top_k: Option<usize>,
     /// Keep the smallest set of codes whose probabilities sum to p; 1 keeps all.
     pub top_p: f64,
-    /// Further passes over every scale but the first, each with a filter of its own.
+    /// Further passes over every scale but the first, each with a filter of its own: TokenFlow-t2i only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub refine: Vec<Filter>,
+    pub later_passes: Vec<Filter>,
     /// The first so many scales are guided; later ones follow the prompt's row alone, in half the time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cfg_until: Option<usize>,
@@ -61,6 +62,9 @@ pub struct Sampling {
     /// Infinity alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
+    /// Steps of the refiner; 0 is off.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub refine: usize,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -75,13 +79,14 @@ impl Default for Sampling {
             temperature: 1.0,
             top_k: None,
             top_p: 1.0,
-            refine: Vec::new(),
+            later_passes: Vec::new(),
             cfg_until: None,
             draft: 0,
             guidance: Guidance::Ramp,
             cfg_scales: Vec::new(),
             temperature_scales: Vec::new(),
             cfg_layers: Vec::new(),
+            refine: 0,
         }
     }
 }
@@ -89,7 +94,8 @@ impl Default for Sampling {
 impl Sampling {
     /// The first invalid setting: its name, its value and the rule that it breaks.
     pub fn fault(&self) -> Option<(&'static str, f64, &'static str)> {
-        let filters = std::iter::once((self.top_k, self.top_p)).chain(self.refine.iter().map(|f| (f.top_k, f.top_p)));
+        let filters =
+            std::iter::once((self.top_k, self.top_p)).chain(self.later_passes.iter().map(|f| (f.top_k, f.top_p)));
         let inside = |x: f64, most: f64| (0.0..=most).contains(&x);
         let mut faults = Vec::new();
         for &cfg in [self.cfg].iter().chain(&self.cfg_scales) {
@@ -99,6 +105,7 @@ impl Sampling {
             let good = inside(temperature, MAX_TEMPERATURE);
             faults.push((good, ("temperature", temperature, "a number from 0 to 1000000")));
         }
+        faults.push((self.refine <= MAX_STEPS, ("refine", self.refine as f64, "a number of steps from 1 to 100")));
         for (top_k, top_p) in filters {
             faults.push((top_k != Some(0), ("top-k", 0.0, "1 or more")));
             faults.push((inside(top_p, 1.0) && top_p > 0.0, ("top-p", top_p, "above 0 and at most 1")));
@@ -175,13 +182,13 @@ impl Sampling {
 
     /// Passes over the scale of an index.
     pub fn passes(&self, scale: usize) -> usize {
-        if scale == 0 { 1 } else { 1 + self.refine.len() }
+        if scale == 0 { 1 } else { 1 + self.later_passes.len() }
     }
 
     /// Candidates of a pass; the first is pass 0.
     pub(super) fn filter(&self, pass: usize) -> Filter {
         let first = Filter { top_k: self.top_k, top_p: self.top_p };
-        if pass == 0 { first } else { self.refine.get(pass - 1).copied().unwrap_or(first) }
+        if pass == 0 { first } else { self.later_passes.get(pass - 1).copied().unwrap_or(first) }
     }
 }
 
@@ -222,7 +229,8 @@ mod tests {
 
     #[test]
     fn a_draft_leaves_a_scale_to_draw() {
-        let sampling = Sampling { draft: 2, refine: vec![Filter { top_k: None, top_p: 1.0 }], ..Sampling::default() };
+        let sampling =
+            Sampling { draft: 2, later_passes: vec![Filter { top_k: None, top_p: 1.0 }], ..Sampling::default() };
         assert_eq!((sampling.drawn(5), sampling.all_passes(5)), (3, 5));
         assert!(sampling.check(3).is_ok());
         assert_eq!(sampling.check(2).unwrap_err().exit_code(), 2);

@@ -63,7 +63,14 @@ impl Size {
     ///
     /// Errors: usage, for a size that the model cannot draw.
     pub fn grids(self, config: &ModelConfig) -> Result<Vec<(usize, usize)>> {
-        let cell = config.tokenizer.cell() as u64;
+        self.refined_grids(config, 1)
+    }
+
+    /// As [`Self::grids`], of an image that a refiner enlarges so many times.
+    ///
+    /// Errors: as [`Self::grids`].
+    pub fn refined_grids(self, config: &ModelConfig, upscale: usize) -> Result<Vec<(usize, usize)>> {
+        let cell = (config.tokenizer.cell() * upscale) as u64;
         match &config.grids[..] {
             [] => self.scales(config.scales, cell),
             grids => self.only(grids, cell),

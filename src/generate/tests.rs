@@ -248,7 +248,7 @@ fn a_seed_decides_everything_and_an_observer_may_stop() {
     assert_ne!(first, draw(&job(2.0, 2), &mut go).unwrap());
     assert_ne!(first, draw(&job(0.0, 1), &mut go).unwrap());
     let mut twice = job(2.0, 1);
-    twice.sampling.refine.push(Filter { top_k: Some(1), top_p: 1.0 });
+    twice.sampling.later_passes.push(Filter { top_k: Some(1), top_p: 1.0 });
     let refined = draw(&twice, &mut go).unwrap();
     assert_eq!(first[0], refined[0]);
     assert_ne!(first[1], refined[1]);
@@ -271,7 +271,7 @@ fn images_drawn_together_are_those_drawn_alone() {
         let prompts: [&[u32]; 3] = [&[7, 8, 9, 10], &[3], &[5, 6]];
         let mut job = job(2.0, 1);
         job.sampling.cfg_until = until;
-        job.sampling.refine.push(Filter { top_k: Some(5), top_p: 0.9 });
+        job.sampling.later_passes.push(Filter { top_k: Some(5), top_p: 0.9 });
         let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[4, 5, 6] };
         let mut go = |_: Event| ControlFlow::Continue(());
         let together = draw_batch(&backbone, &q, &prompts, batch, &mut go).unwrap();
@@ -328,8 +328,8 @@ fn nextflow_adds_image_ends_to_a_transformer() {
     use crate::backbone::presets::QWEN2_5_VL_7B;
     let tokenizer = crate::tokenizer::Preset::siglip_32k().config;
     let model = ModelConfig::nextflow("x", QWEN2_5_VL_7B, tokenizer);
-    let Sampling { cfg, temperature, top_k, top_p, refine, .. } = &model.sampling;
-    assert_eq!((*cfg, *temperature, *top_k, *top_p, refine.len()), (5.0, 1.0, Some(2), 0.9, 0));
+    let Sampling { cfg, temperature, top_k, top_p, later_passes, .. } = &model.sampling;
+    assert_eq!((*cfg, *temperature, *top_k, *top_p, later_passes.len()), (5.0, 1.0, Some(2), 0.9, 0));
     assert_eq!((model.scales, model.grids.len(), model.backbone.spatial_extent), (18, 0, Some(64.0)));
     assert_eq!((model.backbone.input_mode, model.backbone.max_scales), (InputMode::Residual, 18));
     let c = model.backbone;

@@ -23,12 +23,12 @@ pub fn prompt() -> PromptConfig {
 /// Its sampling with 1, 2 or 3 passes over a scale, the last of several greedy.
 pub fn sampling(passes: usize) -> Sampling {
     let filter = |k: usize, p: f64| Filter { top_k: Some(k), top_p: p };
-    let (first, refine) = match passes {
+    let (first, later_passes) = match passes {
         0 | 1 => (filter(600, 0.6), vec![]),
         2 => (filter(1200, 0.8), vec![filter(1, 1.0)]),
         _ => (filter(1200, 0.8), vec![filter(100, 0.8), filter(1, 1.0)]),
     };
-    Sampling { cfg: 7.5, top_k: first.top_k, top_p: first.top_p, refine, ..Sampling::default() }
+    Sampling { cfg: 7.5, top_k: first.top_k, top_p: first.top_p, later_passes, ..Sampling::default() }
 }
 
 /// Whether a model may draw a scale in several passes: its inputs are sums of scales, so that it can read a scale's own codes.
@@ -63,6 +63,7 @@ pub fn config() -> ModelConfig {
         prompt: prompt(),
         backbone: TOKENFLOW_T2I_7B,
         tokenizer: Preset::clipb_32k_enhanced().config,
+        refiner: None,
     }
 }
 

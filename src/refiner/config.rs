@@ -120,6 +120,16 @@ impl RefinerConfig {
         Ok(())
     }
 
+    /// Bytes that a step holds at once for so many images whose codes have the grids `scales`, in f32.
+    pub fn activations(&self, scales: &[(usize, usize)], images: usize) -> u64 {
+        let (h, w) = scales.last().copied().unwrap_or_default();
+        let tokens = images * h * w * self.tokens_per_code().pow(2);
+        let first = self.widths.first().copied().unwrap_or(0);
+        // The noise, the condition and the prediction beside a block's streams.
+        let pixels = 3 * self.patch * self.patch;
+        (tokens * (4 * pixels + (3 + 2 * self.mlp_ratio) * first) * 4) as u64
+    }
+
     /// Tokens of the finest level for a code, along each side.
     pub(super) fn tokens_per_code(&self) -> usize {
         self.code_cell * self.upscale / self.patch

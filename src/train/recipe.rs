@@ -96,6 +96,7 @@ impl Recipe {
             prompt: PromptConfig::default(),
             backbone: self.backbone.clone(),
             tokenizer,
+            refiner: None,
         }
     }
 

@@ -209,10 +209,16 @@ impl<'a> Jobs<'a> {
         flags.temperature = line.temperature.or(flags.temperature);
         flags.top_k = line.top_k.or(flags.top_k);
         flags.top_p = line.top_p.or(flags.top_p);
+        match line.refine {
+            Some(Some(0)) => (flags.refine, flags.no_refine) = (None, true),
+            Some(steps) => (flags.refine, flags.no_refine) = (Some(steps), false),
+            None => {}
+        }
         request::check_sampler(&flags)?;
-        let scales = request.config.grids(flags.size.parse()?)?;
-        let usual = request.config.sampling();
+        let (usual, size) = (request.config.sampling(), flags.size.parse()?);
         let mut sampling = request::sampling(&flags, usual.clone());
+        sampling.refine = request::refine(&flags, &request.config, size)?;
+        let scales = request.config.grids(size, &sampling)?;
         sampling.cfg_layers.clone_from(&request.sampling.cfg_layers);
         if let Some(key) = request::without_effect(line.top_k, line.top_p, &sampling) {
             let key = key.replace('-', "_");

@@ -27,10 +27,25 @@ pub(super) struct Line {
     pub top_k: Option<usize>,
     pub top_p: Option<f64>,
     pub draft: Option<usize>,
+    /// Steps of the refiner: none is as many as usual, 0 is off.
+    pub refine: Option<Option<usize>>,
 }
 
-const KEYS: [&str; 12] =
-    ["prompt", "out", "id", "seed", "negative", "size", "cfg", "cfg_until", "temperature", "top_k", "top_p", "draft"];
+const KEYS: [&str; 13] = [
+    "prompt",
+    "out",
+    "id",
+    "seed",
+    "negative",
+    "size",
+    "cfg",
+    "cfg_until",
+    "temperature",
+    "top_k",
+    "top_p",
+    "draft",
+    "refine",
+];
 
 impl Line {
     /// The job of a line, without blanks around it.
@@ -81,6 +96,10 @@ impl Line {
             "cfg_until" => self.cfg_until = Some(small(key, &value)?),
             "top_k" => self.top_k = Some(small(key, &value)?),
             "draft" => self.draft = Some(small(key, &value)?),
+            "refine" => match value.as_bool() {
+                Some(on) => self.refine = Some(if on { None } else { Some(0) }),
+                None => self.refine = Some(Some(small(key, &value)?)),
+            },
             "cfg" => self.cfg = Some(numbers(key, value)?),
             "temperature" => self.temperature = Some(numbers(key, value)?),
             _ => self.top_p = Some(number(key, &value)?),

@@ -24,7 +24,7 @@ use crate::terminal;
 #[command(next_help_heading = "Batch")]
 pub struct JobsArgs {
     /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png", "seed": 7}; also id, negative, size,
-    /// cfg, cfg_until, temperature, top_k, top_p and draft. Flags are the defaults of all lines; `-` reads standard input as it comes
+    /// cfg, cfg_until, temperature, top_k, top_p, draft and refine. Flags are the defaults of all lines; `-` reads standard input as it comes
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
     /// With --jsonl: skip jobs whose PNG exists and is complete
@@ -143,7 +143,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let mut request = Request::of_jobs(&args.draw)?;
     args.set_passes(&mut request)?;
     args.set_features(&mut request)?;
-    let usual = request.config.grids(args.draw.sampling.size.parse()?)?;
+    let usual = request.config.grids(request.size, &request.sampling)?;
     super::set_negative(args, &mut request, usual.len())?;
     let request = &request;
     let batch = super::batch(args, usize::MAX)?;
@@ -205,7 +205,10 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let prompts: Vec<&str> =
         drawn().flat_map(|job| job.negative.iter().chain(Some(&job.prompt))).map(String::as_str).collect();
     let Request { source, config, device, weights, .. } = request;
-    let load = || Generator::load(source, config, (device, *weights), &prompts, args.text_features.as_deref());
+    // Lines that are still to come may ask for it.
+    let refine = drawn().any(|job| job.sampling.refine > 0) || !wait && config.refiner_steps().is_some();
+    let features = args.text_features.as_deref();
+    let load = || Generator::load(source, config, (device, *weights), &prompts, features, refine);
     let model = run.console.load(&request.model, load)?;
     if !wait {
         run.console.clear();

@@ -44,7 +44,7 @@ pub struct GenArgs {
     #[arg(short, long, help_heading = "Prompt", value_name = "TEXT", conflicts_with = "think")]
     pub negative: Option<OsString>,
     /// Let the model reason in text first, then draw the result
-    #[arg(long, help_heading = "Prompt")]
+    #[arg(long, help_heading = "Prompt", conflicts_with = "refine")]
     pub think: bool,
     /// What `gen` and `edit` share.
     #[command(flatten)]
@@ -106,10 +106,17 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
     if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.report.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
+    if let Some(old) = old.as_ref().filter(|_| typed.draw.sampling.refine.is_none()) {
+        let refines = !typed.draw.sampling.no_refine && request.config.refiner_steps().is_some();
+        request.sampling.refine = old.refine.filter(|_| refines).unwrap_or(0);
+    }
+    if args.think {
+        request.sampling.refine = 0;
+    }
     let scales = match old {
         // Several ratios share a last grid, and with it a size in pixels.
         Some(old) if typed.draw.sampling.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
-        _ => request.config.grids(request.size)?,
+        _ => request.config.grids(request.size, &request.sampling)?,
     };
     set_negative(&args, &mut request, scales.len())?;
     if !args.think {
@@ -134,7 +141,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     }
     let thinking = args.think.then(|| ChatConfig::read(&request.source)).transpose()?;
     if args.draw.report.dry_run {
-        let size = request.config.pixels(&scales);
+        let size = request.config.pixels(&scales, &request.sampling);
         let Some(config) = &thinking else {
             request.config.check(&request.source, args.text_features.as_deref())?;
             let memory = forecast(&request, &scales, batch)?;
@@ -164,7 +171,7 @@ fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, feature
     let request = delivery.request;
     let prompts: Vec<&str> = request.prompts.iter().chain(&request.negative).map(String::as_str).collect();
     let Request { source, config, device, weights, .. } = request;
-    let load = || Generator::load(source, config, (device, *weights), &prompts, features);
+    let load = || Generator::load(source, config, (device, *weights), &prompts, features, request.sampling.refine > 0);
     let model = delivery.console.load(&request.model, load)?;
     if let Generator::Infinity(model) = &model {
         let seconds = model.encoding().as_secs_f64();
@@ -210,7 +217,9 @@ impl GenArgs {
                 return Err(Error::usage(message).hint("leave out --passes, or --model ByteVisionLab/TokenFlow-t2i"));
             }
         }
+        let refine = request.sampling.refine;
         request.sampling = request::sampling(&self.draw.sampling, request.config.sampling().clone());
+        request.sampling.refine = refine;
         Ok(())
     }
 

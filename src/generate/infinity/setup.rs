@@ -255,6 +255,7 @@ impl InfinitySetup {
             transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
         }
         Ok(Memory {
+            refiner: 0,
             text,
             transformer,
             cache: cache as u64,
