@@ -1,17 +1,21 @@
 //! `nextflow eval`: score a model.
 
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use candle_core::Device;
 use clap::{Args, ValueEnum};
+use image::ImageFormat;
 
-use super::LoadArgs;
+use super::{LoadArgs, SamplingArgs, request};
 use crate::chat::{ChatConfig, ChatModel};
-use crate::checkpoint::TRANSFORMER;
-use crate::dataset::Dataset;
+use crate::checkpoint::{Source, TRANSFORMER};
+use crate::dataset::{Dataset, with_article};
 use crate::error::{Error, Result};
-use crate::eval::{self, Examiner, Report, Subject};
-use crate::generate::{Job, Model, ModelConfig, Size};
+use crate::eval::{self, Examiner, Report, Subject, sheet};
+use crate::generate::{GeneratorConfig, Job, Model, ModelConfig, Sampling, Size};
+use crate::io::{input, output};
 use crate::scenes::{KINDS, Split};
 use crate::terminal::{self, Console, Level};
 
@@ -37,6 +41,19 @@ pub struct EvalArgs {
     /// Picture library for recognition and reconstruction [default: data/library.safetensors if it exists]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+    /// Pictures of 256 pixels, for texture [default: data/library-256.safetensors if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub originals: Option<PathBuf>,
+    /// Draw 48 everyday things and write a numbered sheet of them to DIR, and the key to DIR/key: for somebody who names them
+    /// without having seen the key
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["suite", "json", "limit"])]
+    pub sheet: Option<PathBuf>,
+    /// Refine drawn images in STEPS steps [default: as the model does]
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, require_equals = true, conflicts_with = "no_refine")]
+    pub refine: Option<Option<usize>>,
+    /// Do not refine drawn images
+    #[arg(long)]
+    pub no_refine: bool,
     /// Suite to run; repeat for several [default: all that the model and the picture library allow]
     #[arg(long, value_name = "SUITE", value_enum)]
     pub suite: Vec<Suite>,
@@ -60,6 +77,66 @@ pub struct EvalArgs {
     pub load: LoadArgs,
 }
 
+impl EvalArgs {
+    /// The model, with its refiner where it refines, and how it draws.
+    fn model(&self, source: &Source, device: &Device) -> Result<(Model, Sampling)> {
+        let model = Model::load(source, device, self.load.quant)?;
+        let flags = SamplingArgs { refine: self.refine, no_refine: self.no_refine, ..SamplingArgs::default() };
+        request::check_sampler(&flags)?;
+        let config = GeneratorConfig::NextFlow(Box::new(model.config().clone()));
+        let refine = request::refine(&flags, &config, Size::Auto)?;
+        let sampling = Sampling { refine, ..model.config().sampling.clone() };
+        match refine {
+            0 => Ok((model, sampling)),
+            _ => Ok((model.with_refiner(source, device, self.load.quant)?, sampling)),
+        }
+    }
+
+    /// The pictures that textures are compared with.
+    fn originals(&self) -> Result<Option<Dataset>> {
+        match &self.originals {
+            Some(path) => Dataset::load_any(path).map(Some),
+            None if Path::new(ORIGINALS).exists() => Dataset::load_any(ORIGINALS.as_ref()).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+/// Draws the things of the sheet and writes it, and the key apart.
+fn sheet(args: &EvalArgs, folder: &Path) -> Result<()> {
+    let (source, device) = (args.load.model.source()?, args.load.device.get()?);
+    let key = folder.join("key");
+    if folder.exists() {
+        return Err(Error::usage(format!("{} already exists", input::shown(folder))).hint("--sheet NEW-FOLDER"));
+    }
+    let mut console = Console::new(Level::Normal, sheet::things().count() as u64);
+    let stop = terminal::interrupts()?;
+    let (model, sampling) = console.load("the model", || args.model(&source, &device))?;
+    let scales = Size::Auto.grids(model.config())?;
+    let mut images = Vec::new();
+    for thing in sheet::things() {
+        let (prompt, scales, sampling) = (with_article(thing), scales.clone(), sampling.clone());
+        let job = Job { prompt, negative: None, scales, sampling, seed: args.seed };
+        console.start(1);
+        images.push(model.draw(&job, &mut |event| {
+            console.event(&event);
+            stop.check()
+        })?);
+    }
+    console.clear();
+    let mut png = Cursor::new(Vec::new());
+    let written = sheet::sheet(&images).write_to(&mut png, ImageFormat::Png);
+    written.map_err(|e| candle_core::Error::Msg(e.to_string()))?;
+    let names: Vec<String> = sheet::things().zip(1..).map(|(thing, n)| format!("{n} {thing}\n")).collect();
+    std::fs::create_dir_all(&key)?;
+    output::write(&key.join("key.txt"), names.concat().as_bytes())?;
+    output::write(&folder.join("sheet.png"), &png.into_inner())?;
+    terminal::emit_path(&folder.join("sheet.png")).map(drop)
+}
+
+/// Those pictures, as `nextflow train data --side 256` writes them.
+const ORIGINALS: &str = "data/library-256.safetensors";
+
 /// How to get the picture library.
 const LIBRARY_HINT: &str =
     "sh src/train/fetch-data.sh data && cargo run --release --features train -- train data, or --data FILE";
@@ -70,6 +147,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         if value == Some(0) {
             return Err(Error::usage(format!("--{flag} 0 measures nothing")).hint(format!("--{flag} 10")));
         }
+    }
+    if let Some(folder) = &args.sheet {
+        return sheet(args, folder);
     }
     let asked = |suite: Suite| args.suite.is_empty() || args.suite.contains(&suite);
     let device = args.load.device.get()?;
@@ -92,12 +172,13 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
     let mut console = Console::new(Level::Normal, (composed + concepts) as u64);
     let stop = terminal::interrupts()?;
-    let model = console.load("the model", || Model::load(&source, &device, args.load.quant))?;
+    let (model, sampling) = console.load("the model", || args.model(&source, &device))?;
+    let originals = args.originals()?;
     let scales = &Size::Auto.grids(model.config())?[..];
     let tokenizer = model.config().load_tokenizer(&source, &device, args.load.quant)?;
     let subject = Subject { tokenizer: &tokenizer, scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
-        let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());
+        let (prompt, sampling) = (prompt.to_string(), sampling.clone());
         let job = Job { prompt, negative: None, scales: scales.to_vec(), sampling, seed };
         console.start(1);
         model.draw(&job, &mut |event| {
@@ -122,7 +203,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         console.finish(&format!("{what} · {:.1} s", started.elapsed().as_secs_f64()));
     };
     if asked(Suite::Compositions) {
-        let (draw, redraw) = (&mut |p: &str, s: u64| draw(&mut console, p, s), &|image: &_| subject.reconstruct(image));
+        let (draw, redraw) =
+            (&mut |p: &str, s: u64| draw(&mut console, p, s).map(|image| subject.reduced(image)), &|image: &_| {
+                subject.reconstruct(image)
+            });
         report.compositions = eval::compositions(draw, redraw, args.split, args.per_category, args.seed)?;
         done(&mut console, "compositions");
     }
@@ -139,7 +223,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     if let Some(library) = &library {
         if asked(Suite::Recognition) {
             let draw = &mut |p: &str, s: u64| draw(&mut console, p, s);
-            report.recognition = Some(eval::recognition(&subject, library, draw, args.limit, args.seed)?);
+            report.recognition =
+                Some(eval::recognition(&subject, library, originals.as_ref(), draw, args.limit, args.seed)?);
             done(&mut console, "recognition");
         }
         if asked(Suite::Reconstruction) {

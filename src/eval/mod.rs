@@ -8,6 +8,8 @@ mod fit;
 pub mod judge;
 pub mod metrics;
 mod report;
+pub mod sheet;
+mod texture;
 pub mod things;
 
 use candle_core::Device;
@@ -21,9 +23,11 @@ pub use things::{ThingEdits, thing_edits};
 
 use crate::dataset::{Canvas, Dataset};
 use crate::error::Result;
-use crate::pixels;
+use crate::pixels::{self, ResamplingFilter};
 use crate::tokenizer::ImageTokenizer;
-use metrics::{nearest, pixel_feature, psnr, ssim};
+use metrics::{nearest, psnr, ssim};
+use texture::Summary;
+pub use texture::Texture;
 
 /// Draws a prompt with a seed.
 pub type Draw<'a> = &'a mut dyn FnMut(&str, u64) -> Result<RgbImage>;
@@ -50,12 +54,12 @@ pub struct Recognition {
     pub gallery: usize,
     /// Drawn images, by features of the semantic encoder.
     pub semantic: f64,
-    /// Drawn images, by plain pixels.
-    pub pixels: f64,
     /// True pictures after encoding and decoding, by features of the semantic encoder.
     pub ceiling_semantic: f64,
-    /// True pictures after encoding and decoding, by plain pixels.
-    pub ceiling_pixels: f64,
+    /// Drawn images compared with the originals, if they are there.
+    pub texture: Option<Texture>,
+    /// True pictures after encoding and decoding, compared with the originals.
+    pub ceiling_texture: Option<Texture>,
 }
 
 /// How close images come back from the tokenizer.
@@ -102,10 +106,16 @@ impl Subject<'_> {
         self.tokenizer.decode_image(codes, self.scales)
     }
 
-    /// Features of an image: the semantic encoder's, and plain pixels.
-    fn features(&self, image: &RgbImage) -> Result<[Vec<f32>; 2]> {
-        let semantic = self.tokenizer.semantic().embed(&self.tensor(image)?)?;
-        Ok([semantic.flatten_all()?.to_vec1()?, pixel_feature(image)])
+    /// The semantic encoder's features of an image.
+    fn features(&self, image: &RgbImage) -> Result<Vec<f32>> {
+        Ok(self.tokenizer.semantic().embed(&self.tensor(image)?)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// A refined image in the size that the tokenizer decodes; others as they are.
+    pub fn reduced(&self, image: RgbImage) -> RgbImage {
+        let cell = self.tokenizer.config().cell();
+        let (h, w) = self.scales.last().map_or((0, 0), |&(h, w)| ((h * cell) as u32, (w * cell) as u32));
+        if image.dimensions() == (w, h) { image } else { pixels::resize(&image, (w, h), ResamplingFilter::Box) }
     }
 }
 
@@ -127,44 +137,52 @@ pub fn recognisable(library: &Dataset, limit: Option<usize>) -> usize {
     spread(drawable(library).len(), limit).count()
 }
 
-/// Draws every everyday concept, or `limit` of them, by its canonical caption, and looks for the nearest among the true
-/// pictures of all.
+/// Draws every everyday concept, or `limit` of them, by its canonical caption, looks for the nearest among the true pictures
+/// of all, and compares textures with the `originals`, the same pictures in the size that a refiner draws.
 pub fn recognition(
     subject: &Subject,
     library: &Dataset,
+    originals: Option<&Dataset>,
     draw: Draw,
     limit: Option<usize>,
     seed: u64,
 ) -> Result<Recognition> {
     let concepts = drawable(library);
-    let mut galleries = [Vec::new(), Vec::new()];
+    let mut gallery = Vec::new();
     for &(_, picture) in &concepts {
-        let features = subject.features(&subject.picture(library, picture)?)?;
-        galleries.iter_mut().zip(features).for_each(|(gallery, f)| gallery.push(f));
+        gallery.push(subject.features(&subject.picture(library, picture)?)?);
     }
-    let recognised = |image: &RgbImage, right: usize| -> Result<[f64; 2]> {
-        let features = subject.features(image)?;
-        Ok([0, 1].map(|i| f64::from(u8::from(nearest(&features[i], &galleries[i]) == Some(right)))))
-    };
-    let (mut drawn, mut ceiling) = ([0.0; 2], [0.0; 2]);
-    let mut count = 0;
+    let (mut right, mut summaries) = ([0usize; 2], [Summary::default(), Summary::default()]);
+    let (mut truth, mut count) = (Summary::default(), 0);
     for i in spread(concepts.len(), limit) {
         let (concept, picture) = concepts[i];
         let caption = library.caption(concept);
-        let truth = subject.reconstruct(&subject.picture(library, picture)?)?;
-        for (sum, image) in [(&mut drawn, draw(&caption, seed)?), (&mut ceiling, truth)] {
-            sum.iter_mut().zip(recognised(&image, i)?).for_each(|(s, v)| *s += v);
+        let back = subject.reconstruct(&subject.picture(library, picture)?)?;
+        let label = &library.concepts[concept].label;
+        let original = originals.and_then(|o| Some((o, o.drawn(o.find(label)?)?)));
+        for (j, image) in [draw(&caption, seed)?, back].into_iter().enumerate() {
+            let features = subject.features(&subject.reduced(image.clone()))?;
+            right[j] += usize::from(nearest(&features, &gallery) == Some(i));
+            if let Some((originals, _)) = original {
+                let side = originals.side() as u32;
+                let large = pixels::resize(&image, (side, side), ResamplingFilter::Bicubic);
+                summaries[j].add(large.as_raw(), side as usize, features);
+            }
+        }
+        if let Some((originals, picture)) = original {
+            truth.add(&originals.over(picture, WHITE), originals.side(), gallery[i].clone());
         }
         count += 1;
     }
-    let share = |sum: f64| sum / count.max(1) as f64;
+    let share = |right: usize| right as f64 / count.max(1) as f64;
+    let texture = |i: usize| originals.map(|_| summaries[i].texture(&truth)).transpose();
     Ok(Recognition {
         concepts: count,
         gallery: concepts.len(),
-        semantic: share(drawn[0]),
-        pixels: share(drawn[1]),
-        ceiling_semantic: share(ceiling[0]),
-        ceiling_pixels: share(ceiling[1]),
+        semantic: share(right[0]),
+        ceiling_semantic: share(right[1]),
+        texture: texture(0)?,
+        ceiling_texture: texture(1)?,
     })
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::dialogues::{Dialogues, Edits, Questions};
-use super::{Category, Recognition, Reconstruction, ThingEdits};
+use super::{Category, Recognition, Reconstruction, Texture, ThingEdits};
 use crate::scenes::Split;
 
 /// Results of all suites that ran.
@@ -64,7 +64,13 @@ impl Report {
             let title = format!("recognition ({} among {})", r.concepts, r.gallery);
             line(&title, &["model", "reconstructed"]);
             line("  top-1 by meaning", &[&percent(r.semantic), &percent(r.ceiling_semantic)]);
-            line("  top-1 by pixels", &[&percent(r.pixels), &percent(r.ceiling_pixels)]);
+            if let (Some(drawn), Some(back)) = (&r.texture, &r.ceiling_texture) {
+                let both = |f: fn(&Texture) -> f64| [drawn, back].map(|texture| format!("{:.1}", f(texture)));
+                let mut row = |label: &str, values: [String; 2]| line(label, &[&values[0], &values[1]]);
+                row("  texture distance (SWD x 1000)", both(Texture::mean_wasserstein));
+                row("  edge energy, % of originals", both(|texture| 100.0 * texture.edges));
+                row("  Frechet distance x 1000", both(|texture| 1e3 * texture.frechet));
+            }
         }
         if let Some(r) = &self.reconstruction {
             line("reconstruction (held-out pictures)", &["PSNR dB", "SSIM"]);
@@ -143,15 +149,16 @@ mod tests {
                 concepts: 780,
                 gallery: 780,
                 semantic: 0.75,
-                pixels: 0.5,
                 ceiling_semantic: 1.0,
-                ceiling_pixels: 0.99,
+                texture: Some(Texture { wasserstein: vec![300.0, 200.0, 100.0], edges: 0.7, frechet: 0.05 }),
+                ceiling_texture: Some(Texture { wasserstein: vec![30.0; 3], edges: 0.9, frechet: 0.01 }),
             }),
             reconstruction: Some(Reconstruction { three_d: fidelity.clone(), all_styles: fidelity }),
         };
         let table = report.table();
         let rows: Vec<&str> = table.lines().skip(1).filter(|l| !l.is_empty()).collect();
-        assert_eq!(rows.len(), 8 + 3 + 3);
+        assert_eq!(rows.len(), 8 + 5 + 3);
+        assert!(table.contains("200.0") && table.contains("70.0"), "{table}");
         assert!(rows.iter().enumerate().all(|(i, r)| r.chars().count() == if i < 8 { 72 } else { 58 }), "{table}");
         assert!(rows[6].split_whitespace().eq(["attribute", "binding", "50.0%", "75.0%", "100.0%"]), "{table}");
         let json = serde_json::to_value(&report).unwrap();

@@ -11,7 +11,7 @@ pub struct Condition {
     /// The tokenizer's picture, folded: (B, T, c).
     pub(super) picture: Tensor,
     /// The same enlarged to the refined picture's size, folded: what the network's output is added to.
-    pub(super) base: Tensor,
+    base: Tensor,
     /// Code embeddings and semantic features (B, h * w, code_dim + semantic_dim), on the codes' grid.
     pub(super) codes: Tensor,
     /// Height and width of the codes' grid.
@@ -50,6 +50,11 @@ impl Condition {
     /// Height and width of the finest level's grid of tokens.
     pub fn grid(&self) -> (usize, usize) {
         self.grid
+    }
+
+    /// The tokenizer's picture in the refined one's size, folded: (B, T, p * p * 3).
+    pub fn base(&self) -> &Tensor {
+        &self.base
     }
 
     /// Where the tensors are.

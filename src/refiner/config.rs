@@ -36,6 +36,9 @@ pub struct RefinerConfig {
     pub code_cell: usize,
     /// Channels that the codes have at every token of the finest level.
     pub code_channels: usize,
+    /// Standard deviation of the noise that is added to the tokenizer's picture in the beginning, in pixels of [-1, 1]: about
+    /// that of what the picture lacks.
+    pub noise: f64,
     /// The caption encoder.
     pub caption: CaptionConfig,
     /// Steps of a refinement if the user asks for no other number.
@@ -94,6 +97,9 @@ impl RefinerConfig {
         let mut attending = self.widths.iter().zip(&self.attention).filter(|(_, blocks)| **blocks > 0);
         if let Some((width, _)) = attending.find(|(width, _)| **width % self.head_dim != 0) {
             return Err(format!("refiner: head_dim {} does not divide a level's {width} channels", self.head_dim));
+        }
+        if !(self.noise > 0.0 && self.noise <= 1.0) {
+            return Err(format!("refiner: noise {} is not above 0 and at most 1", self.noise));
         }
         if self.head_dim % 4 != 0 || self.kernel % 2 == 0 || self.kernel > 31 {
             return Err("refiner: head_dim must be a multiple of 4 and kernel odd, at most 31".into());

@@ -1,6 +1,9 @@
-//! Rectified flow: z = t x + (1 - t) noise on the straight way from noise (t = 0) to a picture x
-//! (t = 1). The network predicts x, the loss and the steps are those of the velocity
-//! (x - z) / (1 - t).
+//! Rectified flow: z = t x + (1 - t) z_0 on the straight way from the tokenizer's picture with some
+//! noise, z_0, to the true one, x. The network predicts x; the loss and the steps are those of the
+//! velocity (x - z) / (1 - t).
+//!
+//! It begins at the picture, and not at noise alone, because most of the picture is right: what is left
+//! to draw has a much smaller scale than the picture has, and noise of that scale serves.
 
 use std::ops::ControlFlow;
 
@@ -47,15 +50,15 @@ pub(super) fn noise(rngs: &[Rng], (tokens, channels): (usize, usize), device: &D
     Tensor::from_vec(values, (rngs.len(), tokens, channels), device)
 }
 
-/// Euler's method in equal steps from noise at t = 0 to a picture at t = 1, where `predict` says what
+/// Euler's method in equal steps from `start` at t = 0 to a picture at t = 1, where `predict` says what
 /// picture it sees in z at a time. `None` if `progress` breaks.
 pub(super) fn integrate(
-    noise: Tensor,
+    start: Tensor,
     steps: usize,
     predict: impl Fn(&Tensor, f32) -> Result<Tensor>,
     progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Option<Tensor>> {
-    let mut z = noise;
+    let mut z = start;
     for step in 0..steps {
         let t = step as f32 / steps as f32;
         let x = predict(&z, t)?;

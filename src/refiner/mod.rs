@@ -78,7 +78,8 @@ impl Refiner {
         let (h, w) = condition.grid();
         let noise = flow::noise(rngs, (h * w, self.config.patch * self.config.patch * 3), condition.device())?;
         let predict = |z: &Tensor, t: f32| self.unet.forward(z, &vec![t; rngs.len()], condition, &text);
-        let Some(folded) = flow::integrate(noise, steps, predict, progress)? else { return Ok(None) };
+        let start = (condition.base() + (noise * self.config.noise)?)?;
+        let Some(folded) = flow::integrate(start, steps, predict, progress)? else { return Ok(None) };
         unfold(&folded, (h, w), self.config.patch).map(Some)
     }
 }

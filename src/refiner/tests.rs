@@ -25,6 +25,7 @@ fn config() -> RefinerConfig {
         semantic_dim: 6,
         code_cell: 4,
         code_channels: 3,
+        noise: 0.5,
         caption: CaptionConfig { vocab_size: 20, width: 16, blocks: 1, heads: 2, max_tokens: 6 },
         steps: 3,
     }
@@ -122,6 +123,7 @@ fn impossible_configs_are_refused() {
         RefinerConfig { patch: 3, ..good.clone() },
         RefinerConfig { patch: 8, ..good.clone() },
         RefinerConfig { steps: 0, ..good.clone() },
+        RefinerConfig { noise: f64::NAN, ..good.clone() },
         RefinerConfig { head_dim: 6, ..good.clone() },
         RefinerConfig { down_blocks: vec![1, 1 << 40], ..good.clone() },
         RefinerConfig { caption: CaptionConfig { heads: 3, ..good.caption.clone() }, ..good.clone() },

@@ -142,7 +142,9 @@ impl Unet {
             );
         }
         let embedding = self.embedding(t, text)?;
-        let seen = [z, &condition.picture, &self.code_features(condition)?];
+        // Inside the network, what the picture lacks has the scale of the noise.
+        let residual = ((z - condition.base())? / self.config.noise)?;
+        let seen = [&residual, &condition.picture, &self.code_features(condition)?];
         let mut x = self.input.forward(&Tensor::cat(&seen, 2)?)?;
         let mut skips = Vec::new();
         for level in &self.levels {
@@ -171,7 +173,8 @@ impl Unet {
                 x = block.forward(&x, &context)?;
             }
         }
-        ops::add(&condition.base, &self.output.forward(&self.norm.forward(&x)?)?)
+        let residual = (self.output.forward(&self.norm.forward(&x)?)? * self.config.noise)?;
+        ops::add(condition.base(), &residual)
     }
 
     /// What scales and shifts every block, (B, embedding): time and the caption's first token.

@@ -4,54 +4,82 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::run::Run;
-use crate::checkpoint::{IMAGE_TOKENIZER, Inventory, TRANSFORMER, Weights, load, quantise};
+use crate::checkpoint::{IMAGE_TOKENIZER, Inventory, REFINER, Source, TRANSFORMER, Weights, load, quantise};
 use crate::error::{Error, Result};
-use crate::generate::Sampling;
+use crate::generate::{ModelConfig, Sampling};
 use crate::io::output;
 use crate::tokenizer::ImageTokenizer;
 
 /// The file of the text tokenizer.
 const TEXT: &str = "tokenizer.json";
 
-/// Writes `config.json`, `tokenizer.json`, `model.safetensors` and `image_tokenizer.safetensors` (matrices as
-/// bytes) to `out`.
-/// The decoder is the third stage's if its weights are there.
+/// Writes `config.json`, `tokenizer.json`, `model.safetensors`, `image_tokenizer.safetensors` and, if it was trained,
+/// `refiner.safetensors` (matrices as bytes) to `out`.
+/// The decoder is the third stage's if its weights are there. Of a run that has trained nothing but a refiner, it is added to
+/// the model that is in `out`.
 ///
 /// Errors: [`crate::error::Kind::Model`] for a run without one of these files.
 pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
+    let refines = run.file(REFINER).exists();
+    if refines && ![TRANSFORMER, IMAGE_TOKENIZER].iter().any(|name| run.file(name).exists()) {
+        return add_refiner(run, out);
+    }
     if let Some(path) = [TEXT, TRANSFORMER, IMAGE_TOKENIZER].map(|name| run.file(name)).iter().find(|p| !p.exists()) {
         return Err(Error::model(format!("{} is missing", path.display())).hint("nextflow train --help"));
     }
     std::fs::create_dir_all(out)?;
-    for name in [TRANSFORMER, IMAGE_TOKENIZER] {
-        let mut small = BTreeMap::new();
-        for (key, tensor) in load(&run.file(name))? {
-            // Codes are compared by distance, so the codebook keeps more digits.
-            if tensor.rank() > 1 && tensor.elem_count() > 4096 && !key.starts_with("quantize.") {
-                quantise(&mut small, key, &tensor)?;
-            } else {
-                small.insert(key, tensor);
-            }
-        }
-        crate::checkpoint::save(&out.join(name), small, None)?;
+    for name in [TRANSFORMER, IMAGE_TOKENIZER].into_iter().chain(refines.then_some(REFINER)) {
+        write_int8(&run.file(name), &out.join(name))?;
     }
     let (last, asked) = (run.recipe.tokenizer_final(), Weights::inventory());
     ImageTokenizer::load(&asked, &last)?;
     let has_last = Inventory::open(&run.file(IMAGE_TOKENIZER))?.compare(&asked).is_complete();
     let tokenizer = if has_last { last } else { run.recipe.tokenizer.clone() };
-    let config = run.recipe.model(tokenizer, sampling);
-    let json = serde_json::to_string_pretty(&config).map_err(|e| Error::usage(e.to_string()))?;
-    output::write(&out.join("config.json"), (json + "\n").as_bytes())?;
+    let mut config = run.recipe.model(tokenizer, sampling);
+    if refines {
+        set_refiner(&mut config, run);
+    }
+    write_config(&config, out)?;
     std::fs::copy(run.file(TEXT), out.join(TEXT))?;
     Ok(())
+}
+
+/// Adds the refiner to the model in `out`.
+fn add_refiner(run: &Run, out: &Path) -> Result<()> {
+    let mut config = ModelConfig::read(&Source::Folder(out.into()))?;
+    set_refiner(&mut config, run);
+    write_int8(&run.file(REFINER), &out.join(REFINER))?;
+    write_config(&config, out)
+}
+
+fn set_refiner(config: &mut ModelConfig, run: &Run) {
+    config.sampling.refine = run.recipe.refiner.steps;
+    config.refiner = Some(run.recipe.refiner.clone());
+}
+
+fn write_config(config: &ModelConfig, out: &Path) -> Result<()> {
+    let json = serde_json::to_string_pretty(config).map_err(|e| Error::usage(e.to_string()))?;
+    output::write(&out.join("config.json"), (json + "\n").as_bytes())
+}
+
+/// Copies weights, with large matrices and filters as bytes.
+fn write_int8(from: &Path, to: &Path) -> Result<()> {
+    let mut small = BTreeMap::new();
+    for (key, tensor) in load(from)? {
+        // Codes are compared by distance, so the codebook keeps more digits.
+        if tensor.rank() > 1 && tensor.elem_count() > 4096 && !key.starts_with("quantize.") {
+            quantise(&mut small, key, &tensor)?;
+        } else {
+            small.insert(key, tensor);
+        }
+    }
+    crate::checkpoint::save(to, small, None)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backbone::Backbone;
-    use crate::checkpoint::Source;
-    use crate::generate::ModelConfig;
 
     #[test]
     fn the_decoder_is_the_one_whose_weights_are_there() -> Result<()> {

@@ -10,15 +10,13 @@ use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::refine_pool::{Coded, Item, RefinePool};
 use super::run::Run;
+use crate::checkpoint::REFINER;
 use crate::dataset::{Canvas, SIDE};
 use crate::error;
 use crate::pixels;
 use crate::refiner::{Captions, Condition, Refiner, Time, fold};
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::ImageTokenizer;
-
-/// The averaged weights in the run's folder.
-pub const FILE: &str = "refiner.safetensors";
 
 /// Share of the samples whose caption is empty.
 const CAPTION_DROP: f64 = 0.1;
@@ -44,7 +42,7 @@ pub fn train(
     plan: &Hyperparameters,
 ) -> error::Result<()> {
     let config = &run.recipe.refiner;
-    let (refiner, vars) = run.load(&[&run.file(FILE)], |w| Refiner::load(w, config))?;
+    let (refiner, vars) = run.load(&[&run.file(REFINER)], |w| Refiner::load(w, config))?;
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
     let mut average = Average::new(&vars)?;
     let state = run.file("refiner.state");
@@ -76,7 +74,7 @@ pub fn train(
         progress.checkpoint(|| {
             let means = average.0.iter().map(|(key, mean)| (format!("average.{key}"), mean.clone()));
             optimizer.save(&state, means.collect())?;
-            crate::checkpoint::save(&run.file(FILE), average.0.clone(), None)
+            crate::checkpoint::save(&run.file(REFINER), average.0.clone(), None)
         })?;
     }
     Ok(())
@@ -115,7 +113,8 @@ fn loss(
     });
     let noise = Tensor::from_iter(noise, &Device::Cpu)?.reshape(x.shape())?.to_device(device)?;
     let scalar = |f: &dyn Fn(f32) -> f32| Tensor::from_vec(t.iter().map(|&t| f(t)).collect(), (b, 1, 1), device);
-    let z = (x.broadcast_mul(&scalar(&|t| t)?)? + noise.broadcast_mul(&scalar(&|t| 1.0 - t)?)?)?;
+    let start = (condition.base() + (noise * config.noise)?)?;
+    let z = (x.broadcast_mul(&scalar(&|t| t)?)? + start.broadcast_mul(&scalar(&|t| 1.0 - t)?)?)?;
     let error = (refiner.predict(&z, &t, &condition, &captions)? - x)?.sqr()?.flatten_from(1)?.mean(1)?;
     let weighted = (&error * scalar(&|t| time.weight(t))?.flatten_all()?)?.mean_all()?;
     Ok((weighted, f64::from(error.mean_all()?.to_scalar::<f32>()?)))
