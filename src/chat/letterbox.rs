@@ -39,9 +39,10 @@ impl Letterbox {
         (self.kept[2], self.kept[3])
     }
 
-    /// The crop of the model's image.
+    /// The crop of the model's image, or of a refined one, which is so many times as large.
     pub fn crop(&self, image: &RgbImage) -> RgbImage {
-        let [left, top, width, height] = self.kept;
+        let times = (image.width() / self.outer.0.max(1)).max(1);
+        let [left, top, width, height] = self.kept.map(|pixels| pixels * times);
         imageops::crop_imm(image, left, top, width, height).to_image()
     }
 }

@@ -5,21 +5,19 @@ use std::io::Cursor;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use candle_core::Device;
 use clap::Args;
-use image::{ImageFormat, RgbImage};
+use image::ImageFormat;
 
 use super::{DeviceArgs, ModelArgs, request};
 use crate::checkpoint::Source;
 use crate::codes::CodeFile;
 use crate::error::{Error, Result};
-use crate::generate::refinement::{self, Refined, Refinement};
-use crate::generate::{Event, ModelConfig};
+use crate::generate::ModelConfig;
+use crate::generate::refinement::{self, CodeRefiner, Refined};
 use crate::io::input;
 use crate::io::output::{self, Destination};
 use crate::terminal;
 use crate::text;
-use crate::tokenizer::TableDecoder;
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
@@ -64,22 +62,6 @@ fn checked(args: &DecodeArgs, steps: Option<usize>) -> Result<(Source, ModelConf
     Ok((source, config, steps, caption.unwrap_or_default()))
 }
 
-/// The image of `codes`, refined.
-fn refined(
-    image: RgbImage,
-    codes: &CodeFile,
-    (source, config, device): (&Source, &ModelConfig, &Device),
-    (steps, caption, seed): (usize, &str, u64),
-) -> Result<RgbImage> {
-    let refinement = Refinement::load(source, config, (device, None))?;
-    let images = config.load_images(source, device, None, TableDecoder::load)?;
-    let text = source.text_of(config.backbone.vocab_size)?;
-    let job = Refined { codes: &codes.codes, caption, seed };
-    let on = &mut |_: Event| ControlFlow::Continue(());
-    let mut refined = refinement.refine((&images, &text), (&[image], &codes.scales), &[job], steps, on)?;
-    Ok(refined.remove(0))
-}
-
 /// Runs `nextflow decode`.
 pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     let destination = match output::is_stdout(&args.output) {
@@ -111,7 +93,9 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
     }
     let mut image = tokenizer.decode(&codes.codes, &codes.scales, &device)?;
     if let Some((source, config, steps, caption)) = refiner {
-        image = refined(image, &codes, (&source, &config, &device), (steps, &caption, args.seed))?;
+        let refiner = CodeRefiner::load(&source, &config, (&device, None))?;
+        let job = Refined { codes: &codes.codes, caption: &caption, seed: args.seed };
+        image = refiner.refine(image, &codes.scales, job, steps, &mut |_| ControlFlow::Continue(()))?;
     }
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;

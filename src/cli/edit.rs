@@ -11,7 +11,8 @@ use super::run::{Load, Plan};
 use super::{DrawArgs, PromptArgs};
 use crate::chat::{ChatConfig, ChatModel, Letterbox, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
-use crate::generate::schedule;
+use crate::generate::refinement::{CodeRefiner, Refined};
+use crate::generate::{cost, schedule};
 use crate::pixels;
 use crate::tokenizer::Code;
 
@@ -68,17 +69,26 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         letterbox.scales.last().copied(),
         &request.device,
     )?;
+    let refines = request.sampling.refine > 0;
+    let on = (&request.source, request.weights, &request.device);
+    let peak = memory.peak() + if refines { cost::refiner(model, on, &letterbox.scales, 1)? } else { 0 };
+    let times = model.upscale(&request.sampling) as u32;
+    let size = (letterbox.size().0 * times, letterbox.size().1 * times);
     let preview = args.draw.output.preview(args.draw.report.verbose)?;
     if args.draw.report.dry_run {
         ChatModel::check(&request.source, &config)?;
-        let plan = Plan::new(&request, letterbox.size(), &letterbox.scales, memory, memory.peak());
+        let plan = Plan::new(&request, size, &letterbox.scales, memory, peak);
         return plan.emit(args.draw.report.json, &memory.parts());
     }
     let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
-    let load = Load { source: Some(&request.source), device: &request.device, peak: memory.peak(), smaller };
+    let load = Load { source: Some(&request.source), device: &request.device, peak, smaller };
     let mut run = load.start(args.draw.report.level(), request.images())?;
     let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
     let model = run.console.load(&request.model, load)?;
+    let refiner = match request.sampling.refine {
+        0 => None,
+        _ => Some(CodeRefiner::load(&request.source, request.config.nextflow()?, (&request.device, request.weights))?),
+    };
     let mut pictures = vec![model.encode("$1", &letterbox.apply(first), &letterbox.scales)?];
     for (n, image) in sources.iter().enumerate().skip(1) {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
@@ -104,7 +114,18 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
                 _ => delivery.stop.check(),
             }
         })?;
-        let image = letterbox.crop(&model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?);
+        let drawn = session.last_image().ok_or_else(ChatModel::draws_nothing)?;
+        let mut image = model.decode(drawn)?;
+        if let (Some(refiner), Some(codes)) = (&refiner, drawn.codes()) {
+            // The instruction describes no image; what the model says that it will draw does.
+            let caption =
+                reply.text.split_once(crate::generate::prompt::FINAL).map_or("", |(_, caption)| caption.trim());
+            let refined = Refined { codes: &codes.codes, caption, seed: job.seed };
+            image = refiner.refine(image, &codes.scales, refined, job.sampling.refine, &mut |event| {
+                delivery.event(&event, |codes, scales| model.pixels(codes, scales))
+            })?;
+        }
+        let image = letterbox.crop(&image);
         // The sources stay in the cache for the next one.
         session.undo();
         let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());

@@ -112,16 +112,29 @@ pub fn memory(
     let mut memory = synthetic_memory(config, dtype, (matrices, filters), work)?;
     memory.transformer *= source.copies(matrices);
     memory.program += source.embedded_bytes();
-    if let Some(refiner) = config.refiner.as_ref().filter(|_| work.sampling.refine > 0) {
-        let asked = Weights::inventory();
-        Refiner::load(&asked, refiner)?;
-        let (_, matrices) = source.placed(REFINER, weights.filter(|weights| *weights == WeightType::F32), device);
-        memory.refiner = asked.bytes(DType::F32, matrices) + refiner.activations(work.scales, work.images);
+    if work.sampling.refine > 0 {
+        memory.refiner = refiner(config, (source, weights, device), work.scales, work.images)?;
     }
     if source.is_gguf(TRANSFORMER) {
         memory.transformer = Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum();
     }
     Ok(memory)
+}
+
+/// Bytes of a refiner's weights and of what a step holds at once for so many images; 0 for a model without one.
+///
+/// Errors: a config that no refiner has.
+pub fn refiner(
+    config: &ModelConfig,
+    (source, weights, device): (&Source, Option<WeightType>, &Device),
+    scales: &[(usize, usize)],
+    images: usize,
+) -> Result<u64> {
+    let Some(refiner) = &config.refiner else { return Ok(0) };
+    let asked = Weights::inventory();
+    Refiner::load(&asked, refiner)?;
+    let (_, matrices) = source.placed(REFINER, weights.filter(|weights| *weights == WeightType::F32), device);
+    Ok(asked.bytes(DType::F32, matrices) + refiner.activations(scales, images))
 }
 
 /// As [`memory`], for weights that are in no file, with the transformer's matrices and the tokenizer's filters kept in some way.

@@ -5,7 +5,7 @@ use image::RgbImage;
 
 use super::{Event, ModelConfig, Observer};
 use crate::checkpoint::{REFINER, Source, WeightType, Weights};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pixels;
 use crate::refiner::{Captions, Condition, Refiner};
 use crate::rng::{Rng, Stream};
@@ -85,6 +85,43 @@ impl Refinement {
         let refined = self.refiner.refine(&condition, &captions, &rngs, steps, &mut progress)?;
         let refined = refined.ok_or_else(super::job::interrupted)?;
         (0..jobs.len()).map(|i| pixels::to_image(&refined.get(i)?, pixels::TOKENFLOW_GREY)).collect()
+    }
+}
+
+/// All that refines images without the transformer: those of an edit, and of files of codes.
+#[derive(Debug)]
+pub struct CodeRefiner {
+    refinement: Refinement,
+    images: TableDecoder,
+    text: Text,
+}
+
+impl CodeRefiner {
+    /// As [`Refinement::load`].
+    ///
+    /// Errors: those of it, and a text tokenizer that is missing or broken.
+    pub fn load(source: &Source, config: &ModelConfig, on: (&Device, Option<WeightType>)) -> Result<Self> {
+        Ok(Self {
+            refinement: Refinement::load(source, config, on)?,
+            images: config.load_images(source, on.0, on.1, TableDecoder::load)?,
+            text: source.text_of(config.backbone.vocab_size)?,
+        })
+    }
+
+    /// Refines the image of `job`, in the grids `scales`, decoded as `picture`.
+    ///
+    /// Errors: as [`Refinement::refine`].
+    pub fn refine(
+        &self,
+        picture: RgbImage,
+        scales: &[(usize, usize)],
+        job: Refined,
+        steps: usize,
+        observe: Observer,
+    ) -> Result<RgbImage> {
+        let decoder = (&self.images, &self.text);
+        let mut images = self.refinement.refine(decoder, (&[picture], scales), &[job], steps, observe)?;
+        images.pop().ok_or_else(|| Error::new(Kind::Failure, "one image refines to one"))
     }
 }
 
