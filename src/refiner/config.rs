@@ -126,6 +126,49 @@ impl RefinerConfig {
         Ok(())
     }
 
+    /// A U-Net of the paper's class (1 B parameters), from pictures of 512 to 1024 pixels by TokenFlow's `siglip_32k` codes and
+    /// Qwen2.5's words. The paper gives no shape.
+    pub fn one_b() -> Self {
+        Self {
+            patch: 8,
+            upscale: 2,
+            widths: vec![320, 896, 1792],
+            down_blocks: vec![2, 3, 12],
+            up_blocks: vec![2, 3],
+            attention: vec![0, 2, 12],
+            head_dim: 64,
+            kernel: 3,
+            mlp_ratio: 4,
+            embedding: 512,
+            code_dim: 40,
+            semantic_dim: 1152,
+            code_cell: 16,
+            code_channels: 64,
+            noise: 0.25,
+            caption: CaptionConfig { vocab_size: 151_936, width: 768, blocks: 6, heads: 12, max_tokens: 256 },
+            steps: 8,
+        }
+    }
+
+    /// Floating-point operations of a step for so many images whose codes have the grids `scales`: those of all matrix products
+    /// of the U-Net.
+    pub fn flops(&self, scales: &[(usize, usize)], images: usize) -> f64 {
+        let (h, w) = scales.last().copied().unwrap_or_default();
+        let finest = h * w * self.tokens_per_code().pow(2);
+        let (last, pixels) = (self.widths.len() - 1, 3 * self.patch * self.patch);
+        let seen = pixels / (self.upscale * self.upscale) + self.code_channels;
+        let mut sum = finest * (2 * pixels + seen) * self.widths[0];
+        for (level, &width) in self.widths.iter().enumerate() {
+            let tokens = finest >> (2 * level);
+            let up = if level < last { self.up_blocks[level] } else { 0 };
+            let mlps = (self.down_blocks[level] + up) * 3 * self.mlp_ratio * width * width;
+            let attending = self.attention[level] * (4 * width * width + 2 * tokens * width);
+            let resize = if level < last { 2 * width * self.widths[level + 1] } else { 0 };
+            sum += tokens * (mlps + attending + resize);
+        }
+        2.0 * (images * sum) as f64
+    }
+
     /// Bytes that a step holds at once for so many images whose codes have the grids `scales`, in f32.
     pub fn activations(&self, scales: &[(usize, usize)], images: usize) -> u64 {
         let (h, w) = scales.last().copied().unwrap_or_default();

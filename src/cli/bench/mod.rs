@@ -3,14 +3,20 @@
 mod image;
 mod infinity;
 mod machine;
+mod refiner;
 mod talk;
 
 use clap::{Args, ValueEnum};
 
 use super::DeviceArgs;
 use crate::backbone::presets;
+#[cfg(feature = "nano")]
+use crate::checkpoint::Source;
 use crate::checkpoint::WeightType;
 use crate::error::Result;
+#[cfg(feature = "nano")]
+use crate::generate::{ModelConfig, refinement};
+use crate::refiner::RefinerConfig;
 use crate::vision::VisionConfig;
 
 /// Shapes to measure.
@@ -43,6 +49,13 @@ pub enum Shape {
     /// Qwen2.5-VL-7B
     #[value(name = "qwen2.5-vl-7b")]
     QwenVl7b,
+    /// The built-in model's refiner, to 256 px
+    #[cfg(feature = "nano")]
+    #[value(name = "nano-refiner")]
+    NanoRefiner,
+    /// A refiner of the paper's size, for nextflow-7b's tokenizer, to 1024 px
+    #[value(name = "refiner-1b")]
+    Refiner1b,
 }
 
 /// Flags of `nextflow bench`.
@@ -94,6 +107,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         Shape::QwenVl7b => {
             talk::run(args, "qwen2.5-vl-7b", presets::QWEN2_5_VL_7B, Some(VisionConfig::qwen2_5_vl(3584)))
         }
+        #[cfg(feature = "nano")]
+        Shape::NanoRefiner => match ModelConfig::read(&Source::Embedded)?.refiner {
+            Some(config) => refiner::run(args, "nano-refiner", &config, 256),
+            None => Err(refinement::none("nano")),
+        },
+        Shape::Refiner1b => refiner::run(args, "refiner-1b", &RefinerConfig::one_b(), 1024),
         Shape::Infinity125m => infinity::run(args, "125m"),
         Shape::Infinity2b => infinity::run(args, "2b"),
         Shape::Infinity8b => infinity::run(args, "8b"),
