@@ -130,6 +130,7 @@ impl Source {
         serde_json::from_slice(&self.bytes(file)?).map_err(|e| {
             Error::model(format!("{file} of {self} is not JSON: {e}"))
                 .hint("copy the file from its origin again, or name another model: --model FOLDER")
+                .because(e)
         })
     }
 
@@ -379,9 +380,11 @@ fn failure(name: &str, error: candle_core::Error) -> Error {
     let text = told(&error);
     let lower = text.to_lowercase().replace('_', " ");
     if lower.contains("out of memory") || lower.contains("memory allocation failed") {
-        return Error::new(Kind::Memory, format!("not enough memory for {name}: {text}")).hint("--device cpu");
+        return Error::new(Kind::Memory, format!("not enough memory for {name}: {text}"))
+            .hint("--device cpu")
+            .because(error);
     }
-    Error::model(format!("cannot load {name}: {text}")).hint("--model FOLDER with another checkpoint")
+    Error::model(format!("cannot load {name}: {text}")).hint("--model FOLDER with another checkpoint").because(error)
 }
 
 /// Copies one file.
@@ -391,6 +394,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
     std::fs::copy(from, to).map(drop).map_err(|e| {
         Error::new(Kind::Failure, format!("cannot copy {} to {}: {e}", from.display(), to.display()))
             .hint("check the folder's permissions and free space: df -h")
+            .because(e)
     })
 }
 

@@ -107,6 +107,8 @@ struct Plan<'a> {
 /// Jobs that failed, and whether the others go on.
 struct Failures {
     keep_going: bool,
+    /// Print the causes of errors.
+    verbose: bool,
     count: usize,
 }
 
@@ -119,7 +121,7 @@ impl Failures {
             return Err(error);
         }
         self.count += 1;
-        terminal::report(&error);
+        terminal::report(&error, self.verbose);
         let (id, hint, code) = (id.as_deref(), error.hint.as_deref(), error.exit_code());
         terminal::emit_json(&Failed { line, id, error: &error.message, hint, code }).map(drop)
     }
@@ -157,7 +159,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let (flags, draft, force) = (&args.draw.sampling, args.draft, args.draw.output.force);
     let reading = Reading { name: &name, request, flags, draft, folder, resume, force, shard };
     let mut jobs = Jobs::new(reading, input::lines(file, "--jsonl FILE, or - for standard input")?);
-    let mut failures = Failures { keep_going, count: 0 };
+    let mut failures = Failures { keep_going, verbose: args.draw.report.verbose, count: 0 };
 
     // What a pipe brings is not waited for, unless it is only to be checked.
     let wait = !input::is_stdin(file) || args.draw.report.dry_run;
@@ -180,7 +182,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         request.config.check(&request.source, args.text_features.as_deref())?;
         plan(request, &all, there, work, args.draw.report.json)?;
         let faults = || all.iter().filter_map(|next| next.as_ref().err());
-        faults().for_each(|fault| terminal::report(&fault.error));
+        faults().for_each(|fault| terminal::report(&fault.error, args.draw.report.verbose));
         return match faults().count() {
             0 => Ok(()),
             n => Err(Error::new(Kind::Failure, format!("{n} of {} jobs cannot be drawn", all.len()))
@@ -261,7 +263,8 @@ fn draw(
 ) -> Result<ControlFlow<()>> {
     let fault = |task: &Task, error: &Error| {
         let message = format!("line {} of {name}: {}", task.line, error.message);
-        let error = Error { kind: error.kind, message, hint: error.hint.clone() };
+        let cause = error.cause.as_ref().map(|cause| anyhow::anyhow!("{cause:#}"));
+        let error = Error { kind: error.kind, message, hint: error.hint.clone(), cause };
         Fault { line: task.line, id: task.id.clone(), error }
     };
     let jobs: Vec<&Job> = group.iter().map(|task| &task.job).collect();

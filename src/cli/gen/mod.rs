@@ -26,7 +26,7 @@ use jobs::JobsArgs;
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
 
-/// Flags of `nextflow gen`, as typed; [`Request`] holds them checked.
+/// Flags of `nextflow gen`, as typed; `Request` holds them checked.
 #[derive(Args, Clone, Debug, Default)]
 #[command(after_help = "Examples:\n  nextflow gen -p \"a red apple\" -o apple.png\n  \
                   nextflow gen -p \"三只蓝色的猫\" --count 4 --out-dir cats\n  \
