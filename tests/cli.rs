@@ -100,7 +100,9 @@ fn verbose_prints_the_causes_of_an_error() {
 
 #[test]
 fn help_fits_two_screens() {
-    for command in ["gen", "edit", "chat", "encode", "decode", "info", "bench", "quantize", "assemble", "eval", "completions"] {
+    for command in
+        ["gen", "edit", "chat", "encode", "decode", "info", "bench", "quantize", "assemble", "eval", "completions"]
+    {
         let output = nextflow(Path::new("."), &[command, "--help"], b"");
         let help = String::from_utf8(output.stdout).unwrap();
         assert!(help.lines().count() <= 100, "{command} --help has {} lines", help.lines().count());

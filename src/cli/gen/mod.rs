@@ -3,6 +3,7 @@
 mod from_png;
 mod job_file;
 mod job_line;
+mod job_path;
 mod jobs;
 mod think;
 
