@@ -38,7 +38,7 @@ pub fn clean(text: &str) -> Cow<'_, str> {
 /// Prints `error: ...` and `hint: ...` to stderr and, if `verbose`, the causes of the error between them.
 pub fn report(error: &Error, verbose: bool) {
     let mut err = anstream::stderr().lock();
-    // A closed stderr leaves the exit code to tell.
+    // With stderr closed there is only the exit code.
     let _ = writeln!(err, "\x1b[1;31merror:\x1b[0m {}", clean(&error.message));
     for cause in error.causes().iter().filter(|_| verbose) {
         let _ = writeln!(err, "\x1b[1mcaused by:\x1b[0m {}", clean(cause));
@@ -96,7 +96,7 @@ pub fn emit_json(value: &impl Serialize) -> Result<ControlFlow<()>> {
     emit((escaped(&json) + "\n").as_bytes())
 }
 
-/// JSON of one line with all that drives a terminal as `\u` escapes. JSON itself asks for those below 0x20 only.
+/// JSON of one line with everything that drives a terminal as `\u` escapes. JSON itself requires those below 0x20 only.
 pub fn escaped(json: &str) -> String {
     let spell = |c: char| match c {
         // Between values there are line breaks, as at the end; none of these characters is beyond 16 bits.
@@ -117,7 +117,7 @@ fn clear_line() {
     }
 }
 
-/// How much to say.
+/// How much is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// Nothing.
@@ -153,12 +153,12 @@ pub struct Console {
 const PASS: usize = 16;
 
 impl Console {
-    /// For a run over so many `images`.
+    /// For a run of `images` images.
     pub fn new(level: Level, images: u64) -> Self {
         Self { level, redraw: level == Level::Normal && can_redraw(), images, drawn: [0; 2], started: Instant::now() }
     }
 
-    /// Loads a model of this name, and tells so.
+    /// Loads a model of this name, and reports it.
     pub fn load<T>(&mut self, name: &str, load: impl FnOnce() -> Result<T>) -> Result<T> {
         self.progress("loading the model");
         let started = Instant::now();
@@ -167,7 +167,7 @@ impl Console {
         Ok(model)
     }
 
-    /// So many more images begin, which are drawn together.
+    /// Starts `images` more images, which are drawn together.
     pub fn start(&mut self, images: u64) {
         let [_, last] = self.drawn;
         self.drawn = [last + 1, last + images];

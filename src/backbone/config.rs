@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rope_scaling::RopeScaling;
 
-/// What the transformer sees of an image.
+/// An image as the transformer's input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InputMode {
@@ -72,7 +72,7 @@ pub struct BackboneConfig {
     pub codebook_size: usize,
     /// Channels of a code.
     pub code_dim: usize,
-    /// What the transformer sees of an image.
+    /// An image as the transformer's input.
     pub input_mode: InputMode,
     /// The most scales an image may have: rows of the scale embedding.
     pub max_scales: usize,

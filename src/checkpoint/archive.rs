@@ -40,7 +40,7 @@ pub(super) fn open(path: &Path) -> Result<File> {
         io::ErrorKind::NotFound => refuse("is missing".into()).because(e),
         _ => refuse(format!("cannot be read: {e}")).because(e),
     };
-    // Opening a pipe would wait for a writer, so this comes first.
+    // Opening a pipe would wait for a writer, so this is checked first.
     if !path.metadata().map_err(cannot)?.is_file() {
         return Err(refuse("is not a file".into()));
     }
@@ -134,7 +134,7 @@ impl Archive {
         })
     }
 
-    /// What the header says about a tensor.
+    /// The header's entry of a tensor.
     pub(super) fn entry(&self, key: &str) -> Option<&Entry> {
         self.header.get(key)
     }
@@ -257,7 +257,7 @@ fn scale_key(key: &str) -> String {
 /// Bytes with a scale per row.
 const BYTES: Stored = Stored::Plain(Dtype::U8);
 
-/// The byte that stands for zero.
+/// The byte that means zero.
 const ZERO: f32 = 128.0;
 
 /// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte - 128) * scale.
@@ -298,7 +298,7 @@ fn unblock(file: &mut impl Read, entry: &Entry, dtype: GgmlDType) -> candle_core
     Tensor::from_vec(values, entry.shape.as_slice(), &Device::Cpu)
 }
 
-/// Converts on the way, through f32: exact unless the asked type is narrower than the stored one.
+/// Converts through f32 while reading: exact unless `dtype` is narrower than the stored type.
 fn tensor<const N: usize>(
     file: &mut impl Read,
     entry: &Entry,

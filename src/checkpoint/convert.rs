@@ -56,7 +56,7 @@ pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path:
     archive::save(path, tensors.into_iter().map(plain).collect::<candle_core::Result<_>>()?, None)
 }
 
-/// What a model folder may have beside weights.
+/// Files that a model folder may have beside weights.
 const SMALL: [&str; 9] = [
     "config.json",
     "tokenizer.json",
@@ -79,7 +79,7 @@ pub fn abandon() {
     }
 }
 
-/// Makes `folder`, which must not exist, of what `fill` writes into another: it appears whole or not at all.
+/// Creates `folder`, which must not exist, whole or not at all: `fill` writes into a temporary one.
 ///
 /// Errors: `Kind::Usage` if it exists, `Kind::Failure` if it cannot be written, and those of `fill`.
 pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
@@ -98,7 +98,7 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     part.rename(folder).map_err(|e| Error::unwritten(folder, &e).because(e))
 }
 
-/// Every tensor that is `asked` for of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.
+/// The tensors `asked` of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.
 ///
 /// Errors: `Kind::Model` for a file that does not fit.
 pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {

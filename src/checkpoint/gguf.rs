@@ -1,4 +1,4 @@
-//! The header of a GGUF file (versions 2 and 3), checked before anything is made of it.
+//! The header of a GGUF file (versions 2 and 3), checked before any tensor is read.
 //!
 //! Layout: magic, version, the numbers of tensors and of settings, the settings, the tensors' names, shapes (columns
 //! first), types and offsets, and their data, which begins at multiples of an alignment. Of the settings only the
@@ -16,7 +16,7 @@ use super::header::{Entry, Header, MAX_HEADER, Stored, broken};
 use super::keys;
 use crate::error::Result;
 
-/// How a file begins.
+/// The first bytes of a file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
 
 /// The longest key or name of a tensor, in bytes.
@@ -25,7 +25,7 @@ const MAX_NAME: u64 = 1 << 16;
 const MAX_DEPTH: usize = 4;
 /// The most dimensions of a tensor: those of a convolution over frames, rows and columns.
 const MAX_DIMS: u32 = 5;
-/// Where data begins if the file does not say.
+/// Alignment of the data if the file names none.
 const ALIGNMENT: u64 = 32;
 const ALIGNMENT_KEY: &str = "general.alignment";
 

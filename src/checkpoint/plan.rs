@@ -57,7 +57,7 @@ pub(super) fn plan<T>(
     planned.map(|()| archives).map_err(|e| failure(name, e))
 }
 
-/// One sentence about a file that does not fit its config or layout; `cut` says that the check gave up early.
+/// One sentence about a file that does not fit its config or layout; `cut` if the check stopped early.
 fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> Error {
     let count = |is: fn(&Fault) -> bool, what: &str| match problems.iter().filter(|(_, f)| is(f)).count() {
         0 => None,
@@ -78,7 +78,7 @@ fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> 
     Error::model(message).hint("--model FOLDER, with all files in FOLDER from one checkpoint")
 }
 
-/// A failure to build: the devices' allocators tell of their exhaustion in words only.
+/// The error of a failed build; allocators report exhausted memory in their text only.
 fn failure(name: &str, error: candle_core::Error) -> Error {
     let text = told(&error);
     let lower = text.to_lowercase().replace('_', " ");

@@ -1,4 +1,4 @@
-//! In which type the bulk of a model is kept.
+//! Types of a model's matrices.
 
 use std::fmt;
 
@@ -46,12 +46,12 @@ impl WeightType {
         }
     }
 
-    /// What is used if nothing is asked for.
+    /// The default.
     pub fn usual(cpu: bool) -> Self {
         if cpu { Self::F32 } else { Self::Bf16 }
     }
 
-    /// How a device keeps it: the type of tensors and activations, and matrices. A GPU computes in half precision by itself;
+    /// How it is stored on a device: the type of tensors and activations, and of matrices. A GPU computes in half precision itself;
     /// a CPU computes in f32 from whatever the blocks are.
     pub(crate) fn placed(self, cpu: bool) -> (DType, Matrices) {
         let matrices = self.blocks().map_or(Matrices::Tensors, Matrices::Blocks);
@@ -64,14 +64,13 @@ impl WeightType {
     }
 }
 
-/// How matrices are kept. What a file has in blocks stays in them.
+/// How matrices are stored. Blocks of a file stay blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Matrices {
     /// As tensors, of the type of the others.
     #[default]
     Tensors,
-    /// What is stored as bytes with a scale per row stays so where that is [supported](crate::ops::Int8Matrix::supports); the
-    /// others are tensors.
+    /// Int8 with a scale per row as in the file, where that is [supported](crate::ops::Int8Matrix::supports); others are tensors.
     Bytes,
     /// In blocks.
     Blocks(GgmlDType),

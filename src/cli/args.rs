@@ -85,7 +85,7 @@ fn seed(text: &str) -> Result<u64, String> {
 }
 
 impl SamplingArgs {
-    /// Checks these flags, and the `sampling` that they result in, against an image of so many scales.
+    /// Checks these flags, and the `sampling` that they result in, against an image of `scales` scales.
     ///
     /// Errors: usage, for more scales than there are, and for scales to guide without guidance.
     pub fn check_scales(&self, sampling: &Sampling, scales: usize) -> Result<()> {
@@ -122,7 +122,7 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// The terminal's preview, if one was asked for.
+    /// The terminal's preview, with `--preview`.
     ///
     /// Errors: usage, for a terminal that cannot show images.
     pub fn preview(&self, verbose: bool) -> Result<Option<Preview>> {

@@ -67,7 +67,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let bytes =
         match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
             true => codes.to_safetensors()?,
-            // The name of a model is anybody's.
+            // A model's name comes from outside.
             false => terminal::escaped(&String::from_utf8_lossy(&codes.to_json()?)).into_bytes(),
         };
     let _ = match destination.save(&bytes, "", 0)? {

@@ -12,7 +12,7 @@ use crate::terminal;
 /// Of the text encoder, beside its weights.
 const TEXT_FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors.index.json"];
 
-/// The chosen model, or the only one that is in the cache. What is missing is downloaded, after its size has been told.
+/// The chosen model, or the only one in the cache. Missing files are downloaded, after a line with their size.
 ///
 /// Errors: usage, without a choice; those of a download.
 pub(super) fn fetch_infinity(id: &Id, choice: Option<&'static Variant>, offline: bool) -> Result<Source> {

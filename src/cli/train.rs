@@ -156,7 +156,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let model = run.file(TRANSFORMER);
     if matches!(args.step, Step::Text) && model.exists() {
         return Err(Error::usage(format!(
-            "{} has learnt the words of tokenizer.json, which this would replace",
+            "{} was trained with tokenizer.json, which this would replace",
             model.display()
         ))
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
@@ -236,7 +236,7 @@ fn data(path: &Path, packages: &Path, folder: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// A CPU or an NVIDIA GPU, and a line that says which: for others there are no kernels with a backward pass.
+/// A CPU or an NVIDIA GPU, reported in a line: other devices have no kernels with a backward pass.
 fn trainer(name: &str) -> Result<Device> {
     let device = match device::parse(name)? {
         Device::Metal(_) if name == "auto" => Device::Cpu,

@@ -140,7 +140,7 @@ fn path_of_address(text: &str, endpoint: Option<&str>) -> Result<Option<String>,
         .hint(format!("HF_ENDPOINT={scheme}://{host} nextflow models pull OWNER/NAME takes them from there")))
 }
 
-/// Letters, digits, `.`, `_` and `-`, not led by a dot, and without `--`, which stands for `/` in the cache.
+/// Letters, digits, `.`, `_` and `-`, without a leading dot, and without `--`, which means `/` in the cache.
 fn is_plain(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     !part.is_empty() && part.len() <= 96 && part.chars().all(allowed) && !part.starts_with('.') && !part.contains("--")

@@ -8,7 +8,7 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use super::settings::var;
 use crate::error::{Error, Kind, Result};
 
-/// The hint for a certificate that nobody vouches for.
+/// The hint for a certificate from an unknown authority.
 pub(super) const HINT: &str =
     "a network that opens TLS has a certificate of its own: SSL_CERT_FILE=CA.pem nextflow ...";
 
@@ -51,6 +51,6 @@ fn some(found: CertificateResult, variable: &str, path: &str) -> Result<Vec<Cert
         return Ok(found.certs.iter().map(|c| Certificate::from_der(c).to_owned()).collect());
     }
     let why = found.errors.first().map_or_else(|| "there is none in it".into(), ToString::to_string);
-    Err(Error::new(Kind::Failure, format!("{variable}={path} gives no certificates: {why}"))
+    Err(Error::new(Kind::Failure, format!("{variable}={path} has no certificates: {why}"))
         .hint(format!("{variable}=CA.pem with a file of PEM certificates, or unset {variable}")))
 }

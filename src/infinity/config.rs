@@ -51,7 +51,7 @@ impl InfinityConfig {
     pub fn of(weights: &Inventory, name: &str) -> Result<Self> {
         let bad = |what: String| {
             Error::model(format!("{name} is no transformer of Infinity: {what}"))
-                .hint("nextflow info FILE shows what it holds; --model FOLDER with infinity_2b_reg.pth in it")
+                .hint("nextflow info FILE shows its content; --model FOLDER with infinity_2b_reg.pth in it")
         };
         let shape = |key: &str| weights.shape(key).ok_or_else(|| bad(format!("{key} is missing")));
         let two = |key: &str| match shape(key)? {

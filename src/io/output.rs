@@ -21,10 +21,10 @@ pub enum Destination {
     File {
         /// Its path.
         path: PathBuf,
-        /// Replace what is there.
+        /// Replace an existing file.
         force: bool,
     },
-    /// Names made of prompt and seed in a folder, which is made when the first image is there.
+    /// Names made of prompt and seed, in a folder that is created with the first image.
     Folder {
         /// Its path; empty is the current one.
         path: PathBuf,
@@ -34,7 +34,7 @@ pub enum Destination {
 }
 
 impl Destination {
-    /// Whether writing can succeed, as far as that can be told before there is something to write.
+    /// Checks, as far as possible in advance, that writing will succeed.
     pub fn check(&self) -> Result<()> {
         match self {
             Self::Stdout => Ok(()),
@@ -88,7 +88,7 @@ impl Destination {
     }
 }
 
-/// Writes a file whole or not at all; what was at `path` is replaced.
+/// Writes a file whole or not at all; an existing file is replaced.
 ///
 /// Errors: a file that cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -120,7 +120,7 @@ pub fn check_inside(folder: &Path, path: &Path) -> Result<()> {
     }
 }
 
-/// What is written: behind a link it is the file that is replaced, not the link.
+/// The file to write: the target of a link that is replaced, not the link.
 fn target(path: &Path, force: bool) -> PathBuf {
     Some(path).filter(|_| force).and_then(|path| fs::canonicalize(path).ok()).unwrap_or_else(|| path.into())
 }
@@ -209,7 +209,7 @@ fn cannot_write(path: &Path, e: io::Error) -> Error {
         .because(e)
 }
 
-/// The error in words; tempfile's would name the temporary file.
+/// The error's text; tempfile's would name the temporary file.
 pub(crate) fn reason(e: &io::Error) -> String {
     if e.raw_os_error().is_some() { e.to_string() } else { e.kind().to_string() }
 }

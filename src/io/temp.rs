@@ -1,5 +1,5 @@
 //! Files that appear whole or not at all: written under a temporary name beside their final place, locked while their
-//! process lives, and renamed when they are complete. What a killed process left is removed by the next one.
+//! process lives, and renamed when they are complete. Leftovers of a killed process are removed by the next one.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -17,7 +17,7 @@ const SUFFIX: &str = ".tmp";
 /// Locks may not reach across hosts: what another host left is removed when nothing was written to it for this long.
 const LONG: Duration = Duration::from_secs(24 * 3600);
 
-/// A file with a temporary name, which goes with it unless it is given its final one.
+/// A file with a temporary name, removed on drop unless it gets its final one.
 pub(crate) struct Temp(NamedTempFile);
 
 impl Temp {
@@ -31,7 +31,7 @@ impl Temp {
         let old = fs::metadata(path).ok().map(|old| old.permissions());
         let temp = Self::with_mode(parent(path), old.clone())?;
         if let Some(old) = old.filter(|old| temp.0.as_file().metadata().is_ok_and(|new| new.permissions() != *old)) {
-            // The umask took some. A file system without permissions has none to keep.
+            // The umask cleared some. A file system without permissions has none to preserve.
             let _ = temp.0.as_file().set_permissions(old);
         }
         temp.filled(bytes)
@@ -60,7 +60,7 @@ impl Temp {
         Ok(self)
     }
 
-    /// Gives the file its final name in the place of what has it.
+    /// Renames the file to its final name, replacing an existing one.
     pub fn replace(self, path: &Path) -> io::Result<()> {
         sync(self.0.as_file())?;
         self.0.persist(path).map_err(|e| e.error)?;
@@ -68,7 +68,7 @@ impl Temp {
         Ok(())
     }
 
-    /// Gives the file its final name if nothing has it; or the error and the file back.
+    /// Renames the file to its final name if that is free; else returns the error and the file.
     pub fn persist_new(self, path: &Path) -> Result<(), (io::Error, Self)> {
         if let Err(e) = sync(self.0.as_file()) {
             return Err((e, self));
@@ -95,7 +95,7 @@ fn claim(temp: NamedTempFile, path: &Path) -> Result<(), (io::Error, Temp)> {
     })
 }
 
-/// A folder with a temporary name, which goes with it unless it is given its final one.
+/// A folder with a temporary name, removed on drop unless it gets its final one.
 pub(crate) struct TempFolder {
     folder: TempDir,
     /// Holds the lock.
@@ -121,7 +121,7 @@ impl TempFolder {
         self.folder.path()
     }
 
-    /// Gives it its final name.
+    /// Renames it to its final name.
     pub fn rename(self, to: &Path) -> io::Result<()> {
         fs::rename(self.folder.path(), to)?;
         let _ = self.folder.keep();
@@ -169,7 +169,7 @@ fn is_abandoned(path: &Path, file: io::Result<File>) -> bool {
     }
 }
 
-/// What temporary names on this host begin with.
+/// The prefix of temporary names on this host.
 fn prefix() -> OsString {
     static HOST: OnceLock<String> = OnceLock::new();
     let host = HOST.get_or_init(|| {

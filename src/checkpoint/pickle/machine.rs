@@ -18,7 +18,7 @@ struct Dict {
     holds_tensors: bool,
 }
 
-/// What has been built, and what is being built.
+/// Values built so far, and those under construction.
 pub(super) struct Machine<'a> {
     code: Code<'a>,
     /// All values that were built.
@@ -133,7 +133,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// An instruction whose value stands behind it.
+    /// An instruction whose value follows it.
     fn literal(&mut self, op: u8) -> Result<(), String> {
         let value = match op {
             NONE | NEWTRUE | NEWFALSE => Value::Plain,
@@ -184,7 +184,7 @@ impl<'a> Machine<'a> {
         self.stack.pop().ok_or_else(|| "an empty stack".into())
     }
 
-    /// Closes a mark; what stands above it begins here.
+    /// Closes a mark; returns where the values above it begin.
     fn mark(&mut self) -> Result<usize, String> {
         let mark = self.marks.pop().ok_or("no mark")? as usize;
         Ok(mark.min(self.stack.len()))
@@ -249,7 +249,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// What a call would give, without calling anything.
+    /// The result of a call, without calling anything.
     fn reduce(&mut self, callable: Id, arguments: Id) -> Result<(), String> {
         let called = |machine: &Self, callable: Id| match machine.value(callable) {
             Value::Class(class) => class,

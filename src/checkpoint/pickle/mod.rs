@@ -1,5 +1,5 @@
 //! PyTorch checkpoints (`torch.save` since 1.6): a zip archive of raw storages, and a pickle that says which tensors
-//! lie in them.
+//! they hold.
 //!
 //! candle's reader would not do: it clones memoised values, which can grow exponentially, allocates what a length in the
 //! file says, and knows neither the newer instructions nor tensors with attributes.
@@ -24,7 +24,7 @@ use crate::error::Result;
 use machine::Machine;
 use value::{Id, Tensor};
 
-/// How a zip archive begins.
+/// The first bytes of a zip archive.
 pub(super) const MAGIC: &[u8] = b"PK\x03\x04";
 
 /// Where trainers put the weights, in the order of preference of TokenFlow's reference; then Infinity's.
@@ -95,7 +95,7 @@ fn parse(mut file: impl Read + Seek) -> Result<Header, String> {
     header(&machine, weights(&machine, root)?, &storages)
 }
 
-/// A file of which so many bytes more may be read.
+/// A file with a limit on the bytes that are read.
 struct Bounded<'a, F> {
     file: F,
     left: &'a Cell<u64>,

@@ -12,7 +12,7 @@ const MAX_PATH: usize = 4096;
 
 /// The path of an image below the folder of all: `out`, or a name made of `id`.
 ///
-/// Errors: usage, for what is no plain path of a PNG.
+/// Errors: usage, for anything but a plain path of a PNG.
 pub(super) fn of(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
     let Some(out) = out else { return Ok(id.map(|id| format!("{}.png", slug(id)).into())) };
     const HINT: &str = r#""out": "fruit/apple.png""#;

@@ -130,7 +130,7 @@ impl Failures {
         match self.count {
             0 => Ok(()),
             n => Err(Error::new(Kind::Failure, format!("{n} of {of} jobs failed"))
-                .hint("see the errors above; --resume draws what is not there yet")),
+                .hint("see the errors above; --resume draws the missing ones")),
         }
     }
 }
@@ -149,7 +149,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let request = &request;
     let batch = super::batch(args, usize::MAX)?;
     if batch > 1 && input::is_stdin(file) {
-        return Err(Error::usage("--batch would wait for lines of standard input before it answers the first")
+        return Err(Error::usage("--batch would wait for several lines of standard input before it draws the first")
             .hint("--jsonl FILE --batch 4"));
     }
     let JobsArgs { resume, keep_going, shard, .. } = args.jobs;
@@ -226,12 +226,12 @@ fn dry_run(args: &GenArgs, request: &Request, all: &[Result<Task, Fault>], there
 /// Notes how many images exist, and how many files are replaced because they are no whole PNG.
 fn note_existing(all: &[Result<Task, Fault>], there: usize, resume: bool) {
     if there > 0 {
-        terminal::note(&format!("({there} of {} images are there already)", all.len()));
+        terminal::note(&format!("({there} of {} images exist)", all.len()));
     }
     let broken = all.iter().flatten().filter(|task| task.replaces && resume).count();
     if broken > 0 {
         let what = if broken > 1 { format!("{broken} files are") } else { "1 file is".into() };
-        terminal::note(&format!("({what} no whole PNG and drawn anew)"));
+        terminal::note(&format!("({what} no whole PNG and will be replaced)"));
     }
 }
 
@@ -269,7 +269,7 @@ fn draw_all(
     Ok(Some(tried))
 }
 
-/// A job and those after it that are drawn in the same pass, up to so many in all.
+/// A job and the following ones that can be drawn in the same pass, at most `batch`.
 fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, Fault>>>, batch: usize) -> Vec<Task> {
     let mut group = vec![first];
     while group.len() < batch {

@@ -94,7 +94,7 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         None => (typed.clone(), None),
     };
     let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
-        // What is wrong without the PNG as well is not its fault.
+        // Errors that occur without the PNG as well are not about it.
         Some(path) if Request::new(&args.words, &typed.draw).is_ok() => {
             Error { message: format!("as {} has it: {}", input::shown(path), e.message), ..e }
         }
@@ -160,7 +160,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     }
 }
 
-/// Draws what was asked for, so many images at once.
+/// Draws all images, `batch` at once.
 fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, features: Option<&Path>) -> Result<()> {
     let request = delivery.request;
     let prompts: Vec<&str> = request.prompts.iter().chain(&request.negative).map(String::as_str).collect();
@@ -200,7 +200,7 @@ fn takes_passes(config: &GeneratorConfig) -> bool {
 }
 
 impl GenArgs {
-    /// Takes the filters of so many passes where neither flags nor lines tell others.
+    /// Sets the filters of `--passes`, where neither flags nor lines set others.
     pub(super) fn set_passes(&self, request: &mut Request) -> Result<()> {
         let Some(passes) = self.passes else { return Ok(()) };
         match &mut request.config {
@@ -215,7 +215,7 @@ impl GenArgs {
         Ok(())
     }
 
-    /// Takes what is for Infinity alone.
+    /// Sets what Infinity alone has.
     ///
     /// Errors: usage, for another model.
     pub(super) fn set_features(&self, request: &mut Request) -> Result<()> {
@@ -247,7 +247,7 @@ pub(super) fn set_negative(args: &GenArgs, request: &mut Request, scales: usize)
     Ok(())
 }
 
-/// How many of so many images are drawn at once.
+/// How many of `images` images are drawn at once.
 pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
     let what = match args.batch {
         0 => "draws nothing".into(),
