@@ -1,4 +1,5 @@
-//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also written, all at once.
+//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also
+//! written, all at once.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -189,7 +190,8 @@ impl Archive {
         }
     }
 
-    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks of `dtype`.
+    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks
+    /// of `dtype`.
     pub(super) fn read_blocks(
         &self,
         key: &str,
@@ -225,8 +227,8 @@ impl Archive {
         }
     }
 
-    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row. If not, what
-    /// is wrong, with the key that it is wrong with.
+    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a
+    /// scale per row. If not, what is wrong, with the key that it is wrong with.
     pub(super) fn readable(&self, key: &str, entry: &Entry) -> Result<(), (String, Fault)> {
         let plain = |key: &str, entry: &Entry| match entry.stored {
             Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) => Ok(()),
@@ -260,7 +262,8 @@ const BYTES: Stored = Stored::Plain(Dtype::U8);
 /// The byte that means zero.
 const ZERO: f32 = 128.0;
 
-/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte - 128) * scale.
+/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte
+/// - 128) * scale.
 pub fn quantise(tensors: &mut BTreeMap<String, Tensor>, key: String, tensor: &Tensor) -> candle_core::Result<()> {
     let rows = tensor.to_dtype(DType::F32)?.flatten_from(1)?;
     let scale = (rows.abs()?.max_keepdim(1)? / 127.0)?.clamp(f32::MIN_POSITIVE, f32::MAX)?;

@@ -1,8 +1,8 @@
 //! The header of a safetensors file, checked before any tensor is read.
 //!
-//! Layout: the header's length (u64, little-endian), the header (a JSON object from keys to dtype, shape and offsets
-//! into the data), the data. The `safetensors` crate checks offsets and sizes; of two entries of one key it would keep
-//! the last, so keys are collected here.
+//! Layout: the header's length (u64, little-endian), the header (a JSON object from keys to dtype,
+//! shape and offsets into the data), the data. The `safetensors` crate checks offsets and sizes; of
+//! two entries of one key it would keep the last, so keys are collected here.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;

@@ -121,7 +121,8 @@ impl Inventory {
         self.archives.iter().map(summary).collect()
     }
 
-    /// Compares all files with the tensors of `model`, an [inventory](Weights::inventory) that a model was built on.
+    /// Compares all files with the tensors of `model`, an [inventory](Weights::inventory) that a
+    /// model was built on.
     pub fn compare(&self, model: &Weights) -> Fit {
         let (asked, mut fit) = (model.wishes(), Fit::default());
         for (key, Asked { shape, required, .. }) in &asked {

@@ -50,7 +50,8 @@ pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
     Err(absent(&whole))
 }
 
-/// Of the files that `find` gives, those that hold a key that is `wanted`: others of an index need not be there.
+/// Of the files that `find` gives, those that hold a key that is `wanted`: others of an index need
+/// not be there.
 ///
 /// Errors: as `find`.
 pub fn files_with(folder: &Path, file: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
@@ -85,8 +86,8 @@ pub fn shard_names(index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<St
     Ok(names.into_iter().collect())
 }
 
-/// All shards `STEM-00001-of-00002.KIND`, missing ones included, if a folder has at least one of them. Their headers list
-/// their tensors, so they need no index.
+/// All shards `STEM-00001-of-00002.KIND`, missing ones included, if a folder has at least one of
+/// them. Their headers list their tensors, so they need no index.
 fn counted(folder: &Path, file: &str) -> Vec<PathBuf> {
     let file = Path::new(file);
     let (Some(stem), Some(kind)) = (file.file_stem().and_then(|s| s.to_str()), file.extension()) else { return vec![] };

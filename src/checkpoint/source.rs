@@ -37,7 +37,8 @@ pub struct Parts {
     pub folder: PathBuf,
     /// Used as `config.json`.
     pub config: serde_json::Value,
-    /// The name of a file in a model folder, and its paths here: of the file itself, or of its shards.
+    /// The name of a file in a model folder, and its paths here: of the file itself, or of its
+    /// shards.
     pub files: Vec<(&'static str, Vec<PathBuf>)>,
 }
 
@@ -61,7 +62,8 @@ impl Parts {
 pub const NANO: &str = "nano";
 
 impl Source {
-    /// The name of a model: a folder that exists, or the built-in model if none is given or it is called by [`NANO`].
+    /// The name of a model: a folder that exists, or the built-in model if none is given or it is
+    /// called by [`NANO`].
     pub fn parse(model: Option<&str>) -> Result<Self> {
         let Some(model) = model else { return Ok(Self::Embedded) };
         let path = PathBuf::from(model);
@@ -136,7 +138,8 @@ impl Source {
         })
     }
 
-    /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
+    /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's
+    /// `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
         let sentencepiece = !self.has_file("tokenizer.json") && self.has_file("tokenizer.model");
         let text = match sentencepiece {
@@ -160,8 +163,9 @@ impl Source {
         }
     }
 
-    /// How the weights of `file` are stored on a device: the type of tensors and activations, and of matrices. By default f32 on a
-    /// CPU and bf16 elsewhere; GGUF keeps its types, and so do bytes with a scale per row on a CPU with int8 products.
+    /// How the weights of `file` are stored on a device: the type of tensors and activations, and
+    /// of matrices. By default f32 on a CPU and bf16 elsewhere; GGUF keeps its types, and so do
+    /// bytes with a scale per row on a CPU with int8 products.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
         let weights = weights.filter(|_| !self.is_gguf(file));
         let multiplied = device.is_cpu() && Int8Matrix::supports(1);
@@ -189,12 +193,14 @@ impl Source {
         Ok(self.archives(file)?.iter().any(|archive| archive.entry(key).is_some()))
     }
 
-    /// Builds a part of the model from a weights file or its shards, as `dtype` on `device`. Tensors that `build` does not load are
-    /// ignored.
+    /// Builds a part of the model from a weights file or its shards, as `dtype` on `device`.
+    /// Tensors that `build` does not load are ignored.
     ///
-    /// `build` runs twice, first without reading a tensor, to compare all keys and shapes with the file's header.
+    /// `build` runs twice, first without reading a tensor, to compare all keys and shapes with the
+    /// file's header.
     ///
-    /// Errors: [`Kind::Model`] if the file is broken or does not fit, [`Kind::Memory`] if it does not fit in memory.
+    /// Errors: [`Kind::Model`] if the file is broken or does not fit, [`Kind::Memory`] if it does
+    /// not fit in memory.
     pub fn load<T>(
         &self,
         file: &str,
@@ -205,15 +211,16 @@ impl Source {
         from_archives(&self.name(file), "config.json", self.archives(file)?, dtype, device, build)
     }
 
-    /// Checks that a part of the model can be built from `file`, as [`Source::load`] does before it reads a tensor.
+    /// Checks that a part of the model can be built from `file`, as [`Source::load`] does before it
+    /// reads a tensor.
     ///
     /// Errors: those of [`Source::load`], as far as headers tell.
     pub fn check<T>(&self, file: &str, build: impl Fn(&Weights) -> candle_core::Result<T>) -> Result<()> {
         plan(&self.name(file), "config.json", self.archives(file)?, DType::F32, build).map(drop)
     }
 
-    /// How many copies of the weights are in memory, beside the binary itself: int8 weights from a file stay beside their packed
-    /// layout.
+    /// How many copies of the weights are in memory, beside the binary itself: int8 weights from a
+    /// file stay beside their packed layout.
     pub fn copies(&self, matrices: Matrices) -> u64 {
         if matrices == Matrices::Bytes && *self != Self::Embedded { 2 } else { 1 }
     }

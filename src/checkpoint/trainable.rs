@@ -37,7 +37,8 @@ impl Trainable {
     }
 }
 
-/// Initial values are a function of seed and key alone, so the order in which layers are built does not matter.
+/// Initial values are a function of seed and key alone, so the order in which layers are built does
+/// not matter.
 pub(super) fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
     let rng = Rng::new(seed, fnv1a(key), Stream::Train, 0);
     let draw = |f: &dyn Fn(u64) -> f64| (0..shape.elem_count() as u64).map(|i| f(i) as f32).collect::<Vec<f32>>();

@@ -94,14 +94,14 @@ impl Weights {
         Self::new(Store::Files(archives, dtype), device)
     }
 
-    /// Weights that read nothing: tensors are a zero broadcast to their shape, and [`Self::problems`] lists the
-    /// faults that building a model on them found in the file.
+    /// Weights that read nothing: tensors are a zero broadcast to their shape, and
+    /// [`Self::problems`] lists the faults that building a model on them found in the file.
     pub(super) fn plan(archives: Vec<Arc<Archive>>, dtype: DType) -> Self {
         Self::new(Store::Plan(archives, dtype, Mutex::default()), &Device::Cpu)
     }
 
-    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::asked`] then lists the keys
-    /// and shapes of a model without its memory.
+    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::asked`]
+    /// then lists the keys and shapes of a model without its memory.
     pub fn inventory() -> Self {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
     }
@@ -133,14 +133,15 @@ impl Weights {
         Self { prefix: self.key(name), ..self.clone() }
     }
 
-    /// The same place, for tensors that public checkpoints hold but the model does without: they are never read, and
-    /// may be missing.
+    /// The same place, for tensors that public checkpoints hold but the model does without: they
+    /// are never read, and may be missing.
     pub fn unused(&self) -> Self {
         Self { unused: true, ..self.clone() }
     }
 
-    /// The same weights, with [matrices](Self::matrix) stored in another way than tensors. Trainable weights stay f32 tensors,
-    /// but with blocks of BF16 they are trained in mixed precision.
+    /// The same weights, with [matrices](Self::matrix) stored in another way than tensors.
+    /// Trainable weights stay f32 tensors, but with blocks of BF16 they are trained in mixed
+    /// precision.
     pub fn with_matrices(&self, matrices: Matrices) -> Self {
         Self { matrices, ..self.clone() }
     }
@@ -176,8 +177,8 @@ impl Weights {
         }
     }
 
-    /// Keys and shapes loaded from an [inventory](Self::inventory) so far, [unused](Self::unused) ones included; none of other
-    /// weights.
+    /// Keys and shapes loaded from an [inventory](Self::inventory) so far, [unused](Self::unused)
+    /// ones included; none of other weights.
     pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
         self.wishes().into_iter().map(|(key, asked)| (key, asked.shape)).collect()
     }
@@ -190,7 +191,8 @@ impl Weights {
         }
     }
 
-    /// Bytes of everything that was loaded from an [inventory](Self::inventory), as `dtype`, with matrices stored as `matrices`.
+    /// Bytes of everything that was loaded from an [inventory](Self::inventory), as `dtype`, with
+    /// matrices stored as `matrices`.
     pub fn bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
@@ -222,8 +224,8 @@ impl Weights {
 
     /// One tensor. `init` is the initial value of a trainable tensor that is not known.
     ///
-    /// Errors: a key that is not there, unless the weights are trainable, or has another shape; none of unused ones and of an
-    /// inventory.
+    /// Errors: a key that is not there, unless the weights are trainable, or has another shape;
+    /// none of unused ones and of an inventory.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
@@ -248,8 +250,9 @@ impl Weights {
         }
     }
 
-    /// As [`Self::get`], for the weights (rows, columns) of a linear layer or an embedding table. Blocks of a file stay blocks;
-    /// where the columns do not divide into blocks of the type, Q8_0 or none are used.
+    /// As [`Self::get`], for the weights (rows, columns) of a linear layer or an embedding table.
+    /// Blocks of a file stay blocks; where the columns do not divide into blocks of the type, Q8_0
+    /// or none are used.
     pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<WeightMatrix> {
         match &*self.store {
             Store::Inventory(asked) => {
@@ -291,8 +294,8 @@ impl Weights {
         }
     }
 
-    /// Every tensor that was loaded from an [inventory](Self::inventory), as a GGUF file stores it: matrices in the blocks of these
-    /// weights, others in f32.
+    /// Every tensor that was loaded from an [inventory](Self::inventory), as a GGUF file stores it:
+    /// matrices in the blocks of these weights, others in f32.
     pub fn all_blocks(&self, asked: &Self) -> Result<Vec<(String, QTensor)>> {
         let tensor = |(key, Asked { shape, matrix, init, .. }): (String, Asked)| {
             if let (true, &[rows, columns]) = (matrix, &shape[..])
@@ -359,7 +362,8 @@ fn find<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> Result<&'
     check(archives, key, shape.dims()).map_err(|(key, fault)| Error::Msg(format!("{key}: {fault}")))
 }
 
-/// The same, or what is wrong, with the key of the tensor that it is wrong with: that of its scales, maybe.
+/// The same, or what is wrong, with the key of the tensor that it is wrong with: that of its
+/// scales, maybe.
 pub(super) fn check<'a, A: Borrow<Archive>>(
     archives: &'a [A],
     key: &str,

@@ -23,13 +23,15 @@ pub struct EncodeArgs {
     /// PNG, JPEG or WebP; `-` reads standard input
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); the image is cropped to it
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); the image is
+    /// cropped to it
     #[arg(long, default_value = "auto")]
     pub size: String,
     /// Token grids ROWSxCOLUMNS, coarse to fine, instead of --size (Infinity tokenizers)
     #[arg(long, value_name = "1x1,2x2,...", conflicts_with = "size")]
     pub scales: Option<String>,
-    /// Write the codes to FILE: safetensors if its name ends in .safetensors, else JSON [default: JSON to standard output]
+    /// Write the codes to FILE: safetensors if its name ends in .safetensors, else JSON [default:
+    /// JSON to standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Overwrite an existing file

@@ -23,7 +23,8 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// Model folder, or weights file (.safetensors, .pt, .pth or .gguf) [default: NEXTFLOW_MODEL, else the built-in model]
+    /// Model folder, or weights file (.safetensors, .pt, .pth or .gguf) [default: NEXTFLOW_MODEL,
+    /// else the built-in model]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON instead of text
@@ -43,7 +44,8 @@ struct Info {
     /// Vocabulary of a whole model's text tokenizer, null where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     words: Option<Option<usize>>,
-    /// How the files compare with the tensors that the family's modules load; nothing for families without modules here.
+    /// How the files compare with the tensors that the family's modules load; nothing for families
+    /// without modules here.
     #[serde(skip_serializing_if = "Option::is_none")]
     fit: Option<Fit>,
 }
@@ -85,7 +87,8 @@ fn of_folder(path: &Path) -> Result<Info> {
     }
 }
 
-/// The model of Infinity at a path, which may name one of several behind a colon; nothing if there is none.
+/// The model of Infinity at a path, which may name one of several behind a colon; nothing if there
+/// is none.
 fn infinity_at(path: &Path) -> Result<Option<Source>> {
     let text = path.to_string_lossy();
     let (folder, choice) = if path.exists() {

@@ -1,9 +1,9 @@
 //! The command line: clap types and one file per command.
 //!
-//! A new command is a file with its `XArgs` and `run(&XArgs) -> Result<()>`, and a line each in the list of modules, in
-//! [`Command`] and in [`run`]. Results go out through `terminal::emit`, `emit_path` or `emit_json`, all else through a
-//! [`terminal::Console`]; refusals are an [`Error`] of one sentence with a hint that is an exact command. Tests run
-//! the real binary, in tests/.
+//! A new command is a file with its `XArgs` and `run(&XArgs) -> Result<()>`, and a line each in the
+//! list of modules, in [`Command`] and in [`run`]. Results go out through `terminal::emit`,
+//! `emit_path` or `emit_json`, all else through a [`terminal::Console`]; refusals are an [`Error`]
+//! of one sentence with a hint that is an exact command. Tests run the real binary, in tests/.
 
 mod args;
 mod assemble;
@@ -87,7 +87,8 @@ pub enum Command {
     Train(train::TrainArgs),
 }
 
-/// Parses `args`, the program's name first. `None` if they ask for help or the version, which is printed.
+/// Parses `args`, the program's name first. `None` if they ask for help or the version, which is
+/// printed.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Cli>> {
     let args = with_dashes(args.collect());
     match Cli::try_parse_from(&args) {
@@ -112,8 +113,8 @@ const WORDS: [(&str, &str); 5] = [
     ("--system", "--system"),
 ];
 
-/// Rewrites text that begins with a dash (`-p "-a cat"`, `"-a cat"`), so that clap does not parse it as flags.
-/// Names of flags stay flags.
+/// Rewrites text that begins with a dash (`-p "-a cat"`, `"-a cat"`), so that clap does not parse
+/// it as flags. Names of flags stay flags.
 fn with_dashes(args: Vec<OsString>) -> Vec<OsString> {
     let name = args.get(1).and_then(|name| name.to_str()).filter(|name| ["gen", "edit", "chat"].contains(name));
     let mut cli = Cli::command();

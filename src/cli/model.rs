@@ -91,10 +91,11 @@ pub(super) fn text_encoder() -> Option<PathBuf> {
     None
 }
 
-/// The hub model that `name` means, if it is no file or folder: OWNER/NAME, or an address on the hub.
+/// The hub model that `name` means, if it is no file or folder: OWNER/NAME, or an address on the
+/// hub.
 ///
-/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`] for a name in a folder
-/// that is there and has no such model.
+/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`]
+/// for a name in a folder that is there and has no such model.
 #[cfg(feature = "hub")]
 fn hub_id(name: &str) -> Result<Option<hub::Id>> {
     if Path::new(name).exists() {

@@ -27,7 +27,8 @@ enum Action {
     },
     /// Download a model, or resume its download
     Pull {
-        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page; FoundationVision/Infinity:2b for one of several
+        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page;
+        /// FoundationVision/Infinity:2b for one of several
         #[arg(value_name = "ID")]
         model: String,
         /// Download only these files, and the small ones beside them

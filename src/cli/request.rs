@@ -48,7 +48,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Checks the flags of `nextflow gen` or `nextflow edit`, and the files and folders that they name.
+    /// Checks the flags of `nextflow gen` or `nextflow edit`, and the files and folders that they
+    /// name.
     pub fn new(words: &PromptArgs, args: &DrawArgs) -> Result<Self> {
         Self::of(args, || prompts(words))
     }
@@ -136,7 +137,8 @@ impl Request {
 /// Tokens around a prompt or an instruction in a model's chat template, for forecasts.
 pub(super) const TEMPLATE_TOKENS: usize = 48;
 
-/// A seed from the operating system's entropy (through the keys of std's hasher); 32 bits are easily typed again.
+/// A seed from the operating system's entropy (through the keys of std's hasher); 32 bits are
+/// easily typed again.
 pub fn any_seed() -> u64 {
     RandomState::new().hash_one(0) >> 32
 }

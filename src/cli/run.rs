@@ -1,5 +1,5 @@
-//! From a checked request to a loading model: the plan of `--dry-run`, and what has to be checked before weights are read,
-//! in the same order for every command.
+//! From a checked request to a loading model: the plan of `--dry-run`, and what has to be checked
+//! before weights are read, in the same order for every command.
 
 use candle_core::Device;
 use serde::Serialize;
@@ -29,10 +29,11 @@ pub(super) struct Run {
 }
 
 impl Load<'_> {
-    /// Checks files, then memory, and installs the handler of Ctrl-C. A missing file is reported first: it
-    /// matters more than the memory that the model would need.
+    /// Checks files, then memory, and installs the handler of Ctrl-C. A missing file is reported
+    /// first: it matters more than the memory that the model would need.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a missing file, [`crate::error::Kind::Memory`] for too little memory.
+    /// Errors: [`crate::error::Kind::Model`] for a missing file, [`crate::error::Kind::Memory`] for
+    /// too little memory.
     pub fn start(&self, level: Level, images: u64) -> Result<Run> {
         if let Some(source) = self.source {
             source.find(TRANSFORMER)?;

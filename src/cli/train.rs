@@ -39,12 +39,14 @@ pub struct TrainArgs {
 
 #[derive(Debug, Subcommand)]
 enum Step {
-    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from images of your own
+    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from
+    /// images of your own
     Data {
         /// Folder of the unpacked packages
         #[arg(default_value = "data", conflicts_with = "folder")]
         packages: PathBuf,
-        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any language
+        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any
+        /// language
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
     },
@@ -248,7 +250,8 @@ fn trainer(name: &str) -> Result<Device> {
     Ok(device)
 }
 
-/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer sees.
+/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer
+/// sees.
 fn tokenizer(run: &Run) -> Result<ImageTokenizer> {
     let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &run.device)?;
     Ok(ImageTokenizer::load(&weights, &run.recipe.tokenizer)?)

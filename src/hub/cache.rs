@@ -98,7 +98,8 @@ impl Cache {
         let mut files: Vec<PathBuf> = Vec::new();
         walk(&folder.join("blobs"), &mut |path, _| files.push(path.into()));
         walk(&folder.join("snapshots"), &mut |path, kind| {
-            // A link to a blob of this model has been seen already; one to another model's is a file of this one too.
+            // A link to a blob of this model has been seen already; one to another model's is a
+            // file of this one too.
             match path.canonicalize() {
                 Err(_) => verdict.missing.push(path.into()),
                 Ok(target) if kind.is_symlink() => files.push(target),

@@ -49,7 +49,8 @@ enum Attempt {
 }
 
 impl Client {
-    /// For the hub at `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login` if there is one.
+    /// For the hub at `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login` if there is
+    /// one.
     ///
     /// Errors: usage, for variables that cannot be understood.
     pub fn from_env() -> Result<Self> {
@@ -59,10 +60,11 @@ impl Client {
         Ok(Self { http, known: token.is_some() || endpoint.login.is_some(), endpoint: endpoint.url })
     }
 
-    /// Downloads the files that the program opens of a model, or the named `files` and the small ones beside them, unless they
-    /// are in the cache. Returns the snapshot's folder.
+    /// Downloads the files that the program opens of a model, or the named `files` and the small
+    /// ones beside them, unless they are in the cache. Returns the snapshot's folder.
     ///
-    /// Errors: [`Kind::Model`] for refusals and wrong answers of the hub, [`Kind::Failure`] for network and disk.
+    /// Errors: [`Kind::Model`] for refusals and wrong answers of the hub, [`Kind::Failure`] for
+    /// network and disk.
     pub fn pull(&self, id: &Id, files: &[String], cache: &Cache, observer: Observer) -> Result<PathBuf> {
         let (commit, all) = self.list(id, observer)?;
         let store = Store::new(cache, id, &commit);
@@ -186,7 +188,8 @@ impl Client {
         let mut part = store.part(&key, &lock)?;
         let resumed = part.len()? > 0;
         let mut outcome = self.download(id, &url, file, &mut part, observer);
-        // A beginning from another run or another answer may have been wrong, and some file systems only pretend to lock.
+        // A beginning from another run or another answer may have been wrong, and some file systems
+        // only pretend to lock.
         if let Ok(Some(wrong)) = &outcome
             && (resumed || part.mixed)
         {

@@ -1,5 +1,5 @@
-//! Requests to the hub and to where it redirects: each runs on its own thread, so that the main thread can announce the
-//! wait, give up, or be interrupted.
+//! Requests to the hub and to where it redirects: each runs on its own thread, so that the main
+//! thread can announce the wait, give up, or be interrupted.
 
 use std::io::{self, Read};
 use std::sync::Arc;

@@ -98,7 +98,8 @@ pub(super) fn parse(id: &Id, server: &str, body: &[u8]) -> Result<(String, Vec<R
     let mut seen = HashSet::new();
     for Sibling { rfilename: name, size, blob_id, lfs } in listing.siblings {
         let Some(path) = below(&name) else {
-            // Hidden files (.gitattributes) hold no weights; any other name that is not plain is an attack.
+            // Hidden files (.gitattributes) hold no weights; any other name that is not plain is an
+            // attack.
             if hidden(&name) {
                 continue;
             }
@@ -168,7 +169,8 @@ pub(super) fn web_page(server: &str, what: &str) -> Error {
     .hint(format!("open {server} in a browser, or see whether HTTPS_PROXY and HF_ENDPOINT are right"))
 }
 
-/// The error of a status other than success; `known` is whether the request carried a token or a password.
+/// The error of a status other than success; `known` is whether the request carried a token or a
+/// password.
 pub(super) fn refused(id: &Id, endpoint: &str, head: &Head, file: Option<&str>, known: bool) -> Error {
     let error = |what: &str| Error::model(format!("{id}: {what}"));
     let header = |name: &str| text(&head.first, name).or_else(|| text(&head.headers, name)).unwrap_or_default();

@@ -1,9 +1,11 @@
-//! Models of the Hugging Face hub, in the cache that its own tools use. The crate hf-hub knows its layout; downloads
-//! are checked here, because neither its 0.5 nor its 1.0 checks length, SHA-256 or names.
+//! Models of the Hugging Face hub, in the cache that its own tools use. The crate hf-hub knows its
+//! layout; downloads are checked here, because neither its 0.5 nor its 1.0 checks length, SHA-256
+//! or names.
 //!
-//! A server's answers are checked before they become part of a path: commits and hashes are hexadecimal, file names are
-//! plain paths below the snapshot. Files are downloaded under the name of their hash, resumed where a download was cut,
-//! and take their place only when size and hash agree. Every wait is bounded and announced.
+//! A server's answers are checked before they become part of a path: commits and hashes are
+//! hexadecimal, file names are plain paths below the snapshot. Files are downloaded under the name
+//! of their hash, resumed where a download was cut, and take their place only when size and hash
+//! agree. Every wait is bounded and announced.
 //!
 //! | file | what |
 //! |---|---|
@@ -85,8 +87,8 @@ fn cannot(path: &Path, e: io::Error) -> Error {
     }
 }
 
-/// The snapshot folder of a model, with at least the file `only` of it: from the cache, if its content is `whole`,
-/// or downloaded into it unless `offline`.
+/// The snapshot folder of a model, with at least the file `only` of it: from the cache, if its
+/// content is `whole`, or downloaded into it unless `offline`.
 pub fn fetch(
     id: &Id,
     only: Option<&str>,

@@ -1,4 +1,5 @@
-//! Which proxy a request goes through, as curl and the hub's own tools read it from the environment.
+//! Which proxy a request goes through, as curl and the hub's own tools read it from the
+//! environment.
 
 use std::net::IpAddr;
 
@@ -26,7 +27,8 @@ pub(super) struct Named {
 }
 
 impl Proxies {
-    /// Those of `HTTPS_PROXY`, `HTTP_PROXY` and `ALL_PROXY` less `NO_PROXY`, in lower or upper case.
+    /// Those of `HTTPS_PROXY`, `HTTP_PROXY` and `ALL_PROXY` less `NO_PROXY`, in lower or upper
+    /// case.
     ///
     /// Errors: usage, for a value that is no address of a proxy.
     pub fn from_env() -> Result<Self> {

@@ -17,7 +17,8 @@ pub(super) fn wait_for(head: &Head) -> Option<Option<Duration>> {
         return None;
     }
     let header = |name: &str| head.headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
-    // Seconds, or the time of day; the hub itself sends the seconds left in RateLimit: "api";r=0;t=55.
+    // Seconds, or the time of day; the hub itself sends the seconds left in RateLimit:
+    // "api";r=0;t=55.
     let retry = header("retry-after").and_then(|v| match v.parse::<u64>() {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
         Err(_) => {

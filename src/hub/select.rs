@@ -4,7 +4,8 @@ use crate::error::{Error, Result};
 
 use super::{Id, listing::Remote, size};
 
-/// Files of weights that a model folder may have; each may be in shards, or of another type by the same stem.
+/// Files of weights that a model folder may have; each may be in shards, or of another type by the
+/// same stem.
 const PARTS: [&str; 2] = ["model.safetensors", "image_tokenizer.safetensors"];
 /// What transformers calls the PyTorch form of `model.safetensors`; it may be in shards as well.
 const PYTORCH: &str = "pytorch_model.bin";
@@ -31,8 +32,8 @@ pub(super) struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Takes what the program would open as `part`: itself, the shards of its index, shards without an index, or a file of
-    /// one of the `other` types; whether there is any.
+    /// Takes what the program would open as `part`: itself, the shards of its index, shards without
+    /// an index, or a file of one of the `other` types; whether there is any.
     fn take(&mut self, files: &'a [Remote], part: &str, other: &[&str]) -> bool {
         let find = |name: &str| files.iter().find(|f| f.name == name);
         let (stem, kind) = part.rsplit_once('.').unwrap_or((part, ""));
@@ -72,7 +73,8 @@ pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
 
 /// The weights of a model.
 ///
-/// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to choose from.
+/// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to
+/// choose from.
 pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
     let mut taken = Weights { files: files.iter().filter(|f| is_tokenizer(&f.name)).collect(), ..Weights::default() };
     let [model, image_tokenizer] = PARTS;

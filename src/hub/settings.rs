@@ -164,8 +164,8 @@ fn expand_variables(text: &str, lookup: impl Fn(&str) -> Option<String>) -> Stri
     out + rest
 }
 
-/// The token: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file `HF_TOKEN_PATH`, or `token` in `HF_HOME`, where `hf auth
-/// login` stores it.
+/// The token: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file `HF_TOKEN_PATH`, or `token` in
+/// `HF_HOME`, where `hf auth login` stores it.
 ///
 /// Errors: usage, for a malformed token. The message does not repeat it.
 pub(super) fn token() -> Result<Option<String>> {
@@ -213,7 +213,8 @@ pub(super) fn stall_timeout() -> Duration {
     seconds("HF_HUB_DOWNLOAD_TIMEOUT")
 }
 
-/// A minute, or the value of a variable of the hub's own tools. They default to 10 s, less than busy mirrors need.
+/// A minute, or the value of a variable of the hub's own tools. They default to 10 s, less than
+/// busy mirrors need.
 fn seconds(name: &str) -> Duration {
     let set =
         var(name).ok().flatten().and_then(|v| v.trim().parse::<f64>().ok()).filter(|s| (0.1..=86_400.0).contains(s));

@@ -1,5 +1,5 @@
-//! Storing files in the cache: under a lock and by links where the file system has them, and never through a link that
-//! another user has planted.
+//! Storing files in the cache: under a lock and by links where the file system has them, and never
+//! through a link that another user has planted.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -21,8 +21,8 @@ pub(super) struct Store {
     reference: PathBuf,
 }
 
-/// The right to download a file, until it is dropped. Without a file the file system has no locks, and every process
-/// downloads for itself.
+/// The right to download a file, until it is dropped. Without a file the file system has no locks,
+/// and every process downloads for itself.
 pub(super) struct Lock(Option<File>);
 
 impl Store {
@@ -78,8 +78,8 @@ impl Store {
         }
     }
 
-    /// The unfinished file called `key` and how long it is; with a lock the one that was left last time, else one of
-    /// this process alone.
+    /// The unfinished file called `key` and how long it is; with a lock the one that was left last
+    /// time, else one of this process alone.
     pub fn part(&self, key: &str, lock: &Lock) -> Result<Part> {
         fs::create_dir_all(&self.blobs).map_err(|e| cannot(&self.blobs, e))?;
         let shared = self.blobs.join(format!("{key}.incomplete"));
@@ -107,8 +107,8 @@ impl Store {
         self.put(&blob, &self.snapshot.join(&file.path), true)
     }
 
-    /// Puts a blob into the snapshot: by a relative link or, where there are no links, itself if it is `new`, else as a
-    /// copy.
+    /// Puts a blob into the snapshot: by a relative link or, where there are no links, itself if it
+    /// is `new`, else as a copy.
     fn put(&self, blob: &Path, place: &Path, new: bool) -> Result<()> {
         let below = place.strip_prefix(&self.snapshot).unwrap_or(place);
         // A planted link in place of a folder would lead out of the cache.
@@ -168,8 +168,8 @@ impl Part {
     }
 }
 
-/// Opens a file for appending, or creates it. Anything but a plain file with one name is removed: through a link another file
-/// would be written, and a pipe would block.
+/// Opens a file for appending, or creates it. Anything but a plain file with one name is removed:
+/// through a link another file would be written, and a pipe would block.
 fn open_own(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.append(true);
@@ -230,8 +230,9 @@ fn make_parent(path: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| cannot(folder, e))
 }
 
-/// Makes `place` a link to the file `source`, which is at `target` from there. File systems without links (exFAT, SMB) get
-/// the file itself if it may `move` there, else a copy, as the hub's own tools do it on Windows.
+/// Makes `place` a link to the file `source`, which is at `target` from there. File systems without
+/// links (exFAT, SMB) get the file itself if it may `move` there, else a copy, as the hub's own
+/// tools do it on Windows.
 pub(super) fn put(place: &Path, target: &Path, source: &Path, may_move: bool) -> Result<()> {
     make_parent(place)?;
     // Created beside it and renamed: another process may do the same, or read the old one.

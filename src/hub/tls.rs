@@ -12,8 +12,8 @@ use crate::error::{Error, Kind, Result};
 pub(super) const HINT: &str =
     "a network that opens TLS has a certificate of its own: SSL_CERT_FILE=CA.pem nextflow ...";
 
-/// Certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`, else of `REQUESTS_CA_BUNDLE` or `CURL_CA_BUNDLE`, which the hub's
-/// own tools read; else those of the system beside Mozilla's.
+/// Certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`, else of `REQUESTS_CA_BUNDLE` or
+/// `CURL_CA_BUNDLE`, which the hub's own tools read; else those of the system beside Mozilla's.
 ///
 /// Errors: [`Kind::Failure`] if a variable names a file without certificates.
 pub(super) fn config() -> Result<TlsConfig> {

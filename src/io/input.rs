@@ -40,7 +40,8 @@ pub fn without_bom(text: &[u8]) -> &[u8] {
     text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text)
 }
 
-/// Whether text with this beginning is UTF-16: it has the byte order mark, or zeros beside its first two letters.
+/// Whether text with this beginning is UTF-16: it has the byte order mark, or zeros beside its
+/// first two letters.
 pub fn is_utf16(head: &[u8]) -> bool {
     matches!(head, [0xff, 0xfe, ..] | [0xfe, 0xff, ..]) || zeros(head).is_some()
 }
@@ -54,8 +55,8 @@ fn zeros(head: &[u8]) -> Option<bool> {
     }
 }
 
-/// Text as UTF-8 without a mark: as it is or, where a mark or the zeros of its first letters show that it is UTF-16, as
-/// shells and editors of some systems write it, converted.
+/// Text as UTF-8 without a mark: as it is or, where a mark or the zeros of its first letters show
+/// that it is UTF-16, as shells and editors of some systems write it, converted.
 pub fn utf8(text: Vec<u8>) -> Vec<u8> {
     let utf16 = |rest: &[u8], number: fn([u8; 2]) -> u16| {
         let units: Vec<u16> = rest.as_chunks::<2>().0.iter().map(|unit| number(*unit)).collect();
@@ -101,9 +102,9 @@ pub fn quoted_words(text: &str) -> String {
     format!("$'{}'", text.chars().map(spelt).collect::<String>())
 }
 
-/// The files that a line names, as typed, or as a terminal pastes a dropped file: plain, in
-/// quotes, with backslashes before blanks, with `~` for the home folder, or as `file://` addresses. A line that names no files
-/// is one path.
+/// The files that a line names, as typed, or as a terminal pastes a dropped file: plain, in quotes,
+/// with backslashes before blanks, with `~` for the home folder, or as `file://` addresses. A line
+/// that names no files is one path.
 pub fn dropped(text: &str) -> Vec<PathBuf> {
     let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
     let bare = ['"', '\''].iter().find_map(|q| text.strip_prefix(*q)?.strip_suffix(*q)).unwrap_or(text);
@@ -185,7 +186,8 @@ fn once() -> Result<()> {
 
 /// The bytes of a file, or of standard input, of which there may be `most`.
 ///
-/// Errors: usage, with `hint`: what cannot be read or is longer, and standard input that was read before.
+/// Errors: usage, with `hint`: what cannot be read or is longer, and standard input that was read
+/// before.
 pub fn read(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let failed = |e: io::Error| unreadable(path, e, hint);

@@ -28,7 +28,8 @@ pub enum Destination {
     Folder {
         /// Its path; empty is the current one.
         path: PathBuf,
-        /// Replace a file of the name that was there before the run; otherwise a free name is found.
+        /// Replace a file of the name that was there before the run; otherwise a free name is
+        /// found.
         force: bool,
     },
 }
@@ -43,13 +44,14 @@ impl Destination {
         }
     }
 
-    /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the terminal's to write.
+    /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the
+    /// terminal's to write.
     pub fn save(&self, png: &[u8], prompt: &str, seed: u64) -> Result<Option<PathBuf>> {
         self.save_beside(png, prompt, seed, &mut HashSet::new())
     }
 
-    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not replaced by force; the
-    /// new one becomes one of them.
+    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not
+    /// replaced by force; the new one becomes one of them.
     pub fn save_beside(
         &self,
         png: &[u8],
@@ -214,7 +216,8 @@ pub(crate) fn reason(e: &io::Error) -> String {
     if e.raw_os_error().is_some() { e.to_string() } else { e.kind().to_string() }
 }
 
-/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most 48 characters.
+/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most 48
+/// characters.
 pub fn slug(prompt: &str) -> String {
     let mut slug = String::new();
     let mut length = 0;

@@ -62,7 +62,8 @@ fn things() -> impl Iterator<Item = (&'static str, [&'static str; 4], &'static s
 }
 
 impl Riddle {
-    /// As often about a shape as about a thing. Held out are pairs of clues to shapes, and one clue to each thing.
+    /// As often about a shape as about a thing. Held out are pairs of clues to shapes, and one clue
+    /// to each thing.
     pub fn sample(rng: &Rng, split: Split) -> Self {
         if rng.below(0, 2) == 0 { Self::shape(rng, split) } else { Self::thing(rng, split) }
     }
@@ -122,7 +123,8 @@ impl Riddle {
         }
     }
 
-    /// What a model says before it draws: "the sky is blue and a wheel is a circle. the final prompt is: a blue circle".
+    /// What a model says before it draws: "the sky is blue and a wheel is a circle. the final
+    /// prompt is: a blue circle".
     pub fn answer(&self) -> String {
         format!("{}. {FINAL}{}", self.reasoning, self.prompt)
     }

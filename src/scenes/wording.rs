@@ -12,7 +12,8 @@ pub(super) struct Wordings {
     pub chinese: &'static [&'static str],
 }
 
-/// The wording of the largest hash is for evaluation: a few share no threshold that each list of them would meet.
+/// The wording of the largest hash is for evaluation: a few share no threshold that each list of
+/// them would meet.
 fn kept(templates: &'static [&'static str]) -> Option<&'static str> {
     templates.iter().copied().max_by_key(|t| fnv1a(t))
 }
@@ -64,8 +65,8 @@ impl Voice {
         gaps.iter().fold(template.to_string(), |text, (gap, words)| text.replace(gap, words))
     }
 
-    /// What an object of a scene is called: by colour and shape, or by less where that is enough; a single one may be
-    /// `it`.
+    /// What an object of a scene is called: by colour and shape, or by less where that is enough; a
+    /// single one may be `it`.
     pub fn name(&self, object: &Object, scene: &Scene, it: bool) -> String {
         let colour = &COLOURS[object.colour];
         let only_shape = scene.objects.iter().filter(|o| o.shape == object.shape).count() == 1;

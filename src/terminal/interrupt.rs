@@ -51,8 +51,9 @@ pub fn interrupts_after(clean: fn()) -> Result<Stop> {
     interrupts()
 }
 
-/// Takes over Ctrl-C, SIGTERM and SIGHUP: work stops at its next step or, where that takes too long, the process ends,
-/// with the terminal as it was. Where the system grants no thread to wait for them, they end the process as usual.
+/// Takes over Ctrl-C, SIGTERM and SIGHUP: work stops at its next step or, where that takes too
+/// long, the process ends, with the terminal as it was. Where the system grants no thread to wait
+/// for them, they end the process as usual.
 pub fn interrupts() -> Result<Stop> {
     static STOP: OnceLock<Stop> = OnceLock::new();
     if let Some(stop) = STOP.get() {
@@ -70,7 +71,8 @@ pub fn interrupts() -> Result<Stop> {
         if meaning == Meaning::End as u8 || !typed && meaning == Meaning::Hush as u8 {
             std::thread::sleep(Duration::from_millis(700));
         }
-        // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
+        // Still here: loading, or inside a long pass. Files are renamed into place, so none is left
+        // half.
         if let Some(clean) = CLEAN.get() {
             clean();
         }
@@ -116,8 +118,8 @@ fn watch(mut handle: impl FnMut(bool) + Send + 'static) -> io::Result<()> {
     ctrlc::set_handler(move || handle(true)).map_err(io::Error::other)
 }
 
-/// Lets writes beyond a limit of file size (`ulimit -f`) fail as on a full disk; the signal would end the process and
-/// leave its temporary files.
+/// Lets writes beyond a limit of file size (`ulimit -f`) fail as on a full disk; the signal would
+/// end the process and leave its temporary files.
 pub fn ignore_file_size_signal() {
     #[cfg(unix)]
     // SAFETY: ignoring a signal runs no code of ours.

@@ -1,4 +1,5 @@
-//! Images on a terminal: kitty's and iTerm2's protocols, sixels, or half blocks, which every terminal has.
+//! Images on a terminal: kitty's and iTerm2's protocols, sixels, or half blocks, which every
+//! terminal has.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -26,8 +27,8 @@ pub fn show(image: &RgbImage) {
     if cannot_show().is_some() {
         return;
     }
-    // Only terminals that are known to answer are queried, since the query waits for the answer. Programs within a terminal
-    // inherit its variables, but set their own TERM.
+    // Only terminals that are known to answer are queried, since the query waits for the answer.
+    // Programs within a terminal inherit its variables, but set their own TERM.
     let term = std::env::var("TERM").unwrap_or_default();
     let is_set = |name| term.starts_with("xterm") && std::env::var_os(name).is_some();
     let named = |names: &[&str]| names.iter().any(|name| term.contains(name));
@@ -43,7 +44,8 @@ fn size() -> (u32, u32) {
     (columns.into(), lines.into())
 }
 
-/// Prints an image at the cursor; returns its height in lines. Failing is harmless: the image is in its file.
+/// Prints an image at the cursor; returns its height in lines. Failing is harmless: the image is in
+/// its file.
 fn print(image: &RgbImage, width: u32, way: Config) -> u32 {
     let config = Config { absolute_offset: false, width: Some(width), ..way };
     viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config).map_or(0, |(_, lines)| lines)
@@ -64,8 +66,8 @@ impl Preview {
         Self { in_place, lines: 0 }
     }
 
-    /// Shows the image so far in half blocks, whose height in lines is known; or nothing, where it would
-    /// not fit.
+    /// Shows the image so far in half blocks, whose height in lines is known; or nothing, where it
+    /// would not fit.
     pub fn grow(&mut self, image: &RgbImage) {
         self.clear();
         let ((columns, lines), (w, h)) = (size(), image.dimensions());

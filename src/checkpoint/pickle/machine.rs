@@ -6,8 +6,8 @@ use super::code::{Code, Span};
 use super::opcode::*;
 use super::value::{Class, Id, Tensor, Value};
 
-/// The most instructions that are run; each adds one value, of some 40 bytes with its share of everything else, at most. A
-/// tensor takes about 40 of them, so that 25,000 tensors fit.
+/// The most instructions that are run; each adds one value, of some 40 bytes with its share of
+/// everything else, at most. A tensor takes about 40 of them, so that 25,000 tensors fit.
 const MAX_INSTRUCTIONS: usize = 1 << 20;
 
 /// The entries of a dictionary.
@@ -41,7 +41,8 @@ impl<'a> Machine<'a> {
 
     /// Runs the pickle, of protocol 2 to 5, and returns its root.
     ///
-    /// Errors: an instruction that checkpoints do not have, or that cannot be run, and too many of them.
+    /// Errors: an instruction that checkpoints do not have, or that cannot be run, and too many of
+    /// them.
     pub fn run(&mut self) -> Result<Id, String> {
         for _ in 0..MAX_INSTRUCTIONS {
             match self.code.byte()? {
@@ -348,7 +349,8 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// The longest name of a tensor or storage, in bytes: every one of a million entries may have the same.
+/// The longest name of a tensor or storage, in bytes: every one of a million entries may have the
+/// same.
 const MAX_TEXT: usize = 1024;
 /// The most dimensions of a tensor.
 const MAX_RANK: usize = 8;

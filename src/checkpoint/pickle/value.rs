@@ -1,7 +1,7 @@
 //! The values that a pickle builds.
 //!
-//! A value has 16 bytes and holds others by their numbers, never by pointers: memory is bounded by the count of
-//! instructions, and nothing is freed recursively, however deep a pickle nests.
+//! A value has 16 bytes and holds others by their numbers, never by pointers: memory is bounded by
+//! the count of instructions, and nothing is freed recursively, however deep a pickle nests.
 
 use safetensors::Dtype;
 

@@ -17,7 +17,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Measures matrix products in f32, in `dtype` on a GPU, or in int8 for int8 weights. Takes about a second.
+    /// Measures matrix products in f32, in `dtype` on a GPU, or in int8 for int8 weights. Takes
+    /// about a second.
     pub fn measure(device: &Device, dtype: DType, matrices: Matrices) -> Result<Self> {
         // Large enough for all of a GPU, and a second's work for a CPU.
         let side = if device.is_cpu() { 2048 } else { 8192 };

@@ -124,7 +124,8 @@ pub(super) fn run(
     Ok(())
 }
 
-/// The token grid (height, width) of the image, if the model has a vision tower, and the tower's shape.
+/// The token grid (height, width) of the image, if the model has a vision tower, and the tower's
+/// shape.
 fn image_of<'a>(
     config: &'a ChatConfig,
     args: &BenchArgs,

@@ -74,7 +74,8 @@ impl Host {
             Ask::Edit => session.draw(pictures, text, &options, scales.as_deref(), observe),
         };
         if let Some(error) = printer.error.take() {
-            // An image that was not saved cannot be shown, edited or saved later: the exchange is taken back.
+            // An image that was not saved cannot be shown, edited or saved later: the exchange is
+            // taken back.
             if reply.is_ok() {
                 session.undo();
             }

@@ -1,4 +1,5 @@
-//! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a slash.
+//! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a
+//! slash.
 
 use std::path::Path;
 

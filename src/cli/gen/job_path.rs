@@ -1,4 +1,5 @@
-//! Where the image of a job goes: `out` and `id` are names from outside, which must not lead out of the folder of all images.
+//! Where the image of a job goes: `out` and `id` are names from outside, which must not lead out of
+//! the folder of all images.
 
 use std::path::{Component, Path, PathBuf};
 

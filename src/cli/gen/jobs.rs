@@ -23,8 +23,9 @@ use crate::terminal;
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Batch")]
 pub struct JobsArgs {
-    /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png", "seed": 7}; also id, negative, size,
-    /// cfg, cfg_until, temperature, top_k, top_p and draft. Flags are the defaults of all lines; `-` reads standard input as it comes
+    /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png",
+    /// "seed": 7}; also id, negative, size, cfg, cfg_until, temperature, top_k, top_p and draft.
+    /// Flags are the defaults of all lines; `-` reads standard input as it comes
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
     /// With --jsonl: skip jobs whose PNG exists and is complete
@@ -39,7 +40,8 @@ pub struct JobsArgs {
 }
 
 impl JobsArgs {
-    /// Errors: usage, for flags that need `--jsonl`. (clap skips `requires` if the required flag conflicts with another one.)
+    /// Errors: usage, for flags that need `--jsonl`. (clap skips `requires` if the required flag
+    /// conflicts with another one.)
     pub fn check(&self) -> Result<()> {
         let flags = [(self.resume, "--resume"), (self.keep_going, "--keep-going"), (self.shard.is_some(), "--shard")];
         match flags.into_iter().find(|(given, _)| *given && self.jsonl.is_none()) {
@@ -135,7 +137,8 @@ impl Failures {
     }
 }
 
-/// Draws the jobs of `file`. All of a file is checked before the model loads; standard input is read as it comes.
+/// Draws the jobs of `file`. All of a file is checked before the model loads; standard input is
+/// read as it comes.
 pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if let [_, second, ..] = args.draw.sampling.seed[..] {
         return Err(Error::usage("--jsonl takes one --seed, for the lines without one")
@@ -235,7 +238,8 @@ fn note_existing(all: &[Result<Task, Fault>], there: usize, resume: bool) {
     }
 }
 
-/// Draws jobs as they come, up to `batch` at once. Returns how many there were; nothing if the reader of stdout is gone.
+/// Draws jobs as they come, up to `batch` at once. Returns how many there were; nothing if the
+/// reader of stdout is gone.
 fn draw_all(
     model: &Generator,
     mut tasks: Peekable<impl Iterator<Item = Result<Task, Fault>>>,

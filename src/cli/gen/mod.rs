@@ -50,10 +50,12 @@ pub struct GenArgs {
     /// What `gen` and `edit` share.
     #[command(flatten)]
     pub draw: DrawArgs,
-    /// Skip the last N scales: a draft of full size without the finest detail [default: the model's]
+    /// Skip the last N scales: a draft of full size without the finest detail [default: the
+    /// model's]
     #[arg(long, help_heading = "Sampling", value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
     pub draft: Option<usize>,
-    /// TokenFlow-t2i only: draw every scale but the first in N passes, 1 to 3, each refining the one before
+    /// TokenFlow-t2i only: draw every scale but the first in N passes, 1 to 3, each refining the
+    /// one before
     #[arg(
         long,
         help_heading = "Sampling",
@@ -63,10 +65,12 @@ pub struct GenArgs {
         allow_negative_numbers = true
     )]
     pub passes: Option<u8>,
-    /// Infinity only: apply guidance inside the network, before its last K blocks, instead of on the logits
+    /// Infinity only: apply guidance inside the network, before its last K blocks, instead of on
+    /// the logits
     #[arg(long, help_heading = "Sampling", value_name = "K", value_delimiter = ',', conflicts_with = "think")]
     pub cfg_layers: Vec<usize>,
-    /// Infinity only: cache of encoded prompts, a safetensors file or a folder; new prompts are added to it
+    /// Infinity only: cache of encoded prompts, a safetensors file or a folder; new prompts are
+    /// added to it
     #[arg(long, help_heading = "Model", value_name = "FILE", conflicts_with = "think")]
     pub text_features: Option<PathBuf>,
     /// A file of jobs.

@@ -84,7 +84,8 @@ impl Edit {
         Self::of_kind(rng, kind, split)
     }
 
-    /// An edit of one kind. A held-out one ends at a held-out composition; a training one neither begins nor ends there.
+    /// An edit of one kind. A held-out one ends at a held-out composition; a training one neither
+    /// begins nor ends there.
     pub fn of_kind(rng: &Rng, kind: EditKind, split: Split) -> Self {
         let kinds: &[Kind] = match kind {
             EditKind::Add => &[Kind::SingleObject],
@@ -140,15 +141,15 @@ impl Edit {
         wording::say(&self.changes, &self.source, Voice::canonical())
     }
 
-    /// What a model says before it draws: what it sees, and what that becomes, each as a viewer tells it: "a red circle to the
-    /// left of a blue star. the final prompt is: a blue star".
+    /// What a model says before it draws: what it sees, and what that becomes, each as a viewer
+    /// tells it: "a red circle to the left of a blue star. the final prompt is: a blue star".
     pub fn thought(&self) -> String {
         let seen = |scene: &Scene| scene.seen().as_ref().unwrap_or(scene).prompt();
         format!("{}. {FINAL}{}", seen(&self.source), seen(&self.target))
     }
 
-    /// Boxes (left, top, right, bottom), in 1/128 of the drawing square, outside of which nothing changes; the whole
-    /// square if the background does.
+    /// Boxes (left, top, right, bottom), in 1/128 of the drawing square, outside of which nothing
+    /// changes; the whole square if the background does.
     pub fn changed(&self) -> Vec<[f64; 4]> {
         if self.source.background != self.target.background {
             return vec![[0.0, 0.0, 128.0, 128.0]];
