@@ -67,7 +67,7 @@ impl<'a> Session<'a> {
         Ok(Self { model, system: config.system.clone(), turns, caches, reply, read })
     }
 
-    /// Who answers.
+    /// The model.
     pub fn model(&self) -> &'a ChatModel {
         self.model
     }

@@ -101,21 +101,21 @@ pub enum Kind {
 pub const KINDS: [Kind; 6] =
     [Kind::SingleObject, Kind::TwoObjects, Kind::Counting, Kind::Colours, Kind::Position, Kind::AttributeBinding];
 
-/// How large an object is said to be.
+/// Size of an object in the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ObjectSize {
-    /// Smaller than when nothing is said.
+    /// Small.
     Small,
-    /// Nothing is said.
+    /// Not mentioned.
     Plain,
-    /// Larger than when nothing is said.
+    /// Large.
     Large,
 }
 
-/// Where the first object is said to be, seen from the second, or from the middle.
+/// Place of the first object in the prompt, relative to the second, or to the middle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
-    /// Nothing is said.
+    /// Not mentioned.
     Unsaid,
     /// To the left.
     Left,
@@ -247,8 +247,8 @@ impl Scene {
         Self { kind, objects: objects.collect(), place, background }
     }
 
-    /// What a scene shows, apart from jitter, sizes and background: the unit that is held out. The
-    /// category is no part of it, for several can ask for the same picture.
+    /// Identity of a scene, without jitter, sizes and background: the unit that is held out. The
+    /// category is no part of it, as several can ask for the same picture.
     pub fn key(&self) -> String {
         let objects: Vec<String> =
             self.objects.iter().map(|o| format!("{} {:?}", COLOURS[o.colour].name, o.shape)).collect();

@@ -1,4 +1,4 @@
-//! Several ways to say one thing, of which some are kept for evaluation.
+//! Several wordings of one text, some of which are held out for evaluation.
 
 use super::caption::{chinese, english};
 use super::{COLOURS, Object, Place, Scene, Split};
@@ -25,10 +25,10 @@ impl Wordings {
     }
 }
 
-/// In which words a text is put.
+/// A choice of wording.
 #[derive(Clone, Copy)]
 pub(super) struct Voice {
-    /// What draws the words; none for the canonical ones.
+    /// The random choice; none for the canonical wording.
     rng: Option<Rng>,
     split: Split,
     /// The language: Chinese, or English.

@@ -1,4 +1,4 @@
-//! Edits: a scene before and after, and how one asks for it.
+//! Edits: a scene before and after, and the instruction.
 
 mod change;
 #[cfg(test)]
@@ -12,7 +12,7 @@ use crate::generate::prompt::FINAL;
 use crate::rng::Rng;
 use change::Change;
 
-/// What an instruction asks for.
+/// Kind of an edit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EditKind {
@@ -20,7 +20,7 @@ pub enum EditKind {
     Add,
     /// One of two objects less.
     Remove,
-    /// Another shape, sometimes of another colour, in the place of an object.
+    /// Another shape, sometimes of another colour, in place of an object.
     Replace,
     /// Another colour.
     Recolour,
@@ -49,14 +49,14 @@ pub const EDIT_KINDS: [EditKind; 9] = [
     EditKind::Combination,
 ];
 
-/// An instruction and what it makes of a scene.
+/// An instruction and its result on a scene.
 #[derive(Clone, Debug)]
 pub struct Edit {
-    /// What is asked for.
+    /// The target.
     pub kind: EditKind,
     /// Before.
     pub source: Scene,
-    /// After. What the edit does not concern is drawn the same, to the pixel.
+    /// After. Everything that the edit does not concern is identical to the pixel.
     pub target: Scene,
     /// One, or the two of a combination.
     changes: Vec<Change>,

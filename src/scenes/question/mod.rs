@@ -10,7 +10,7 @@ use super::wording::{Voice, relation};
 use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, ObjectSize, Place, SHAPES, Scene, Split, held_out};
 use crate::rng::Rng;
 
-/// What a question is about.
+/// Topic of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuestionKind {
@@ -41,7 +41,7 @@ pub const QUESTION_KINDS: [QuestionKind; 6] = [
 /// A question about a scene.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// What it is about.
+    /// The topic.
     pub kind: QuestionKind,
     /// The picture.
     pub scene: Scene,
