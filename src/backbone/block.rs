@@ -11,15 +11,15 @@ use crate::ops::{self, Mask, WeightMatrix};
 /// What new tokens are to the sequence in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Text: each sees itself and what is before it.
+    /// Text: each token attends to itself and everything before it.
     Text,
-    /// A scale: each sees all of it and what is before it.
+    /// A scale: each token attends to all of it and everything before it.
     Scale,
-    /// Another pass over the last scale: seen in the place of the scale as it was first read, which stays in the cache.
+    /// Another pass over the last scale (TokenFlow-t2i): attended to in place of the first pass, which stays in the cache.
     Again,
 }
 
-/// What the tokens of a forward pass may attend to.
+/// The tokens that a forward pass attends to.
 #[derive(Debug)]
 pub enum Context<'a> {
     /// A whole sequence at once; mask u8 (T, T) or (R, T, T), 1 where a query may attend to a key.

@@ -1,4 +1,5 @@
-//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also written, all at once.
+//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also
+//! written, all at once.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -37,10 +38,10 @@ pub(super) fn open(path: &Path) -> Result<File> {
     const FILES: &str = "--model FOLDER, with all files of one model in FOLDER; nextflow info FOLDER lists them";
     let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
     let cannot = |e: io::Error| match e.kind() {
-        io::ErrorKind::NotFound => refuse("is missing".into()),
-        _ => refuse(format!("cannot be read: {e}")),
+        io::ErrorKind::NotFound => refuse("is missing".into()).because(e),
+        _ => refuse(format!("cannot be read: {e}")).because(e),
     };
-    // Opening a pipe would wait for a writer, so this comes first.
+    // Opening a pipe would wait for a writer, so this is checked first.
     if !path.metadata().map_err(cannot)?.is_file() {
         return Err(refuse("is not a file".into()));
     }
@@ -57,7 +58,7 @@ const MAX_SMALL: u64 = 100_000_000;
 pub(super) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let read = open(path)?.take(MAX_SMALL + 1).read_to_end(&mut bytes);
-    read.map_err(|e| Error::model(format!("{} cannot be read: {e}", path.display())))?;
+    read.map_err(|e| Error::model(format!("{} cannot be read: {e}", path.display())).because(e))?;
     if bytes.len() as u64 > MAX_SMALL {
         return Err(Error::model(format!("{} has more than {MAX_SMALL} bytes", path.display())));
     }
@@ -134,7 +135,7 @@ impl Archive {
         })
     }
 
-    /// What the header says about a tensor.
+    /// The header's entry of a tensor.
     pub(super) fn entry(&self, key: &str) -> Option<&Entry> {
         self.header.get(key)
     }
@@ -189,7 +190,8 @@ impl Archive {
         }
     }
 
-    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks of `dtype`.
+    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks
+    /// of `dtype`.
     pub(super) fn read_blocks(
         &self,
         key: &str,
@@ -225,8 +227,8 @@ impl Archive {
         }
     }
 
-    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row. If not, what
-    /// is wrong, with the key that it is wrong with.
+    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a
+    /// scale per row. If not, what is wrong, with the key that it is wrong with.
     pub(super) fn readable(&self, key: &str, entry: &Entry) -> Result<(), (String, Fault)> {
         let plain = |key: &str, entry: &Entry| match entry.stored {
             Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) => Ok(()),
@@ -257,10 +259,11 @@ fn scale_key(key: &str) -> String {
 /// Bytes with a scale per row.
 const BYTES: Stored = Stored::Plain(Dtype::U8);
 
-/// The byte that stands for zero.
+/// The byte that means zero.
 const ZERO: f32 = 128.0;
 
-/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte - 128) * scale.
+/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte
+/// - 128) * scale.
 pub fn quantise(tensors: &mut BTreeMap<String, Tensor>, key: String, tensor: &Tensor) -> candle_core::Result<()> {
     let rows = tensor.to_dtype(DType::F32)?.flatten_from(1)?;
     let scale = (rows.abs()?.max_keepdim(1)? / 127.0)?.clamp(f32::MIN_POSITIVE, f32::MAX)?;
@@ -298,7 +301,7 @@ fn unblock(file: &mut impl Read, entry: &Entry, dtype: GgmlDType) -> candle_core
     Tensor::from_vec(values, entry.shape.as_slice(), &Device::Cpu)
 }
 
-/// Converts on the way, through f32: exact unless the asked type is narrower than the stored one.
+/// Converts through f32 while reading: exact unless `dtype` is narrower than the stored type.
 fn tensor<const N: usize>(
     file: &mut impl Read,
     entry: &Entry,
@@ -340,13 +343,14 @@ pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 /// Errors: a file that cannot be read, or is none of safetensors.
 pub fn metadata(path: &Path) -> Result<HashMap<String, String>> {
     let broken = |what: String| header::broken(&path.display().to_string(), &what);
-    let bytes = std::fs::read(path).map_err(|e| broken(format!("cannot be read: {e}")))?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("has a bad header: {e}")))?;
+    let bytes = std::fs::read(path).map_err(|e| broken(format!("cannot be read: {e}")).because(e))?;
+    let (_, header) =
+        SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("has a bad header: {e}")).because(e))?;
     Ok(header.metadata().clone().unwrap_or_default())
 }
 
 /// Writes a safetensors file with optional metadata, as [`output::write`] does.
 pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<HashMap<String, String>>) -> Result<()> {
-    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| Error::unwritten(path, &e))?;
+    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| Error::unwritten(path, &e).because(e))?;
     output::write(path, &bytes)
 }

@@ -1,4 +1,5 @@
-//! Downloads from the hub: their progress, and Infinity, of whose files only those of one model are needed.
+//! Downloads from the hub: their progress, and Infinity, of whose files only those of one model are
+//! needed.
 
 use std::io::Write;
 use std::path::Path;
@@ -12,7 +13,8 @@ use crate::terminal;
 /// Of the text encoder, beside its weights.
 const TEXT_FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors.index.json"];
 
-/// The chosen model, or the only one that is in the cache. What is missing is downloaded, after its size has been told.
+/// The chosen model, or the only one in the cache. Missing files are downloaded, after a line with
+/// their size.
 ///
 /// Errors: usage, without a choice; those of a download.
 pub(super) fn fetch_infinity(id: &Id, choice: Option<&'static Variant>, offline: bool) -> Result<Source> {
@@ -82,7 +84,8 @@ fn text(offline: bool, progress: hub::Observer) -> Result<std::path::PathBuf> {
     Ok(folder)
 }
 
-/// Prints the progress of a download to stderr: what it waits for, and a line per tenth of a file. Ctrl-C stops it.
+/// Prints the progress of a download to stderr: what it waits for, and a line per tenth of a file.
+/// Ctrl-C stops it.
 pub(super) fn progress(quiet: bool) -> Result<impl FnMut(Event) -> Result<()>> {
     let stop = terminal::interrupts()?;
     let mut last = (String::new(), 0);

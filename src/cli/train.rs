@@ -1,7 +1,7 @@
 //! `nextflow train`: the steps from packages to a checkpoint, in order.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
@@ -40,12 +40,14 @@ pub struct TrainArgs {
 
 #[derive(Debug, Subcommand)]
 enum Step {
-    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from images of your own
+    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from
+    /// images of your own
     Data {
         /// Folder of the unpacked packages
         #[arg(default_value = "data", conflicts_with = "folder")]
         packages: PathBuf,
-        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any language
+        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any
+        /// language
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
         /// Pixels of a side; above 128, for the refiner, only pictures that models learn to draw
@@ -170,21 +172,7 @@ fn sampling() -> Sampling {
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
     if let Step::Data { packages, folder, side } = &args.step {
-        let library = match folder {
-            Some(_) if args.data.exists() => {
-                let message = format!("{} already exists", input::shown(&args.data));
-                return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
-            }
-            Some(folder) => Dataset::from_folder(folder)?,
-            None => train::prepare::prepare(packages, *side)?,
-        };
-        // What cannot be trained on is not written.
-        Samples::new(&library, 0)?;
-        library.save(&args.data)?;
-        let held_out = library.concepts.iter().filter(|c| c.held_out).count();
-        let (path, pictures, concepts) = (args.data.display(), library.pictures.len(), library.concepts.len());
-        eprintln!("{path}: {pictures} pictures of {concepts} concepts, {held_out} of which are held out");
-        return Ok(());
+        return data(&args.data, packages, folder.as_deref(), *side);
     }
     if let Step::Export { out } = &args.step {
         train::export::export(&Run::open(&args.run, Device::Cpu)?, out, sampling())?;
@@ -195,7 +183,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let model = run.file(TRANSFORMER);
     if matches!(args.step, Step::Text) && model.exists() {
         return Err(Error::usage(format!(
-            "{} has learnt the words of tokenizer.json, which this would replace",
+            "{} was trained with tokenizer.json, which this would replace",
             model.display()
         ))
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
@@ -261,6 +249,25 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     }
 }
 
+/// Builds the picture library at `path`, from unpacked packages or from a folder of images.
+fn data(path: &Path, packages: &Path, folder: Option<&Path>, side: usize) -> Result<()> {
+    let library = match folder {
+        Some(_) if path.exists() => {
+            let message = format!("{} already exists", input::shown(path));
+            return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
+        }
+        Some(folder) => Dataset::from_folder(folder)?,
+        None => train::prepare::prepare(packages, side)?,
+    };
+    // What cannot be trained on is not written.
+    Samples::new(&library, 0)?;
+    library.save(path)?;
+    let held_out = library.concepts.iter().filter(|c| c.held_out).count();
+    let (path, pictures, concepts) = (path.display(), library.pictures.len(), library.concepts.len());
+    eprintln!("{path}: {pictures} pictures of {concepts} concepts, {held_out} of which are held out");
+    Ok(())
+}
+
 /// Trains the refiner.
 fn refiner(args: &TrainArgs, run: &Run, model: Option<&str>, sizes: RefinePoolSizes, plan: &Plan) -> Result<()> {
     let library = Dataset::load_any(&args.data)?;
@@ -284,7 +291,7 @@ fn refiner(args: &TrainArgs, run: &Run, model: Option<&str>, sizes: RefinePoolSi
     train::refiner::train(run, &tokenizer, &pool, plan.batch.get(), &plan.hyperparameters())
 }
 
-/// A CPU or an NVIDIA GPU, and a line that says which: for others there are no kernels with a backward pass.
+/// A CPU or an NVIDIA GPU, reported in a line: other devices have no kernels with a backward pass.
 fn trainer(name: &str) -> Result<Device> {
     let device = match device::parse(name)? {
         Device::Metal(_) if name == "auto" => Device::Cpu,
@@ -296,7 +303,8 @@ fn trainer(name: &str) -> Result<Device> {
     Ok(device)
 }
 
-/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer sees.
+/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer
+/// sees.
 fn tokenizer(run: &Run) -> Result<ImageTokenizer> {
     let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &run.device)?;
     Ok(ImageTokenizer::load(&weights, &run.recipe.tokenizer)?)

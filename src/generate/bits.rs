@@ -54,8 +54,8 @@ pub fn guided(logits: &Tensor, params: &SampleParams) -> Result<Tensor> {
     }
 }
 
-/// A bit is 1 if the logit of 1 exceeds that of 0 by more than this, where `u` is uniform on (0, 1). Its probability is then what
-/// `kept` leaves of the two: the rarer value goes if its own is at most 1 - top_p.
+/// A bit is 1 if the logit of 1 exceeds that of 0 by more than this, where `u` is uniform on (0, 1). The filter `kept` applies to
+/// the two values: the rarer one is dropped if its probability is at most 1 - top_p.
 fn threshold(u: f64, kept: Filter) -> f32 {
     if kept.top_k == Some(1) {
         return 0.0;

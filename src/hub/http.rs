@@ -1,5 +1,5 @@
-//! Requests to the hub and to where it redirects: each runs on its own thread, so that the main thread can announce the
-//! wait, give up, or be interrupted.
+//! Requests to the hub and to where it redirects: each runs on its own thread, so that the main
+//! thread can announce the wait, give up, or be interrupted.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const MAX_REDIRECTS: usize = 10;
 /// Bytes that are passed on at a time.
 const CHUNK: usize = 1 << 18;
 
-/// What it takes to ask a hub.
+/// A client of one hub.
 pub(super) struct Http {
     agent: Agent,
     proxies: Proxies,
@@ -78,7 +78,7 @@ impl From<Error> for Fault {
 pub(super) struct Answer(Receiver<Result<Piece, Fault>>);
 
 impl Answer {
-    /// The next piece, if it comes before `deadline`; `what` says in messages what is waited for.
+    /// The next piece, if it comes before `deadline`; `what` is what messages wait for.
     pub fn next(&self, deadline: Instant, what: &str, observer: Observer) -> Result<Piece, Fault> {
         let start = Instant::now();
         loop {
@@ -138,7 +138,7 @@ impl Http {
         Ok(Arc::new(Self { agent, proxies: Proxies::from_env()?, hub: Origin::of(&uri), authorization }))
     }
 
-    /// Asks for `url` from byte `from` on.
+    /// Requests `url` from byte `from` on.
     ///
     /// Errors: [`Kind::Failure`] if the process may have no more threads.
     pub fn get(self: &Arc<Self>, url: String, from: u64) -> Result<Answer> {
@@ -202,7 +202,7 @@ impl Http {
             Some(named) => request.config().proxy(Some(named.proxy.clone())).build().call(),
             None => request.call(),
         };
-        result.map_err(|e| fault(&server(uri), proxy.map(|p| p.name.as_str()), &e))
+        result.map_err(|e| fault(&server(uri), proxy.map(|p| p.name.as_str()), e))
     }
 }
 
@@ -231,12 +231,12 @@ fn pass_on(response: Response<Body>, head: Head, sender: &SyncSender<Result<Piec
 }
 
 /// What an error of a request means.
-fn fault(server: &str, proxy: Option<&str>, e: &ureq::Error) -> Fault {
+fn fault(server: &str, proxy: Option<&str>, e: ureq::Error) -> Fault {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
     let text = e.to_string();
     let text = text.strip_prefix("io: ").unwrap_or(&text);
     let certificate = text.contains("certificate");
-    match e {
+    match &e {
         ureq::Error::Io(io)
             if matches!(
                 io.kind(),
@@ -249,14 +249,15 @@ fn fault(server: &str, proxy: Option<&str>, e: &ureq::Error) -> Fault {
         ureq::Error::Timeout(_) | ureq::Error::BodyStalled => return Fault::Cut(text.into()),
         ureq::Error::Protocol(_) => {
             return Fault::Unreachable(
-                Error::model(format!("{server} does not answer as HTTP asks for: {text}"))
-                    .hint("HF_ENDPOINT=URL names another hub"),
+                Error::model(format!("{server} does not answer in HTTP: {text}"))
+                    .hint("HF_ENDPOINT=URL names another hub")
+                    .because(e),
             );
         }
         _ => {}
     }
     let through = proxy.map_or_else(String::new, |name| format!(" through the proxy {name}"));
-    let error = Error::new(Kind::Failure, format!("{server} cannot be reached{through}: {text}"));
+    let error = Error::new(Kind::Failure, format!("{server} cannot be reached{through}: {text}")).because(e);
     Fault::Unreachable(match proxy {
         _ if certificate && text.contains("Expired") => error.hint("check this machine's clock: date"),
         _ if certificate => error.hint(tls::HINT),

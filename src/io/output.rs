@@ -21,20 +21,21 @@ pub enum Destination {
     File {
         /// Its path.
         path: PathBuf,
-        /// Replace what is there.
+        /// Replace an existing file.
         force: bool,
     },
-    /// Names made of prompt and seed in a folder, which is made when the first image is there.
+    /// Names made of prompt and seed, in a folder that is created with the first image.
     Folder {
         /// Its path; empty is the current one.
         path: PathBuf,
-        /// Replace a file of the name that was there before the run; otherwise a free name is found.
+        /// Replace a file of the name that was there before the run; otherwise a free name is
+        /// found.
         force: bool,
     },
 }
 
 impl Destination {
-    /// Whether writing can succeed, as far as that can be told before there is something to write.
+    /// Checks, as far as possible in advance, that writing will succeed.
     pub fn check(&self) -> Result<()> {
         match self {
             Self::Stdout => Ok(()),
@@ -43,13 +44,14 @@ impl Destination {
         }
     }
 
-    /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the terminal's to write.
+    /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the
+    /// terminal's to write.
     pub fn save(&self, png: &[u8], prompt: &str, seed: u64) -> Result<Option<PathBuf>> {
         self.save_beside(png, prompt, seed, &mut HashSet::new())
     }
 
-    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not replaced by force; the
-    /// new one becomes one of them.
+    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not
+    /// replaced by force; the new one becomes one of them.
     pub fn save_beside(
         &self,
         png: &[u8],
@@ -62,8 +64,8 @@ impl Destination {
             Self::File { path, force } => {
                 let target = target(path, *force);
                 // It was there when the path was checked, unless the path was made up since.
-                fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, &e))?;
-                let temp = Temp::beside(&target, png).map_err(|e| cannot_write(path, &e))?;
+                fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, e))?;
+                let temp = Temp::beside(&target, png).map_err(|e| cannot_write(path, e))?;
                 let result = match force {
                     true => temp.replace(&target),
                     false => temp.persist_new(&target).map_err(|(e, _)| e),
@@ -71,7 +73,7 @@ impl Destination {
                 match result {
                     Ok(()) => Ok(Some(path.clone())),
                     Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
-                    Err(e) => Err(cannot_write(path, &e)),
+                    Err(e) => Err(cannot_write(path, e)),
                 }
             }
             Self::Folder { path: folder, force } => {
@@ -88,12 +90,14 @@ impl Destination {
     }
 }
 
-/// Writes a file whole or not at all; what was at `path` is replaced.
+/// Writes a file whole or not at all; an existing file is replaced.
 ///
 /// Errors: a file that cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     sweep(parent(path));
-    Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(|e| Error::unwritten(path, &reason(&e)))
+    Temp::beside(path, bytes)
+        .and_then(|file| file.replace(path))
+        .map_err(|e| Error::unwritten(path, &reason(&e)).because(e))
 }
 
 /// Whether a path names standard output.
@@ -118,7 +122,7 @@ pub fn check_inside(folder: &Path, path: &Path) -> Result<()> {
     }
 }
 
-/// What is written: behind a link it is the file that is replaced, not the link.
+/// The file to write: the target of a link that is replaced, not the link.
 fn target(path: &Path, force: bool) -> PathBuf {
     Some(path).filter(|_| force).and_then(|path| fs::canonicalize(path).ok()).unwrap_or_else(|| path.into())
 }
@@ -126,16 +130,16 @@ fn target(path: &Path, force: bool) -> PathBuf {
 /// Writes `{stem}.png`, or the first of `{stem}-2.png`, `{stem}-3.png`, ... that is free.
 fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     if !folder.as_os_str().is_empty() {
-        fs::create_dir_all(folder).map_err(|e| cannot_write(folder, &e))?;
+        fs::create_dir_all(folder).map_err(|e| cannot_write(folder, e))?;
     }
-    let mut temp = Temp::in_folder(here(folder), png).map_err(|e| cannot_write(folder, &e))?;
+    let mut temp = Temp::in_folder(here(folder), png).map_err(|e| cannot_write(folder, e))?;
     for n in 1u64.. {
         let name = if n == 1 { format!("{stem}.png") } else { format!("{stem}-{n}.png") };
         let path = folder.join(name);
         match temp.persist_new(&path) {
             Ok(()) => return Ok(path),
             Err((e, file)) if e.kind() == io::ErrorKind::AlreadyExists => temp = file,
-            Err((e, _)) => return Err(cannot_write(&path, &e)),
+            Err((e, _)) => return Err(cannot_write(&path, e)),
         }
     }
     Err(exists(folder))
@@ -164,14 +168,14 @@ fn check_file(path: &Path, force: bool) -> Result<()> {
         }
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(unusable(path, &e, "-o FILE")),
+        Err(e) => return Err(unusable(path, e, "-o FILE")),
     }
     let target = target(path, force);
     let folder = parent(&target);
     match folder.is_dir() {
         true => {
             sweep(folder);
-            Temp::beside(&target, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE"))
+            Temp::beside(&target, b"").map(drop).map_err(|e| unusable(path, e, "-o FILE"))
         }
         false => Err(Error::usage(format!("cannot write {shown}: there is no folder {}", folder.display()))
             .hint(format!("mkdir -p {}", quoted(folder)))),
@@ -188,29 +192,32 @@ fn check_folder(folder: &Path) -> Result<()> {
         return Err(Error::usage(message).hint("choose another --out-dir"));
     }
     sweep(there);
-    Temp::in_folder(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
+    Temp::in_folder(there, b"").map(drop).map_err(|e| unusable(folder, e, "--out-dir FOLDER"))
 }
 
 fn exists(path: &Path) -> Error {
     Error::usage(format!("{} already exists", path.display())).hint("--force replaces it, or -o ANOTHER_FILE")
 }
 
-fn unusable(path: &Path, e: &io::Error, flag: &str) -> Error {
-    Error::usage(format!("cannot write {}: {}", here(path).display(), reason(e)))
+fn unusable(path: &Path, e: io::Error, flag: &str) -> Error {
+    Error::usage(format!("cannot write {}: {}", here(path).display(), reason(&e)))
         .hint(format!("choose another place with {flag}"))
+        .because(e)
 }
 
-fn cannot_write(path: &Path, e: &io::Error) -> Error {
-    Error::new(Kind::Failure, format!("cannot write {}: {}", here(path).display(), reason(e)))
+fn cannot_write(path: &Path, e: io::Error) -> Error {
+    Error::new(Kind::Failure, format!("cannot write {}: {}", here(path).display(), reason(&e)))
         .hint("check the folder's permissions and free space (df -h), or choose another with -o or --out-dir")
+        .because(e)
 }
 
-/// The error in words; tempfile's would name the temporary file.
+/// The error's text; tempfile's would name the temporary file.
 pub(crate) fn reason(e: &io::Error) -> String {
     if e.raw_os_error().is_some() { e.to_string() } else { e.kind().to_string() }
 }
 
-/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most [`SLUG`] characters.
+/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most 48
+/// characters.
 pub fn slug(prompt: &str) -> String {
     let mut slug = String::new();
     let mut length = 0;

@@ -96,7 +96,7 @@ impl WeightMatrix {
     /// Errors: a row that is not there, and int8, which is laid out for products.
     pub fn reordered(&self, order: &[u32]) -> Result<Self> {
         match self {
-            // One number that stands for all, of weights that are only planned.
+            // One broadcast number, of weights that are only planned.
             Self::Dense(tensor) if tensor.stride().iter().all(|&stride| stride == 0) => Ok(self.clone()),
             Self::Dense(tensor) => tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Self::Dense),
             Self::Blocks { blocks, first, rows, .. } => {

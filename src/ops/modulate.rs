@@ -11,8 +11,8 @@ use super::custom_op::{Op, apply3};
 /// Elements per task, in whole positions: fewer are not worth waking another thread.
 const CHUNK: usize = 1 << 15;
 
-/// `(x - mean) / sqrt(variance + eps) * (1 + scale) + shift` over the last dimension of x (R, T, C),
-/// with a scale and a shift (R, C) for each row: x's shape, in f32.
+/// `(x - mean) / sqrt(variance + eps) * (1 + scale) + shift` over the last dimension of x
+/// (R, T, C), with a scale and a shift (R, C) for each row: x's shape, in f32.
 ///
 /// Errors when the shapes do not fit.
 pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f64) -> Result<Tensor> {

@@ -1,5 +1,6 @@
-//! Whether the image data of a JPEG are complete. Decoders draw grey for what is missing and say nothing, also in their
-//! strict modes, so the Huffman codes of every scan are counted here (ITU T.81, F and G; no pixels are computed).
+//! Checks that the image data of a JPEG are complete. Decoders draw grey for missing data without
+//! an error, also in their strict modes, so the Huffman codes of every scan are counted here (ITU
+//! T.81, F and G; no pixels are computed).
 
 const CUT: &str = "the file is cut off";
 const DAMAGED: &str = "its image data are damaged or incomplete";
@@ -10,8 +11,9 @@ const MAX_SCANS: usize = 100;
 /// Larger images are refused anyway.
 const MAX_SIDE: usize = 1 << 13;
 
-/// What is wrong with the data of a JPEG file, if anything is. Bytes after its end are not its own: cameras put further
-/// images there. What it cannot judge (arithmetic coding, missing tables) it leaves to the decoder.
+/// What is wrong with the data of a JPEG file, if anything. Bytes after its end are ignored:
+/// cameras put further images there. Files that it cannot check (arithmetic coding, missing tables)
+/// are left to the decoder.
 pub(super) fn fault(bytes: &[u8]) -> Option<&'static str> {
     let mut file = File { bytes, at: 2, ..File::default() };
     file.walk().err()
@@ -52,7 +54,7 @@ struct Component {
     seen: bool,
 }
 
-/// What a scan has of every block.
+/// The coefficients of every block in a scan.
 struct Band {
     start: usize,
     end: usize,
@@ -235,7 +237,7 @@ impl Bits<'_> {
         Some(byte)
     }
 
-    /// Holds at least so many bits, if there are as many.
+    /// Fills the buffer to at least `count` bits, if there are as many.
     fn fill(&mut self, bits: u32) {
         while self.count < bits {
             let Some(byte) = self.byte() else { return };
@@ -372,62 +374,4 @@ impl Bits<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Files that Pillow wrote, 45 x 37 pixels of noise.
-    fn files() -> impl Iterator<Item = (&'static str, Vec<u8>)> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/images/");
-        let names =
-            ["baseline.jpg", "progressive.jpg", "restarts.jpg", "grey-progressive.jpg", "cmyk.jpg", "turned.jpg"];
-        names.into_iter().map(move |name| (name, std::fs::read(format!("{folder}{name}")).unwrap()))
-    }
-
-    /// Where the first scan's data begin.
-    fn data(bytes: &[u8]) -> usize {
-        let at = bytes.windows(2).position(|pair| pair == [0xff, 0xda]).unwrap();
-        at + 2 + number(bytes, at + 2).unwrap()
-    }
-
-    #[test]
-    fn a_cut_anywhere_is_found() {
-        for (name, whole) in files() {
-            assert_eq!(fault(&whole), None, "{name}");
-            for end in 2..whole.len() {
-                assert_eq!(fault(&whole[..end]), Some(CUT), "{name} cut at {end} of {}", whole.len());
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_missing_in_the_middle_is_found() {
-        // The others are of one colour: what is missing there may be padding.
-        for (name, whole) in files().take(4) {
-            let start = data(&whole);
-            // The end is there, but not what comes before it. Between two scans a progressive file is a coarser one.
-            let ends = start..whole.len() - 4;
-            let found = ends.clone().filter(|end| fault(&[&whole[..*end], &[0xff, 0xd9]].concat()).is_some()).count();
-            let expected = if name.contains("progressive") { ends.len() * 9 / 10 } else { ends.len() };
-            assert!(found >= expected, "{name}: {found} of {}", ends.len());
-            let length = whole.len() - start;
-            let hole = [&whole[..start + length / 3], &whole[start + length / 2..]].concat();
-            assert!(fault(&hole).is_some(), "{name} with a hole");
-        }
-    }
-
-    #[test]
-    fn what_cameras_add_is_no_fault() {
-        for (name, whole) in files() {
-            let second = [&whole[..], &[0; 5], &whole[..whole.len() / 2]].concat();
-            assert_eq!(fault(&second), None, "{name} with another image behind it");
-            let (head, tail) = whole.split_at(2);
-            // A thumbnail, which has an end of its own, within a segment.
-            let thumbnail = [0xff, 0xd8, 0xff, 0xda, 0xff, 0xd9];
-            let segment = [&[0xff, 0xe1, 0, 8 + 2][..], b"E\0", &thumbnail].concat();
-            assert_eq!(fault(&[head, &segment, &segment, tail].concat()), None, "{name} with a thumbnail");
-            let (body, end) = whole.split_at(whole.len() - 2);
-            assert_eq!(fault(&[body, &[0xff; 3], end].concat()), None, "{name} with fill bytes");
-            assert_eq!(fault(&[body, &[0; 20], end].concat()), None, "{name} with padding");
-        }
-    }
-}
+mod tests;

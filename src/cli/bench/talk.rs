@@ -1,4 +1,4 @@
-//! A model that talks: an image, a prompt, and an answer word by word.
+//! A model that generates text: an image, a prompt, and an answer token by token.
 
 use std::fmt::Write;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::cli::run::{Load, Run};
 use crate::error::{Error, Result};
 use crate::generate::{Size, cost};
 use crate::memory;
-use crate::terminal::{self, Level};
+use crate::terminal::{self, Level, Stop};
 use crate::vision::{Patches, VisionConfig};
 
 #[derive(Debug, Serialize)]
@@ -42,7 +42,7 @@ struct Part {
     floor_seconds: f64,
 }
 
-/// Reads an image, if there are eyes, and a prompt, and answers.
+/// Reads an image, if the model has a vision tower, and a prompt, and generates an answer.
 pub(super) fn run(
     args: &BenchArgs,
     model: &'static str,
@@ -51,18 +51,7 @@ pub(super) fn run(
 ) -> Result<()> {
     let device = args.device.get()?;
     let config = ChatConfig::synthetic(transformer, eyes);
-    let image = match (&config.vision, args.size.parse()?) {
-        (None, Size::Auto) => None,
-        (None, _) => return Err(Error::usage(format!("{model} sees no images")).hint("leave out --size")),
-        (Some((eyes, processor)), size) => {
-            let pixels = match size {
-                Size::Auto => (448, 448),
-                Size::Ratio(ratio) => (448, (448.0 * ratio) as u32),
-                Size::Pixels { width, height } => (width.min(8192) as u32, height.min(8192) as u32),
-            };
-            Some((processor.tokens(pixels, eyes)?, eyes))
-        }
-    };
+    let image = image_of(&config, args, model)?;
     let (prompt, words) = (args.prompt.unwrap_or(512) as usize, args.words as usize);
     let seen = image.as_ref().map_or(0, |((h, w), _)| h * w);
     let total = seen + prompt + words;
@@ -99,25 +88,17 @@ pub(super) fn run(
         Some(features) => Tensor::cat(&[&features.unsqueeze(0)?.to_dtype(dtype)?, &text], 1)?,
         None => text,
     };
-    let started = Instant::now();
-    let mut word = reader.read(&x)?;
+    let (read_seconds, words_seconds) = reader.generate(&x, words, &stop)?;
     let flops = cost::flops(&config.backbone, 1, seen + prompt, 0, 0);
-    parts.push(("prompt", seen + prompt, started.elapsed().as_secs_f64(), flops));
-    let started = Instant::now();
-    for _ in 0..words {
-        word = reader.read(&backbone.embed_text(&Tensor::new(&[[word]], &device)?)?)?;
-        if stop.check().is_break() {
-            return Err(terminal::interrupted());
-        }
-    }
-    parts.push(("words", words, started.elapsed().as_secs_f64(), 0.0));
+    parts.push(("prompt", seen + prompt, read_seconds, flops));
+    parts.push(("words", words, words_seconds, 0.0));
     let peak_bytes = memory::peak(&device);
 
     let machine = Machine::measure(&device, dtype, matrices)?;
     let read = tower.as_ref().map_or(0, |_| config.vision_bytes(dtype, matrices));
     let parts = parts.into_iter().map(|(name, tokens, seconds, flops)| {
         let floor_seconds = match name {
-            // All weights are read for every word.
+            // Every token reads all weights.
             "words" => tokens as f64 * machine.floor(0.0, forecast.weights - read),
             _ => machine.floor(flops, 0),
         };
@@ -143,6 +124,27 @@ pub(super) fn run(
     Ok(())
 }
 
+/// The token grid (height, width) of the image, if the model has a vision tower, and the tower's
+/// shape.
+fn image_of<'a>(
+    config: &'a ChatConfig,
+    args: &BenchArgs,
+    model: &str,
+) -> Result<Option<((usize, usize), &'a VisionConfig)>> {
+    Ok(match (&config.vision, args.size.parse()?) {
+        (None, Size::Auto) => None,
+        (None, _) => return Err(Error::usage(format!("{model} reads no images")).hint("leave out --size")),
+        (Some((eyes, processor)), size) => {
+            let pixels = match size {
+                Size::Auto => (448, 448),
+                Size::Ratio(ratio) => (448, (448.0 * ratio) as u32),
+                Size::Pixels { width, height } => (width.min(8192) as u32, height.min(8192) as u32),
+            };
+            Some((processor.tokens(pixels, eyes)?, eyes))
+        }
+    })
+}
+
 struct Reader<'a> {
     backbone: &'a Backbone,
     cache: Cache,
@@ -150,7 +152,22 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads tokens (1, T, hidden); the likeliest next word.
+    /// Reads a prompt (1, T, hidden), then generates `tokens` tokens. Returns the seconds of both.
+    fn generate(&mut self, prompt: &Tensor, tokens: usize, stop: &Stop) -> Result<(f64, f64)> {
+        let started = Instant::now();
+        let mut token = self.read(prompt)?;
+        let read = started.elapsed();
+        for _ in 0..tokens {
+            let ids = Tensor::new(&[[token]], prompt.device())?;
+            token = self.read(&self.backbone.embed_text(&ids)?)?;
+            if stop.check().is_break() {
+                return Err(terminal::interrupted());
+            }
+        }
+        Ok((read.as_secs_f64(), (started.elapsed() - read).as_secs_f64()))
+    }
+
+    /// Reads tokens (1, T, hidden). Returns the most likely next token.
     fn read(&mut self, x: &Tensor) -> Result<u32> {
         let (start, tokens) = (self.cache.len(), x.dim(1)?);
         let rope = Rope::new(self.backbone.config(), &[&self.layout.positions[start..start + tokens]], x.device())?;

@@ -47,7 +47,7 @@ pub(super) fn save(session: &Session, path: &Path) -> Result<()> {
         return Err(Error::usage(message).hint("/save FILE, in a folder that is there"));
     }
     let folder = output::parent(path).canonicalize().unwrap_or_default();
-    // What lies beside the conversation may go elsewhere with it.
+    // Images beside the conversation are named relative to it, so that both can be moved together.
     let file = |name: &str| {
         let file = Path::new(name).canonicalize().unwrap_or_else(|_| name.into());
         file.strip_prefix(&folder).unwrap_or(&file).display().to_string()
@@ -73,12 +73,12 @@ pub(super) fn load(model: &ChatModel, session: &mut Session, path: &Path) -> Res
     if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
         return Err(bad("it is not a regular file".into()));
     }
-    let file = fs::File::open(path).map_err(|e| bad(e.to_string()))?;
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
+    let file = fs::File::open(path).map_err(|e| bad(e.to_string()).because(e))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()).because(e))?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(bad(format!("it is longer than {} MB", MAX_FILE >> 20)));
     }
-    let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+    let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()).because(e))?;
     let (folder, mut gallery) = (path.parent().unwrap_or(Path::new("")), Vec::<Picture>::new());
     let mut part = |part: &SavedPart| {
         let file = match part {

@@ -2,43 +2,44 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, Cursor, Read};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::job_line::{EXAMPLE, Line};
+use super::job_path;
 use crate::cli::SamplingArgs;
 use crate::cli::request::{self, Request};
 use crate::error::{Error, Result};
 use crate::generate::{Job, png_info};
 use crate::io::input;
-use crate::io::output::{self, Destination, slug};
-use crate::{terminal, text};
+use crate::io::output::{self, Destination};
+use crate::text;
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
 const MAX_LINE: u64 = 1 << 20;
 /// The longest file of UTF-16, in bytes, which is converted as a whole.
 const MAX_UTF16: u64 = 256 << 20;
 
-/// What is there stays.
+/// The hint for a file that exists.
 pub const NO_OVERWRITING: &str =
-    "--resume leaves out what is there, --force draws it anew, --out-dir ANOTHER_FOLDER keeps it";
+    "--resume skips existing images, --force replaces them, --out-dir ANOTHER_FOLDER keeps them";
 
-/// An image to draw, or one that is there.
+/// An image to draw, or one that exists.
 #[derive(Debug)]
 pub struct Task {
     /// Number of its line, from 1 on.
     pub line: usize,
-    /// What the file calls it.
+    /// Its ID in the file.
     pub id: Option<String>,
-    /// Its place below the folder of all images, if the file tells.
+    /// Its path below the folder of all images, if the line has one.
     pub out: Option<PathBuf>,
     /// How it is drawn.
     pub job: Job,
-    /// Tokens of its prompt, or of what guidance leads away from.
+    /// Tokens of its prompt, or of a longer negative prompt.
     pub tokens: usize,
-    /// Its image is there already, and [`Reading::resume`] leaves it out.
+    /// Its image exists, and [`Reading::resume`] skips it.
     pub there: bool,
-    /// What is at its place is replaced.
+    /// An existing file is replaced.
     pub replaces: bool,
 }
 
@@ -51,13 +52,13 @@ impl Task {
     }
 }
 
-/// What is at the place of an image.
+/// What is at the path of an image.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
     Free,
     /// A whole PNG.
     Image,
-    /// Another file, or what is left of one.
+    /// Another file, or an incomplete PNG.
     Other,
 }
 
@@ -66,9 +67,9 @@ enum Place {
 pub struct Fault {
     /// Its number, from 1 on.
     pub line: usize,
-    /// What the file calls it, if that much can be read.
+    /// Its ID in the file, if it can be read.
     pub id: Option<String>,
-    /// What is wrong; it names the line.
+    /// The error; it names the line.
     pub error: Error,
 }
 
@@ -96,17 +97,17 @@ impl FromStr for Shard {
 pub struct Reading<'a> {
     /// How messages call the file.
     pub name: &'a str,
-    /// What the model is, and where images go.
+    /// The model, and where images go.
     pub request: &'a Request,
-    /// Settings of lines that tell none.
+    /// Settings that lines do not have.
     pub flags: &'a SamplingArgs,
-    /// Scales that lines that do not tell leave out, in place of the model's.
+    /// Scales that lines without `draft` skip, in place of the model's.
     pub draft: Option<usize>,
     /// Images go below this folder.
     pub folder: &'a Path,
-    /// Images that are there already are left out, not faults.
+    /// Existing images are skipped, not errors.
     pub resume: bool,
-    /// Images that are there already are replaced.
+    /// Existing images are replaced.
     pub force: bool,
     /// The part of the file that is drawn.
     pub shard: Option<Shard>,
@@ -128,7 +129,7 @@ pub struct Jobs<'a> {
     folders: HashMap<PathBuf, usize>,
     /// Folders that can be written.
     writable: HashSet<PathBuf>,
-    /// Folders with images that are there already, of which leftovers were removed.
+    /// Folders with existing images, whose leftover temporary files were removed.
     swept: HashSet<PathBuf>,
 }
 
@@ -190,15 +191,15 @@ impl<'a> Jobs<'a> {
         }
     }
 
-    /// What a line asks for.
+    /// The task of a line.
     fn task(&mut self, line: Line) -> Result<Task> {
         let Reading { request, flags, draft, folder, resume, force, .. } = self.reading;
-        let out = target(line.out.as_deref(), line.id.as_deref())?;
+        let out = job_path::of(line.out.as_deref(), line.id.as_deref())?;
         if let Some(id) = line.id.as_ref().filter(|id| !self.ids.insert((*id).clone())) {
             return Err(Error::usage(format!("the id {id:?} is there twice")).hint("give every line an id of its own"));
         }
         if out.is_none() && resume {
-            return Err(Error::usage("neither id nor out tells whether its image is there already")
+            return Err(Error::usage("without id or out its image cannot be found again")
                 .hint(format!("name it, or leave out --resume: {EXAMPLE}")));
         }
         let place = out.as_ref().map_or(Ok(Place::Free), |out| self.place(out))?;
@@ -251,9 +252,9 @@ impl<'a> Jobs<'a> {
         Ok(Task { line: self.read, id: line.id, out, job, tokens, there, replaces: place != Place::Free && !there })
     }
 
-    /// Takes a place below the folder of all images; what is there already.
+    /// Reserves a path below the folder of all images; returns what is there.
     ///
-    /// Errors: usage, for one that is taken, leads elsewhere or cannot be written.
+    /// Errors: usage, for a path that is taken, leads elsewhere or cannot be written.
     fn place(&mut self, out: &Path) -> Result<Place> {
         let (line, path) = (self.read, self.reading.folder.join(out));
         let taken = |what: &str, by: usize| {
@@ -277,7 +278,7 @@ impl<'a> Jobs<'a> {
         output::check_inside(self.reading.folder, &path)?;
         let place = match path.symlink_metadata() {
             Err(_) => Place::Free,
-            // Without one of these flags it makes no difference what the file is.
+            // Only --resume reads the file.
             Ok(_) if path.is_file() && self.reading.resume && png_info::is_whole_png(&path) => Place::Image,
             Ok(_) if path.is_file() => Place::Other,
             Ok(_) => {
@@ -317,7 +318,7 @@ impl Iterator for Jobs<'_> {
             let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
             let task = parsed.and_then(|line| self.task(line));
             match task {
-                // Those of the other parts are read to know what is named twice.
+                // Lines of other shards are read for names that occur twice.
                 _ if !mine => {}
                 Ok(task) => return Some(Ok(task)),
                 Err(error) => return Some(Err(self.fault(id, error))),
@@ -328,10 +329,10 @@ impl Iterator for Jobs<'_> {
     }
 }
 
-/// A hint about a flag, for what a line says in its place: `"cfg": 3` for `--cfg 3`.
+/// The hint for a flag as a line would have it: `"cfg": 3` for `--cfg 3`.
 fn in_a_line(hint: &str) -> String {
     let Some((flag, value)) = hint.strip_prefix("--").and_then(|hint| hint.split_once(' ')) else {
-        // What `gen -p` is told of.
+        // A hint for `gen -p`.
         return if hint.starts_with("-p ") { format!("one job a line: {EXAMPLE}") } else { hint.into() };
     };
     match flag {
@@ -343,69 +344,9 @@ fn in_a_line(hint: &str) -> String {
     }
 }
 
-/// The longest name of a file, and the longest path, in bytes.
-const MAX_NAME: usize = 255;
-const MAX_PATH: usize = 4096;
-
-/// Where an image goes below the folder of all: to `out`, or to a name made of `id`.
-fn target(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
-    let Some(out) = out else { return Ok(id.map(|id| format!("{}.png", slug(id)).into())) };
-    const HINT: &str = r#""out": "fruit/apple.png""#;
-    if out.len() > MAX_PATH {
-        let message = format!("out has {} bytes, no path has more than {MAX_PATH}", out.len());
-        return Err(Error::usage(message).hint(HINT));
-    }
-    let path = Path::new(out);
-    let bad = |what: &str| Err(Error::usage(format!("out {out:?} {what}")).hint(HINT));
-    let inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
-    if out.contains('\\') {
-        let hint = format!("\"out\": {:?}", out.replace('\\', "/"));
-        return Err(Error::usage(format!("out {out:?} has a backslash; folders are separated by /")).hint(hint));
-    }
-    if out.is_empty() || terminal::clean(out) != out || !path.components().all(inside) {
-        return bad("is not a place below the folder of the images");
-    }
-    if out.ends_with('/') || path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
-        return bad("is not the name of a PNG");
-    }
-    let parts = path.components().filter(|part| matches!(part, Component::Normal(_)));
-    if parts.clone().any(|part| part.as_os_str().len() > MAX_NAME) {
-        return bad("has a name of more than 255 bytes");
-    }
-    Ok(Some(parts.collect()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn places_stay_below_the_folder() {
-        let place = |out: &str| target(Some(out), Some("x")).map(|path| path.unwrap());
-        assert_eq!(place("a/b/c.png").unwrap(), Path::new("a/b/c.png"));
-        assert_eq!(place("./a//b/./c.png").unwrap(), Path::new("a/b/c.png"));
-        assert!(place(&format!("{}.png", "x".repeat(252))).is_err());
-        assert!(place(&format!("{}c.png", "a/".repeat(2000))).is_ok());
-        let long = place(&format!("{}c.png", "a/".repeat(30_000))).unwrap_err();
-        assert!(long.message.contains("60005 bytes") && long.message.len() < 100, "{long}");
-        assert_eq!(target(None, Some("The 1st/../x")).unwrap().unwrap(), Path::new("the-1st-x.png"));
-        assert_eq!(target(None, None).unwrap(), None);
-        for out in [
-            "",
-            "../x.png",
-            "/etc/x.png",
-            "a/../../x.png",
-            "a\\b.png",
-            "a\0.png",
-            "a\u{1b}[2J.png",
-            "a.jpg",
-            "a",
-            "a.png/",
-        ] {
-            let error = place(out).unwrap_err();
-            assert_eq!((error.exit_code(), error.hint.is_some()), (2, true), "{out:?}");
-        }
-    }
 
     #[test]
     fn shards_are_parts() {
