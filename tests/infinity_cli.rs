@@ -125,6 +125,21 @@ fn images_are_drawn_and_drawn_again() {
 }
 
 #[test]
+fn a_prompt_that_is_cut_is_reported() {
+    let (model, out) = (model(), tempfile::tempdir().unwrap());
+    let (folder, path) = (model.path().to_str().unwrap(), out.path().join("a.png").display().to_string());
+    let long = "a red apple ".repeat(400);
+    let said = |prompt: &str| {
+        let args = ["gen", "--model", folder, "-p", prompt, "--size", "256x256", "--dry-run", "-o", &path];
+        let output = nextflow(&args);
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(said(&long).contains("the model reads the first 511"), "{}", said(&long));
+    assert_eq!(said("a red apple"), "");
+}
+
+#[test]
 fn jobs_batches_and_stored_features_give_the_same() {
     let (model, out) = (model(), tempfile::tempdir().unwrap());
     let (folder, at) = (model.path().to_str().unwrap(), |name: &str| out.path().join(name).display().to_string());

@@ -8,6 +8,7 @@ pub(super) fn file(name: &str) -> Option<&'static [u8]> {
         "tokenizer.json" => Some(include_bytes!("../../assets/nano/tokenizer.json")),
         "model.safetensors" => Some(include_bytes!("../../assets/nano/model.safetensors")),
         "image_tokenizer.safetensors" => Some(include_bytes!("../../assets/nano/image_tokenizer.safetensors")),
+        "refiner.safetensors" => Some(include_bytes!("../../assets/nano/refiner.safetensors")),
         _ => None,
     }
 }

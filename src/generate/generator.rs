@@ -11,7 +11,7 @@ use super::{Batch, Model, ModelConfig, Observer, PromptCounter, Sampling};
 use crate::checkpoint::{FileSummary, Fit, Source, WeightType};
 use crate::error::{Error, Result};
 use crate::generate::Size;
-use crate::t5::TextEncoder;
+use crate::t5::{self, TextEncoder};
 use crate::tokenizer::Code;
 
 /// A model before its weights are loaded.
@@ -100,6 +100,15 @@ impl GeneratorConfig {
                 (width * times, height * times)
             }
             Self::Infinity(setup) => setup.pixels(scales),
+        }
+    }
+
+    /// How many tokens of a prompt are read, where longer ones are cut as the reference does.
+    pub fn prompt_limit(&self) -> Option<usize> {
+        match self {
+            Self::NextFlow(config) => config.prompt.padded_to,
+            // The last one is `</s>`.
+            Self::Infinity(_) => Some(t5::MAX_WORDS - 1),
         }
     }
 

@@ -124,6 +124,12 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         _ => request.config.grids(request.size, &request.sampling)?,
     };
     set_negative(&args, &mut request, scales.len())?;
+    if let Some(limit) =
+        request.config.prompt_limit().filter(|&limit| request.tokens > limit && !args.draw.report.quiet)
+    {
+        let tokens = request.tokens;
+        terminal::note(&format!("(a prompt has {tokens} tokens; the model reads the first {limit})"));
+    }
     if !args.think {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling().draft);
     }
