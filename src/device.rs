@@ -1,4 +1,4 @@
-//! What computes: the value of `--device`.
+//! Parses `--device`.
 
 use candle_core::Device;
 use candle_core::utils::{cuda_is_available, metal_is_available};

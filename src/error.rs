@@ -1,4 +1,4 @@
-//! The one error type of the edge: a sentence, a hint with an exact command, an exit code, and the
+//! The error type of the whole crate: a sentence, a hint with an exact command, an exit code, and the
 //! chain of its causes.
 
 use std::fmt;

@@ -1,6 +1,7 @@
 //! NextFlow: one decoder-only transformer that reads and writes text and images in one sequence.
 //!
-//! The floor plan, from the top; every module uses only those below it.
+//! The floor plan, from the top; every module uses only those below it, but for [`terminal`], which
+//! reports the events of [`generate`].
 //!
 //! | module | what |
 //! |---|---|
@@ -9,7 +10,7 @@
 //! | [`chat`] | conversations: [`chat::Session`] |
 //! | [`codes`] | files of image codes, and the tokenizers that they belong to |
 //! | [`generate`] | drawing: [`generate::Model`]; the next-scale loop is [`generate::draw_codes`] |
-//! | [`backbone`], [`infinity`], [`t5`], [`vision`], [`tokenizer`] | the networks, of the layers in `nn` |
+//! | [`backbone`], [`infinity`], [`t5`], [`vision`], [`tokenizer`], [`refiner`] | the networks, of the layers in `nn` |
 //! | [`checkpoint`], `hub` | where weights come from |
 //! | [`text`], [`pixels`], [`io`], [`terminal`] | text tokenizers; images; files; the terminal |
 //! | [`ops`] | operations with kernels of their own: in `ops/cpu` and `ops/cuda` |

@@ -96,8 +96,8 @@ impl CodeEmbedding {
     }
 }
 
-/// The paper's scale-length embedding: the sinusoidal embedding of K, the number of scales of an image, added to the tokens of
-/// all its scales. By it the model knows at the first scale how far the image goes. As in "Attention Is All You Need": sines,
+/// The paper's scale-length embedding: the sinusoidal embedding of K, the number of scales of an image, added to every
+/// grid that is an input, so from the second scale on: the first is predicted by the text's last token. As in "Attention Is All You Need": sines,
 /// then cosines, of geometric frequencies from 1 to 1e-4; (hidden,).
 fn scale_length_embedding(scales: usize, hidden: usize) -> Vec<f32> {
     let half = hidden / 2;

@@ -22,7 +22,7 @@ pub enum NormPlacement {
     /// Before attention and SwiGLU (Qwen2.5).
     #[default]
     Input,
-    /// Behind them, on what they add to the residual stream (TokenFlow-t2i).
+    /// After each sublayer, on its output (TokenFlow-t2i).
     Output,
 }
 
@@ -41,7 +41,7 @@ pub enum Vocabulary {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneConfig {
-    /// Text tokens; what follows them, `vocabulary` says.
+    /// Number of text tokens; see `vocabulary` for the ids after them.
     pub vocab_size: usize,
     /// Width.
     pub hidden_size: usize,

@@ -20,7 +20,8 @@ pub struct ReplyOptions {
     pub image: Option<Sampling>,
     /// Decides all randomness.
     pub seed: u64,
-    /// Guide away from an image drawn after the same images without the text, which preserves them; else away from any image.
+    /// The unconditional row sees the source images without the text, which preserves them; else it
+    /// sees nothing.
     pub guide_from_sources: bool,
 }
 

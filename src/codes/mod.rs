@@ -26,7 +26,7 @@ const MAX_BYTES: u64 = 16 << 20;
 pub struct CodeFile {
     /// Name of the model whose tokenizer they belong to.
     pub model: String,
-    /// CodeFile of that tokenizer.
+    /// Which codes that tokenizer has.
     pub space: CodeSpace,
     /// Grids (height, width) of all scales, coarse to fine; the last one gives the image's size.
     pub scales: Vec<(usize, usize)>,

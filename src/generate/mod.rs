@@ -46,7 +46,7 @@ use sampler::{Fault, SampleParams};
 ///   the token that opens the image; `hidden` are the states of that token, (R, 1, hidden), which predict r_1.
 /// - Each later scale is one forward pass over its grid against the KV cache, without a mask.
 /// - Once guidance ends, the loop goes on with the conditional rows.
-/// - A GPU that samples codes itself is not waited for before all scales have been queued.
+/// - On a GPU with a sampling kernel all scales are queued without synchronising.
 pub fn draw_codes(
     mut rows: impl Sequences,
     mut hidden: Tensor,
@@ -59,10 +59,10 @@ pub fn draw_codes(
     let mut codes: Vec<Tensor> = Vec::new(); // r_1, ..., r_k
     for (si, &grid) in scales[..drawn].iter().enumerate() {
         if si == sampling.guided_scales(scales.len()) {
-            rows.drop_unconditional(seeds.len())?;
+            rows.drop_unconditional(seeds.len())?; // nothing, if there never were any
         }
         if si > 0 {
-            let upsampled = input.next(&codes[si - 1], si)?; // f_hat_k-1, or r_k-1 alone, on the grid of r_k
+            let upsampled = input.next(&codes[si - 1], si)?; // f_hat_k-1, or r_k-1 alone (InputMode), on the grid of r_k
             hidden = rows.forward(si, &upsampled, Step::Scale)?;
         }
         let guidance = sampling.guidance(si, scales.len()); // t of logits = (1 + t) conditional - t unconditional

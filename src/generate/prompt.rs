@@ -25,7 +25,7 @@ pub struct PromptConfig {
     pub negative: String,
 }
 
-/// The most tokens of a prompt: as many as the longest prompt has bytes. Unicode's compatibility forms make up to eleven of one.
+/// The most tokens of a prompt: one per byte. (NFKC may expand a byte to eleven.)
 const MAX_TOKENS: usize = text::MAX_PROMPT;
 
 /// Counts the tokens of prompts, before weights load.
@@ -37,7 +37,7 @@ pub struct PromptCounter {
 }
 
 impl PromptCounter {
-    /// Counts with the tokenizer of a model whose context holds `most` tokens.
+    /// Counts with the tokenizer of a model whose context holds `context` tokens.
     pub fn new(text: Text, context: usize) -> Self {
         Self { text: Some(text), limit: context.min(MAX_TOKENS) }
     }

@@ -105,7 +105,7 @@ pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Te
     }
 }
 
-/// The same by a kernel that filters and draws where the logits are, if there is one for them.
+/// [`sample`] on the GPU that holds the logits; `None` if no kernel supports them.
 #[cfg(feature = "cuda")]
 fn on_gpu(
     logits: &Tensor,

@@ -23,7 +23,7 @@ pub struct Samples<'a> {
     /// Those of them that are drawn as the transformer draws.
     drawn: Vec<usize>,
     /// Such pictures of all everyday concepts: the transformer's. The tokenizer never sees the held-out ones, so that its
-    /// reconstructions are measured on strangers, but a model that cannot draw a car serves nobody.
+    /// reconstructions are measured on unseen concepts; the transformer learns all, to be of use.
     everyday: Vec<usize>,
     /// Those of them that have a name and are not held out: the dialogues'.
     things: Vec<usize>,

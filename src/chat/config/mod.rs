@@ -74,7 +74,7 @@ impl QwenConfig {
         let context = text.max_position_embeddings;
         let mut backbone = text.backbone().map_err(broken)?;
         if public::is_tied(&config) && source.has(TRANSFORMER) {
-            // A stored head although it is tied is a separate one: transformers then ties nothing.
+            // If the file stores lm_head despite tie_word_embeddings, transformers uses the stored one.
             backbone.tie_word_embeddings = !source.has_tensor(TRANSFORMER, "lm_head.weight")?;
         } else {
             backbone.tie_word_embeddings = public::is_tied(&config);

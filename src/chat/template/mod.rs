@@ -97,8 +97,8 @@ impl Template {
         Self { own: Some(Arc::new(own)), ..self }
     }
 
-    /// A whole conversation. Behind the last message of a user stands what opens the model's, and what it has said of it:
-    /// `reply`.
+    /// A whole conversation. After the last user message come the assistant's header and `reply`, the
+    /// part of its message so far.
     pub fn render<'a, I>(
         &self,
         text: &Text,

@@ -102,7 +102,9 @@ impl Line {
             },
             "cfg" => self.cfg = Some(numbers(key, value)?),
             "temperature" => self.temperature = Some(numbers(key, value)?),
-            _ => self.top_p = Some(number(key, &value)?),
+            "top_p" => self.top_p = Some(number(key, &value)?),
+            // Every key has an arm: see KEYS.
+            _ => return Err(format!("{key} cannot be set")),
         }
         Ok(())
     }

@@ -1,9 +1,10 @@
 //! Kernels for the CPU: f32 activations, weights of any supported type, all threads of rayon's
 //! pool.
 //!
-//! [`matmul`] chooses among the matrix products: [`gemv`] for a few rows of activations, then
-//! [`gemm_bf16`] and [`int8`] where the CPU has the instructions and the weights the type, and
-//! [`gemm_f32`] or the crate of [`gemm`] otherwise.
+//! [`matmul`] chooses among the products with f32 weights and GGML blocks: [`gemv`] for a few rows
+//! of activations, then [`gemm_bf16`] and `int8::q8_0` where the CPU has the instructions and the
+//! weights the type, and [`gemm_f32`] or the crate of [`gemm`] otherwise. Weights of int8 with a
+//! scale per row go from `ops::matrix` to [`int8`] directly.
 
 pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]

@@ -9,7 +9,7 @@ use crate::backbone::{Backbone, BackboneConfig, Cache, Context, InputMode, Posit
 use crate::checkpoint::Weights;
 use crate::generate::Sampling;
 use crate::generate::next_input::NextInput;
-use crate::generate::sampler::{self, Draw};
+use crate::generate::sampler::{self, SampleParams};
 use crate::ops::{
     Mask, WeightMatrix, add_conv2d, add_linear, attention, attention_rows, conv2d, group_norm, linear, project_heads,
     quantize, rms_norm, rope, swiglu, testing, upsampled_conv2d,
@@ -226,7 +226,7 @@ fn on_a_gpu_codes_are_those_of_the_cpu() -> Result<()> {
     {
         let sampling = Sampling { temperature, top_k, top_p, ..Sampling::default() };
         for guidance in [0.0, 2.5] {
-            let draw = Draw { sampling: &sampling, guidance, seeds: &[7], scale: 3, pass: 0 };
+            let draw = SampleParams { sampling: &sampling, guidance, seeds: &[7], scale: 3, pass: 0 };
             let codes =
                 |logits: &Tensor| sampler::sample(logits, &draw, 11).expect("finite logits").get(0)?.to_vec1::<u32>();
             let (got, want) = (codes(&glogits)?, codes(&logits)?);
@@ -238,7 +238,7 @@ fn on_a_gpu_codes_are_those_of_the_cpu() -> Result<()> {
     }
     let broken = Tensor::full(f32::NAN, (1, 3, 64), glogits.device())?.to_dtype(DType::BF16)?;
     let sampling = Sampling { top_k: Some(5), ..Sampling::default() };
-    let draw = Draw { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
+    let draw = SampleParams { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
     let marked = sampler::sample(&broken, &draw, 4).expect("codes").to_vec2::<u32>()?;
     assert_eq!(marked, [[sampler::NON_FINITE; 3]]);
     Ok(())
