@@ -23,6 +23,7 @@ pub mod input;
 pub mod library;
 pub mod memory;
 mod nn;
+pub mod onecat;
 pub mod ops;
 pub mod output;
 pub mod pixels;

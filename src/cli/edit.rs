@@ -98,7 +98,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
                 _ => delivery.stop.check(),
             }
         })?;
-        let image = frame.cut(&model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?);
+        let image = frame.cut(&model.decode(session.last_image().ok_or_else(|| model.draws_nothing())?)?);
         // The sources stay in the cache for the next one.
         session.undo();
         let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());

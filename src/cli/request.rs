@@ -215,6 +215,7 @@ pub(crate) fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
         draft: 0,
         guidance: defaults.guidance,
         cfg_layers: defaults.cfg_layers,
+        image_cfg: defaults.image_cfg,
     }
 }
 

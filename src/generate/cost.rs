@@ -76,6 +76,9 @@ impl Memory {
 /// The program with its libraries, buffers and threads, as measured.
 pub const PROGRAM: u64 = 20 << 20;
 
+/// Bytes of the vocabulary by word: the tables of the `tokenizers` library, as measured.
+pub const WORD: u64 = 400;
+
 /// What is drawn at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Work<'a> {
@@ -87,6 +90,8 @@ pub struct Work<'a> {
     pub words: usize,
     /// How codes are drawn.
     pub sampling: &'a Sampling,
+    /// Different prompts in all, for a model that reads them beforehand.
+    pub prompts: usize,
 }
 
 /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
@@ -117,7 +122,7 @@ pub fn synthetic_memory(
     (matrices, filters): (Matrices, Matrices),
     work: Work,
 ) -> Result<Memory> {
-    let Work { scales, images, words, sampling } = work;
+    let Work { scales, images, words, sampling, .. } = work;
     let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
     Backbone::load(&transformer, &config.backbone)?;
     ImageDecoder::load(&tokenizer, &config.tokenizer)?;
@@ -143,7 +148,7 @@ pub fn synthetic_memory(
 
 /// Bytes that a block of the transformer holds at once for so many `tokens`, with numbers of `width` bytes: gate and up, each
 /// as it is computed and as it is laid out, beside the residual stream and its norm.
-fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
+pub fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
     (tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * width) as u64
 }
 

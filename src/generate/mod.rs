@@ -6,6 +6,7 @@ mod generator;
 pub mod infinity;
 pub mod inputs;
 mod model;
+pub mod onecat;
 pub mod prompt;
 pub mod ratios;
 mod rows;

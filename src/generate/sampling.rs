@@ -52,6 +52,9 @@ pub struct Sampling {
     /// Infinity alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
+    /// How much the words alone, without the picture that is edited, count beside both in guidance. OneCAT's edits alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_cfg: Option<f64>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -73,6 +76,7 @@ impl Default for Sampling {
             cfg_scales: Vec::new(),
             temperature_scales: Vec::new(),
             cfg_layers: Vec::new(),
+            image_cfg: None,
         }
     }
 }
@@ -85,6 +89,9 @@ impl Sampling {
         let mut faults = Vec::new();
         for &cfg in [self.cfg].iter().chain(&self.cfg_scales) {
             faults.push((inside(cfg, MAX_CFG), ("cfg", cfg, "a number from 0 to 1000")));
+        }
+        if let Some(cfg) = self.image_cfg {
+            faults.push((inside(cfg, MAX_CFG), ("image-cfg", cfg, "a number from 0 to 1000")));
         }
         for &temperature in [self.temperature].iter().chain(&self.temperature_scales) {
             let good = inside(temperature, MAX_TEMPERATURE);
@@ -147,6 +154,11 @@ impl Sampling {
             0.0 => 0.0,
             cfg => cfg - 1.0,
         }
+    }
+
+    /// Weight of the words alone in guidance of edits; 0 is none.
+    pub fn image_cfg(&self) -> f64 {
+        self.image_cfg.unwrap_or(0.0)
     }
 
     /// The temperature at the scale of an index.

@@ -69,7 +69,7 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
     setup.sampling.check(scales.len())?;
     let words = args.prompt.unwrap_or(16) as usize;
     let images = args.batch as usize;
-    let work = Work { scales: &scales, images, words, sampling: &setup.sampling };
+    let work = Work { scales: &scales, images, words, sampling: &setup.sampling, prompts: 1 };
     let needed = setup.memory(None, args.quant, work, &device)?;
     memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
     let stop = terminal::interrupts()?;

@@ -10,7 +10,7 @@ use super::machine::Machine;
 use super::{BenchArgs, gb};
 use crate::backbone::sequence::Layout;
 use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Rope, Step};
-use crate::chat::ChatConfig;
+use crate::chat::{ChatConfig, Reader as Networks};
 use crate::checkpoint::{WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::generate::cost;
@@ -50,8 +50,9 @@ pub(super) fn run(
     eyes: Option<VisionConfig>,
 ) -> Result<()> {
     let device = args.device.get()?;
-    let config = ChatConfig::synthetic(transformer, eyes);
-    let image = match (&config.vision, args.size.parse()?) {
+    let config = ChatConfig::synthetic(transformer, eyes.clone());
+    let processor = config.vision.as_ref().map(|(_, processor)| processor);
+    let image = match (eyes.as_ref().zip(processor), args.size.parse()?) {
         (None, Size::Auto) => None,
         (None, _) => return Err(Error::usage(format!("{model} sees no images")).hint("leave out --size")),
         (Some((eyes, processor)), size) => {
@@ -71,7 +72,8 @@ pub(super) fn run(
     let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let stop = terminal::interrupts()?;
     let started = Instant::now();
-    let (backbone, tower) = config.build(&Weights::synthetic(dtype, &device).with_matrices(matrices))?;
+    let reader = config.build(&Weights::synthetic(dtype, &device).with_matrices(matrices))?;
+    let Networks::Backbone(backbone, tower) = reader else { return Ok(()) };
     let load_seconds = started.elapsed().as_secs_f64();
 
     let mut parts = Vec::new();
@@ -118,7 +120,7 @@ pub(super) fn run(
         };
         Part { name, tokens, seconds, floor_seconds }
     });
-    let eyes = config.vision.as_ref().map_or(0, |(eyes, _)| eyes.parameters());
+    let eyes = eyes.as_ref().map_or(0, VisionConfig::parameters);
     let report = Report {
         model,
         weights: args.quant,
