@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nextflow::generate::Sampling;
-use nextflow::generate::sampler::{self, Draw};
+use nextflow::generate::sampler::{self, SampleParams};
 use nextflow::ops::{self, Int8Matrix, Mask, WeightMatrix};
 use nextflow::rng::{Rng, Stream};
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
@@ -95,10 +95,10 @@ fn codes(c: &mut Criterion) {
     let logits = random(&[2, 64, 2048]);
     for (name, top_k, top_p) in [("all", None, 1.0), ("of 600", Some(600), 0.95), ("of 50", Some(50), 0.9)] {
         let sampling = Sampling { temperature: 0.5, top_k, top_p, ..Sampling::default() };
-        let draw = Draw { sampling: &sampling, guidance: 1.5, seeds: &[1], scale: 7, pass: 0 };
+        let params = SampleParams { sampling: &sampling, guidance: 1.5, seeds: &[1], scale: 7, pass: 0 };
         group.throughput(Throughput::Elements(64));
         group.bench_function(format!("sample, {name}"), |b| {
-            b.iter(|| sampler::sample(&logits, &draw, 0).expect("codes"))
+            b.iter(|| sampler::sample(&logits, &params, 0).expect("codes"))
         });
     }
     let config = CodebookConfig { size: 2048, semantic_dim: 8, pixel_dim: 16, w_sem: 0.25, w_pix: 1.0, l2_norm: false };

@@ -8,6 +8,19 @@ use candle_core::{DType, Result, Tensor};
 use crate::checkpoint::{Init, Weights};
 use crate::ops::{self, Filters, WeightMatrix};
 
+/// More layers than any transformer has: a larger number is damage.
+pub(crate) const MAX_LAYERS: usize = 1000;
+/// No width, vocabulary or table of a model is larger: its shapes multiply without overflow.
+pub(crate) const MAX_WIDTH: usize = 1 << 24;
+
+/// Errors: a size that is 0, or larger than [`MAX_WIDTH`], by its name.
+pub(crate) fn check_sizes<'a>(sizes: impl IntoIterator<Item = (&'a str, usize)>) -> std::result::Result<(), String> {
+    match sizes.into_iter().find(|(_, size)| !(1..=MAX_WIDTH).contains(size)) {
+        Some((name, size)) => Err(format!("{name} is {size}, not 1 to {MAX_WIDTH}")),
+        None => Ok(()),
+    }
+}
+
 /// Initial weights of a layer with `fan_in` inputs whose outputs are as large as its inputs
 /// (LeCun).
 pub fn lecun_normal(fan_in: usize) -> Init {

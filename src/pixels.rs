@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use image::RgbImage;
 
 pub use file::{contain, cover, open, open_all, open_or_read, place_within};
-pub use pillow::{Filter, centre_crop, cover_lanczos, pad_to_square, resize};
+pub use pillow::{ResamplingFilter, centre_crop, cover_lanczos, pad_to_square, resize};
 
 /// A linear resampling along one axis: `weights` is (to, from), row-major.
 #[derive(Clone, Debug)]
@@ -88,7 +88,7 @@ impl Resampling {
     /// Bilinear, `align_corners` false, with a filter that widens where the axis shrinks (PyTorch's `antialias`).
     pub fn bilinear_antialiased(from: usize, to: usize) -> Self {
         let mut weights = vec![0f32; to * from];
-        let taps = pillow::taps(from, to, Filter::Bilinear, 0..to);
+        let taps = pillow::taps(from, to, ResamplingFilter::Bilinear, 0..to);
         for (row, (first, taps)) in weights.chunks_exact_mut(from).zip(taps) {
             row[first..].iter_mut().zip(taps).for_each(|(w, tap)| *w = tap as f32);
         }

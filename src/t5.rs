@@ -9,9 +9,9 @@ use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_transformers::models::quantized_t5;
 use candle_transformers::models::t5::{Config, T5EncoderModel};
 
-use crate::backbone::MAX_LAYERS;
 use crate::checkpoint::{self, Init, Matrices, Source, WeightType, Weights};
 use crate::error::{Error, Result};
+use crate::nn::MAX_LAYERS;
 use crate::ops::WeightMatrix;
 use crate::text::Text;
 

@@ -114,7 +114,7 @@ fn flags_that_would_be_ignored() {
 #[cfg(feature = "nano")]
 #[test]
 fn flags_about_words_where_none_are_said() {
-    refused(&["chat", "/gen a cat", "--top-k", "5"], b"", 2, "--top-k is about words", "nextflow gen");
+    refused(&["chat", "/gen a cat", "--top-k", "5"], b"", 2, "--top-k is about text", "nextflow gen");
 }
 
 #[test]

@@ -12,8 +12,7 @@ use candle_core::Device;
 use nextflow::chat::{ChatConfig, ChatModel};
 use nextflow::checkpoint::Source;
 use nextflow::generate::cost::{self, Work};
-use nextflow::generate::{Model, ModelConfig, tokenflow};
-use nextflow::size::Size;
+use nextflow::generate::{Model, ModelConfig, Size, tokenflow};
 use serde_json::{Value, json};
 
 /// The system's allocator, which counts.

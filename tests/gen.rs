@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use nextflow::settings::{self, Settings};
+use nextflow::generate::png_info::{self, PngInfo};
 
 fn command(folder: &Path, args: &[&str]) -> Command {
     common::command(folder, &[&["gen"], args].concat())
@@ -278,10 +278,10 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
     gen_ok(here, &["--from", "wide.png", "-o", "wide-again.png"]);
     assert!(read("wide-again.png") == read("wide.png"));
     // Passes that this model does not take are left out, as another model's are; typed, they are refused.
-    let mut told = Settings::of_png(&read("one.png")).unwrap();
+    let mut told = PngInfo::of_png(&read("one.png")).unwrap();
     told.passes = Some(2);
     let picture = image::open(here.join("one.png")).unwrap().to_rgb8();
-    fs::write(here.join("passes.png"), settings::encode(&picture, &told).unwrap()).unwrap();
+    fs::write(here.join("passes.png"), png_info::encode(&picture, &told).unwrap()).unwrap();
     gen_ok(here, &["--from", "passes.png", "-o", "once.png"]);
     assert!(read("once.png") == read("one.png"));
     assert_eq!(command(here, &["--from", "one.png", "--passes", "2"]).status().unwrap().code(), Some(2));
@@ -332,7 +332,7 @@ fn prompts_may_begin_with_a_dash() {
         let args = [&["--seed", seed, "-o", seed][..], words].concat();
         gen_ok(folder.path(), &args);
         let png = fs::read(folder.path().join(seed)).unwrap();
-        assert_eq!(Settings::of_png(&png).unwrap().prompt, "-a cat", "{words:?}");
+        assert_eq!(PngInfo::of_png(&png).unwrap().prompt, "-a cat", "{words:?}");
     }
 }
 
@@ -369,7 +369,7 @@ fn text_behind_the_pixels_draws_again() {
     assert!(fs::read(here.join("again.png")).unwrap() == png);
     fs::write(here.join("bare.png"), [&head[..], rest].concat()).unwrap();
     fs::write(here.join("photo.jpg"), b"\xff\xd8\xff\xe0").unwrap();
-    for (name, part) in [("bare.png", "does not tell how it was drawn"), ("photo.jpg", "is no PNG")] {
+    for (name, part) in [("bare.png", "holds no nextflow settings"), ("photo.jpg", "is no PNG")] {
         let output = command(here, &["--from", name]).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(2) && stderr.contains(part), "{stderr}");

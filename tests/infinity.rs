@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use nextflow::backbone::Step;
 use nextflow::checkpoint::{Inventory, Weights};
 use nextflow::generate::infinity::{InfinityRows, lattice};
-use nextflow::generate::inputs::NextInput;
-use nextflow::generate::sampler::{self, Draw};
+use nextflow::generate::next_input::NextInput;
+use nextflow::generate::sampler::{self, SampleParams};
 use nextflow::generate::{Batch, Event, Guidance, Sampling, Sequences, bits, draw_codes};
 use nextflow::infinity::{Infinity, InfinityConfig, presets};
 use nextflow::tokenizer::{BitTokenizerConfig, ImageDecoder, unpack};
@@ -225,14 +225,14 @@ fn every_tensor_of_every_run_equals_the_reference() {
                 let x = loaded.model.embed(si, &features).unwrap();
                 let copies = if si < guided { vec![&x, &x] } else { vec![&x] };
                 golden.close(&format!("block0_in.{si}"), &Tensor::cat(&copies, 0).unwrap());
-                early = first.read(si, &features, Step::Scale).unwrap();
-                hidden = rows.read(si, &features, Step::Scale).unwrap();
+                early = first.forward(si, &features, Step::Scale).unwrap();
+                hidden = rows.forward(si, &features, Step::Scale).unwrap();
             }
             golden.close(&format!("block0_out.{si}"), &early);
             golden.close(&format!("hidden.{si}"), &hidden);
             let logits = rows.logits(&hidden).unwrap();
             let seeds = vec![0; images];
-            let draw = Draw {
+            let params = SampleParams {
                 sampling: &sampling,
                 guidance: sampling.guidance(si, scales.len()),
                 seeds: &seeds,
@@ -240,10 +240,10 @@ fn every_tensor_of_every_run_equals_the_reference() {
                 pass: 0,
             };
             // The reference has the logits of rows alone that its guidance looks at.
-            let looked = if draw.guidance == 0.0 { images } else { logits.dim(0).unwrap() };
+            let looked = if params.guidance == 0.0 { images } else { logits.dim(0).unwrap() };
             golden.close(&format!("logits.{si}"), &logits.narrow(0, 0, looked).unwrap());
-            golden.close(&format!("guided.{si}"), &bits::guided(&logits, &draw).unwrap());
-            drawn = rows.sample(&hidden, &draw).unwrap();
+            golden.close(&format!("guided.{si}"), &bits::guided(&logits, &params).unwrap());
+            drawn = rows.sample(&hidden, &params).unwrap();
             golden.close(&format!("bits.{si}"), &drawn.to_dtype(DType::F32).unwrap());
             for (image, code) in codes.iter_mut().zip(sampler::to_host(&drawn).unwrap()) {
                 image.push(code);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use nextflow::checkpoint::{Inventory, Weights};
-use nextflow::generate::inputs::NextInput;
+use nextflow::generate::next_input::NextInput;
 use nextflow::generate::ratios;
 use nextflow::pixels::{self, GridResampling};
 use nextflow::tokenizer::{

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use nextflow::backbone::{Cache, Step};
 use nextflow::checkpoint::{Inventory, Weights};
-use nextflow::generate::inputs::NextInput;
+use nextflow::generate::next_input::NextInput;
 use nextflow::generate::onecat::{Guided, OneCatRows};
 use nextflow::generate::sampler::Draw;
 use nextflow::generate::{Batch, Event, Guidance, Sampling, Sequences, bits, draw_codes};

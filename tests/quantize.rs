@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Output;
 
 use candle_core::{DType, Device, Tensor};
-use nextflow::backbone::{Backbone, Context, Rope, sequence::Layout};
+use nextflow::backbone::{Backbone, Context, Layout, Rope};
 use nextflow::checkpoint::{Matrices, Source, WeightType, Weights};
 use nextflow::generate::ModelConfig;
 

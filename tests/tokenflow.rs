@@ -174,7 +174,7 @@ fn extreme_shapes_become_squares_without_much_memory() {
         let crop = pixels::centre_crop(&image, 256);
         assert!(crop.dimensions() == (256, 256) && crop.pixels().all(|p| p.0 == [10, 200, 90]));
     }
-    assert_eq!(pixels::resize(&RgbImage::new(0, 0), (2, 2), pixels::Filter::Bicubic).dimensions(), (2, 2));
+    assert_eq!(pixels::resize(&RgbImage::new(0, 0), (2, 2), pixels::ResamplingFilter::Bicubic).dimensions(), (2, 2));
 }
 
 /// The final F, 40 channels at each of the finest positions, is what a language model is shown.

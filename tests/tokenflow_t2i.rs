@@ -9,9 +9,8 @@ use nextflow::backbone::presets::TOKENFLOW_T2I_7B;
 use nextflow::backbone::rope::{Position, text_position};
 use nextflow::backbone::{Backbone, BackboneConfig, Context, Rope, Step};
 use nextflow::checkpoint::{Source, Weights};
-use nextflow::generate::inputs::NextInput;
-use nextflow::generate::sampler::{self, Filter};
-use nextflow::generate::{Batch, Event, Prefix, PromptConfig, Rows, Sampling, Sequences, draw_after};
+use nextflow::generate::next_input::NextInput;
+use nextflow::generate::{Batch, Event, Filter, Prefix, PromptConfig, Rows, Sampling, Sequences, draw_after, sampler};
 use nextflow::ops;
 use nextflow::tokenizer::{CodebookConfig, Quantizer};
 
@@ -156,7 +155,7 @@ fn every_step_equals_the_reference() {
                         };
                         let x = backbone.embed_codes(&features, si, &SCALES).unwrap().repeat((2, 1, 1)).unwrap();
                         close(&what, &x, &pair(at("inputs_embeds_tail")), FEATURES);
-                        hidden = rows.read(si, &features, if pass > 0 { Step::Again } else { Step::Scale }).unwrap();
+                        hidden = rows.forward(si, &features, if pass > 0 { Step::Again } else { Step::Scale }).unwrap();
                     }
                     let code_logits = backbone.code_logits(&hidden).unwrap();
                     let logits = [backbone.text_logits(&hidden).unwrap(), code_logits.clone()];

@@ -9,9 +9,8 @@ use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
 use image::{DynamicImage, ImageFormat};
 use nextflow::checkpoint::{self, Inventory};
-use nextflow::codec::Codec;
-use nextflow::codes::Codes;
-use nextflow::settings::Settings;
+use nextflow::codes::{CodeFile, TokenizerSource};
+use nextflow::generate::png_info::PngInfo;
 use nextflow::text::Text;
 use nextflow::{cli, pixels};
 use serde_json::Value;
@@ -28,7 +27,7 @@ pub enum Target {
     TokenizerModel,
     Config,
     Images,
-    Codes,
+    CodeFile,
     Jsonl,
 }
 
@@ -61,7 +60,7 @@ impl Target {
         Self::TokenizerModel,
         Self::Config,
         Self::Images,
-        Self::Codes,
+        Self::CodeFile,
         Self::Jsonl,
     ];
 
@@ -74,7 +73,7 @@ impl Target {
             Self::TokenizerModel => "tokenizer-model",
             Self::Config => "config",
             Self::Images => "images",
-            Self::Codes => "codes",
+            Self::CodeFile => "codes",
             Self::Jsonl => "jsonl",
         }
     }
@@ -100,7 +99,7 @@ impl Target {
             Self::TokenizerModel => vec![data("tests/data/sentencepiece.model")],
             Self::Config => vec![data("assets/nano/config.json"), data("tests/data/qwen/tiny/config.json")],
             Self::Images => images(),
-            Self::Codes => {
+            Self::CodeFile => {
                 let codes = codes();
                 vec![codes.to_json().expect("codes"), codes.to_safetensors().expect("codes")]
             }
@@ -115,9 +114,9 @@ impl Target {
         match self {
             _ if raw => mutator.bytes(&mut input, &other),
             Self::Safetensors => safetensors_mutant(mutator, &mut input),
-            Self::Codes if input.first() != Some(&b'{') => safetensors_mutant(mutator, &mut input),
+            Self::CodeFile if input.first() != Some(&b'{') => safetensors_mutant(mutator, &mut input),
             Self::Pickle => pickle_mutant(mutator, &mut input, &other),
-            Self::TokenizerJson | Self::Config | Self::Codes => json_mutant(mutator, &mut input, &other),
+            Self::TokenizerJson | Self::Config | Self::CodeFile => json_mutant(mutator, &mut input, &other),
             Self::Jsonl => lines_mutant(mutator, &mut input),
             Self::Images => {
                 mutator.bytes(&mut input, &other);
@@ -161,12 +160,12 @@ impl Reader {
             }
             Target::Images => {
                 let path = self.file(input, "x.png");
-                let png = Settings::of_png(input).is_some();
+                let png = PngInfo::of_png(input).is_some();
                 pixels::open(&path).is_ok_and(|image| image.width() > 0) || png
             }
-            Target::Codes => {
-                let codes = Codes::read(&self.file(input, "x.codes"));
-                let codec = Codec::of_model(checkpoint::Source::Embedded);
+            Target::CodeFile => {
+                let codes = CodeFile::read(&self.file(input, "x.codes"));
+                let codec = TokenizerSource::of_model(checkpoint::Source::Embedded);
                 codec.is_ok_and(|codec| codes.is_ok_and(|codes| codes.check(&codec).is_ok()))
             }
             Target::Jsonl => {
@@ -249,12 +248,12 @@ fn images() -> Vec<Vec<u8>> {
     all
 }
 
-fn codes() -> Codes {
-    let codec = Codec::of_model(checkpoint::Source::Embedded).expect("the embedded model");
+fn codes() -> CodeFile {
+    let codec = TokenizerSource::of_model(checkpoint::Source::Embedded).expect("the embedded model");
     let scales = nextflow::generate::schedule::nearest(1.0).prefix(8).to_vec();
     let codes = scales.iter().map(|(h, w)| vec![3; h * w]).collect();
     let space = codec.space();
-    Codes { model: codec.name, space, scales, codes }
+    CodeFile { model: codec.name, space, scales, codes }
 }
 
 fn json_mutant(mutator: &mut Mutator, input: &mut Vec<u8>, other: &[u8]) {

@@ -1,21 +1,9 @@
 //! Everything about the transformer that a checkpoint decides.
 
+use crate::nn::{MAX_LAYERS, check_sizes};
 use serde::{Deserialize, Serialize};
 
 use super::rope_scaling::RopeScaling;
-
-/// More layers than any transformer has: a larger number is damage.
-pub(crate) const MAX_LAYERS: usize = 1000;
-/// No width, vocabulary or table of a model is larger: its shapes multiply without overflow.
-pub(crate) const MAX_WIDTH: usize = 1 << 24;
-
-/// Errors: a size that is 0, or larger than [`MAX_WIDTH`], by its name.
-pub(crate) fn check_sizes<'a>(sizes: impl IntoIterator<Item = (&'a str, usize)>) -> Result<(), String> {
-    match sizes.into_iter().find(|(_, size)| !(1..=MAX_WIDTH).contains(size)) {
-        Some((name, size)) => Err(format!("{name} is {size}, not 1 to {MAX_WIDTH}")),
-        None => Ok(()),
-    }
-}
 
 /// What the transformer sees of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +76,7 @@ pub struct BackboneConfig {
     pub input_mode: InputMode,
     /// The most scales an image may have: rows of the scale embedding.
     pub max_scales: usize,
-    /// Add the sinusoidal embedding of an image's number of scales.
+    /// Add the paper's scale-length embedding: the sinusoidal embedding of an image's number of scales.
     pub scale_length_embedding: bool,
     /// An image that others follow in the sequence ends with one more grid: the sum of all its scales. Without it
     /// nothing after an image sees the codes of its last scale, which are never an input.

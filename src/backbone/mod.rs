@@ -4,12 +4,12 @@
 mod attention;
 mod block;
 mod cache;
+mod code_embedding;
 mod config;
-mod image;
+mod layout;
 pub mod presets;
 pub mod rope;
 pub mod rope_scaling;
-pub mod sequence;
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -19,7 +19,7 @@ pub use attention::{Context, Step};
 pub(crate) use block::SwiGlu;
 pub use cache::Cache;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
-pub(crate) use config::{MAX_LAYERS, check_sizes};
+pub use layout::Layout;
 pub use rope::{Position, Rope};
 pub use rope_scaling::RopeScaling;
 
@@ -27,7 +27,7 @@ use crate::checkpoint::{Init, Weights};
 use crate::nn::RmsNorm;
 use crate::ops::WeightMatrix;
 use block::Block;
-use image::ImageEnds;
+use code_embedding::CodeEmbedding;
 
 /// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once for all rows.
 const APART: usize = 24;
@@ -43,7 +43,7 @@ pub struct Backbone {
     /// Those for codes, (codes, hidden); nothing in a model of text alone.
     code_head: Option<WeightMatrix>,
     /// Nothing in a model of text alone.
-    image: Option<ImageEnds>,
+    image: Option<CodeEmbedding>,
     config: BackboneConfig,
     device: Device,
 }
@@ -71,7 +71,7 @@ impl Backbone {
             text_head: if config.tie_word_embeddings { &embed_tokens } else { &lm_head }.narrow(0, words)?,
             code_head: (codes > 0).then(|| lm_head.narrow(first, codes)).transpose()?,
             embed_tokens,
-            image: (config.codebook_size > 0).then(|| ImageEnds::load(&model, config)).transpose()?,
+            image: (config.codebook_size > 0).then(|| CodeEmbedding::load(&model, config)).transpose()?,
             config: config.clone(),
             device: w.device().clone(),
         })
@@ -122,7 +122,7 @@ impl Backbone {
         self.image()?.codes(features, indices, count, None)
     }
 
-    fn image(&self) -> Result<&ImageEnds> {
+    fn image(&self) -> Result<&CodeEmbedding> {
         self.image.as_ref().ok_or_else(|| candle_core::Error::Msg("the model has no codes of images".into()))
     }
 

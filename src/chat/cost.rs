@@ -5,12 +5,11 @@ use serde::Serialize;
 
 use super::session::CHUNK;
 use super::{ChatConfig, ChatModel, ImageEncoder};
-use crate::chat::Frame;
-use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
+use crate::chat::Letterbox;
+use crate::checkpoint::{Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::{TRANSFORMER, cost, schedule};
-use crate::onecat::patches;
-use crate::size::Size;
+use crate::generate::{Size, cost, schedule};
+use crate::onecat::{Reading, ReadingParts, patches};
 use crate::tokenizer::ImageTokenizer;
 use crate::vision::VisionTower;
 
@@ -46,7 +45,7 @@ impl ChatConfig {
     /// Errors: usage, for an image that is too narrow, or if the model sees none.
     pub fn image_tokens(&self, size: (u32, u32)) -> Result<((usize, usize), usize)> {
         if let Some(config) = &self.drawing {
-            let scales = Frame::of(config, size, Size::Auto)?.scales;
+            let scales = Letterbox::of(config, size, Size::Auto)?.scales;
             let last = scales.last().copied().unwrap_or_default();
             let whole = if config.backbone.context_last_scale { last.0 * last.1 } else { 0 };
             return Ok((last, 1 + schedule::codes(&scales) + whole));
@@ -122,10 +121,22 @@ impl ChatConfig {
         })
     }
 
-    /// Bytes of the image encoder's weights.
+    /// Bytes of the weights that text is not read with: the image encoder's, or those of OneCAT's expert for pictures.
     pub fn vision_bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let asked = Weights::inventory();
-        let Some((ImageEncoder::Tower(config), _)) = &self.vision else { return 0 };
-        VisionTower::load(&asked, config).map_or(0, |_| asked.bytes(dtype, matrices))
+        match &self.vision {
+            Some((ImageEncoder::Tower(config), _)) => {
+                VisionTower::load(&asked, config).map_or(0, |_| asked.bytes(dtype, matrices))
+            }
+            Some((ImageEncoder::Patches(config), _)) => {
+                let bytes = |pictures| {
+                    let asked = Weights::inventory();
+                    let parts = ReadingParts { pictures, head: false };
+                    Reading::load(&asked, config, parts).map_or(0, |_| asked.bytes(dtype, matrices))
+                };
+                bytes(true) - bytes(false)
+            }
+            None => 0,
+        }
     }
 }

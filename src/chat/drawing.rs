@@ -8,7 +8,7 @@ use super::session::{CHUNK, Row};
 use super::template::{Part, Role};
 use super::{Picture, Session};
 use crate::error::Result;
-use crate::generate::inputs::NextInput;
+use crate::generate::next_input::NextInput;
 use crate::generate::{Batch, Rows, Sampling, draw_codes, schedule};
 
 impl Session<'_> {

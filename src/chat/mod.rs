@@ -3,7 +3,7 @@
 mod config;
 mod cost;
 mod drawing;
-mod frame;
+mod letterbox;
 mod picture;
 mod reader;
 mod reply;
@@ -20,21 +20,20 @@ use image::RgbImage;
 
 pub use config::{QwenConfig, is_qwen, other_family, unknown_family};
 pub use cost::ChatMemory;
-pub use frame::Frame;
-pub use picture::{Codes, Picture};
+pub use letterbox::Letterbox;
+pub use picture::{Picture, PictureCodes};
 pub use reader::Reader;
 pub use reply::{Ending, Reply, ReplyEvent, ReplyObserver, ReplyOptions};
-pub use sampling::{Speech, TextSampling};
+pub use sampling::{Detokenizer, TextSampling};
 pub use session::{Session, Turn};
 pub use template::{Part, Role};
 
 use crate::backbone::{Backbone, BackboneConfig};
-use crate::checkpoint::{FileSummary, Fit, Inventory, Source, WeightType, Weights};
+use crate::checkpoint::{FileSummary, Fit, Inventory, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, SYSTEM, TRANSFORMER, tokenflow};
+use crate::generate::{ModelConfig, SYSTEM, Size, tokenflow};
 use crate::onecat::{self, OneCatConfig, patches};
 use crate::pixels;
-use crate::size::Size;
 use crate::text::Text;
 use crate::tokenizer::{Code, ImageTokenizer};
 use crate::vision::{ImageProcessor, VisionConfig, VisionTower};
@@ -249,8 +248,8 @@ impl ChatModel {
     /// Errors: usage, if the model sees no images or this one is too narrow.
     pub fn picture(&self, name: &str, image: &RgbImage) -> Result<Picture> {
         if let Some(config) = &self.config.drawing {
-            let frame = Frame::of(config, image.dimensions(), Size::Auto)?;
-            return self.encode(name, &frame.fit(image), &frame.scales);
+            let letterbox = Letterbox::of(config, image.dimensions(), Size::Auto)?;
+            return self.encode(name, &letterbox.apply(image), &letterbox.scales);
         }
         match (&self.reader, &self.config.vision) {
             (Reader::Backbone(_, Some(tower)), Some((ImageEncoder::Tower(config), processor))) => {

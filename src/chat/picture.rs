@@ -7,11 +7,10 @@ use candle_core::Tensor;
 
 use super::Reader;
 use super::template::{Piece, Pieces};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{BackboneConfig, Step};
+use crate::backbone::{BackboneConfig, Layout, Step};
 use crate::error::{Error, Kind, Result};
 use crate::generate::ImageCodes;
-use crate::generate::inputs::NextInput;
+use crate::generate::next_input::NextInput;
 use crate::tokenizer::Quantizer;
 
 /// An image as the transformer reads it.
@@ -32,12 +31,12 @@ enum Seen {
     /// The features (tokens, hidden) of an image whose tokens see each other, one after the other.
     Features(Tensor),
     /// Codes, scale by scale.
-    Codes(Arc<Codes>),
+    Codes(Arc<PictureCodes>),
 }
 
 /// An image in codes.
 #[derive(Debug)]
-pub struct Codes {
+pub struct PictureCodes {
     /// Of every scale, coarse to fine, each row-major.
     pub codes: ImageCodes,
     /// Grids (height, width).
@@ -69,7 +68,7 @@ impl Picture {
         if let (true, Some(&grid)) = (config.context_last_scale, scales.last()) {
             inputs.push(quantizer.accumulate(&codes, scales, grid));
         }
-        Ok(Self::new(name, Seen::Codes(Arc::new(Codes { codes, scales: scales.into(), inputs }))))
+        Ok(Self::new(name, Seen::Codes(Arc::new(PictureCodes { codes, scales: scales.into(), inputs }))))
     }
 
     fn new(name: &str, seen: Seen) -> Self {
@@ -82,7 +81,7 @@ impl Picture {
     }
 
     /// The codes, where it is read as codes.
-    pub fn codes(&self) -> Option<&Codes> {
+    pub fn codes(&self) -> Option<&PictureCodes> {
         match &self.seen {
             Seen::Codes(codes) => Some(codes),
             Seen::Patches(..) | Seen::Features(_) => None,
@@ -108,7 +107,7 @@ impl Picture {
     }
 }
 
-impl Codes {
+impl PictureCodes {
     /// Grids of the inputs: the scales' from the second on, and once more the last one's.
     fn grids(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         self.scales.iter().skip(1).chain(self.scales.last()).copied()

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use serde::Serialize;
 
 use super::{Picture, TextSampling};
-use crate::backbone::sequence::Layout;
+use crate::backbone::Layout;
 use crate::generate::{Event, Sampling};
 
 /// How replies are made.

@@ -3,28 +3,28 @@
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::generate::sampler::{self, Filter};
+use crate::generate::{Filter, sampler};
 use crate::rng::{Rng, Stream};
 use crate::text::Text;
 
-/// How text tokens are drawn.
+/// How text tokens are sampled.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct TextSampling {
-    /// 0 means the likeliest token.
+    /// 0 takes the most likely token.
     pub temperature: f64,
-    /// Keep the k likeliest tokens.
+    /// Keep the k most likely tokens.
     pub top_k: Option<usize>,
     /// Keep the smallest set of tokens whose probabilities sum to p; 1 keeps all.
     pub top_p: f64,
-    /// Tokens that were there already lose: their logits are divided by it, or multiplied where they are negative.
+    /// Logits of tokens that occurred before are divided by it, or multiplied if negative.
     pub repetition_penalty: f64,
 }
 
 impl TextSampling {
-    /// The likeliest token, always.
+    /// Always the most likely token.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: 1.0, repetition_penalty: 1.0 };
 
-    /// What makes no sense, as one sentence.
+    /// Errors: the first setting that is out of range, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let within = |name: &str, value: f64, zero: bool, most: f64| {
             let fits = value <= most && (value > 0.0 || zero && value == 0.0);
@@ -35,8 +35,9 @@ impl TextSampling {
         within("top_p", self.top_p, false, 1.0)
     }
 
-    /// A word from `logits` as the one at `position`, where `before` has been; none if a logit is NaN or the largest is not finite.
-    pub fn draw(&self, mut logits: Vec<f32>, before: &[bool], seed: u64, position: usize) -> Option<u32> {
+    /// Samples the token at `position` from `logits`; `before` marks the tokens so far. None if a logit is NaN or the largest is not
+    /// finite.
+    pub fn sample(&self, mut logits: Vec<f32>, before: &[bool], seed: u64, position: usize) -> Option<u32> {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if logits.iter().any(|v| v.is_nan()) || !largest.is_finite() {
             return None;
@@ -47,21 +48,21 @@ impl TextSampling {
         }
         let filter = Filter { top_k: self.top_k, top_p: self.top_p };
         let noise = Rng::new(seed, 0, Stream::Token, position as u64).uniform(0);
-        Some(sampler::draw(logits, self.temperature, filter, noise))
+        Some(sampler::sample_row(logits, self.temperature, filter, noise))
     }
 }
 
-/// Text as it comes: whole characters only, for one may be spread over several words.
+/// Streaming detokenizer: returns whole characters only, as one may be spread over several tokens.
 #[derive(Debug, Default)]
-pub struct Speech {
+pub struct Detokenizer {
     ids: Vec<u32>,
-    /// Words whose text depends on nothing to come, and those that have been given out.
+    /// Tokens whose text no later token changes, and those whose text has been returned.
     settled: usize,
     spoken: usize,
 }
 
-impl Speech {
-    /// What one more word adds; nothing while a character is incomplete.
+impl Detokenizer {
+    /// The text that one more token adds; empty while a character is incomplete.
     pub fn push(&mut self, id: u32, text: &Text) -> Result<String> {
         self.ids.push(id);
         let new = self.rest(text)?;
@@ -72,7 +73,7 @@ impl Speech {
         Ok(new)
     }
 
-    /// What is left at the end: characters that were never completed.
+    /// The rest at the end: characters that were never completed.
     pub fn finish(&mut self, text: &Text) -> Result<String> {
         let rest = self.rest(text);
         (self.settled, self.spoken) = (self.ids.len(), self.ids.len());
@@ -106,25 +107,25 @@ mod tests {
         let said = "naïve 你好 🙂!";
         let ids = text.encode(said).unwrap();
         assert!(ids.len() > said.chars().count(), "no character takes several words");
-        let mut speech = Speech::default();
-        let parts: Vec<String> = ids.iter().map(|id| speech.push(*id, &text).unwrap()).collect();
+        let mut detokenizer = Detokenizer::default();
+        let parts: Vec<String> = ids.iter().map(|id| detokenizer.push(*id, &text).unwrap()).collect();
         assert_eq!(parts.concat(), said);
         assert!(parts.iter().all(|part| !part.contains('\u{fffd}')), "{parts:?}");
-        assert_eq!((speech.finish(&text).unwrap().as_str(), &speech.ids[..]), ("", &ids[..]));
+        assert_eq!((detokenizer.finish(&text).unwrap().as_str(), &detokenizer.ids[..]), ("", &ids[..]));
         // What is cut in the middle of a character is told as that.
         let smile = text.encode("🙂").unwrap();
-        let mut speech = Speech::default();
+        let mut detokenizer = Detokenizer::default();
         for id in &smile[..smile.len() - 1] {
-            assert_eq!(speech.push(*id, &text).unwrap(), "");
+            assert_eq!(detokenizer.push(*id, &text).unwrap(), "");
         }
-        assert_eq!(speech.finish(&text).unwrap(), "\u{fffd}");
+        assert_eq!(detokenizer.finish(&text).unwrap(), "\u{fffd}");
     }
 
     #[test]
     fn words_that_were_there_lose() {
         let draw = |logits: &[f32], before: &[bool], repetition_penalty| {
             let sampling = TextSampling { repetition_penalty, ..TextSampling::GREEDY };
-            sampling.draw(logits.to_vec(), before, 0, 0)
+            sampling.sample(logits.to_vec(), before, 0, 0)
         };
         for logits in [[2.0, 1.5], [-1.0, -1.2]] {
             assert_eq!(draw(&logits, &[true, false], 1.0), Some(0));

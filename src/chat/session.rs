@@ -5,9 +5,8 @@ use candle_core::Tensor;
 use super::picture::{self, Script, Token, passes};
 use super::reply::{Ending, Pause, Reply, ReplyEvent, ReplyObserver, ReplyOptions, Talk};
 use super::template::{Part, Role};
-use super::{ChatModel, Picture, Speech};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Cache, Step};
+use super::{ChatModel, Detokenizer, Picture};
+use crate::backbone::{Cache, Layout, Step};
 use crate::error::{Error, Kind, Result};
 
 /// Images in one reply: what opens more has lost itself.
@@ -249,13 +248,13 @@ impl<'a> Session<'a> {
     /// Speaks until the model opens an image or the reply ends.
     fn speak(&mut self, talk: &mut Talk, options: &ReplyOptions, observe: ReplyObserver) -> Result<Pause> {
         let model = self.model;
-        let mut speech = Speech::default();
+        let mut detokenizer = Detokenizer::default();
         let pause = loop {
             if talk.tokens >= talk.max_tokens {
                 break Pause::End(Ending::Length);
             }
             let position = talk.layout.len();
-            let drawn = options.sampling.draw(model.logits(&talk.hidden)?, &talk.before, options.seed, position);
+            let drawn = options.sampling.sample(model.logits(&talk.hidden)?, &talk.before, options.seed, position);
             let word = drawn.ok_or_else(|| {
                 Error::new(
                     Kind::NonFinite,
@@ -270,8 +269,8 @@ impl<'a> Session<'a> {
                 break Pause::Image;
             }
             talk.tokens += 1;
-            let first = speech.is_empty();
-            let new = speech.push(word, &model.text)?;
+            let first = detokenizer.is_empty();
+            let new = detokenizer.push(word, &model.text)?;
             if observe(ReplyEvent::Words(model.opening(&new, first))).is_break() {
                 break Pause::End(Ending::Interrupted);
             }
@@ -283,7 +282,7 @@ impl<'a> Session<'a> {
             self.caches[Row::Said as usize].reserve(talk.layout.len())?;
             talk.hidden = self.pass(Row::Said, &[Token::Word(word)], &talk.layout, Step::Text)?;
         };
-        self.finish(&mut speech, observe)?;
+        self.finish(&mut detokenizer, observe)?;
         Ok(pause)
     }
 
@@ -295,11 +294,11 @@ impl<'a> Session<'a> {
     }
 
     /// Puts what has been spoken into the reply.
-    fn finish(&mut self, speech: &mut Speech, observe: ReplyObserver) -> Result<()> {
+    fn finish(&mut self, detokenizer: &mut Detokenizer, observe: ReplyObserver) -> Result<()> {
         let text = &self.model.text;
-        let rest = speech.finish(text)?;
+        let rest = detokenizer.finish(text)?;
         let _ = observe(ReplyEvent::Words(&rest));
-        let ids = std::mem::take(speech).into_ids();
+        let ids = std::mem::take(detokenizer).into_ids();
         if !ids.is_empty() {
             let words = text.decode(&ids)?;
             self.reply.push(Part::Drawn(self.model.opening(&words, true).into(), ids));

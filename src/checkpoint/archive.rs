@@ -15,8 +15,8 @@ use safetensors::{Dtype, SafeTensors};
 use super::header::{self, Entry, Fault, Header, Stored};
 use super::{gguf, keys, pickle};
 use crate::error::{Error, Result};
+use crate::io::output;
 use crate::ops::{self, WeightMatrix};
-use crate::output;
 
 /// A file whose header is sound, and where its data is.
 #[derive(Debug)]
@@ -345,15 +345,8 @@ pub fn metadata(path: &Path) -> Result<HashMap<String, String>> {
     Ok(header.metadata().clone().unwrap_or_default())
 }
 
-/// Writes a safetensors file with optional metadata, as [`write`] does.
+/// Writes a safetensors file with optional metadata, as [`output::write`] does.
 pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<HashMap<String, String>>) -> Result<()> {
     let bytes = safetensors::serialize(tensors, metadata).map_err(|e| Error::unwritten(path, &e))?;
-    write(path, &bytes)
-}
-
-/// Writes a file; `path` has either its old content or all of the new.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |e: io::Error| Error::unwritten(path, &output::reason(&e));
-    output::sweep(output::parent(path));
-    output::Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(failed)
+    output::write(path, &bytes)
 }

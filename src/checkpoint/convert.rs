@@ -12,9 +12,9 @@ use candle_core::{DType, Device};
 use super::weights::{Weights, fitting};
 use super::{Inventory, Source, WeightType, archive};
 use crate::error::{Error, Result};
-use crate::input::quoted;
+use crate::io::input::quoted;
+use crate::io::output;
 use crate::ops;
-use crate::output;
 
 /// Writes the model at `source` to `folder`, which must not exist: the transformer, of which `asked` is the
 /// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, as

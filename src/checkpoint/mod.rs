@@ -37,7 +37,7 @@ mod trainable;
 mod weight_type;
 mod weights;
 
-pub use archive::{load, metadata, quantise, save, write};
+pub use archive::{load, metadata, quantise, save};
 pub use convert::{abandon, blocks, extract, quantise as quantise_model, whole_folder, write_gguf};
 pub use extend::extend;
 pub use init::Init;
@@ -47,6 +47,11 @@ pub use source::{NANO, Parts, Source, copy_weights, load_file};
 pub use weight_type::{Matrices, WeightType};
 pub use weights::Weights;
 pub(crate) use weights::placeholder;
+
+/// The file of the transformer's weights in a model folder.
+pub const TRANSFORMER: &str = "model.safetensors";
+/// The file of the image tokenizer's weights in a model folder.
+pub const IMAGE_TOKENIZER: &str = "image_tokenizer.safetensors";
 
 #[cfg(test)]
 mod tests;

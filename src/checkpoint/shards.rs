@@ -153,7 +153,7 @@ pub(super) fn absent(path: &Path) -> Error {
     Error::model(message).hint(format!(
         "nextflow info {}; weights are read from model.safetensors, its shards, model.gguf of nextflow quantize, or \
          pytorch_model.bin",
-        crate::input::quoted(&folder.join(&weights[0]))
+        crate::io::input::quoted(&folder.join(&weights[0]))
     ))
 }
 

@@ -9,13 +9,12 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 
 use super::archive::{self, Archive};
-use super::embedded;
 use super::header::Fault;
-use super::layout;
-use super::shards;
 use super::weight_type::{Matrices, WeightType};
 use super::weights::Weights;
+use super::{embedded, layout, shards};
 use crate::error::{Error, Kind, Result, told};
+use crate::io::output;
 use crate::ops::Int8Matrix;
 use crate::text::Text;
 
@@ -265,7 +264,7 @@ impl Source {
 
     /// Copies a file, or its shards and their index, into a folder, where it is called `name`.
     pub fn copy(&self, file: &str, name: &str, folder: &Path) -> Result<()> {
-        let Some(whole) = self.path(file) else { return archive::write(&folder.join(name), self.embedded(file)?) };
+        let Some(whole) = self.path(file) else { return output::write(&folder.join(name), self.embedded(file)?) };
         let from = whole.parent().unwrap_or(Path::new(""));
         let index = format!("{}.index.json", whole.file_name().unwrap_or_default().to_string_lossy());
         for path in self.files(file)?.into_iter().chain(Some(from.join(&index)).filter(|i| i.exists())) {

@@ -7,10 +7,11 @@ use clap::Args;
 use super::ModelArgs;
 use crate::backbone::Backbone;
 use crate::chat::{self, QwenConfig};
-use crate::checkpoint::{self, Weights};
-use crate::codec::Codec;
+use crate::checkpoint::{self, TRANSFORMER, Weights};
+use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
-use crate::generate::{ModelConfig, TRANSFORMER};
+use crate::generate::ModelConfig;
+use crate::io::output;
 use crate::terminal;
 
 /// Flags of `nextflow assemble`.
@@ -20,19 +21,19 @@ use crate::terminal;
                         -o stage0\n  nextflow info stage0"
 )]
 pub struct AssembleArgs {
-    /// Qwen2.5-VL: a folder, or OWNER/NAME of the Hugging Face hub
+    /// Qwen2.5-VL: a folder, or OWNER/NAME on the Hugging Face hub
     #[arg(long, value_name = "FOLDER|ID")]
     pub backbone: String,
-    /// The image tokenizer: a file of TokenFlow's, or a folder or hub id of a model that has one
+    /// Image tokenizer: a TokenFlow file, or the folder or hub ID of a model that has one
     #[arg(long, value_name = "FILE|FOLDER|ID")]
     pub tokenizer: String,
-    /// Write the new model folder here; it must not exist
+    /// New model folder; must not exist
     #[arg(short, long = "output", value_name = "FOLDER")]
     pub out: PathBuf,
-    /// Random seed of the connector and the rows for codes
+    /// Random seed of the connector and of the rows for image codes
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Download nothing: what is of the hub has to be in the cache
+    /// Download nothing: use the cache only
     #[cfg(feature = "hub")]
     #[arg(long, env = "HF_HUB_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     pub offline: bool,
@@ -56,9 +57,9 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     if !chat::is_qwen(&config) {
         return Err(Error::model(format!("{source} is not Qwen2.5-VL")).hint("--backbone Qwen/Qwen2.5-VL-7B-Instruct"));
     }
-    let codec: Codec = of(&args.tokenizer).codec()?;
+    let tokenizer: TokenizerSource = of(&args.tokenizer).tokenizer()?;
     let name = Path::new(&args.out).file_name().unwrap_or_default().to_string_lossy();
-    let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, codec.tokenflow()?.clone());
+    let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, tokenizer.tokenflow()?.clone());
     let asked = Weights::inventory();
     Backbone::load(&asked, &config.backbone)?;
     let tied = config.backbone.tie_word_embeddings;
@@ -69,13 +70,13 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     terminal::interrupts_after(checkpoint::abandon)?;
     checkpoint::whole_folder(&args.out, |part| {
         let json = serde_json::to_string_pretty(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
-        checkpoint::write(&part.join("config.json"), (json + "\n").as_bytes())?;
+        output::write(&part.join("config.json"), (json + "\n").as_bytes())?;
         for file in ["tokenizer.json", "generation_config.json"] {
             if source.has_file(file) {
                 source.copy(file, file, part)?;
             }
         }
-        codec.copy(part)?;
+        tokenizer.copy(part)?;
         checkpoint::extend(&source, TRANSFORMER, &asked, fresh, args.seed, &part.join(TRANSFORMER))
     })?;
     terminal::emit_path(&args.out).map(drop)

@@ -14,7 +14,7 @@ use crate::terminal;
                   nextflow completions fish > ~/.config/fish/completions/nextflow.fish"
 )]
 pub struct CompletionsArgs {
-    /// Whose script to print
+    /// Shell to complete for
     pub shell: Shell,
 }
 

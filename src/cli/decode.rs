@@ -1,4 +1,4 @@
-//! `nextflow decode`: the image of some codes.
+//! `nextflow decode`: convert codes to an image.
 
 use std::io::Cursor;
 use std::path::PathBuf;
@@ -7,29 +7,31 @@ use clap::Args;
 use image::ImageFormat;
 
 use super::{DeviceArgs, ModelArgs, request};
-use crate::codes::Codes;
+use crate::codes::CodeFile;
 use crate::error::{Error, Result};
-use crate::output::{self, Destination};
-use crate::{input, terminal};
+use crate::io::input;
+use crate::io::output::{self, Destination};
+use crate::terminal;
 
 /// Flags of `nextflow decode`.
 #[derive(Args, Debug)]
 pub struct DecodeArgs {
-    /// A file that `nextflow encode` wrote; `-` reads standard input
+    /// File written by `nextflow encode`; `-` reads standard input
     #[arg(value_name = "CODES")]
     pub codes: PathBuf,
     /// Decode the first N scales only
     #[arg(long, value_name = "N")]
     pub scales: Option<usize>,
-    /// Write the PNG here; `-` writes it to standard output
+    /// Write the PNG to FILE; `-` writes it to standard output
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// Let -o replace a file
+    /// Overwrite an existing file
     #[arg(long)]
     pub force: bool,
+    /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What computes.
+    /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -48,11 +50,11 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         request::no_terminal()?;
     }
     let device = args.device.get()?;
-    let codec = args.model.codec()?;
-    let mut codes = Codes::read(&args.codes)?;
-    codes.check(&codec)?;
-    if codes.model != codec.name {
-        terminal::note(&format!("(these are codes of {}, this is {}: another image)", codes.model, codec.name));
+    let tokenizer = args.model.tokenizer()?;
+    let mut codes = CodeFile::read(&args.codes)?;
+    codes.check(&tokenizer)?;
+    if codes.model != tokenizer.name {
+        terminal::note(&format!("(these are codes of {}, this is {}: another image)", codes.model, tokenizer.name));
     }
     if let Some(scales) = args.scales {
         let held = codes.codes.len();
@@ -62,7 +64,7 @@ pub(super) fn run(args: &DecodeArgs) -> Result<()> {
         }
         codes.codes.truncate(scales);
     }
-    let image = codec.decode(&codes.codes, &codes.scales, &device)?;
+    let image = tokenizer.decode(&codes.codes, &codes.scales, &device)?;
     let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
     let png = png.into_inner();

@@ -1,4 +1,4 @@
-//! `nextflow encode`: an image's codes.
+//! `nextflow encode`: convert an image to codes.
 
 use std::path::PathBuf;
 
@@ -6,11 +6,12 @@ use clap::Args;
 use image::ImageFormat;
 
 use super::{DeviceArgs, ModelArgs, request};
-use crate::codes::Codes;
+use crate::codes::CodeFile;
 use crate::error::{Error, Result};
-use crate::output::{self, Destination};
-use crate::size::Size;
-use crate::{input, pixels, terminal};
+use crate::generate::Size;
+use crate::io::input;
+use crate::io::output::{self, Destination};
+use crate::{pixels, terminal};
 
 /// Flags of `nextflow encode`.
 #[derive(Args, Debug)]
@@ -22,21 +23,22 @@ pub struct EncodeArgs {
     /// PNG, JPEG or WebP; `-` reads standard input
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); what does not fit is cut off
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); the image is cropped to it
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Explicit token grids ROWSxCOLUMNS, coarse to fine, in place of --size (Infinity tokenizers)
+    /// Token grids ROWSxCOLUMNS, coarse to fine, instead of --size (Infinity tokenizers)
     #[arg(long, value_name = "1x1,2x2,...", conflicts_with = "size")]
     pub scales: Option<String>,
-    /// Write here, as safetensors if the name ends in .safetensors, else as JSON [default: JSON to standard output]
+    /// Write the codes to FILE: safetensors if its name ends in .safetensors, else JSON [default: JSON to standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Let -o replace a file
+    /// Overwrite an existing file
     #[arg(long, requires = "output")]
     pub force: bool,
+    /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What computes.
+    /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -57,11 +59,11 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     destination.check()?;
     let device = args.device.get()?;
     let image = pixels::open_or_read(&args.image, "nextflow gen \"a red apple\" -o - | nextflow encode -")?;
-    let codec = args.model.codec()?;
-    let (image, scales) = codec.prepare(&image, size, scales)?;
-    let codes = codec.encode(&image, &scales, &device)?;
-    let (space, model) = (codec.space(), codec.name);
-    let codes = Codes { model, space, scales, codes };
+    let tokenizer = args.model.tokenizer()?;
+    let (image, scales) = tokenizer.prepare(&image, size, scales)?;
+    let codes = tokenizer.encode(&image, &scales, &device)?;
+    let (space, model) = (tokenizer.space(), tokenizer.name);
+    let codes = CodeFile { model, space, scales, codes };
     let bytes =
         match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
             true => codes.to_safetensors()?,

@@ -1,25 +1,24 @@
-//! `nextflow eval`: measure a model.
+//! `nextflow eval`: score a model.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
-use super::{DeviceArgs, ModelArgs};
+use super::LoadArgs;
 use crate::chat::{ChatConfig, ChatModel};
-use crate::checkpoint::WeightType;
+use crate::checkpoint::TRANSFORMER;
+use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
-use crate::generate::{Job, Model, ModelConfig, TRANSFORMER};
-use crate::library::Library;
+use crate::generate::{Job, Model, ModelConfig, Size};
 use crate::scenes::{KINDS, Split};
-use crate::size::Size;
 use crate::terminal::{self, Console, Level};
 
 /// The picture library that `nextflow train data` writes.
 const LIBRARY: &str = "data/library.safetensors";
 
-/// What is measured.
+/// The suites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Suite {
     /// Compositions of shapes, drawn
@@ -35,36 +34,30 @@ pub enum Suite {
 /// Flags of `nextflow eval`.
 #[derive(Args, Debug)]
 pub struct EvalArgs {
-    /// Which model.
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Keep the transformer's weights in this type [default: bytes and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
-    #[arg(long, value_name = "TYPE", value_enum)]
-    pub quant: Option<WeightType>,
-    /// What computes.
-    #[command(flatten)]
-    pub device: DeviceArgs,
-    /// The picture library, for recognition and reconstruction [default: data/library.safetensors if it exists]
+    /// Picture library for recognition and reconstruction [default: data/library.safetensors if it exists]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
-    /// Measure this alone; may be given several times [default: all that the model and the picture library allow]
+    /// Suite to run; repeat for several [default: all that the model and the picture library allow]
     #[arg(long, value_name = "SUITE", value_enum)]
     pub suite: Vec<Suite>,
-    /// Test on held-out compositions and dialogues, or on those nano was trained on
+    /// Held-out compositions and dialogues, or those that nano was trained on
     #[arg(long, value_enum, default_value_t = Split::HeldOut)]
     pub split: Split,
-    /// Cases per category of compositions, and per kind of dialogues
+    /// Cases per category of compositions and per kind of dialogue
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub per_category: usize,
-    /// Draw only N concepts, evenly spread, for recognition [default: all]
+    /// Recognition: draw only N concepts, evenly spread [default: all]
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Decides all randomness
+    /// Random seed
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Print JSON in place of a table
+    /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
+    /// The model.
+    #[command(flatten)]
+    pub load: LoadArgs,
 }
 
 /// How to get the picture library.
@@ -79,12 +72,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
     let asked = |suite: Suite| args.suite.is_empty() || args.suite.contains(&suite);
-    let device = args.device.get()?;
-    let source = args.model.source()?;
-    source.check_type(TRANSFORMER, args.quant)?;
+    let device = args.load.device.get()?;
+    let source = args.load.model.source()?;
+    source.check_type(TRANSFORMER, args.load.quant)?;
     let library = match &args.data {
-        Some(path) => Some(Library::load(path)?),
-        None if Path::new(LIBRARY).exists() => Some(Library::load(LIBRARY.as_ref())?),
+        Some(path) => Some(Dataset::load(path)?),
+        None if Path::new(LIBRARY).exists() => Some(Dataset::load(LIBRARY.as_ref())?),
         None => None,
     };
     let of_pictures = [Suite::Recognition, Suite::Reconstruction];
@@ -99,9 +92,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
     let mut console = Console::new(Level::Normal, (composed + concepts) as u64);
     let stop = terminal::interrupts()?;
-    let model = console.load("the model", || Model::load(&source, &device, args.quant))?;
+    let model = console.load("the model", || Model::load(&source, &device, args.load.quant))?;
     let scales = &Size::Auto.grids(model.config())?[..];
-    let tokenizer = model.config().load_tokenizer(&source, &device, args.quant)?;
+    let tokenizer = model.config().load_tokenizer(&source, &device, args.load.quant)?;
     let subject = Subject { tokenizer: &tokenizer, scales, device: &device };
     let draw = |console: &mut Console, prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), model.config().sampling.clone());
@@ -134,7 +127,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         done(&mut console, "compositions");
     }
     if asked(Suite::Dialogues) && model.config().conversation.draws {
-        let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.quant)?;
+        let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.load.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
         let watch = &mut || stop.check();
         report.dialogues = Some(examiner.run(watch)?);

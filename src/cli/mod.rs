@@ -5,41 +5,33 @@
 //! [`terminal::Console`]; what is refused is an [`Error`] of one sentence with a hint that is an exact command. It is tested on
 //! the real program, in tests/.
 
+mod args;
 mod assemble;
 mod bench;
 mod chat;
 mod completions;
 mod decode;
-mod device;
-mod draw;
+mod delivery;
 mod edit;
 mod encode;
 mod eval;
 mod r#gen;
 #[cfg(feature = "hub")]
-mod infinity_hub;
+mod hub;
 mod info;
-mod job_file;
-mod job_line;
-mod jobs;
-mod lines;
 mod model;
 #[cfg(feature = "hub")]
 mod models;
 mod per_scale;
-mod plan;
 mod quantize;
-mod repl;
 mod request;
-mod think;
+mod run;
 #[cfg(feature = "train")]
 mod train;
 
-pub use device::DeviceArgs;
-pub use draw::{DrawArgs, PromptArgs};
+pub use args::{DeviceArgs, DrawArgs, LoadArgs, ModelArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
-pub use model::ModelArgs;
 
 use std::ffi::OsString;
 
@@ -47,7 +39,8 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
-use crate::{input, terminal};
+use crate::io::input;
+use crate::terminal;
 
 /// Draw images from a terminal with NextFlow.
 #[derive(Debug, Parser)]
@@ -57,22 +50,22 @@ struct Cli {
     command: Command,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Draw images from prompts
     Gen(GenArgs),
     /// Edit images by instruction
     Edit(edit::EditArgs),
-    /// Talk about images, and draw them
+    /// Chat about images, and draw in conversation
     Chat(chat::ChatArgs),
-    /// Turn an image into codes
+    /// Convert an image to codes
     Encode(encode::EncodeArgs),
-    /// Turn codes into an image
+    /// Convert codes to an image
     Decode(decode::DecodeArgs),
-    /// Describe a model or a file of weights
+    /// Describe a model or a weights file
     Info(info::InfoArgs),
-    /// Measure speed and memory with random weights
+    /// Measure speed and memory, with random weights
     Bench(bench::BenchArgs),
     /// Write a smaller copy of a model
     Quantize(quantize::QuantizeArgs),
@@ -81,9 +74,9 @@ pub enum Command {
     /// List, download, check and remove models
     #[cfg(feature = "hub")]
     Models(models::ModelsArgs),
-    /// Measure a model: compositions, dialogues, recognition, reconstruction
+    /// Score a model: compositions, dialogues, recognition, reconstruction
     Eval(EvalArgs),
-    /// Print the script by which a shell completes commands and flags
+    /// Print a shell completion script
     Completions(completions::CompletionsArgs),
     /// Train nano, step by step
     #[cfg(feature = "train")]
@@ -219,7 +212,7 @@ fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
         }
     }
     let sentence = match error.kind() {
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => format!("{command} needs to be told what to do"),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => format!("{command} needs a subcommand"),
         _ => text.split("\n\n").next().unwrap_or_default().trim_start_matches("error:").into(),
     };
     let unknown = error.get(ContextKind::InvalidArg).map(ToString::to_string).filter(|_| {
@@ -302,7 +295,7 @@ mod tests {
         assert_eq!(fails(&["gen", "-p", "x", "--seed", "y"]).hint.unwrap(), "nextflow gen --help");
         assert_eq!(fails(&[]).hint.unwrap(), "nextflow --help");
         #[cfg(feature = "hub")]
-        assert_eq!(fails(&["models"]).message, "nextflow models needs to be told what to do");
+        assert_eq!(fails(&["models"]).message, "nextflow models needs a subcommand");
         #[cfg(feature = "hub")]
         assert_eq!(fails(&["models", "rm"]).hint.unwrap(), "nextflow models rm --help");
     }

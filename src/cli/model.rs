@@ -1,32 +1,15 @@
-//! `--model` and `--offline`: which model a command uses.
+//! Finds the files of the model that `--model` names: built in, in a folder, or on the hub.
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
-#[cfg(feature = "hub")]
-use clap::builder::FalseyValueParser;
-
-use crate::checkpoint::Source;
-use crate::codec::Codec;
+use super::ModelArgs;
+use crate::checkpoint::{Source, TRANSFORMER};
+use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
-#[cfg(feature = "hub")]
-use crate::generate::tokenflow;
-use crate::generate::{TRANSFORMER, infinity};
+use crate::generate::{self, infinity};
 #[cfg(feature = "hub")]
 use crate::hub;
-
-/// Which model to use.
-#[derive(Args, Clone, Debug, Default)]
-pub struct ModelArgs {
-    /// A model folder, or OWNER/NAME of the Hugging Face hub; of several models in one place, one behind a colon:
-    /// FoundationVision/Infinity:2b [default: the model inside the program]
-    #[arg(long, value_name = "FOLDER|ID", env = "NEXTFLOW_MODEL")]
-    pub model: Option<String>,
-    /// Download nothing: a model of the hub has to be in the cache
-    #[cfg(feature = "hub")]
-    #[arg(long, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
-    pub offline: bool,
-}
+use crate::onecat;
 
 impl ModelArgs {
     /// What was asked for; nothing stands for the built-in model.
@@ -44,7 +27,7 @@ impl ModelArgs {
         #[cfg(feature = "hub")]
         if let Some(id) = hub_id(base)? {
             return match id.is(infinity::HUB) {
-                true => super::infinity_hub::fetch(&id, choice, self.offline),
+                true => super::hub::fetch_infinity(&id, choice, self.offline),
                 false if choice.is_some() => Err(no_choice(base)),
                 false => self.fetch(&id),
             };
@@ -53,7 +36,10 @@ impl ModelArgs {
         let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
         // Ours says what it is; the public ones have none, or one that says nothing.
         if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
-            return Ok(source);
+            return match onecat::is_config(&source.read_config()?) {
+                true => generate::onecat::in_folder(folder, infinity_cache()),
+                false => Ok(source),
+            };
         }
         match infinity::in_folder(folder, choice, text_encoder().as_deref())? {
             Some(parts) => Ok(parts),
@@ -66,29 +52,28 @@ impl ModelArgs {
     /// Infinity in a folder.
     ///
     /// Errors: as [`Self::source`].
-    pub fn codec(&self) -> Result<Codec> {
+    pub fn tokenizer(&self) -> Result<TokenizerSource> {
         match self.name().map(Path::new) {
-            Some(file) if file.is_file() => Codec::of_file(file),
+            Some(file) if file.is_file() => TokenizerSource::of_file(file),
             // A folder with nothing but image tokenizers is no model.
-            Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => match Codec::of_folder(folder)? {
-                Some(codec) => Ok(codec),
-                None => Codec::of_model(self.source()?),
-            },
-            _ => Codec::of_model(self.source()?),
+            Some(folder) if folder.is_dir() && !folder.join(TRANSFORMER).exists() => {
+                match TokenizerSource::of_folder(folder)? {
+                    Some(codec) => Ok(codec),
+                    None => TokenizerSource::of_model(self.source()?),
+                }
+            }
+            _ => TokenizerSource::of_model(self.source()?),
         }
     }
 
     #[cfg(feature = "hub")]
     fn fetch(&self, id: &hub::Id) -> Result<Source> {
-        let mut progress = super::models::progress(false)?;
+        let mut progress = super::hub::progress(false)?;
         // Others may have fetched a part of it, or a download was cut.
         let whole = |folder: &Path| Source::Folder(folder.into()).find(TRANSFORMER).is_ok();
         let folder = hub::fetch(id, None, whole, self.offline, &mut progress)?;
-        let source = Source::Folder(folder.clone());
-        if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&source) {
-            hub::borrow(&folder, &other.parse()?, file, self.offline, &mut progress)?;
-        }
-        Ok(source)
+        super::hub::borrow_tokenizer(&folder, self.offline, &mut progress)?;
+        Ok(Source::Folder(folder))
     }
 }
 
@@ -101,6 +86,14 @@ fn no_choice(name: &str) -> Error {
 pub(super) fn text_encoder() -> Option<PathBuf> {
     #[cfg(feature = "hub")]
     return hub::Cache::from_env().ok()?.snapshot(&infinity::TEXT_HUB.parse().ok()?);
+    #[cfg(not(feature = "hub"))]
+    None
+}
+
+/// What is in the cache of the hub of Infinity, whose image tokenizer OneCAT draws with.
+pub(super) fn infinity_cache() -> Option<PathBuf> {
+    #[cfg(feature = "hub")]
+    return hub::Cache::from_env().ok()?.snapshot(&infinity::HUB.parse().ok()?);
     #[cfg(not(feature = "hub"))]
     None
 }

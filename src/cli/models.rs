@@ -3,10 +3,11 @@
 use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 
+use super::hub::progress;
 use crate::checkpoint::{NANO, Source};
 use crate::error::{Error, Kind, Result};
 use crate::generate::infinity;
-use crate::hub::{Cache, Cached, Client, Event, Id, size};
+use crate::hub::{Cache, Cached, Client, Id, size};
 use crate::terminal;
 
 /// Flags of `nextflow models`.
@@ -18,23 +19,23 @@ pub struct ModelsArgs {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// The built-in model and those in the cache of the Hugging Face hub
+    /// List the built-in model and those in the Hugging Face cache
     List {
-        /// Print JSON in place of text
+        /// Print JSON instead of text
         #[arg(long)]
         json: bool,
     },
-    /// Download what is needed of a model, or go on with a download
+    /// Download a model, or resume its download
     Pull {
         /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page; FoundationVision/Infinity:2b for one of several
         #[arg(value_name = "ID")]
         model: String,
-        /// Download these files of it, and the small ones beside them
+        /// Download only these files, and the small ones beside them
         #[arg(value_name = "FILE")]
         files: Vec<String>,
         #[arg(long, hide = true, env = "HF_HUB_OFFLINE", value_parser = FalseyValueParser::new())]
         offline: bool,
-        /// Say nothing but results and errors
+        /// Print results and errors only
         #[arg(short, long)]
         quiet: bool,
     },
@@ -44,7 +45,7 @@ enum Action {
         #[arg(value_name = "ID")]
         model: String,
     },
-    /// Remove a model from the cache
+    /// Delete a model from the cache
     Rm {
         /// OWNER/NAME
         #[arg(value_name = "ID")]
@@ -77,9 +78,13 @@ fn pull(cache: &Cache, model: &str, files: &[String], offline: bool, quiet: bool
     let files: Vec<String> = files.iter().cloned().chain(file).collect();
     // It holds several models, of which nobody wants all.
     if id.is(infinity::HUB) && files.is_empty() {
-        return super::infinity_hub::fetch(&id, choice, false).map(drop);
+        return super::hub::fetch_infinity(&id, choice, false).map(drop);
     }
-    let folder = Client::from_env()?.pull(&id, &files, cache, &mut progress(quiet)?)?;
+    let mut progress = progress(quiet)?;
+    let folder = Client::from_env()?.pull(&id, &files, cache, &mut progress)?;
+    if files.is_empty() {
+        super::hub::borrow_tokenizer(&folder, false, &mut progress)?;
+    }
     terminal::emit_path(&folder).map(drop)
 }
 
@@ -124,31 +129,4 @@ fn verify(cache: &Cache, id: &Id) -> Result<()> {
         n => format!("{id}: {} files sound, {n} without a hash could not be checked\n", verdict.sound),
     };
     terminal::emit(text.as_bytes()).map(drop)
-}
-
-/// Prints on stderr how a download goes: what it waits for, and a line for every tenth of a file; Ctrl-C breaks it off.
-pub(super) fn progress(quiet: bool) -> Result<impl FnMut(Event) -> Result<()>> {
-    let stop = terminal::interrupts()?;
-    let mut last = (String::new(), 0);
-    Ok(move |event: Event| {
-        if stop.check().is_break() {
-            return Err(terminal::interrupted());
-        }
-        let (text, tenth) = match event {
-            Event::Status(text) => (text, 0),
-            Event::Progress { name, done, total } => (name, 1 + u128::from(done) * 10 / u128::from(total.max(1))),
-            Event::Tick => return Ok(()),
-        };
-        if quiet || (last.0 == text && last.1 == tenth) {
-            return Ok(());
-        }
-        last = (text.into(), tenth);
-        match event {
-            Event::Progress { name, done, total } => {
-                terminal::note(&format!("{name}: {} of {}", size(done), size(total)));
-            }
-            _ => terminal::note(text),
-        }
-        Ok(())
-    })
 }

@@ -10,7 +10,9 @@ use crate::chat::{self, ChatConfig, ChatModel};
 use crate::checkpoint::{self, WeightType, Weights};
 use crate::error::Result;
 use crate::generate::infinity::{self, InfinitySetup};
+use crate::generate::onecat::OneCatSetup;
 use crate::generate::{Model, ModelConfig, tokenflow};
+use crate::onecat;
 use crate::terminal;
 
 /// Flags of `nextflow quantize`.
@@ -25,7 +27,7 @@ pub struct QuantizeArgs {
     /// Type of the transformer's weights
     #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = WeightType::Q8_0)]
     pub weights: WeightType,
-    /// Write the new model folder here; it must not exist
+    /// New model folder; must not exist
     #[arg(short, long, value_name = "FOLDER")]
     pub output: PathBuf,
 }
@@ -38,6 +40,10 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let config = source.read_config()?;
     if infinity::is_config(&config) {
         InfinitySetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
+        return terminal::emit_path(&args.output).map(drop);
+    }
+    if onecat::is_config(&config) {
+        OneCatSetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
         return terminal::emit_path(&args.output).map(drop);
     }
     if let Some(family) = chat::other_family(&config).filter(|_| !tokenflow::is_public(&config)) {

@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 
 use super::per_scale::PerScale;
-use super::{DrawArgs, PromptArgs};
-use crate::checkpoint::{Source, WeightType};
+use super::{DrawArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
+use crate::checkpoint::{Source, TRANSFORMER, WeightType};
 use crate::error::{Error, Result};
-use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, TRANSFORMER};
-use crate::input::{self, shown};
-use crate::output::{self, Destination};
-use crate::size::Size;
+use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, Size};
+use crate::io::input::{self, shown};
+use crate::io::output::{self, Destination};
 use crate::text;
 
 /// What to draw, with what, and where to.
@@ -60,40 +59,41 @@ impl Request {
     }
 
     fn of(args: &DrawArgs, prompts: impl FnOnce() -> Result<Vec<String>>) -> Result<Self> {
-        check_sampler(args)?;
-        let size: Size = args.size.parse()?;
-        if args.count == 0 {
+        check_sampler(&args.sampling)?;
+        let size: Size = args.sampling.size.parse()?;
+        if args.sampling.count == 0 {
             return Err(Error::usage("--count 0 draws nothing").hint("--count 1"));
         }
-        let seeds = if args.seed.is_empty() { vec![any_seed()] } else { args.seed.clone() };
-        if let Some(seed) = seeds.iter().find(|seed| seed.checked_add(args.count - 1).is_none()) {
-            let message = format!("seeds from {seed} on do not leave room for --count {}", args.count);
-            return Err(Error::usage(message).hint(format!("--seed {}", u64::MAX - (args.count - 1))));
+        let seeds = if args.sampling.seed.is_empty() { vec![any_seed()] } else { args.sampling.seed.clone() };
+        if let Some(seed) = seeds.iter().find(|seed| seed.checked_add(args.sampling.count - 1).is_none()) {
+            let message = format!("seeds from {seed} on do not leave room for --count {}", args.sampling.count);
+            return Err(Error::usage(message).hint(format!("--seed {}", u64::MAX - (args.sampling.count - 1))));
         }
         let mut order = seeds.clone();
         order.sort_unstable();
-        if let Some(pair) = order.windows(2).find(|pair| pair[1] - pair[0] < args.count) {
+        if let Some(pair) = order.windows(2).find(|pair| pair[1] - pair[0] < args.sampling.count) {
             return Err(Error::usage(format!("seed {} would be drawn twice", pair[1])).hint(format!(
                 "name each once, so far apart: --seed {},{}",
                 pair[0],
-                pair[0].saturating_add(args.count)
+                pair[0].saturating_add(args.sampling.count)
             )));
         }
         let prompts = prompts()?;
-        let destination = destination(args, prompts.len() * seeds.len() > 1 || args.count > 1)?;
-        let device = args.device.get()?;
+        let destination =
+            destination(&args.output, &args.report, prompts.len() * seeds.len() > 1 || args.sampling.count > 1)?;
+        let device = args.load.device.get()?;
         destination.check()?;
-        let source = args.model.source()?;
+        let source = args.load.model.source()?;
         let config = GeneratorConfig::read(&source)?;
-        source.check_type(TRANSFORMER, args.quant)?;
+        source.check_type(TRANSFORMER, args.load.quant)?;
         let counter = config.prompt_counter(&source)?;
         let tokens = longest(&prompts, &counter)?;
-        let model = args.quant.map_or(config.name().into(), |weights| format!("{} ({weights})", config.name()));
-        let (sampling, weights) = (sampling(args, config.sampling().clone()), args.quant);
-        if let Some(flag) = without_effect(args.top_k, args.top_p, &sampling) {
+        let model = args.load.quant.map_or(config.name().into(), |weights| format!("{} ({weights})", config.name()));
+        let (sampling, weights) = (sampling(&args.sampling, config.sampling().clone()), args.load.quant);
+        if let Some(flag) = without_effect(args.sampling.top_k, args.sampling.top_p, &sampling) {
             return Err(no_effect(flag));
         }
-        let count = args.count;
+        let count = args.sampling.count;
         let negative = None;
         Ok(Self {
             prompts,
@@ -133,13 +133,16 @@ impl Request {
     }
 }
 
+/// Tokens around a prompt or an instruction in a model's chat template, for forecasts.
+pub(super) const TEMPLATE_TOKENS: usize = 48;
+
 /// A seed from the operating system's entropy (through the keys of std's hasher); 32 bits are easily typed again.
 pub fn any_seed() -> u64 {
     RandomState::new().hash_one(0) >> 32
 }
 
 /// Refuses sampler values that mean nothing, whatever the model.
-pub(crate) fn check_sampler(args: &DrawArgs) -> Result<()> {
+pub(crate) fn check_sampler(args: &SamplingArgs) -> Result<()> {
     let Some((flag, value, rule)) = sampling(args, Sampling::default()).fault() else { return Ok(()) };
     let example = match flag {
         "cfg" => "3",
@@ -200,7 +203,7 @@ pub(crate) fn negative(
 }
 
 /// The model's own sampling with the given settings in its place.
-pub(crate) fn sampling(args: &DrawArgs, defaults: Sampling) -> Sampling {
+pub(crate) fn sampling(args: &SamplingArgs, defaults: Sampling) -> Sampling {
     let each = |given: &Option<PerScale>, usual: Vec<f64>| given.as_ref().map_or(usual, |given| given.each().to_vec());
     Sampling {
         cfg: args.cfg.as_ref().map_or(defaults.cfg, PerScale::first),
@@ -266,7 +269,7 @@ fn trim_newline(bytes: &[u8]) -> &[u8] {
     bytes.strip_suffix(b"\r").unwrap_or(bytes)
 }
 
-fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
+fn destination(args: &OutputArgs, report: &ReportArgs, several: bool) -> Result<Destination> {
     let Some(path) = &args.output else {
         return Ok(Destination::Folder { path: args.out_dir.clone().unwrap_or_default(), force: args.force });
     };
@@ -276,8 +279,8 @@ fn destination(args: &DrawArgs, several: bool) -> Result<Destination> {
     if !output::is_stdout(path) {
         return Ok(Destination::File { path: PathBuf::from(path), force: args.force });
     }
-    if args.json || args.force {
-        return Err(for_files(if args.json { "--json" } else { "--force" }));
+    if report.json || args.force {
+        return Err(for_files(if report.json { "--json" } else { "--force" }));
     }
     no_terminal()?;
     Ok(Destination::Stdout)
@@ -304,8 +307,8 @@ mod tests {
 
     #[test]
     fn sampler_values_are_checked() {
-        let with = |set: &dyn Fn(&mut DrawArgs)| {
-            let mut args = DrawArgs::default();
+        let with = |set: &dyn Fn(&mut SamplingArgs)| {
+            let mut args = SamplingArgs::default();
             set(&mut args);
             check_sampler(&args).map(|()| args)
         };

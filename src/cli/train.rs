@@ -6,20 +6,20 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
 
-use crate::checkpoint::Weights;
+use crate::checkpoint::{TRANSFORMER, Weights};
+use crate::dataset::{Dataset, SIDE};
 use crate::error::{Error, Result};
-use crate::generate::{Sampling, TRANSFORMER};
-use crate::library::{Library, SIDE};
-use crate::terminal;
+use crate::generate::Sampling;
+use crate::io::{input, output};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
-use crate::train::dataset::Dataset;
 use crate::train::pool::{Pool, PoolSizes};
 use crate::train::run::Run;
+use crate::train::samples::Samples;
 use crate::train::tokenizer::Stage;
 use crate::train::transformer::Lesson;
 use crate::train::{self, Hyperparameters};
-use crate::{device, input};
+use crate::{device, terminal};
 
 /// Train nano, step by step.
 #[derive(Debug, Args)]
@@ -150,11 +150,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 let message = format!("{} already exists", input::shown(&args.data));
                 return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
             }
-            Some(folder) => Library::from_folder(folder)?,
+            Some(folder) => Dataset::from_folder(folder)?,
             None => train::prepare::prepare(packages)?,
         };
         // What cannot be trained on is not written.
-        Dataset::new(&library, 0)?;
+        Samples::new(&library, 0)?;
         library.save(&args.data)?;
         let held_out = library.concepts.iter().filter(|c| c.held_out).count();
         let (path, pictures, concepts) = (args.data.display(), library.pictures.len(), library.concepts.len());
@@ -175,8 +175,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         ))
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
     }
-    let library = Library::load(&args.data)?;
-    let dataset = Dataset::new(&library, run.seed(&args.step.name()))?;
+    let library = Dataset::load(&args.data)?;
+    let dataset = Samples::new(&library, run.seed(&args.step.name()))?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
         Step::Data { .. } | Step::Export { .. } => Ok(()),
@@ -185,7 +185,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let scenes = (0..4000).flat_map(|i| dataset.scene(i, SIDE, SIDE).captions);
             let several = (0..4000).flat_map(|i| dataset.several(dataset.everyday(), i).captions);
             let captions = concepts.chain(scenes).chain(several);
-            crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?.save(&run.file("tokenizer.json"))
+            let text = crate::text::train_bpe(captions, run.recipe.backbone.vocab_size)?;
+            output::write(&run.file("tokenizer.json"), text.to_file()?.as_bytes())
         }
         Step::Semantic(plan) => {
             train::semantic::train(&run, &dataset, &text()?, plan.batch.get(), &plan.hyperparameters())

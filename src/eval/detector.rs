@@ -268,10 +268,11 @@ impl View {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scenes::{Kind, Object, Place, Scene, Size};
+    use crate::scenes::{Kind, Object, ObjectSize, Place, Scene};
 
     fn scene(objects: &[(Shape, usize, (f64, f64), f64)]) -> Scene {
-        let object = |&(shape, colour, centre, radius)| Object { shape, colour, size: Size::Plain, centre, radius };
+        let object =
+            |&(shape, colour, centre, radius)| Object { shape, colour, size: ObjectSize::Plain, centre, radius };
         Scene {
             kind: Kind::Counting,
             objects: objects.iter().map(object).collect(),

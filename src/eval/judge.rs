@@ -2,7 +2,7 @@
 
 use super::colour;
 use super::detector::{Detection, Found};
-use crate::scenes::{BACKGROUNDS, Kind, Object, Place, Scene, Size, radii};
+use crate::scenes::{BACKGROUNDS, Kind, Object, ObjectSize, Place, Scene, radii};
 
 /// Units by which the centres of two objects must differ for one to be beside or above the other.
 const APART: f64 = 12.0;
@@ -28,9 +28,9 @@ pub fn judge(scene: &Scene, found: &Detection) -> bool {
         }
         [first, second] if scene.kind != Kind::Counting => {
             let larger = match scene.objects[0].size {
-                Size::Plain => true,
-                Size::Large => first.radius > LARGER * second.radius,
-                Size::Small => second.radius > LARGER * first.radius,
+                ObjectSize::Plain => true,
+                ObjectSize::Large => first.radius > LARGER * second.radius,
+                ObjectSize::Small => second.radius > LARGER * first.radius,
             };
             larger && relation(scene.place, first.centre, second.centre, APART)
         }
@@ -157,7 +157,7 @@ mod tests {
                     let colours = |a: &mut Object, b: &mut Object| std::mem::swap(&mut a.colour, &mut b.colour);
                     fails(&scene, &changed(&|s| swap(s, &colours)), "swapped colours");
                 }
-                if kind == Kind::AttributeBinding && scene.objects[0].size != Size::Plain {
+                if kind == Kind::AttributeBinding && scene.objects[0].size != ObjectSize::Plain {
                     let sizes = |a: &mut Object, b: &mut Object| std::mem::swap(&mut a.radius, &mut b.radius);
                     fails(&scene, &changed(&|s| swap(s, &sizes)), "swapped sizes");
                 }
@@ -165,9 +165,10 @@ mod tests {
                     let other = |s: &mut Scene| s.background = Some((background + 1) % BACKGROUNDS.len());
                     fails(&scene, &changed(&other), "another background");
                 }
-                if kind == Kind::SingleObject && scene.objects[0].size != Size::Plain {
-                    let plain =
-                        (radii(1, Size::Small, scene.place).end + radii(1, Size::Large, scene.place).start) / 2.0;
+                if kind == Kind::SingleObject && scene.objects[0].size != ObjectSize::Plain {
+                    let plain = (radii(1, ObjectSize::Small, scene.place).end
+                        + radii(1, ObjectSize::Large, scene.place).start)
+                        / 2.0;
                     fails(&scene, &changed(&|s| s.objects[0].radius = plain), "of the usual size");
                 }
                 if kind == Kind::SingleObject && scene.place != Place::Unsaid {

@@ -19,8 +19,8 @@ pub use dialogues::{Dialogues, Examiner};
 pub use report::Report;
 pub use things::{ThingEdits, thing_edits};
 
+use crate::dataset::{Canvas, Dataset};
 use crate::error::Result;
-use crate::library::{Canvas, Library};
 use crate::pixels;
 use crate::tokenizer::ImageTokenizer;
 use metrics::{nearest, pixel_feature, psnr, ssim};
@@ -82,7 +82,7 @@ const WHITE: [u8; 3] = [255; 3];
 
 impl Subject<'_> {
     /// A picture on white, as large as the model draws.
-    fn picture(&self, library: &Library, picture: usize) -> Result<RgbImage> {
+    fn picture(&self, library: &Dataset, picture: usize) -> Result<RgbImage> {
         let stride = self.tokenizer.config().encoder.stride();
         let side = self.scales.last().map_or(0, |&(h, w)| h.min(w)) * stride;
         let mut canvas = Canvas::new(side, side, WHITE);
@@ -110,7 +110,7 @@ impl Subject<'_> {
 }
 
 /// The everyday concepts that have a picture in the model's hand, with it, in order.
-fn drawable(library: &Library) -> Vec<(usize, usize)> {
+fn drawable(library: &Dataset) -> Vec<(usize, usize)> {
     let mut concepts: Vec<usize> = library.everyday(false).chain(library.everyday(true)).collect();
     concepts.sort_unstable();
     concepts.into_iter().filter_map(|c| Some((c, library.drawn(c)?))).collect()
@@ -123,7 +123,7 @@ fn spread(n: usize, limit: Option<usize>) -> impl Iterator<Item = usize> {
 }
 
 /// How many images [`recognition`] draws.
-pub fn recognisable(library: &Library, limit: Option<usize>) -> usize {
+pub fn recognisable(library: &Dataset, limit: Option<usize>) -> usize {
     spread(drawable(library).len(), limit).count()
 }
 
@@ -131,7 +131,7 @@ pub fn recognisable(library: &Library, limit: Option<usize>) -> usize {
 /// pictures of all.
 pub fn recognition(
     subject: &Subject,
-    library: &Library,
+    library: &Dataset,
     draw: Draw,
     limit: Option<usize>,
     seed: u64,
@@ -169,7 +169,7 @@ pub fn recognition(
 }
 
 /// Encodes and decodes the pictures of all held-out concepts.
-pub fn reconstruction(subject: &Subject, library: &Library) -> Result<Reconstruction> {
+pub fn reconstruction(subject: &Subject, library: &Dataset) -> Result<Reconstruction> {
     // Sums: count, PSNR, SSIM.
     let (mut three_d, mut all) = ([0.0; 3], [0.0; 3]);
     for (i, picture) in library.pictures.iter().enumerate() {

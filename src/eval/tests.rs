@@ -1,10 +1,10 @@
 use super::*;
 use crate::checkpoint::Weights;
-use crate::library::{BYTES, Concept, Picture, Style};
+use crate::dataset::{BYTES, CaptionedImage, Concept, Style};
 use crate::rng::{Rng, Stream};
 
 /// Concepts of one plain colour each in two hands; the last one is held out.
-fn library(count: usize) -> Library {
+fn library(count: usize) -> Dataset {
     let concept = |i: usize| Concept {
         label: format!("thing{i}"),
         names: vec![format!("thing{i}")],
@@ -13,13 +13,13 @@ fn library(count: usize) -> Library {
         ..Concept::default()
     };
     let pictures =
-        (0..2 * count).map(|p| Picture { concept: p / 2, style: (p % 2 == 1).then_some(Style::Noto) }).collect();
+        (0..2 * count).map(|p| CaptionedImage { concept: p / 2, style: (p % 2 == 1).then_some(Style::Noto) }).collect();
     let rng = Rng::new(1, 0, Stream::Train, 0);
     let rgba = (0..2 * count * BYTES).map(|i| match i % 4 {
         3 => 255,
         c => rng.below((16 * (i / 2048) + c) as u64, 256) as u8,
     });
-    Library::new((0..count).map(concept).collect(), pictures, rgba.collect()).unwrap()
+    Dataset::new((0..count).map(concept).collect(), pictures, rgba.collect()).unwrap()
 }
 
 #[test]

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::dialogues::{Examiner, Watch};
 use super::metrics::{nearest, pixel_feature};
+use crate::dataset::{Canvas, Dataset, SIDE, Style, with_article};
 use crate::error::{Error, Kind as Failure, Result};
-use crate::library::{Canvas, Library, SIDE, Style, with_article};
 use crate::rng::Rng;
 use crate::scenes::BACKGROUNDS;
 
@@ -48,17 +48,17 @@ const WHITE: [u8; 3] = [255; 3];
 /// Root mean square, of 255, by which a picture and its mirror image are hardly told apart.
 const ALIKE: f64 = 24.0;
 
-fn canvas(library: &Library, picture: usize, background: [u8; 3]) -> Canvas {
+fn canvas(library: &Dataset, picture: usize, background: [u8; 3]) -> Canvas {
     Canvas { width: SIDE, height: SIDE, rgb: library.over(picture, background) }
 }
 
 /// Concepts of which no edit was trained, with a name: what goes by captions of its own cannot be told by an instruction.
-fn things(library: &Library) -> Vec<usize> {
+fn things(library: &Dataset) -> Vec<usize> {
     library.everyday(true).filter(|&c| !library.concepts[c].names.is_empty()).collect()
 }
 
 /// The case of these draws, among the [`things`], of which there are some; none if the library has no such pictures.
-fn case(library: &Library, kind: ThingEdit, rng: &Rng) -> Option<Case> {
+fn case(library: &Dataset, kind: ThingEdit, rng: &Rng) -> Option<Case> {
     let concepts = things(library);
     let concept = |counter| concepts[rng.below(counter, concepts.len())];
     let thing = concept(0);
@@ -116,7 +116,7 @@ fn feature(image: &RgbImage) -> Vec<f32> {
 }
 
 /// Edits of every kind; none if the library has no things of which to tell.
-pub fn thing_edits(examiner: &Examiner, library: &Library, watch: Watch) -> Result<Vec<ThingEdits>> {
+pub fn thing_edits(examiner: &Examiner, library: &Dataset, watch: Watch) -> Result<Vec<ThingEdits>> {
     if things(library).is_empty() {
         return Ok(Vec::new());
     }

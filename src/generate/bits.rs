@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::sampler::{COLD, Draw, Fault, Filter, NON_FINITE_BIT};
+use super::Filter;
+use super::sampler::{COLD, Fault, NON_FINITE_BIT, SampleParams};
 use crate::rng::{Rng, Stream};
 
 /// The bits (images, T, bits) u8 of the positions from `first` on, by their logits (R, T, 2 * bits), those of 0 and of 1 side by
@@ -10,22 +11,22 @@ use crate::rng::{Rng, Stream};
 /// image.
 ///
 /// Errors: logits that are not finite, unless a GPU draws: there the bit is [`NON_FINITE_BIT`].
-pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> std::result::Result<Tensor, Fault> {
-    let (guided, device) = (guided(logits, draw)?, logits.device());
+pub fn sample(logits: &Tensor, params: &SampleParams, first: usize) -> std::result::Result<Tensor, Fault> {
+    let (guided, device) = (guided(logits, params)?, logits.device());
     let (images, tokens, bits) = guided.dims3()?;
     let bits = bits / 2;
     let pairs = guided.reshape((images, tokens, bits, 2))?;
     let of = |value: usize| pairs.narrow(3, value, 1)?.squeeze(3);
     let gap = (of(1)? - of(0)?)?;
 
-    let filter = draw.sampling.filter(draw.pass);
-    let greedy = draw.sampling.temperature_at(draw.scale) < COLD;
+    let filter = params.sampling.filter(params.pass);
+    let greedy = params.sampling.temperature_at(params.scale) < COLD;
     let threshold = |&seed: &u64| {
-        let rng = Rng::new(seed, 0, Stream::Code, draw.scale as u64 | (draw.pass as u64) << 32);
+        let rng = Rng::new(seed, 0, Stream::Code, params.scale as u64 | (params.pass as u64) << 32);
         let counters = (first * bits) as u64..((first + tokens) * bits) as u64;
         counters.map(move |i| if greedy { 0.0 } else { threshold(rng.uniform(i), filter) })
     };
-    let thresholds: Vec<f32> = draw.seeds.iter().flat_map(threshold).collect();
+    let thresholds: Vec<f32> = params.seeds.iter().flat_map(threshold).collect();
     let drawn = gap.gt(&Tensor::from_vec(thresholds, (images, tokens, bits), device)?)?;
     let finite = gap.abs()?.le(f32::MAX)?;
     let drawn = finite.where_cond(&drawn, &Tensor::full(NON_FINITE_BIT, drawn.shape(), device)?)?;
@@ -39,15 +40,15 @@ pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> std::result::Result
 }
 
 /// Logits (R, T, 2 * bits) of the images in f32, under guidance and divided by the temperature: (images, T, 2 * bits).
-pub fn guided(logits: &Tensor, draw: &Draw) -> Result<Tensor> {
-    let (images, t) = (draw.seeds.len(), draw.guidance);
+pub fn guided(logits: &Tensor, params: &SampleParams) -> Result<Tensor> {
+    let (images, t) = (params.seeds.len(), params.guidance);
     let logits = logits.to_dtype(DType::F32)?;
     let conditional = logits.narrow(0, 0, images)?;
     let guided = match logits.dim(0)? > images && t != 0.0 {
         true => ((conditional * (1.0 + t))? - (logits.narrow(0, images, images)? * t)?)?,
         false => conditional,
     };
-    match draw.sampling.temperature_at(draw.scale) {
+    match params.sampling.temperature_at(params.scale) {
         cold if cold < COLD => Ok(guided),
         temperature => guided / temperature,
     }
@@ -133,9 +134,9 @@ mod tests {
         let logits = Tensor::new(&[[row; 4000]], &Device::Cpu).unwrap();
         let usual = sampling(1.0, None, 0.97);
         let bits = |seed: u64, scale: usize, first: usize, tokens: usize| {
-            let draw = Draw { sampling: &usual, guidance: 0.0, seeds: &[seed], scale, pass: 0 };
+            let params = SampleParams { sampling: &usual, guidance: 0.0, seeds: &[seed], scale, pass: 0 };
             let part = logits.narrow(1, first, tokens).unwrap();
-            sample(&part, &draw, first).unwrap().to_vec3::<u8>().unwrap().remove(0)
+            sample(&part, &params, first).unwrap().to_vec3::<u8>().unwrap().remove(0)
         };
         let drawn = bits(5, 1, 0, 4000);
         let ones = drawn.iter().filter(|bits| bits[0] == 1).count() as f64 / 4000.0;
@@ -153,8 +154,8 @@ mod tests {
         let logits = Tensor::from_vec(logits, (4, 30, 10), &Device::Cpu).unwrap();
         let usual = sampling(0.5, None, 0.97);
         let draw = |seeds: &[u64], logits: &Tensor| {
-            let draw = Draw { sampling: &usual, guidance: 2.0, seeds, scale: 2, pass: 0 };
-            sample(logits, &draw, 0).unwrap().to_vec3::<u8>().unwrap()
+            let params = SampleParams { sampling: &usual, guidance: 2.0, seeds, scale: 2, pass: 0 };
+            sample(logits, &params, 0).unwrap().to_vec3::<u8>().unwrap()
         };
         let alone = |image: usize, seed: u64| {
             let pair = Tensor::stack(&[logits.get(image).unwrap(), logits.get(2 + image).unwrap()], 0).unwrap();
@@ -168,8 +169,8 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let logits = Tensor::new(&[[[0f32, 1.0, 1.0, 0.0], [0.0, 1.0, bad, 0.0]]], &Device::Cpu).unwrap();
             for usual in [sampling(1.0, None, 0.97), sampling(0.0, None, 1.0)] {
-                let draw = Draw { sampling: &usual, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
-                match sample(&logits, &draw, 3) {
+                let params = SampleParams { sampling: &usual, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
+                match sample(&logits, &params, 3) {
                     Err(Fault::NonFinite { position }) => assert_eq!(position, 4),
                     other => panic!("{other:?}"),
                 }

@@ -4,9 +4,9 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::rows::POSITIONS;
-use super::{ModelConfig, Sampling, TRANSFORMER, schedule};
+use super::{ModelConfig, Sampling, schedule};
 use crate::backbone::{Backbone, BackboneConfig};
-use crate::checkpoint::{Inventory, Matrices, Source, WeightType, Weights};
+use crate::checkpoint::{Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::Result;
 use crate::tokenizer::{CnnConfig, ImageDecoder};
 

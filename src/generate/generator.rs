@@ -11,8 +11,8 @@ use super::onecat::{OneCatModel, OneCatSetup};
 use super::{Batch, Model, ModelConfig, Observer, PromptCounter, Sampling};
 use crate::checkpoint::{FileSummary, Fit, Source, WeightType};
 use crate::error::{Error, Result};
+use crate::generate::Size;
 use crate::onecat;
-use crate::size::Size;
 use crate::t5::TextEncoder;
 use crate::tokenizer::Code;
 

@@ -3,10 +3,9 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::sampler::{self, Draw, Fault};
+use super::sampler::{self, Fault, SampleParams};
 use super::{Prefix, Sequences, schedule};
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, Cache, Context, Position, Rope, Step};
+use crate::backbone::{Backbone, Cache, Context, Layout, Position, Rope, Step};
 
 /// Tokens whose logits are held at a time: 1 GB for all of a 64x64 grid would be too much.
 pub const POSITIONS: usize = 1024;
@@ -82,7 +81,7 @@ impl<'a> Rows<'a> {
 }
 
 impl Sequences for Rows<'_> {
-    fn read(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
+    fn forward(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
         let (images, tokens, _) = features.dims3()?;
         let x = self.backbone.embed_codes(&features.to_dtype(self.backbone.dtype())?, si, self.scales)?;
         let (rows, hidden) = (self.caches.len(), self.backbone.config().hidden_size);
@@ -98,12 +97,12 @@ impl Sequences for Rows<'_> {
     }
 
     /// Logits are held for [`POSITIONS`] of one image at a time, or for fewer of each of several.
-    fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
-        let (tokens, most) = (hidden.dim(1)?, POSITIONS.div_ceil(draw.seeds.len().max(1)));
+    fn sample(&self, hidden: &Tensor, params: &SampleParams) -> std::result::Result<Tensor, Fault> {
+        let (tokens, most) = (hidden.dim(1)?, POSITIONS.div_ceil(params.seeds.len().max(1)));
         let mut codes = Vec::new();
         for first in (0..tokens).step_by(most) {
             let part = hidden.narrow(1, first, most.min(tokens - first))?;
-            codes.push(sampler::sample(&self.backbone.code_logits(&part)?, draw, first)?);
+            codes.push(sampler::sample(&self.backbone.code_logits(&part)?, params, first)?);
         }
         Ok(Tensor::cat(&codes, 1)?)
     }
@@ -214,7 +213,7 @@ mod tests {
         // And what comes after them sees the same.
         let features = Tensor::ones((4, 4, 8), DType::F32, &Device::Cpu)?;
         let behind = |caches: &mut [Cache]| {
-            Rows::resume(&backbone, caches, layouts.clone(), &scales)?.read(1, &features, Step::Scale)
+            Rows::resume(&backbone, caches, layouts.clone(), &scales)?.forward(1, &features, Step::Scale)
         };
         let (one, other) = (behind(&mut apart)?, behind(&mut together)?);
         assert!(far(&one, &other)? < 1e-4);

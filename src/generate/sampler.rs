@@ -2,9 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
-use super::Sampling;
+use super::sampling::{Filter, Sampling};
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::{Code, pack};
 
@@ -28,7 +27,7 @@ impl From<candle_core::Error> for Fault {
 
 /// What decides the codes of a pass over a scale, beside its logits.
 #[derive(Clone, Copy, Debug)]
-pub struct Draw<'a> {
+pub struct SampleParams<'a> {
     /// Temperature and filters.
     pub sampling: &'a Sampling,
     /// VAR's guidance t at this scale.
@@ -39,16 +38,6 @@ pub struct Draw<'a> {
     pub scale: usize,
     /// 0 for the first pass.
     pub pass: usize,
-}
-
-/// Which codes stay candidates.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Filter {
-    /// The k likeliest.
-    pub top_k: Option<usize>,
-    /// Of these the smallest set whose probabilities sum to p; 1 keeps all.
-    pub top_p: f64,
 }
 
 /// What a GPU draws where the logits are not finite, so that nothing waits for it to tell: no codebook is as large.
@@ -81,27 +70,27 @@ pub fn to_host(codes: &Tensor) -> Result<Vec<Vec<Code>>, Fault> {
 /// same device. The rows are one of every image and then, with guidance, the unconditional one of every image.
 ///
 /// Errors: logits that are not finite, unless a GPU draws: there the code is [`NON_FINITE`].
-pub fn sample(logits: &Tensor, draw: &Draw, first: usize) -> Result<Tensor, Fault> {
-    let ((rows, tokens, codes), images) = (logits.dims3()?, draw.seeds.len());
+pub fn sample(logits: &Tensor, params: &SampleParams, first: usize) -> Result<Tensor, Fault> {
+    let ((rows, tokens, codes), images) = (logits.dims3()?, params.seeds.len());
     let uniforms = |&seed: &u64| {
-        let rng = Rng::new(seed, 0, Stream::Code, draw.scale as u64 | (draw.pass as u64) << 32);
+        let rng = Rng::new(seed, 0, Stream::Code, params.scale as u64 | (params.pass as u64) << 32);
         (0..tokens).map(move |position| rng.uniform((first + position) as u64))
     };
-    let noise: Vec<f64> = draw.seeds.iter().flat_map(uniforms).collect();
-    let filter = draw.sampling.filter(draw.pass);
+    let noise: Vec<f64> = params.seeds.iter().flat_map(uniforms).collect();
+    let filter = params.sampling.filter(params.pass);
     // As if the positions of all images were those of one.
     let logits = logits.reshape((rows / images.max(1), images * tokens, codes))?;
     #[cfg(feature = "cuda")]
-    if let Some(drawn) = on_gpu(&logits, draw, filter, &noise)? {
+    if let Some(drawn) = on_gpu(&logits, params, filter, &noise)? {
         return Ok(drawn.reshape((images, tokens))?);
     }
-    let drawn = guided(&logits, draw.guidance)?.into_par_iter().zip(noise).enumerate().map(|(i, (row, noise))| {
+    let drawn = guided(&logits, params.guidance)?.into_par_iter().zip(noise).enumerate().map(|(i, (row, noise))| {
         // To the end of the row: a loop that may stop early takes one number at a time.
         let nan = row.iter().fold(false, |nan, v| nan | v.is_nan());
         if nan || !row.iter().copied().fold(f32::NEG_INFINITY, f32::max).is_finite() {
             return Err(Fault::NonFinite { position: first + i % tokens });
         }
-        Ok(self::draw(row, draw.sampling.temperature_at(draw.scale), filter, noise))
+        Ok(sample_row(row, params.sampling.temperature_at(params.scale), filter, noise))
     });
     Ok(Tensor::from_vec(drawn.collect::<Result<Vec<u32>, _>>()?, (images, tokens), logits.device())?)
 }
@@ -118,12 +107,17 @@ pub fn keep_non_finite(codes: Tensor, before: &Tensor) -> candle_core::Result<Te
 
 /// The same by a kernel that filters and draws where the logits are, if there is one for them.
 #[cfg(feature = "cuda")]
-fn on_gpu(logits: &Tensor, draw: &Draw, filter: Filter, noise: &[f64]) -> candle_core::Result<Option<Tensor>> {
-    let greedy = draw.sampling.temperature_at(draw.scale) < COLD;
+fn on_gpu(
+    logits: &Tensor,
+    params: &SampleParams,
+    filter: Filter,
+    noise: &[f64],
+) -> candle_core::Result<Option<Tensor>> {
+    let greedy = params.sampling.temperature_at(params.scale) < COLD;
     let Some(top_k) = (if greedy { Some(1) } else { filter.top_k }) else { return Ok(None) };
     let (temperature, top_p) =
-        (if greedy { 0.0 } else { draw.sampling.temperature_at(draw.scale) as f32 }, filter.top_p as f32);
-    let sample = crate::ops::Sample { guidance: draw.guidance as f32, temperature, top_k, top_p };
+        (if greedy { 0.0 } else { params.sampling.temperature_at(params.scale) as f32 }, filter.top_p as f32);
+    let sample = crate::ops::Sample { guidance: params.guidance as f32, temperature, top_k, top_p };
     crate::ops::sample(logits, &sample, noise)
 }
 
@@ -144,7 +138,7 @@ pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
 pub(super) const COLD: f64 = 1e-6;
 
 /// One of the entries that `kept` leaves of a row with a finite maximum, by `u` of (0, 1); at temperature 0 the largest.
-pub fn draw(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
+pub fn sample_row(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
     if temperature < COLD || kept.top_k == Some(1) {
         return argmax(&row);
     }
@@ -252,8 +246,8 @@ mod tests {
 
     /// Codes of logits (T, codes) without guidance.
     fn sample(logits: &Tensor, sampling: &Sampling, seed: u64, scale: usize, pass: usize) -> Result<Vec<u32>, Fault> {
-        let draw = Draw { sampling, guidance: 0.0, seeds: &[seed], scale, pass };
-        Ok(super::sample(&logits.unsqueeze(0)?, &draw, 0)?.get(0)?.to_vec1()?)
+        let params = SampleParams { sampling, guidance: 0.0, seeds: &[seed], scale, pass };
+        Ok(super::sample(&logits.unsqueeze(0)?, &params, 0)?.get(0)?.to_vec1()?)
     }
 
     #[track_caller]
@@ -307,8 +301,8 @@ mod tests {
         let logits = Tensor::new(&[[[1.0f32, 0.9, 0.0]], [[1.0, 0.0, 0.0]]], &Device::Cpu).unwrap();
         let greedy = sampling(0.0, None, 1.0);
         let draw = |guidance| {
-            let draw = Draw { sampling: &greedy, guidance, seeds: &[1], scale: 0, pass: 0 };
-            super::sample(&logits, &draw, 0).unwrap().to_vec2::<u32>().unwrap()
+            let params = SampleParams { sampling: &greedy, guidance, seeds: &[1], scale: 0, pass: 0 };
+            super::sample(&logits, &params, 0).unwrap().to_vec2::<u32>().unwrap()
         };
         assert_eq!(draw(0.0), [[0]]);
         assert_eq!(draw(1.0), [[1]]);
@@ -321,8 +315,8 @@ mod tests {
         let logits = Tensor::from_vec(logits, (4, 30, 11), &Device::Cpu).unwrap();
         let free = sampling(1.0, Some(8), 0.9);
         let draw = |seeds: &[u64], logits: &Tensor| {
-            let draw = Draw { sampling: &free, guidance: 1.5, seeds, scale: 2, pass: 0 };
-            super::sample(logits, &draw, 3).unwrap().to_vec2::<u32>().unwrap()
+            let params = SampleParams { sampling: &free, guidance: 1.5, seeds, scale: 2, pass: 0 };
+            super::sample(logits, &params, 3).unwrap().to_vec2::<u32>().unwrap()
         };
         let alone = |image: usize, seed: u64| {
             let pair = Tensor::stack(&[logits.get(image).unwrap(), logits.get(2 + image).unwrap()], 0).unwrap();

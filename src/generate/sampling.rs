@@ -1,7 +1,16 @@
 //! The settings by which codes are drawn.
 
-use super::sampler::Filter;
 use crate::error::{Error, Result};
+
+/// Which codes stay candidates.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Filter {
+    /// The k likeliest.
+    pub top_k: Option<usize>,
+    /// Of these the smallest set whose probabilities sum to p; 1 keeps all.
+    pub top_p: f64,
+}
 
 /// Beyond these, logits may not stay finite in f32.
 const MAX_CFG: f64 = 1e3;

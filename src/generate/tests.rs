@@ -2,15 +2,14 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::inputs::NextInput;
-use super::sampler::Filter;
+use super::Filter;
+use super::next_input::NextInput;
 use super::*;
 use crate::backbone::presets::QWEN2_5_VL_7B;
-use crate::backbone::sequence::Layout;
-use crate::backbone::{BackboneConfig, Cache, Context, InputMode, Rope, Step, Vocabulary};
+use crate::backbone::{BackboneConfig, Cache, Context, InputMode, Layout, Rope, Step, Vocabulary};
 use crate::checkpoint::Weights;
 use crate::rng::{Rng, Stream};
-use crate::tokenizer::{CodebookConfig, Quantizer};
+use crate::tokenizer::{Code, CodebookConfig, Quantizer};
 
 fn config(input_mode: InputMode) -> BackboneConfig {
     BackboneConfig {
@@ -298,8 +297,8 @@ fn what_is_not_finite_is_told_with_its_scale() {
     let (backbone, _) = model(InputMode::Residual);
     let broken = Tensor::full(f32::NAN, (1, 1, 64), &Device::Cpu).unwrap();
     let sampling = job(0.0, 1).sampling;
-    let draw = Draw { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
-    let fault = sampler::sample(&backbone.code_logits(&broken).unwrap(), &draw, 0).unwrap_err();
+    let params = SampleParams { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
+    let fault = sampler::sample(&backbone.code_logits(&broken).unwrap(), &params, 0).unwrap_err();
     assert_eq!(non_finite(fault, 0, (1, 1)).kind, Kind::NonFinite);
     // What a GPU marks in its place.
     let marked = Tensor::new(&[[3u32, 5], [1, sampler::NON_FINITE]], &Device::Cpu).unwrap();

@@ -1,7 +1,6 @@
 //! What TokenFlow-t2i's reference draws with: grids, prompt format and sampling.
 
-use super::sampler::Filter;
-use super::{ModelConfig, PromptConfig, Sampling};
+use super::{Filter, ModelConfig, PromptConfig, Sampling};
 use crate::backbone::InputMode;
 use crate::backbone::presets::TOKENFLOW_T2I_7B;
 use crate::checkpoint::Source;

@@ -1,12 +1,11 @@
 //! The cache on disk, in the layout of the hub's own tools.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use super::listing::Hash;
-use super::{Id, Observer, hash, is_hex, settings};
-use crate::error::{Error, Kind, Result};
+use super::{Id, Observer, cannot, hash, is_hex, settings};
+use crate::error::{Error, Result};
 
 /// A folder of models.
 #[derive(Clone, Debug)]
@@ -167,14 +166,4 @@ fn bytes(folder: &Path) -> u64 {
         });
     }
     bytes
-}
-
-pub(super) fn cannot(path: &Path, e: &io::Error) -> Error {
-    let error = Error::new(Kind::Failure, format!("{}: {e}", path.display()));
-    match e.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-            error.hint("nextflow models rm OWNER/NAME frees space, HF_HOME=FOLDER puts the cache elsewhere")
-        }
-        _ => error.hint("HF_HOME=FOLDER puts the cache elsewhere"),
-    }
 }

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::cache::{Cache, cannot};
+use super::cache::Cache;
 use super::http::{Answer, Fault, Head, Http, Piece};
 use super::listing::{self, Hash, Remote};
 use super::settings::{self, Endpoint};
 use super::store::{Part, Store};
-use super::{Event, Id, Observer, hash, retry, select, size};
+use super::{Event, Id, Observer, cannot, hash, retry, select, size};
 use crate::error::{Error, Kind, Result};
 
 /// An attempt that brought so many bytes was worth it: after it, the count begins anew.

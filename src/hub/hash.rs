@@ -7,9 +7,8 @@ use std::path::Path;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use super::cache::cannot;
 use super::listing::Hash;
-use super::{Event, Observer};
+use super::{Event, Observer, cannot};
 use crate::error::Result;
 
 /// Whether the content of `path` is that of `hash`.

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use hf_hub::{Repo, RepoType};
 
-use super::settings;
+use super::settings::{self, percent_decoded};
 use crate::error::{Error, Result};
 
 /// A model on the hub: `OWNER/NAME`, or `OWNER/NAME@REVISION`.
@@ -79,7 +79,7 @@ impl Id {
     /// From what follows the host in an address.
     fn from_address(text: &str, path: &str) -> Result<(Self, Option<String>), Option<Error>> {
         let path = path.split(['?', '#']).next().unwrap_or_default();
-        let mut parts: Vec<String> = path.split('/').filter(|p| !p.is_empty()).map(decode).collect();
+        let mut parts: Vec<String> = path.split('/').filter(|p| !p.is_empty()).map(percent_decoded).collect();
         if parts.first().is_some_and(|p| p == "models") {
             parts.remove(0);
         }
@@ -151,26 +151,6 @@ fn is_revision(text: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+=".contains(c);
     let plain = |part: &str| !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed);
     text.len() <= 200 && text.split('/').all(plain)
-}
-
-/// A part of an address without its percent signs; what they hide is checked afterwards.
-pub(super) fn decode(part: &str) -> String {
-    let mut bytes = Vec::with_capacity(part.len());
-    let mut rest = part.as_bytes();
-    while let [first, after @ ..] = rest {
-        let hex = after.get(..2).and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 16).ok());
-        match (first, hex) {
-            (b'%', Some(byte)) => {
-                bytes.push(byte);
-                rest = &after[2..];
-            }
-            _ => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]

@@ -27,13 +27,14 @@ mod settings;
 mod store;
 mod tls;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 pub use cache::{Cache, Cached, Verdict};
 pub use client::Client;
 pub use id::Id;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// What happens while a model is downloaded or checked.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +70,17 @@ pub fn size(bytes: u64) -> String {
 /// Whether `text` is lower-case hexadecimal of `length` digits.
 fn is_hex(text: &str, length: usize) -> bool {
     text.len() == length && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// The error of a file of the cache that cannot be read or written.
+fn cannot(path: &Path, e: &io::Error) -> Error {
+    let error = Error::new(Kind::Failure, format!("{}: {e}", path.display()));
+    match e.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            error.hint("nextflow models rm OWNER/NAME frees space, HF_HOME=FOLDER puts the cache elsewhere")
+        }
+        _ => error.hint("HF_HOME=FOLDER puts the cache elsewhere"),
+    }
 }
 
 /// The snapshot's folder of a model, or one with at least the file `only` of it: from the cache, if what is there is `whole`,

@@ -67,8 +67,28 @@ impl Endpoint {
         if !matches!(scheme.as_str(), "http" | "https") || path.contains(['?', '#']) || !whole {
             return Err(bad(&usual));
         }
-        Ok(Self { url, login: login.map(super::id::decode) })
+        Ok(Self { url, login: login.map(percent_decoded) })
     }
+}
+
+/// Decodes the %XX of a part of an address. The result is checked by the caller.
+pub(super) fn percent_decoded(part: &str) -> String {
+    let mut bytes = Vec::with_capacity(part.len());
+    let mut rest = part.as_bytes();
+    while let [first, after @ ..] = rest {
+        let hex = after.get(..2).and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 16).ok());
+        match (first, hex) {
+            (b'%', Some(byte)) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// `HF_HOME`, or `huggingface` in the folder for caches; none if there is no home folder.

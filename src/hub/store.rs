@@ -5,11 +5,12 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::cache::{Cache, cannot};
+use super::cache::Cache;
 use super::http::TICK;
 use super::listing::Remote;
-use super::{Event, Id, Observer};
+use super::{Event, Id, Observer, cannot};
 use crate::error::Result;
+use crate::io::output;
 
 /// A model's part of the cache, at one commit.
 pub(super) struct Store {
@@ -129,7 +130,7 @@ impl Store {
             return Ok(());
         }
         make_parent(&self.reference)?;
-        crate::checkpoint::write(&self.reference, commit.as_bytes())
+        output::write(&self.reference, commit.as_bytes())
     }
 }
 

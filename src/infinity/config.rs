@@ -1,8 +1,8 @@
 //! Shape of the transformer. No public file states it: it is read from the shapes of the tensors.
 
-use crate::backbone::MAX_LAYERS;
 use crate::checkpoint::Inventory;
 use crate::error::{Error, Result};
+use crate::nn::MAX_LAYERS;
 use crate::tokenizer::Code;
 
 /// Shape of an Infinity transformer.

@@ -2,10 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::patches;
+use super::{Drawing, Reading, ReadingParts, Trunk, patches};
 use crate::backbone::presets::QWEN2_5_VL_3B;
 use crate::backbone::{BackboneConfig, MAX_LAYERS, check_sizes};
-use crate::checkpoint::{Inventory, Source};
+use crate::checkpoint::{Inventory, Source, TRANSFORMER, Weights};
 use crate::error::{Error, Result};
 
 /// What `config.json` calls the family.
@@ -84,7 +84,7 @@ impl OneCatConfig {
     /// Errors: [`crate::error::Kind::Model`] for files that are missing, broken, or say different things.
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
-        let weights = Inventory::of(source, crate::generate::TRANSFORMER)?;
+        let weights = Inventory::of(source, TRANSFORMER)?;
         Self::of(&weights, &config).map_err(|what| {
             Error::model(format!("{source} is no OneCAT model that is read here: {what}"))
                 .hint("nextflow info FOLDER shows what it holds; copy config.json and all weights from one checkpoint")
@@ -170,6 +170,15 @@ impl OneCatConfig {
             return Err(format!("saa_alpha over the rank is {}, not above 0", self.adapter_gain));
         }
         Ok(())
+    }
+
+    /// Asks for every tensor of the model.
+    ///
+    /// Errors: what [`Self::check`] refuses.
+    pub fn ask(&self, w: &Weights) -> candle_core::Result<()> {
+        Trunk::load(w, self)?;
+        Reading::load(w, self, ReadingParts { pictures: true, head: true })?;
+        Drawing::load(w, self).map(drop)
     }
 
     /// Side of the thumbnail that goes with a picture to be understood, in pixels: that of the position grid.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use image::{ImageError, RgbImage};
 
 use super::decode::{self, MAX_SIDE};
-use super::pillow::{self, Filter};
+use super::pillow::{self, ResamplingFilter};
 use super::{foreign, jpeg};
 use crate::error::{Error, Result};
-use crate::input;
+use crate::io::input;
 
 /// The most memory, in bytes, that images take at once: what they are decoded with, and their pixels.
 const MAX_BYTES: u64 = 256 << 20;
@@ -118,7 +118,7 @@ pub fn cover(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     let scale = (f64::from(width) / w).max(f64::from(height) / h);
     let [w, h] = [(w, width), (h, height)].map(|(from, to)| ((from * scale).round() as u32).max(to));
     // Of a strip the whole would be gigabytes.
-    pillow::resize_part(image, (w, h), Filter::Bicubic, ((w - width) / 2, (h - height) / 2), (width, height))
+    pillow::resize_part(image, (w, h), ResamplingFilter::Bicubic, ((w - width) / 2, (h - height) / 2), (width, height))
 }
 
 /// Where an image of (width, height) pixels lies within `outer` ones if it is scaled until it fits and stands in the middle: left,
@@ -134,7 +134,7 @@ pub fn place_within((width, height): (u32, u32), outer: (u32, u32)) -> [u32; 4] 
 /// around it.
 pub fn contain(image: &RgbImage, outer: (u32, u32)) -> RgbImage {
     let [left, top, width, height] = place_within(image.dimensions(), outer);
-    let scaled = pillow::resize(image, (width, height), Filter::Bicubic);
+    let scaled = pillow::resize(image, (width, height), ResamplingFilter::Bicubic);
     let inside = |at: u32, from: u32, length: u32| at.saturating_sub(from).min(length - 1);
     RgbImage::from_fn(outer.0, outer.1, |x, y| *scaled.get_pixel(inside(x, left, width), inside(y, top, height)))
 }

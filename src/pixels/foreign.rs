@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::input;
+use crate::io::input;
 
 /// How a format becomes a PNG.
 #[derive(Clone, Copy)]

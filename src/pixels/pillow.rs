@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 /// A filter of Pillow's `resize`. Where an image shrinks, the filter widens with the scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Filter {
+pub enum ResamplingFilter {
     /// The mean of the pixels beneath.
     Box,
     /// Linear interpolation.
@@ -19,7 +19,7 @@ pub enum Filter {
     Lanczos,
 }
 
-impl Filter {
+impl ResamplingFilter {
     /// How far the filter reaches, in pixels of the coarser grid.
     fn support(self) -> f64 {
         match self {
@@ -47,7 +47,7 @@ fn sinc(x: f64) -> f64 {
 
 /// For each of `outputs`, of `to` over `from` inputs: the first input that it sees, and the weights of the inputs from
 /// there.
-pub(super) fn taps(from: usize, to: usize, filter: Filter, outputs: Range<usize>) -> Vec<(usize, Vec<f64>)> {
+pub(super) fn taps(from: usize, to: usize, filter: ResamplingFilter, outputs: Range<usize>) -> Vec<(usize, Vec<f64>)> {
     let scale = from as f64 / to as f64;
     let stretch = scale.max(1.0);
     let support = filter.support() * stretch;
@@ -67,7 +67,7 @@ pub(super) fn taps(from: usize, to: usize, filter: Filter, outputs: Range<usize>
 const PRECISION: u32 = 22;
 
 /// Taps in fixed point, rounded half away from zero.
-fn fixed_taps(from: usize, to: usize, filter: Filter, outputs: Range<usize>) -> Vec<(usize, Vec<i32>)> {
+fn fixed_taps(from: usize, to: usize, filter: ResamplingFilter, outputs: Range<usize>) -> Vec<(usize, Vec<i32>)> {
     let fix = |w: f64| (w * f64::from(1u32 << PRECISION)).round() as i32;
     let taps = taps(from, to, filter, outputs).into_iter();
     taps.map(|(first, weights)| (first, weights.into_iter().map(fix).collect())).collect()
@@ -80,7 +80,7 @@ fn weighted(pixels: impl Iterator<Item = u8>, weights: &[i32]) -> u8 {
 }
 
 /// Pillow's `image.resize((width, height), filter)`, bit for bit. An empty image gives black.
-pub fn resize(image: &RgbImage, (width, height): (u32, u32), filter: Filter) -> RgbImage {
+pub fn resize(image: &RgbImage, (width, height): (u32, u32), filter: ResamplingFilter) -> RgbImage {
     resize_part(image, (width, height), filter, (0, 0), (width, height))
 }
 
@@ -89,7 +89,7 @@ pub fn resize(image: &RgbImage, (width, height): (u32, u32), filter: Filter) -> 
 pub(super) fn resize_part(
     image: &RgbImage,
     size: (u32, u32),
-    filter: Filter,
+    filter: ResamplingFilter,
     corner: (u32, u32),
     part: (u32, u32),
 ) -> RgbImage {
@@ -172,14 +172,14 @@ pub fn centre_crop(image: &RgbImage, side: u32) -> RgbImage {
     let shorter = |image: &RgbImage| image.width().min(image.height());
     let mut halved = Cow::Borrowed(image);
     while side > 0 && shorter(&halved) / 2 >= side {
-        halved = Cow::Owned(resize(&halved, (halved.width() / 2, halved.height() / 2), Filter::Box));
+        halved = Cow::Owned(resize(&halved, (halved.width() / 2, halved.height() / 2), ResamplingFilter::Box));
     }
     let scale = f64::from(side) / f64::from(shorter(&halved).max(1));
     // Python rounds half to even.
     let scaled = |length: u32| ((f64::from(length) * scale).round_ties_even() as u32).max(side);
     let size = (scaled(halved.width()), scaled(halved.height()));
     // Only the crop is computed: a strip of 1x8000 pixels would become huge.
-    resize_part(&halved, size, Filter::Bicubic, ((size.0 - side) / 2, (size.1 - side) / 2), (side, side))
+    resize_part(&halved, size, ResamplingFilter::Bicubic, ((size.0 - side) / 2, (size.1 - side) / 2), (side, side))
 }
 
 /// The middle of an image in (width, height) pixels, as Infinity reads one: resized by Lanczos
@@ -190,7 +190,7 @@ pub fn cover_lanczos(image: &RgbImage, (width, height): (u32, u32)) -> RgbImage 
         true => (width, ((f64::from(width) / ratio) as u32).max(height)),
         false => (((ratio * f64::from(height)) as u32).max(width), height),
     };
-    resize_part(image, size, Filter::Lanczos, ((size.0 - width) / 2, (size.1 - height) / 2), (width, height))
+    resize_part(image, size, ResamplingFilter::Lanczos, ((size.0 - width) / 2, (size.1 - height) / 2), (width, height))
 }
 
 /// The grey that fills an image up to a square.
@@ -203,7 +203,7 @@ pub fn pad_to_square(image: &RgbImage, side: u32) -> RgbImage {
     let mut square = RgbImage::from_pixel(longer, longer, GREY);
     let (left, top) = ((longer - width) / 2, (longer - height) / 2);
     imageops::replace(&mut square, image, i64::from(left), i64::from(top));
-    resize(&square, (side, side), Filter::Bicubic)
+    resize(&square, (side, side), ResamplingFilter::Bicubic)
 }
 
 #[cfg(test)]
@@ -215,8 +215,8 @@ mod tests {
         let image = RgbImage::from_fn(3000, 1300, |x, y| Rgb([(x * 7 + y) as u8, (x ^ y) as u8, (x * y) as u8]));
         let bytes = image.as_raw();
         for (width, height) in [(2900, 700), (2900, 2600), (600, 150), (2999, 90)] {
-            let columns = fixed_taps(3000, width, Filter::Bicubic, 0..width);
-            let rows = fixed_taps(1300, height, Filter::Bicubic, 0..height);
+            let columns = fixed_taps(3000, width, ResamplingFilter::Bicubic, 0..width);
+            let rows = fixed_taps(1300, height, ResamplingFilter::Bicubic, 0..height);
             let narrow = resize_columns(&resize_rows(bytes, 3000, &columns), width, &rows, 0);
             assert!(width_first_bands(&image, &columns, &rows) == narrow, "{width} x {height}");
             let flat = resize_rows(&resize_columns(bytes, 3000, &rows, 0), 3000, &columns);

@@ -1,6 +1,6 @@
 //! Words for compositions, in English and Chinese.
 
-use super::{BACKGROUNDS, COLOURS, Kind, Object, Place, Scene, Shape, Size};
+use super::{BACKGROUNDS, COLOURS, Kind, Object, ObjectSize, Place, Scene, Shape};
 use crate::rng::Rng;
 
 pub(super) fn english(shape: Shape) -> &'static str {
@@ -28,9 +28,9 @@ pub(super) fn chinese(shape: Shape) -> &'static str {
 /// "large red circle".
 fn noun(object: &Object) -> String {
     let size = match object.size {
-        Size::Small => "small ",
-        Size::Plain => "",
-        Size::Large => "large ",
+        ObjectSize::Small => "small ",
+        ObjectSize::Plain => "",
+        ObjectSize::Large => "large ",
     };
     format!("{size}{} {}", COLOURS[object.colour].name, english(object.shape))
 }
@@ -45,9 +45,9 @@ pub(super) fn phrase(object: &Object) -> String {
 /// "大的红色圆形".
 pub(super) fn phrase_zh(object: &Object) -> String {
     let size = match object.size {
-        Size::Small => "小的",
-        Size::Plain => "",
-        Size::Large => "大的",
+        ObjectSize::Small => "小的",
+        ObjectSize::Plain => "",
+        ObjectSize::Large => "大的",
     };
     format!("{size}{}{}", COLOURS[object.colour].name_zh, chinese(object.shape))
 }
@@ -140,7 +140,7 @@ mod tests {
         let object = |shape, colour, size| Object { shape, colour, size, centre: (64.0, 64.0), radius: 20.0 };
         let mut scene = Scene {
             kind: Kind::Position,
-            objects: vec![object(Shape::Circle, 1, Size::Plain), object(Shape::Star, 4, Size::Plain)],
+            objects: vec![object(Shape::Circle, 1, ObjectSize::Plain), object(Shape::Star, 4, ObjectSize::Plain)],
             place: Place::Above,
             background: Some(0),
         };
@@ -148,12 +148,12 @@ mod tests {
         assert_eq!(scene.prompt_zh(), "一个橙色圆形在一个蓝色星星的上面，浅蓝色背景");
         scene.kind = Kind::Counting;
         scene.background = None;
-        scene.objects = vec![object(Shape::Heart, 0, Size::Plain); 3];
+        scene.objects = vec![object(Shape::Heart, 0, ObjectSize::Plain); 3];
         assert_eq!(scene.prompt(), "three red hearts");
         assert_eq!(scene.prompt_zh(), "三个红色心形");
         scene.kind = Kind::AttributeBinding;
         scene.place = Place::Unsaid;
-        scene.objects = vec![object(Shape::Square, 8, Size::Large), object(Shape::Square, 2, Size::Small)];
+        scene.objects = vec![object(Shape::Square, 8, ObjectSize::Large), object(Shape::Square, 2, ObjectSize::Small)];
         assert_eq!(scene.prompt(), "a large black square and a small yellow square");
     }
 

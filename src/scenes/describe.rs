@@ -1,6 +1,6 @@
 //! Scenes from objects: what there is to say about them, seen by their places and sizes alone.
 
-use super::{FAR, Kind, MIDDLE, NEAR, Object, Place, Scene, Size, radius};
+use super::{FAR, Kind, MIDDLE, NEAR, Object, ObjectSize, Place, Scene, radius};
 
 /// Units by which two centres differ at least where one is said to be beside or above the other.
 const APART: f64 = 12.0;
@@ -38,26 +38,26 @@ impl Scene {
         let (kind, place) = match &mut objects[..] {
             [only] => {
                 let place = side(only.centre, (MIDDLE, MIDDLE));
-                let usual = radius(1, Size::Plain, place);
+                let usual = radius(1, ObjectSize::Plain, place);
                 only.size = match only.radius / usual {
-                    r if r < 0.8 => Size::Small,
-                    r if r > 1.1 => Size::Large,
-                    _ => Size::Plain,
+                    r if r < 0.8 => ObjectSize::Small,
+                    r if r > 1.1 => ObjectSize::Large,
+                    _ => ObjectSize::Plain,
                 };
-                let plain = place == Place::Unsaid && only.size == Size::Plain;
+                let plain = place == Place::Unsaid && only.size == ObjectSize::Plain;
                 (if plain { Kind::Colours } else { Kind::SingleObject }, place)
             }
             [first, second] if !equal(first, second) => {
                 let ratio = first.radius / second.radius;
                 (first.size, second.size) = match ratio {
-                    r if r > CONTRAST => (Size::Large, Size::Small),
-                    r if r < 1.0 / CONTRAST => (Size::Small, Size::Large),
-                    _ => (Size::Plain, Size::Plain),
+                    r if r > CONTRAST => (ObjectSize::Large, ObjectSize::Small),
+                    r if r < 1.0 / CONTRAST => (ObjectSize::Small, ObjectSize::Large),
+                    _ => (ObjectSize::Plain, ObjectSize::Plain),
                 };
                 let place = side(first.centre, second.centre);
                 let kind = match (first.size, place) {
-                    (Size::Plain, Place::Unsaid) => Kind::TwoObjects,
-                    (Size::Plain, _) => Kind::Position,
+                    (ObjectSize::Plain, Place::Unsaid) => Kind::TwoObjects,
+                    (ObjectSize::Plain, _) => Kind::Position,
                     _ => Kind::AttributeBinding,
                 };
                 (kind, place)
@@ -67,7 +67,7 @@ impl Scene {
                 if !rest.iter().all(|o| equal(first, o) && ratio(o) < CONTRAST) {
                     return None;
                 }
-                objects.iter_mut().for_each(|o| o.size = Size::Plain);
+                objects.iter_mut().for_each(|o| o.size = ObjectSize::Plain);
                 (Kind::Counting, Place::Unsaid)
             }
             _ => return None,

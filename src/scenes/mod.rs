@@ -102,7 +102,7 @@ pub const KINDS: [Kind; 6] =
 
 /// How large an object is said to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Size {
+pub enum ObjectSize {
     /// Smaller than when nothing is said.
     Small,
     /// Nothing is said.
@@ -134,7 +134,7 @@ pub struct Object {
     /// Index into [`COLOURS`].
     pub colour: usize,
     /// As the caption says.
-    pub size: Size,
+    pub size: ObjectSize,
     /// Centre (x, y) and half of the height, in 1/128 of the drawing square.
     pub centre: (f64, f64),
     /// Half of the side of the box that the shape is drawn in, in the same unit.
@@ -205,14 +205,14 @@ impl Scene {
         let second_colour = other(3, colour, COLOURS.len());
         let background = (rng.uniform(base + 4) < 0.2).then(|| below(5, BACKGROUNDS.len()));
         let mut place = Place::Unsaid;
-        let mut sizes = [Size::Plain; 2];
+        let mut sizes = [ObjectSize::Plain; 2];
         let mut objects = vec![(first, colour)];
         match kind {
             Kind::Colours => {}
             Kind::SingleObject => {
                 place =
                     [Place::Unsaid, Place::Unsaid, Place::Left, Place::Right, Place::Above, Place::Below][below(6, 6)];
-                sizes[0] = [Size::Small, Size::Plain, Size::Large][below(7, 3)];
+                sizes[0] = [ObjectSize::Small, ObjectSize::Plain, ObjectSize::Large][below(7, 3)];
             }
             Kind::Counting => objects = vec![(first, colour); 1 + below(6, 4)],
             Kind::TwoObjects => objects.push((second, if below(6, 3) == 0 { colour } else { second_colour })),
@@ -222,7 +222,11 @@ impl Scene {
             }
             Kind::AttributeBinding => {
                 objects.push((if below(6, 3) == 0 { first } else { second }, second_colour));
-                sizes = [[Size::Plain; 2], [Size::Large, Size::Small], [Size::Small, Size::Large]][below(7, 3)];
+                sizes = [
+                    [ObjectSize::Plain; 2],
+                    [ObjectSize::Large, ObjectSize::Small],
+                    [ObjectSize::Small, ObjectSize::Large],
+                ][below(7, 3)];
             }
         }
         let count = objects.len();
@@ -275,25 +279,25 @@ fn centre(index: usize, count: usize, place: Place) -> (f64, f64) {
 
 /// Radii between which an object of a size that is told lies, if it stands among so many, at a place: nearer to its own than to
 /// the next one.
-pub fn radii(count: usize, size: Size, place: Place) -> std::ops::Range<f64> {
+pub fn radii(count: usize, size: ObjectSize, place: Place) -> std::ops::Range<f64> {
     let between = |a, b| (radius(count, a, place) + radius(count, b, place)) / 2.0;
     match size {
-        Size::Small => 0.0..between(Size::Small, Size::Plain),
-        Size::Plain => 0.0..f64::INFINITY,
-        Size::Large => between(Size::Plain, Size::Large)..f64::INFINITY,
+        ObjectSize::Small => 0.0..between(ObjectSize::Small, ObjectSize::Plain),
+        ObjectSize::Plain => 0.0..f64::INFINITY,
+        ObjectSize::Large => between(ObjectSize::Plain, ObjectSize::Large)..f64::INFINITY,
     }
 }
 
-fn radius(count: usize, size: Size, place: Place) -> f64 {
+fn radius(count: usize, size: ObjectSize, place: Place) -> f64 {
     let alone = count == 1 && place == Place::Unsaid;
     match size {
-        Size::Small if alone => 22.0,
-        Size::Large if alone => 50.0,
-        Size::Plain if alone => 36.0,
-        Size::Small => 17.0,
-        Size::Large => 31.0,
-        Size::Plain if count > 2 => 24.0,
-        Size::Plain => 26.0,
+        ObjectSize::Small if alone => 22.0,
+        ObjectSize::Large if alone => 50.0,
+        ObjectSize::Plain if alone => 36.0,
+        ObjectSize::Small => 17.0,
+        ObjectSize::Large => 31.0,
+        ObjectSize::Plain if count > 2 => 24.0,
+        ObjectSize::Plain => 26.0,
     }
 }
 

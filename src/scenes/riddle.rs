@@ -1,9 +1,9 @@
 //! Prompts to think about before drawing: clues to a shape and its colour, or to an everyday thing.
 
 use super::caption::english;
-use super::{COLOURS, Kind, MIDDLE, Object, Place, SHAPES, Scene, Size, Split, held_out, radius};
+use super::{COLOURS, Kind, MIDDLE, Object, ObjectSize, Place, SHAPES, Scene, Split, held_out, radius};
+use crate::dataset::with_article;
 use crate::generate::prompt::FINAL;
-use crate::library::with_article;
 use crate::rng::{Rng, fnv1a};
 
 /// A prompt that does not say what to draw, and what to draw.
@@ -79,9 +79,9 @@ impl Riddle {
             let object = Object {
                 shape: SHAPES[shape],
                 colour,
-                size: Size::Plain,
+                size: ObjectSize::Plain,
                 centre: (MIDDLE + jitter(4, 2.0), MIDDLE + jitter(5, 2.0)),
-                radius: radius(1, Size::Plain, Place::Unsaid) * (1.0 + jitter(6, 0.04)),
+                radius: radius(1, ObjectSize::Plain, Place::Unsaid) * (1.0 + jitter(6, 0.04)),
             };
             let scene = Scene { kind: Kind::Colours, objects: vec![object], place: Place::Unsaid, background: None };
             let of_split = match split {

@@ -1,7 +1,5 @@
 //! Text tokenizers of our own: trained on captions, written as `tokenizer.json`.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::normalizers::{Lowercase, NFKC, Prepend, Replace, Sequence, Strip};
@@ -55,12 +53,9 @@ pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usiz
 }
 
 impl Text {
-    /// Writes a `tokenizer.json`, its control tokens included.
-    ///
-    /// Errors: a file that cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let json = self.to_json().and_then(|file| serde_json::to_string_pretty(&file)).map_err(|e| bad(&e))?;
-        crate::checkpoint::write(path, json.as_bytes())
+    /// The content of a `tokenizer.json`, control tokens included.
+    pub fn to_file(&self) -> Result<String> {
+        self.to_json().and_then(|file| serde_json::to_string_pretty(&file)).map_err(|e| bad(&e))
     }
 
     fn to_json(&self) -> serde_json::Result<Value> {

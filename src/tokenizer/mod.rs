@@ -28,10 +28,9 @@ pub use quantizer::{CodebookConfig, Encoded, Quantizer, SelfCorrection};
 pub use semantic_decoder::SemanticDecoderConfig;
 pub use vit::{PositionResampling, SemanticEncoder, VitConfig, VitFeatures, VitLayout};
 
-use crate::backbone::check_sizes;
 use crate::checkpoint::{Init, Weights};
 use crate::error::Error;
-use crate::nn::{Conv, Linear};
+use crate::nn::{Conv, Linear, check_sizes};
 use crate::pixels::GridResampling;
 use semantic_decoder::SemanticDecoder;
 

@@ -5,9 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use super::layers::{Block, BlockShape};
 use super::vit::{PositionResampling, VitConfig, positions_at};
-use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
-use crate::nn::{LayerNorm, Linear, lecun_normal};
+use crate::nn::{LayerNorm, Linear, MAX_LAYERS, check_sizes, lecun_normal};
 
 const EPS: f64 = 1e-6;
 

@@ -5,9 +5,8 @@ use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 use super::layers::{Block, BlockShape};
-use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Init, Weights};
-use crate::nn::{LayerNorm, Linear, lecun_normal};
+use crate::nn::{LayerNorm, Linear, MAX_LAYERS, check_sizes, lecun_normal};
 use crate::pixels::{GridResampling, Resampling};
 
 /// Shape of the semantic encoder.

@@ -1,10 +1,10 @@
 //! Dialogues for supervised training: edits, questions, drawing on request, reasoning, stories and small talk. Every one
 //! is a pure function of the seed and its index.
 
-use super::dataset::Dataset;
+use super::samples::Samples;
 use crate::chat::template::{Part, Role};
+use crate::dataset::{Canvas, SIDE, Style, with_article};
 use crate::generate::prompt;
-use crate::library::{Canvas, SIDE, Style, with_article};
 use crate::rng::Rng;
 use crate::scenes::{
     BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, Riddle, Scene, Smalltalk, Split, smalltalk,
@@ -47,7 +47,7 @@ fn picture(scene: &Scene) -> Canvas {
 }
 
 /// A dialogue that is not held out.
-pub fn dialogue(dataset: &Dataset, index: u64, length: Length) -> Turns {
+pub fn dialogue(dataset: &Samples, index: u64, length: Length) -> Turns {
     let rng = dataset.rng(index, 40 + length as u64);
     let of = |purpose: u64| dataset.rng(index, 50 + 10 * purpose + length as u64);
     match (length, rng.below(0, 100)) {
@@ -72,7 +72,7 @@ pub fn dialogue(dataset: &Dataset, index: u64, length: Length) -> Turns {
 }
 
 /// "draw a cat": an image and nothing else.
-fn drawing(dataset: &Dataset, rng: &Rng) -> Turns {
+fn drawing(dataset: &Samples, rng: &Rng) -> Turns {
     let (caption, canvas) = match rng.below(0, 3) {
         0 => {
             let scene = Scene::sample(&rng.fork(1), Split::Train);
@@ -119,7 +119,7 @@ pub const WHAT: [&str; 5] =
     ["what is this?", "what is it?", "what do you see?", "what does this picture show?", "name this thing"];
 
 /// A question about an everyday thing that is not held out.
-fn thing_question(dataset: &Dataset, rng: &Rng) -> Turns {
+fn thing_question(dataset: &Samples, rng: &Rng) -> Turns {
     let (picture, name, name_zh) = dataset.thing(rng, 0);
     let background = (rng.uniform(2) < 0.3).then(|| &BACKGROUNDS[rng.below(3, BACKGROUNDS.len())]);
     let canvas = dataset.single(picture, background, SIDE, SIDE).canvas;
@@ -138,7 +138,7 @@ fn thing_question(dataset: &Dataset, rng: &Rng) -> Turns {
 }
 
 /// Reasoning first, then the image (the paper's chain of thought).
-fn thinking(dataset: &Dataset, rng: &Rng) -> Turns {
+fn thinking(dataset: &Samples, rng: &Rng) -> Turns {
     if rng.uniform(0) < 0.15 {
         // What needs no reasoning.
         let scene = Scene::sample(&rng.fork(1), Split::Train);
@@ -195,7 +195,7 @@ pub const COPY: [&str; 6] =
     ["copy it", "draw it again", "show the same picture", "keep it as it is", "do not change anything", "照着再画一张"];
 
 /// An image, and the same again: where to look for what is to be kept, which every edit needs.
-fn copy(dataset: &Dataset, rng: &Rng) -> Turns {
+fn copy(dataset: &Samples, rng: &Rng) -> Turns {
     let canvas = match rng.below(0, 2) {
         0 => picture(&Scene::sample(&rng.fork(1), Split::Train)),
         _ => {
@@ -214,7 +214,7 @@ pub const STYLES: [(Style, [&str; 3]); 3] = [
 ];
 
 /// An everyday thing that is not held out, and what an instruction makes of it.
-fn thing_edit(dataset: &Dataset, rng: &Rng) -> Turns {
+fn thing_edit(dataset: &Samples, rng: &Rng) -> Turns {
     let (first, name, _) = dataset.thing(rng, 0);
     let (second, other, _) = dataset.thing(rng, 2);
     let white = |p| dataset.single(p, None, SIDE, SIDE).canvas;

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::run::Run;
-use crate::checkpoint::{Inventory, Weights, load, quantise};
+use crate::checkpoint::{IMAGE_TOKENIZER, Inventory, TRANSFORMER, Weights, load, quantise};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, Sampling, TRANSFORMER};
+use crate::generate::Sampling;
+use crate::io::output;
 use crate::tokenizer::ImageTokenizer;
 
 /// The file of the text tokenizer.
@@ -40,7 +41,7 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
     let tokenizer = if has_last { last } else { run.recipe.tokenizer.clone() };
     let config = run.recipe.model(tokenizer, sampling);
     let json = serde_json::to_string_pretty(&config).map_err(|e| Error::usage(e.to_string()))?;
-    crate::checkpoint::write(&out.join("config.json"), (json + "\n").as_bytes())?;
+    output::write(&out.join("config.json"), (json + "\n").as_bytes())?;
     std::fs::copy(run.file(TEXT), out.join(TEXT))?;
     Ok(())
 }

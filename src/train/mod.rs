@@ -1,7 +1,7 @@
 //! The trainer: data, the tokenizer's stages, the transformer, and the checkpoint that ships.
 
 mod codebook;
-pub mod dataset;
+
 pub mod dialogue;
 pub mod export;
 pub(crate) mod loss;
@@ -12,6 +12,7 @@ pub mod prepare;
 mod progress;
 pub mod recipe;
 pub mod run;
+pub mod samples;
 pub mod semantic;
 mod sequence;
 pub mod tokenizer;

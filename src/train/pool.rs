@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::dataset::{Dataset, Sample};
+use super::samples::{Sample, Samples};
 use crate::error::Result;
 use crate::generate::schedule;
 use crate::pixels;
@@ -43,7 +43,7 @@ pub struct PoolSizes {
 }
 
 impl PoolSizes {
-    fn things<'a>(&self, dataset: &'a Dataset) -> &'a [usize] {
+    fn things<'a>(&self, dataset: &'a Samples) -> &'a [usize] {
         let all = dataset.everyday();
         &all[..self.things.min(all.len())]
     }
@@ -76,7 +76,7 @@ const OBLONG: usize = 8;
 impl Pool {
     /// Renders and encodes everything, for images of `scales` scales.
     pub fn build(
-        dataset: &Dataset,
+        dataset: &Samples,
         tokenizer: &ImageTokenizer,
         text: &Text,
         sizes: PoolSizes,
@@ -130,13 +130,13 @@ impl Pool {
 
 impl Shelf {
     fn square(
-        dataset: &Dataset,
+        dataset: &Samples,
         tokenizer: &ImageTokenizer,
         text: &Text,
         sizes: PoolSizes,
         scales: usize,
     ) -> Result<Self> {
-        let side = crate::library::SIDE;
+        let side = crate::dataset::SIDE;
         let everyday = sizes.things(dataset);
         let plain = |n: usize| dataset.single(everyday[n], None, side, side);
         let coloured = |i: usize| {
@@ -162,7 +162,7 @@ impl Shelf {
 
     /// One item: a share of `shapes`; of the others single concepts on white 77%, on a colour 11.5%, several things 11.5%; of
     /// the kinds that there are.
-    pub fn draw(&self, rng: &Rng, shapes: f64) -> &Item {
+    pub fn sample(&self, rng: &Rng, shapes: f64) -> &Item {
         let things = |share: f64| share * (1.0 - shapes);
         let kinds = [
             (&self.plain, things(0.77)),
@@ -209,8 +209,7 @@ fn encode(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generate::Sampling;
-    use crate::size::Size;
+    use crate::generate::{Sampling, Size};
     use crate::train::tests;
 
     #[test]
@@ -219,7 +218,7 @@ mod tests {
         let (run, library) = (tests::run(&folder)?, tests::library());
         let recipe = &run.recipe;
         let (tokenizer, _) = run.load(&[], |w| ImageTokenizer::load(w, &recipe.tokenizer))?;
-        let dataset = Dataset::new(&library, 1)?;
+        let dataset = Samples::new(&library, 1)?;
         let sizes = PoolSizes { things: 0, backgrounds: 0, scenes: 0, several: 0, oblong: 2 };
         let pool = Pool::build(&dataset, &tokenizer, &tests::text()?, sizes, recipe.scales)?;
         let config = recipe.model(recipe.tokenizer.clone(), Sampling::default());

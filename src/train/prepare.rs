@@ -15,8 +15,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::names::{NAMES, NEAR_DUPLICATES, entries};
+use crate::dataset::{self, CaptionedImage, Concept, Dataset, SIDE, Style};
 use crate::error::{Error, Kind, Result};
-use crate::library::{self, Concept, Library, Picture, SIDE, Style};
 
 /// Folders of the packages, named as `fetch-data.sh` names them.
 const FLUENT_3D: &str = "lobehub-fluent-emoji-3d-1.1.0";
@@ -38,7 +38,7 @@ const EVERYDAY_GROUPS: std::ops::RangeInclusive<u32> = 3..=7;
 /// The library of the packages under `packages`.
 ///
 /// Errors: a package is missing or holds something unreadable.
-pub fn prepare(packages: &Path) -> Result<Library> {
+pub fn prepare(packages: &Path) -> Result<Dataset> {
     let concepts = concepts(&packages.join(EMOJIBASE))?;
     let fluent = Files::open(&packages.join(FLUENT_3D).join("assets"))?;
     let flat = Icons::open(&packages.join(FLUENT_FLAT))?;
@@ -55,12 +55,12 @@ pub fn prepare(packages: &Path) -> Result<Library> {
     let (mut kept, mut pictures, mut rgba) = (Vec::new(), Vec::new(), Vec::new());
     for ((_, concept), drawn) in concepts.into_iter().zip(drawn).filter(|(_, drawn)| !drawn.is_empty()) {
         for (style, pixels) in drawn {
-            pictures.push(Picture { concept: kept.len(), style: Some(style) });
+            pictures.push(CaptionedImage { concept: kept.len(), style: Some(style) });
             rgba.extend(pixels);
         }
         kept.push(concept);
     }
-    Library::new(kept, pictures, rgba)
+    Dataset::new(kept, pictures, rgba)
 }
 
 /// An entry of emojibase's `data.json`.
@@ -111,7 +111,7 @@ fn concepts(emojibase: &Path) -> Result<Vec<(String, Concept)>> {
                 label_zh: zh.map(|z| z.label.clone()).unwrap_or_default(),
                 captions: Vec::new(),
                 everyday,
-                held_out: library::held_out(&e.hexcode),
+                held_out: dataset::held_out(&e.hexcode),
             };
             Ok((key(&e.hexcode), concept))
         })

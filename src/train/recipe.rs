@@ -5,9 +5,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::backbone::BackboneConfig;
+use crate::dataset::SIDE;
 use crate::error::{Error, Result};
 use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling, schedule};
-use crate::library::SIDE;
 use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
 
 /// What is trained: shapes and choices of every part.

@@ -5,17 +5,15 @@ use std::collections::BTreeMap;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::dataset::Dataset;
 use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::run::Run;
+use super::samples::Samples;
 use crate::checkpoint::{Init, Weights};
-use crate::error;
-use crate::library::SIDE;
-use crate::ops;
-use crate::pixels;
+use crate::dataset::SIDE;
 use crate::text::Text;
 use crate::tokenizer::SemanticEncoder;
+use crate::{error, ops, pixels};
 
 /// The caption side, used in training only: the mean of the token embeddings and one residual layer.
 struct TextTower {
@@ -52,7 +50,7 @@ impl TextTower {
 }
 
 /// Trains the semantic encoder for `plan.steps` steps of `batch` captioned pictures.
-pub fn train(run: &Run, dataset: &Dataset, text: &Text, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
+pub fn train(run: &Run, dataset: &Samples, text: &Text, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     const FILE: &str = "semantic.safetensors";
     let config = &run.recipe.tokenizer.semantic;
     let ((encoder, tower), vars) = run.load(&[&run.file(FILE)], |w| {

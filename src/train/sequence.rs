@@ -5,9 +5,8 @@ use std::cmp::Reverse;
 use candle_core::{DType, Result, Tensor};
 
 use super::loss::cross_entropy;
-use crate::backbone::sequence::Layout;
-use crate::backbone::{Backbone, BackboneConfig, Context, Position, Rope};
-use crate::generate::inputs::NextInput;
+use crate::backbone::{Backbone, BackboneConfig, Context, Layout, Position, Rope};
+use crate::generate::next_input::NextInput;
 use crate::ops;
 use crate::tokenizer::{Code, Encoded, Quantizer};
 

@@ -5,15 +5,15 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{Device, Tensor};
 
 use super::Hyperparameters;
-use super::dataset::Dataset;
 use super::pool::{Pool, PoolSizes};
 use super::recipe::Recipe;
 use super::run::Run;
+use super::samples::Samples;
 use super::tokenizer::Stage;
 use super::transformer::Lesson;
 use crate::checkpoint::Weights;
+use crate::dataset::{BYTES, CaptionedImage, Concept, Dataset, SIDE};
 use crate::error::Result;
-use crate::library::{BYTES, Concept, Library, Picture, SIDE};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 
@@ -25,7 +25,7 @@ fn plan(steps: usize) -> Hyperparameters {
 }
 
 /// Two discs.
-pub(super) fn library() -> Library {
+pub(super) fn library() -> Dataset {
     let concept = |name: &str, zh: &str| Concept {
         label: name.into(),
         names: vec![name.into()],
@@ -40,9 +40,9 @@ pub(super) fn library() -> Library {
             [colour[0], colour[1], colour[2], if inside { 255 } else { 0 }]
         })
     };
-    let picture = |concept| Picture { concept, style: None };
+    let picture = |concept| CaptionedImage { concept, style: None };
     let rgba = disc([200, 30, 40]).chain(disc([30, 40, 200])).collect();
-    Library::new(vec![concept("plum", "李子"), concept("coin", "硬币")], vec![picture(0), picture(1)], rgba).unwrap()
+    Dataset::new(vec![concept("plum", "李子"), concept("coin", "硬币")], vec![picture(0), picture(1)], rgba).unwrap()
 }
 
 /// Nano's recipe, as small as may be.
@@ -73,7 +73,7 @@ pub(super) fn text() -> Result<Text> {
 /// All parts in order, every one first for some steps and then for the rest.
 fn train(run: &Run, stops: &[usize]) -> Result<()> {
     let (library, text) = (library(), text()?);
-    let dataset = |part: &str| Dataset::new(&library, run.seed(part));
+    let dataset = |part: &str| Samples::new(&library, run.seed(part));
     for &steps in stops {
         super::semantic::train(run, &dataset("semantic")?, &text, 4, &plan(steps))?;
     }
@@ -93,7 +93,7 @@ fn train(run: &Run, stops: &[usize]) -> Result<()> {
     Ok(())
 }
 
-fn transformer(run: &Run, part: &str, dataset: &Dataset, text: &Text, steps: usize) -> Result<()> {
+fn transformer(run: &Run, part: &str, dataset: &Samples, text: &Text, steps: usize) -> Result<()> {
     let file = run.file("image_tokenizer.safetensors");
     let (tokenizer, _) = run.load(&[&file], |w| ImageTokenizer::load(w, &run.recipe.tokenizer))?;
     let sizes = PoolSizes { things: 2, backgrounds: 1, scenes: 4, several: 2, oblong: 2 };
@@ -143,7 +143,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
     train(&run, &[1])?;
     assert!(before == bytes());
     let (library, more) = (library(), plan(2));
-    let error = super::tokenizer::train(&run, &Dataset::new(&library, 1)?, Stage::Joint, 2, &more);
+    let error = super::tokenizer::train(&run, &Samples::new(&library, 1)?, Stage::Joint, 2, &more);
     let error = error.unwrap_err();
     assert!(error.message.contains("tokenizer-decoder.state"), "{}", error.message);
     assert!(before == bytes());
@@ -152,7 +152,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
     other.decoder_final.ch = 16;
     std::fs::write(run.file("recipe.json"), serde_json::to_vec(&other).unwrap())?;
     let run = Run::open(folder.path(), Device::Cpu)?;
-    let decoder = super::tokenizer::train(&run, &Dataset::new(&library, 1)?, Stage::Decoder, 2, &more);
+    let decoder = super::tokenizer::train(&run, &Samples::new(&library, 1)?, Stage::Decoder, 2, &more);
     let error = decoder.unwrap_err();
     let told =
         ["decoder.conv_blocks.0.", ": found (16", ", expected (32"].iter().all(|part| error.message.contains(part));
@@ -165,7 +165,7 @@ fn what_is_done_is_not_done_again_and_what_others_stand_on_stays() -> Result<()>
 fn a_part_that_another_has_gone_on_from_is_over() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (run, library, text) = (run(&folder)?, library(), text()?);
-    let train = |part: &str, steps| transformer(&run, part, &Dataset::new(&library, run.seed(part))?, &text, steps);
+    let train = |part: &str, steps| transformer(&run, part, &Samples::new(&library, run.seed(part))?, &text, steps);
     let (file, read) = (run.file("model.safetensors"), || std::fs::read(run.file("model.safetensors")));
     train("first", 1)?;
     train("second", 1)?;
@@ -187,7 +187,7 @@ fn parts_draw_samples_of_their_own() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let run = run(&folder)?;
     let library = library();
-    let [one, two] = ["talk", "talk2"].map(|part| Dataset::new(&library, run.seed(part)));
+    let [one, two] = ["talk", "talk2"].map(|part| Samples::new(&library, run.seed(part)));
     let (one, two) = (one?, two?);
     assert!((0..8).all(|i| one.picture(i) == one.picture(i)));
     assert!((0..8).any(|i| one.picture(i) != two.picture(i)));

@@ -9,13 +9,13 @@ use clap::ValueEnum;
 use rayon::prelude::*;
 
 use super::codebook::{Assignments, Codebook};
-use super::dataset::Dataset;
 use super::optimizer::{Hyperparameters, Optimizer};
 use super::progress::Progress;
 use super::run::Run;
+use super::samples::Samples;
+use crate::dataset::SIDE;
 use crate::error::{self, Error};
 use crate::generate::schedule;
-use crate::library::SIDE;
 use crate::pixels;
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::{ImageTokenizer, Quantizer, TokenizerConfig};
@@ -87,7 +87,7 @@ const ABSOLUTE: f64 = 0.1;
 const CONTINUOUS: usize = 300;
 
 /// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
-pub fn train(run: &Run, dataset: &Dataset, stage: Stage, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
+pub fn train(run: &Run, dataset: &Samples, stage: Stage, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     let config = if stage == Stage::Decoder { run.recipe.tokenizer_final() } else { run.recipe.tokenizer.clone() };
     let files = [run.file(FILE), run.file("semantic.safetensors")];
     let (tokenizer, vars) = run.load(&[&files[0], &files[1]], |w| ImageTokenizer::load(w, &config))?;
@@ -142,7 +142,7 @@ fn settle(
     run: &Run,
     tokenizer: &ImageTokenizer,
     codebook: &mut Codebook,
-    dataset: &Dataset,
+    dataset: &Samples,
     batch: usize,
 ) -> Result<()> {
     for round in 0..40u64 {

@@ -7,19 +7,19 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::dataset::Dataset;
 use super::dialogue::{Length, Turns, dialogue};
 use super::optimizer::{Hyperparameters, Optimizer};
 use super::pool::{Pool, Shelf};
 use super::progress::Progress;
 use super::run::Run;
+use super::samples::Samples;
 use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
 use crate::chat::template::{ImageMarks, Part, Piece, Role, Template};
 use crate::checkpoint::{Matrices, Weights};
+use crate::dataset::Canvas;
 use crate::error::{Error, Result};
 use crate::generate::schedule;
-use crate::library::Canvas;
 use crate::pixels;
 use crate::rng::{Rng, Stream};
 use crate::text::Text;
@@ -43,7 +43,7 @@ pub struct Lesson<'a> {
     /// The first so many scales are learnt.
     pub scales: usize,
     /// Where dialogues come from, if they are part of it.
-    pub dialogues: Option<(&'a Dataset<'a>, &'a Text)>,
+    pub dialogues: Option<(&'a Samples<'a>, &'a Text)>,
 }
 
 /// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
@@ -168,7 +168,7 @@ impl Lesson<'_> {
         let draws = |i: usize, purpose: u64| self.rng(i as u64, purpose << 32 | step as u64);
         let sequences = (0..size).into_par_iter().map(|i| {
             let (rng, noise) = (draws(i, 1), draws(i, 2));
-            let item = shelf.draw(&rng, shapes);
+            let item = shelf.sample(&rng, shapes);
             let mut sequence = Sequence::default();
             if rng.uniform(100) >= CAPTION_DROP {
                 sequence.push_words(item.caption(&rng));
@@ -181,7 +181,7 @@ impl Lesson<'_> {
 
     fn dialogues(
         &self,
-        dataset: &Dataset,
+        dataset: &Samples,
         text: &Text,
         size: usize,
         step: usize,

@@ -4,7 +4,7 @@ use image::RgbImage;
 
 use super::VisionConfig;
 use crate::error::{Error, Result};
-use crate::pixels::{Filter, resize};
+use crate::pixels::{ResamplingFilter, resize};
 
 /// The most a side may exceed the other.
 const MAX_RATIO: u32 = 200;
@@ -105,7 +105,7 @@ impl ImageProcessor {
     /// `merge` times `merge` of them in a token.
     pub fn cut(&self, image: &RgbImage, (h, w): (usize, usize), (p, merge): (usize, usize)) -> Patches {
         let side = p * merge;
-        let image = resize(image, ((w * side) as u32, (h * side) as u32), Filter::Bicubic);
+        let image = resize(image, ((w * side) as u32, (h * side) as u32), ResamplingFilter::Bicubic);
         let levels: Vec<[f32; 256]> = (0..3)
             .map(|c| std::array::from_fn(|v| (v as f32 / 255.0 - self.image_mean[c]) / self.image_std[c]))
             .collect();

@@ -8,9 +8,8 @@ use serde::Deserialize;
 
 pub use image::{ImageProcessor, Patches};
 
-use crate::backbone::{MAX_LAYERS, check_sizes};
 use crate::checkpoint::Weights;
-use crate::nn::{Linear, RmsNorm, lecun_normal};
+use crate::nn::{Linear, MAX_LAYERS, RmsNorm, check_sizes, lecun_normal};
 use crate::ops::{self, Mask};
 use windows::Windows;
 

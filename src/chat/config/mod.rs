@@ -13,9 +13,8 @@ use serde_json::Value;
 use super::TextSampling;
 use super::template::ChatTemplate;
 use crate::backbone::BackboneConfig;
-use crate::checkpoint::Source;
+use crate::checkpoint::{Source, TRANSFORMER};
 use crate::error::{Error, Result};
-use crate::generate::TRANSFORMER;
 use crate::vision::{ImageProcessor, VisionConfig};
 
 pub(super) use generation::{Generation, generation};

@@ -10,18 +10,17 @@ use super::machine::Machine;
 use super::{BenchArgs, Shape, gb};
 use crate::backbone::Backbone;
 use crate::backbone::presets::QWEN2_5_VL_7B;
-#[cfg(feature = "nano")]
-use crate::checkpoint::Source;
 use crate::checkpoint::{Matrices, WeightType, Weights};
-use crate::error::Result;
 #[cfg(feature = "nano")]
-use crate::generate::TRANSFORMER;
+use crate::checkpoint::{Source, TRANSFORMER};
+use crate::cli::run::{Load, Run};
+use crate::error::Result;
 use crate::generate::cost::{self, Work};
-use crate::generate::inputs::NextInput;
-use crate::generate::{Batch, Event, ModelConfig, Prefix, draw_after, tokenflow};
-use crate::size::Size;
+use crate::generate::next_input::NextInput;
+use crate::generate::{Batch, Event, ModelConfig, Prefix, Size, draw_after, tokenflow};
+use crate::memory;
+use crate::terminal::{self, Level};
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
-use crate::{memory, terminal};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -100,8 +99,13 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let words = args.prompt.unwrap_or(16) as usize;
     let work = Work { scales: &scales, images: args.batch as usize, words, sampling: &config.sampling, prompts: 1 };
     let needed = cost::synthetic_memory(&config, dtype, (matrices, filters), work)?;
-    memory::check(needed.peak(), &device, "--quant q8_0, --quant q4_K, or a smaller --size or --batch")?;
-    let stop = terminal::interrupts()?;
+    let load = Load {
+        source: None,
+        device: &device,
+        peak: needed.peak(),
+        smaller: "--quant q8_0, --quant q4_K, or a smaller --size or --batch",
+    };
+    let Run { stop, .. } = load.start(Level::Quiet, 1)?;
 
     let (started, started_free) = (Instant::now(), memory::free(&device));
     let weights = Weights::synthetic(dtype, &device).with_matrices(matrices);

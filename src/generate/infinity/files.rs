@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::variants::{HUB, TEXT_HUB, VARIANTS, Variant};
-use crate::checkpoint::{self, Inventory, Parts, Source};
+use crate::checkpoint::{self, IMAGE_TOKENIZER, Inventory, Parts, Source, TRANSFORMER};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, TRANSFORMER};
 use crate::infinity::InfinityConfig;
-use crate::input::quoted;
+use crate::io::input::quoted;
 use crate::t5::{TEXT_CONFIG, TEXT_ENCODER, TEXT_WORDS};
 use crate::tokenizer::{BitPreset, BitTokenizerConfig};
 

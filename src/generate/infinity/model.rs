@@ -13,10 +13,10 @@ use super::files::no_text_encoder;
 use super::lattice;
 use super::rows::InfinityRows;
 use super::setup::InfinitySetup;
-use crate::checkpoint::{Source, WeightType, Weights};
+use crate::checkpoint::{IMAGE_TOKENIZER, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
-use crate::generate::inputs::NextInput;
-use crate::generate::{Batch, Event, IMAGE_TOKENIZER, Observer, TRANSFORMER, draw_codes, tell};
+use crate::generate::next_input::NextInput;
+use crate::generate::{Batch, Event, Observer, draw_codes, notify};
 use crate::infinity::Infinity;
 use crate::memory;
 use crate::t5::TextEncoder;
@@ -153,9 +153,9 @@ impl InfinityModel {
         let lattice =
             lattice(scales).ok_or_else(|| Error::new(Kind::Failure, format!("{scales:?} are no scales of a ratio")))?;
         let (rows, hidden) = InfinityRows::start(&self.transformer, batch.sampling, &texts, scales, lattice)?;
-        tell(observe, Event::Prompt { tokens })?;
+        notify(observe, Event::Prompt { tokens })?;
         let images = draw_codes(rows, hidden, NextInput::of_bits(bits.quantizer(), scales), batch, observe)?;
-        tell(observe, Event::Decode)?;
+        notify(observe, Event::Decode)?;
         images.iter().map(|codes| self.decode(codes, scales)).collect()
     }
 

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use crate::backbone::{Cache, Rope, Step};
-use crate::generate::sampler::{Draw, Fault};
+use crate::generate::sampler::{Fault, SampleParams};
 use crate::generate::{Sampling, Sequences, bits, schedule};
 use crate::infinity::{Conditions, Infinity, Mixture};
 
@@ -74,7 +74,7 @@ impl<'a> InfinityRows<'a> {
 }
 
 impl Sequences for InfinityRows<'_> {
-    fn read(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
+    fn forward(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
         if step != Step::Scale {
             bail!("Infinity draws every scale in one pass");
         }
@@ -89,7 +89,7 @@ impl Sequences for InfinityRows<'_> {
         self.conditions.truncate(images)
     }
 
-    fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
-        bits::sample(&self.logits(hidden)?, draw, 0)
+    fn sample(&self, hidden: &Tensor, params: &SampleParams) -> std::result::Result<Tensor, Fault> {
+        bits::sample(&self.logits(hidden)?, params, 0)
     }
 }

@@ -9,13 +9,13 @@ use serde_json::json;
 use super::features::FeatureStore;
 use super::files::{no_text_encoder, variant};
 use super::variants::Variant;
-use crate::checkpoint::{self, FileSummary, Fit, Inventory, Source, WeightType, Weights};
+use crate::checkpoint::{self, FileSummary, Fit, IMAGE_TOKENIZER, Inventory, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::ratios::{self, LEVELS, Ratio};
-use crate::generate::{Guidance, IMAGE_TOKENIZER, Sampling, TRANSFORMER, schedule};
+use crate::generate::{Guidance, Sampling, Size, schedule};
 use crate::infinity::{Infinity, InfinityConfig};
-use crate::size::Size;
+use crate::io::output;
 use crate::t5::{self as encoder, TEXT_CONFIG, TEXT_ENCODER, TEXT_WORDS, TextEncoder};
 use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig, ImageDecoder};
 
@@ -185,10 +185,10 @@ impl InfinitySetup {
                 }
             }
             for file in [TEXT_CONFIG, TEXT_WORDS] {
-                checkpoint::write(&part.join(file), &source.bytes(file)?)?;
+                output::write(&part.join(file), &source.bytes(file)?)?;
             }
             let config = serde_json::to_vec_pretty(&source.read_config()?).map_err(candle_core::Error::msg)?;
-            checkpoint::write(&part.join("config.json"), &config)
+            output::write(&part.join("config.json"), &config)
         })
     }
 

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{Inventory, Parts, Source};
+use crate::checkpoint::{IMAGE_TOKENIZER, Inventory, Parts, Source};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, infinity};
-use crate::input::quoted;
+use crate::generate::infinity;
+use crate::io::input::quoted;
 use crate::onecat;
 use crate::tokenizer::BitTokenizerConfig;
 

@@ -5,14 +5,15 @@ use std::path::Path;
 use candle_core::{DType, Device};
 
 use super::files::{TOKENIZER, TOKENIZER_HUB, no_tokenizer};
-use crate::checkpoint::{self, FileSummary, Fit, Inventory, Matrices, Source, WeightType, Weights};
+use crate::checkpoint::{
+    self, FileSummary, Fit, IMAGE_TOKENIZER, Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights,
+};
 use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::ratios::{self, LEVELS};
-use crate::generate::{Guidance, IMAGE_TOKENIZER, Sampling, TRANSFORMER, schedule};
+use crate::generate::{Guidance, Sampling, Size, schedule};
 use crate::onecat::prompt::Marks;
 use crate::onecat::{Drawing, OneCatConfig, Reading, ReadingParts, Trunk};
-use crate::size::Size;
 use crate::text::Text;
 use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig, ImageDecoder};
 
@@ -183,7 +184,7 @@ impl OneCatSetup {
         source.check_type(TRANSFORMER, Some(weights))?;
         checkpoint::whole_folder(folder, |part| {
             let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
-            self.ask(&transformer, ReadingParts { pictures: true, head: true })?;
+            self.transformer.ask(&transformer)?;
             let blocks = checkpoint::blocks(source, TRANSFORMER, &transformer, weights)?;
             checkpoint::write_gguf(&part.join("model.gguf"), &blocks)?;
             drop(blocks);
@@ -259,8 +260,6 @@ impl OneCatSetup {
 pub fn compare_transformer(source: &Source, config: &OneCatConfig) -> Result<(Vec<FileSummary>, Fit)> {
     let inventory = Inventory::of(source, TRANSFORMER)?;
     let asked = Weights::inventory();
-    Trunk::load(&asked, config)?;
-    Reading::load(&asked, config, ReadingParts { pictures: true, head: true })?;
-    Drawing::load(&asked, config)?;
+    config.ask(&asked)?;
     Ok((inventory.files(), inventory.compare(&asked)))
 }

@@ -122,7 +122,7 @@ fn columns_are_a_matrix_of_their_own() -> Result<()> {
     let ids = Tensor::arange(0u32, 6, &Device::Cpu)?;
     let blocks = WeightMatrix::from(quantize(&flat, (6, 128), GgmlDType::Q8_0, &Device::Cpu)?);
     let half = WeightMatrix::from(quantize(&flat, (6, 128), GgmlDType::BF16, &Device::Cpu)?);
-    for w in [WeightMatrix::Dense(values), blocks, half] {
+    for w in [WeightMatrix::Dense(values.as_detached_tensor()), blocks, half] {
         let all = w.select(&ids)?;
         for (start, count) in [(0, 32), (64, 64), (20, 40), (0, 128)] {
             let part = w.columns(start, count)?;

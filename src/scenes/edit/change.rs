@@ -3,7 +3,7 @@
 use super::EditKind;
 use crate::rng::Rng;
 use crate::scenes::describe::{centre_of, side};
-use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, SHAPES, Scene, Size};
+use crate::scenes::{BACKGROUNDS, COLOURS, Object, ObjectSize, Place, SHAPES, Scene};
 
 /// A step, with what is to be said about it.
 #[derive(Clone, Debug)]
@@ -152,7 +152,7 @@ fn added(rng: &Rng, beside: &Object) -> Option<Change> {
     let object = Object {
         shape: SHAPES[rng.below(5, SHAPES.len())],
         colour: rng.below(6, COLOURS.len()),
-        size: Size::Plain,
+        size: ObjectSize::Plain,
         centre: (x, y),
         radius,
     };

@@ -5,7 +5,7 @@ use super::{EditKind, words};
 use crate::scenes::caption::{chinese, english, phrase, phrase_zh};
 use crate::scenes::describe::{centre_of, side};
 use crate::scenes::wording::{Voice, relation};
-use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, Scene, Size};
+use crate::scenes::{BACKGROUNDS, COLOURS, Object, ObjectSize, Place, Scene};
 
 /// An instruction that asks for these changes of a scene.
 pub(super) fn say(changes: &[Change], scene: &Scene, voice: Voice) -> String {
@@ -38,7 +38,7 @@ fn clause(change: &Change, scene: &Scene, voice: Voice, one_of_two: bool) -> Str
         }
         Change::Remove(object) => voice.say(&words::REMOVE, &[o(object)]),
         Change::Alter { kind: EditKind::Replace, old, new } => {
-            let plain = Object { size: Size::Plain, ..new.clone() };
+            let plain = Object { size: ObjectSize::Plain, ..new.clone() };
             // The colour may go without saying where it stays.
             let short = old.colour == new.colour && voice.pick(3, &[false, true]);
             let new = match (zh, short) {

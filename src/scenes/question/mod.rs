@@ -7,7 +7,7 @@ mod wording;
 use super::caption::{chinese, english, phrase, phrase_zh};
 use super::describe::{centre_of, side};
 use super::wording::{Voice, relation};
-use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, Place, SHAPES, Scene, Size, Split, held_out};
+use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, ObjectSize, Place, SHAPES, Scene, Split, held_out};
 use crate::rng::Rng;
 
 /// What a question is about.
@@ -120,7 +120,7 @@ impl Scene {
 
 /// Colour and shape, in the language of the question: "a red circle".
 fn thing(object: &Object, voice: Voice) -> String {
-    let plain = Object { size: Size::Plain, ..object.clone() };
+    let plain = Object { size: ObjectSize::Plain, ..object.clone() };
     if voice.chinese { format!("一个{}", phrase_zh(&plain)) } else { phrase(&plain) }
 }
 
@@ -228,7 +228,7 @@ fn presence(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
     let there = rng.below(1, 2) == 0;
     let by_shape = rng.below(2, 3) == 0;
     let mut asked = scene.objects[rng.below(3, scene.objects.len())].clone();
-    asked.size = Size::Plain;
+    asked.size = ObjectSize::Plain;
     let found =
         |asked: &Object| scene.objects.iter().any(|o| o.shape == asked.shape && (by_shape || o.colour == asked.colour));
     if !there {

@@ -75,7 +75,7 @@ fn images_are_learnt_as_they_are_drawn() -> Result<()> {
         let (mut drawn, mut input) = (vec![first], NextInput::of_table(&quantizer, mode, grids));
         for (si, codes) in encoded.codes[..grids.len() - 1].iter().enumerate() {
             let features = input.next(&quantizer.codes(codes)?, si + 1)?;
-            drawn.push(rows.read(si + 1, &features, Step::Scale)?);
+            drawn.push(rows.forward(si + 1, &features, Step::Scale)?);
         }
         let drawn = Tensor::cat(&drawn, 1)?.squeeze(0)?;
         assert_same(&learnt, &drawn)?;

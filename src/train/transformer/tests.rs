@@ -10,7 +10,7 @@ fn with_lesson(test: impl FnOnce(&Lesson, &Text) -> Result<()>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (run, library, text) = (tests::run(&folder)?, tests::library(), tests::text()?);
     let (tokenizer, _) = run.load(&[], |w| ImageTokenizer::load(w, &run.recipe.tokenizer))?;
-    let dataset = Dataset::new(&library, 1)?;
+    let dataset = Samples::new(&library, 1)?;
     let sizes = PoolSizes { things: 2, backgrounds: 0, scenes: 4, several: 0, oblong: 0 };
     let (scales, quantizer) = (run.recipe.scales, tokenizer.quantizer());
     let pool = Pool::build(&dataset, &tokenizer, &text, sizes, scales)?;

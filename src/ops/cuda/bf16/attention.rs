@@ -149,12 +149,12 @@ pub(crate) fn project_heads(
     }
     for (keys, values, start) in caches {
         let capacity = keys.dim(1)?;
-        let fit = keys.dims() == [1, uninit, kv, d] && values.dims() == keys.dims();
+        let fit = keys.dims() == [1, capacity, kv, d] && values.dims() == keys.dims();
         if !fit || ![*keys, *values].iter().all(|t| is_bf16(t, x.device()) && aligned(t) && t.is_contiguous()) {
             bail!("heads: keys {:?} and values {:?} are no cache of {kv} heads of {d}", keys.dims(), values.dims());
         }
         if start + t > capacity {
-            bail!("a sequence of {} does not fit a cache of {uninit}", start + t);
+            bail!("a sequence of {} does not fit a cache of {capacity}", start + t);
         }
     }
     let borrowed = [x, cos, sin, bias.unwrap_or(x)].map(|t| t.storage_and_layout());

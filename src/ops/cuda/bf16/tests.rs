@@ -8,12 +8,11 @@ use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::backbone::{Backbone, BackboneConfig, Cache, Context, InputMode, Position, Rope, Step, rope as positions};
 use crate::checkpoint::Weights;
 use crate::generate::Sampling;
-use crate::generate::inputs::NextInput;
+use crate::generate::next_input::NextInput;
 use crate::generate::sampler::{self, Draw};
-use crate::ops::testing;
 use crate::ops::{
     Mask, WeightMatrix, add_conv2d, add_linear, attention, attention_rows, conv2d, group_norm, linear, project_heads,
-    quantize, rms_norm, rope, swiglu, upsampled_conv2d,
+    quantize, rms_norm, rope, swiglu, testing, upsampled_conv2d,
 };
 use crate::tokenizer::{CodebookConfig, ImageTokenizer, Quantizer};
 

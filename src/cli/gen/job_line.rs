@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use super::per_scale::PerScale;
+use crate::cli::per_scale::PerScale;
 use crate::error::{Error, Result};
 
 /// What a line looks like.

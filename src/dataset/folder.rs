@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use image::Pixel;
 use rayon::prelude::*;
 
-use super::{BYTES, Concept, Library, Picture, SIDE, held_out};
+use super::{BYTES, CaptionedImage, Concept, Dataset, SIDE, held_out};
 use crate::error::{Error, Result};
-use crate::input::{quoted, without_bom};
+use crate::io::input::{quoted, without_bom};
 use crate::pixels;
 
 /// Endings of files that are read as images, in small letters or capitals.
 const IMAGES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 
-impl Library {
+impl Dataset {
     /// The PNG, JPEG and WebP files in `folder`, in the order of their names; the captions of `x.png` are the lines of `x.txt`
     /// that are not blank. Images with the same captions are pictures of one concept, which is [held out](held_out) by the
     /// first of them. Pictures are opaque, what was transparent is white; folders in the folder are left alone.
@@ -42,7 +42,7 @@ impl Library {
                 let (label, held_out) = (captions[0].clone(), held_out(&captions[0]));
                 concepts.push(Concept { label, captions, everyday: true, held_out, ..Concept::default() });
             }
-            pictures.push(Picture { concept, style: None });
+            pictures.push(CaptionedImage { concept, style: None });
         }
         Self::new(concepts, pictures, rgba)
     }
@@ -101,7 +101,7 @@ mod tests {
         std::fs::write(path.with_extension("txt"), captions).unwrap();
     }
 
-    fn rgb(library: &Library, picture: usize) -> Vec<u8> {
+    fn rgb(library: &Dataset, picture: usize) -> Vec<u8> {
         assert!(library.is_opaque(picture));
         library.over(picture, [0; 3])
     }
@@ -120,10 +120,10 @@ mod tests {
         std::fs::write(dir.path().join("notes.txt"), "not of an image").unwrap();
         std::fs::create_dir(dir.path().join("more")).unwrap();
 
-        let library = Library::from_folder(dir.path()).unwrap();
+        let library = Dataset::from_folder(dir.path()).unwrap();
         let path = dir.path().join("library.safetensors");
         library.save(&path).unwrap();
-        let read = Library::load(&path).unwrap();
+        let read = Dataset::load(&path).unwrap();
         assert_eq!((&read.concepts, &read.pictures), (&library.concepts, &library.pictures));
         assert_eq!(read.captions(0), ["my dog Rex on a sofa", "沙发上的狗"]);
         assert_eq!(read.captions(1), ["my bicycle"]);
@@ -150,7 +150,7 @@ mod tests {
         clear.put_pixel(0, 0, image::Rgba([10, 20, 30, 255]));
         clear.save(dir.path().join("b.png")).unwrap();
         std::fs::write(dir.path().join("b.txt"), "a corner").unwrap();
-        let library = Library::from_folder(dir.path()).unwrap();
+        let library = Dataset::from_folder(dir.path()).unwrap();
         let wall = rgb(&library, 0);
         assert_eq!((&wall[..3], &wall[wall.len() - 3..]), (&[255; 3][..], &[0; 3][..]));
         let corner = rgb(&library, 1);
@@ -165,7 +165,7 @@ mod tests {
             // In the order of names this comes after all faults.
             write(dir.path(), "z.png", &image, ImageFormat::Png, "");
             prepare(dir.path());
-            let error = Library::from_folder(dir.path()).err().unwrap();
+            let error = Dataset::from_folder(dir.path()).err().unwrap();
             assert_eq!(error.exit_code(), 2);
             (error.message, error.hint.unwrap())
         };

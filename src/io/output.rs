@@ -1,16 +1,16 @@
 //! Where images go: names, and atomic writes that never replace a file unasked.
 
-mod temp;
-
 use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::here;
+use super::input::quoted;
 use crate::error::{Error, Kind, Result};
-use crate::input::quoted;
 
-pub(crate) use temp::{Temp, TempFolder, sweep};
+pub(crate) use super::parent;
+pub(crate) use super::temp::{Temp, TempFolder, sweep};
 
 /// Where the images of a run go.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,6 +86,14 @@ impl Destination {
             }
         }
     }
+}
+
+/// Writes a file whole or not at all; what was at `path` is replaced.
+///
+/// Errors: a file that cannot be written.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    sweep(parent(path));
+    Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(|e| Error::unwritten(path, &reason(&e)))
 }
 
 /// Whether a path names standard output.
@@ -181,15 +189,6 @@ fn check_folder(folder: &Path) -> Result<()> {
     }
     sweep(there);
     Temp::in_folder(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
-}
-
-/// The folder of `path`.
-pub(crate) fn parent(path: &Path) -> &Path {
-    here(path.parent().unwrap_or(path))
-}
-
-fn here(folder: &Path) -> &Path {
-    if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
 
 fn exists(path: &Path) -> Error {

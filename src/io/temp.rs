@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use tempfile::{NamedTempFile, TempDir};
 
+use super::parent;
+
 const PREFIX: &str = ".nextflow-";
 const SUFFIX: &str = ".tmp";
 /// Locks may not reach across hosts: what another host left is removed when nothing was written to it for this long.
@@ -27,7 +29,7 @@ impl Temp {
     /// `bytes` beside `path`, with the permissions of the file that they are to replace, if there is one.
     pub fn beside(path: &Path, bytes: &[u8]) -> io::Result<Self> {
         let old = fs::metadata(path).ok().map(|old| old.permissions());
-        let temp = Self::with_mode(super::parent(path), old.clone())?;
+        let temp = Self::with_mode(parent(path), old.clone())?;
         if let Some(old) = old.filter(|old| temp.0.as_file().metadata().is_ok_and(|new| new.permissions() != *old)) {
             // The umask took some. A file system without permissions has none to keep.
             let _ = temp.0.as_file().set_permissions(old);
@@ -189,7 +191,7 @@ fn sync(file: &File) -> io::Result<()> {
 /// Puts the name of a file on the disk, where that is possible.
 fn sync_folder(path: &Path) {
     #[cfg(unix)]
-    let _ = File::open(super::parent(path)).and_then(|folder| folder.sync_all());
+    let _ = File::open(parent(path)).and_then(|folder| folder.sync_all());
     #[cfg(not(unix))]
     let _ = path;
 }

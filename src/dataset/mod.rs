@@ -1,7 +1,7 @@
 //! The picture library: concepts ("red apple") with their words and their pictures, the material of training and evaluation.
 //!
 //! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the metadata under `library`
-//! the JSON of [`Concept`]s and [`Picture`]s. `nextflow train data` writes it; what else an older one has put there is ignored.
+//! the JSON of [`Concept`]s and [`CaptionedImage`]s. `nextflow train data` writes it; what else an older one has put there is ignored.
 
 mod folder;
 mod words;
@@ -36,7 +36,7 @@ pub struct Concept {
     /// Chinese label, "红苹果", or nothing.
     #[serde(default)]
     pub label_zh: String,
-    /// Captions of its own, in any language, the canonical one first: see [`Library::captions`].
+    /// Captions of its own, in any language, the canonical one first: see [`Dataset::captions`].
     #[serde(default)]
     pub captions: Vec<String>,
     /// Whether models learn to draw it; the other concepts only train the image tokenizer.
@@ -61,15 +61,15 @@ pub enum Style {
 
 /// What one picture shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Picture {
-    /// Index into [`Library::concepts`].
+pub struct CaptionedImage {
+    /// Index into [`Dataset::concepts`].
     pub concept: usize,
     /// The hand it is drawn in, if it is one of these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub style: Option<Style>,
 }
 
-impl Picture {
+impl CaptionedImage {
     /// Whether models learn to draw it: what is in the 3D hand, and what is in none of them.
     pub fn is_drawn(&self) -> bool {
         matches!(self.style, None | Some(Style::ThreeD))
@@ -80,7 +80,7 @@ impl Picture {
 #[derive(Serialize, Deserialize)]
 struct Index {
     concepts: Vec<Concept>,
-    pictures: Vec<Picture>,
+    pictures: Vec<CaptionedImage>,
 }
 
 /// An RGB image to paste pictures on.
@@ -112,19 +112,19 @@ impl Canvas {
 }
 
 /// Concepts and their pictures, in memory.
-pub struct Library {
+pub struct Dataset {
     /// In the order of the Unicode emoji list, or of the files that they are from.
     pub concepts: Vec<Concept>,
     /// What each picture shows, in the order of the pixels.
-    pub pictures: Vec<Picture>,
+    pub pictures: Vec<CaptionedImage>,
     /// Holds the pixels, (pictures, 128, 128, 4), from byte `start` on.
     bytes: Vec<u8>,
     start: usize,
 }
 
-impl Library {
+impl Dataset {
     /// A library of these parts; `rgba` is (pictures, 128, 128, 4), straight alpha.
-    pub fn new(concepts: Vec<Concept>, pictures: Vec<Picture>, rgba: Vec<u8>) -> Result<Self> {
+    pub fn new(concepts: Vec<Concept>, pictures: Vec<CaptionedImage>, rgba: Vec<u8>) -> Result<Self> {
         Self::checked(Index { concepts, pictures }, rgba, 0)
     }
 
@@ -230,7 +230,7 @@ impl Library {
 
     /// The picture of a concept in a style.
     pub fn picture(&self, concept: usize, style: Style) -> Option<usize> {
-        self.pictures.iter().position(|p| *p == Picture { concept, style: Some(style) })
+        self.pictures.iter().position(|p| *p == CaptionedImage { concept, style: Some(style) })
     }
 
     /// The first picture of a concept that models learn to draw.

@@ -1,4 +1,4 @@
-//! The image ends of the transformer: how codes enter it, beside the rows of the head by which they leave.
+//! Input embedding of image codes: connector, per-scale embedding, and the paper's scale-length embedding.
 
 use candle_core::{D, Result, Tensor, bail};
 
@@ -7,9 +7,9 @@ use crate::checkpoint::{Init, Weights};
 use crate::nn::Linear;
 use crate::ops;
 
-/// Connector and tables.
+/// Connector, scale embedding and scale-length embedding: from features of codes to inputs of the transformer.
 #[derive(Debug)]
-pub(super) struct ImageEnds {
+pub(super) struct CodeEmbedding {
     connector: [Linear; 2],
     /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with `code_positions`. The first
     /// scale is never an input, so its row is not used.
@@ -17,10 +17,11 @@ pub(super) struct ImageEnds {
     /// Row 0 is added to the token that predicts the first code, the others to the codes of the other scales in order.
     code_positions: Option<Tensor>,
     hidden_size: usize,
+    /// Add [`scale_length_embedding`] to every row of `scale_embed`.
     scale_length: bool,
 }
 
-impl ImageEnds {
+impl CodeEmbedding {
     /// TokenFlow's `mm_projector` for the connector; the scale embedding is our `scale_embed`, or TokenFlow-t2i's
     /// `lvl_embed` with its code positions `pos_1LC`.
     pub(super) fn load(model: &Weights, config: &BackboneConfig) -> Result<Self> {
@@ -80,7 +81,8 @@ impl ImageEnds {
         fc2.forward(&ops::gelu_erf(&fc1.forward(features)?)?)
     }
 
-    /// What is added to the tokens of the scales `indices` of an image of `count` scales: (indices, hidden).
+    /// Scale embedding plus scale-length embedding of the scales `indices` (0-based) of an image of `count` scales:
+    /// (indices, hidden).
     fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
         let text = usize::from(self.code_positions.is_some());
         let (table, device) = (&self.scale_embed, self.scale_embed.device());
@@ -89,15 +91,17 @@ impl ImageEnds {
         if !self.scale_length {
             return Ok(rows);
         }
-        let length = sinusoid(count as f64, self.hidden_size);
+        let length = scale_length_embedding(count, self.hidden_size);
         rows.broadcast_add(&Tensor::new(length, device)?.to_dtype(table.dtype())?)
     }
 }
 
-/// The transformer's sinusoidal embedding of a number: sines, then cosines, of geometric frequencies from 1 to 1e-4.
-fn sinusoid(value: f64, size: usize) -> Vec<f32> {
-    let half = size / 2;
-    let angle = |i: usize| value * (1e-4f64).powf(i as f64 / half as f64);
+/// The paper's scale-length embedding: the sinusoidal embedding of K, the number of scales of an image, added to the tokens of
+/// all its scales. By it the model knows at the first scale how far the image goes. As in "Attention Is All You Need": sines,
+/// then cosines, of geometric frequencies from 1 to 1e-4; (hidden,).
+fn scale_length_embedding(scales: usize, hidden: usize) -> Vec<f32> {
+    let half = hidden / 2;
+    let angle = |i: usize| scales as f64 * (1e-4f64).powf(i as f64 / half as f64);
     (0..half).map(|i| angle(i).sin() as f32).chain((0..half).map(|i| angle(i).cos() as f32)).collect()
 }
 
@@ -109,10 +113,10 @@ mod tests {
     use crate::backbone::presets::QWEN2_5_VL_7B;
 
     #[test]
-    fn the_number_of_scales_is_sines_and_cosines() {
+    fn the_scale_length_embedding_is_sines_and_cosines() {
         let angles = [8.0f64, 0.8, 0.08, 0.008];
         let want = angles.iter().map(|a| a.sin()).chain(angles.iter().map(|a| a.cos()));
-        for (got, want) in sinusoid(8.0, 8).into_iter().zip(want) {
+        for (got, want) in scale_length_embedding(8, 8).into_iter().zip(want) {
             assert!((f64::from(got) - want).abs() < 1e-6, "{got} {want}");
         }
     }
@@ -131,10 +135,10 @@ mod tests {
                     ..QWEN2_5_VL_7B
                 };
                 let weights = Weights::trainable(3, &Device::Cpu);
-                let ends = ImageEnds::load(&weights, &config)?;
+                let embedding = CodeEmbedding::load(&weights, &config)?;
                 let table = weights.vars()[key].to_vec2::<f32>()?;
-                let length = if scale_length_embedding { sinusoid(4.0, 8) } else { vec![0.0; 8] };
-                let rows = ends.scale_rows(&[1, 2, 3], 4)?.to_vec2::<f32>()?;
+                let length = if scale_length_embedding { super::scale_length_embedding(4, 8) } else { vec![0.0; 8] };
+                let rows = embedding.scale_rows(&[1, 2, 3], 4)?.to_vec2::<f32>()?;
                 for (row, k) in rows.iter().zip(1..) {
                     let want: Vec<f32> =
                         table[first + k].iter().zip(&length).map(|(row, length)| row + length).collect();

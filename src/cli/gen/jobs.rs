@@ -7,29 +7,30 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
-use super::draw::{Delivery, Line};
-use super::r#gen::{self, GenArgs};
+use super::GenArgs;
 use super::job_file::{Fault, Jobs, NO_OVERWRITING, Reading, Shard, Task};
-use super::request::Request;
+use crate::cli::delivery::{Delivery, Line};
+use crate::cli::request::Request;
+use crate::cli::run::Load;
 use crate::error::{Error, Kind, Result};
 use crate::generate::cost::{Memory, Work};
-use crate::generate::{Generator, Job, TRANSFORMER, schedule};
-use crate::output::Destination;
-use crate::terminal::{self, Console};
-use crate::{input, memory, output};
+use crate::generate::{Generator, Job, schedule};
+use crate::io::output::Destination;
+use crate::io::{input, output};
+use crate::terminal;
 
 /// Flags for files of jobs.
 #[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Batch")]
 pub struct JobsArgs {
-    /// Draw a file of jobs, one JSON object a line: {"prompt": "a cat", "out": "cat.png", "seed": 7}; also id, negative, size, cfg,
-    /// cfg_until, temperature, top_k, top_p and draft; flags fill in what a line leaves out; `-` reads standard input
-    /// as it comes
+    /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png", "seed": 7}; also id, negative, size,
+    /// cfg, cfg_until, temperature, top_k, top_p and draft. Flags are the defaults of all lines; `-` reads standard input as it comes
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
-    /// With --jsonl: leave out jobs whose image is there already, as a whole PNG
+    /// With --jsonl: skip jobs whose PNG exists and is complete
     #[arg(long, conflicts_with = "force")]
     pub resume: bool,
-    /// With --jsonl: go on after a job that fails
+    /// With --jsonl: continue after a job fails
     #[arg(long)]
     pub keep_going: bool,
     /// With --jsonl: draw only part K of N, to split a file among processes
@@ -135,31 +136,31 @@ impl Failures {
 
 /// Draws the jobs of `file`. All of a file is checked before the model loads; standard input is read as it comes.
 pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
-    if let [_, second, ..] = args.draw.seed[..] {
+    if let [_, second, ..] = args.draw.sampling.seed[..] {
         return Err(Error::usage("--jsonl takes one --seed, for the lines that tell none")
             .hint(format!("\"seed\": {second} in a line")));
     }
     let mut request = Request::of_jobs(&args.draw)?;
     args.set_passes(&mut request)?;
     args.set_features(&mut request)?;
-    let usual = request.config.grids(args.draw.size.parse()?)?;
-    r#gen::set_negative(args, &mut request, usual.len())?;
+    let usual = request.config.grids(args.draw.sampling.size.parse()?)?;
+    super::set_negative(args, &mut request, usual.len())?;
     let request = &request;
-    let batch = r#gen::batch(args, usize::MAX)?;
+    let batch = super::batch(args, usize::MAX)?;
     if batch > 1 && input::is_stdin(file) {
         return Err(Error::usage("--batch would wait for lines of standard input before it answers the first")
             .hint("--jsonl FILE --batch 4"));
     }
     let JobsArgs { resume, keep_going, shard, .. } = args.jobs;
     let name = input::shown(file);
-    let folder = args.draw.out_dir.as_deref().unwrap_or(Path::new(""));
-    let (flags, draft, force) = (&args.draw, args.draft, args.draw.force);
+    let folder = args.draw.output.out_dir.as_deref().unwrap_or(Path::new(""));
+    let (flags, draft, force) = (&args.draw.sampling, args.draft, args.draw.output.force);
     let reading = Reading { name: &name, request, flags, draft, folder, resume, force, shard };
     let mut jobs = Jobs::new(reading, input::lines(file, "--jsonl FILE, or - for standard input")?);
     let mut failures = Failures { keep_going, count: 0 };
 
     // What a pipe brings is not waited for, unless it is only to be checked.
-    let wait = !input::is_stdin(file) || args.draw.dry_run;
+    let wait = !input::is_stdin(file) || args.draw.report.dry_run;
     let mut all: Vec<_> = if wait { jobs.by_ref().collect() } else { Vec::new() };
     let empty = || Error::usage(format!("{name} holds no job")).hint("one a line: {\"prompt\": \"a red apple\"}");
     if wait && jobs.seen() == 0 {
@@ -175,9 +176,9 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if !wait {
         work.keep_text();
     }
-    if args.draw.dry_run {
+    if args.draw.report.dry_run {
         request.config.check(&request.source, args.text_features.as_deref())?;
-        plan(request, &all, there, work, args.draw.json)?;
+        plan(request, &all, there, work, args.draw.report.json)?;
         let faults = || all.iter().filter_map(|next| next.as_ref().err());
         faults().for_each(|fault| terminal::report(&fault.error));
         return match faults().count() {
@@ -186,31 +187,30 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
                 .hint("correct the lines above")),
         };
     }
-    if there > 0 && !args.draw.quiet {
+    if there > 0 && !args.draw.report.quiet {
         terminal::note(&format!("({there} of {} images are there already)", all.len()));
     }
     let broken = all.iter().flatten().filter(|task| task.replaces && resume).count();
-    if broken > 0 && !args.draw.quiet {
+    if broken > 0 && !args.draw.report.quiet {
         let what = if broken > 1 { format!("{broken} files are") } else { "1 file is".into() };
         terminal::note(&format!("({what} no whole PNG and drawn anew)"));
     }
     if wait && all.len() == there {
         return all.iter().flatten().try_for_each(|task| terminal::emit_json(&Done::there(task, folder)).map(drop));
     }
-    request.source.find(TRANSFORMER)?;
-    memory::check(work.peak(), &request.device, "a smaller --batch, --quant q8_0, or --quant q4_K")?;
-    let mut console = Console::new(args.draw.level(), (all.len() - there).max(1) as u64);
-    let stop = terminal::interrupts()?;
+    let smaller = "a smaller --batch, --quant q8_0, or --quant q4_K";
+    let load = Load { source: Some(&request.source), device: &request.device, peak: work.peak(), smaller };
+    let mut run = load.start(args.draw.report.level(), (all.len() - there).max(1) as u64)?;
     let drawn = || all.iter().flatten().filter(|task| !task.there).map(|task| &task.job);
     let prompts: Vec<&str> =
         drawn().flat_map(|job| job.negative.iter().chain(Some(&job.prompt))).map(String::as_str).collect();
     let Request { source, config, device, weights, .. } = request;
     let load = || Generator::load(source, config, (device, *weights), &prompts, args.text_features.as_deref());
-    let model = console.load(&request.model, load)?;
+    let model = run.console.load(&request.model, load)?;
     if !wait {
-        console.clear();
+        run.console.clear();
     }
-    let mut delivery = Delivery::new(request, console, stop, true);
+    let mut delivery = Delivery::new(request, run, true);
     let mut tasks = all.into_iter().chain(jobs.by_ref()).peekable();
     let mut tried = 0;
     while let Some(next) = tasks.next() {
@@ -280,8 +280,8 @@ fn draw(
         };
         // A link may have come since the file was checked.
         let inside = task.out.as_ref().map_or(Ok(()), |out| output::check_inside(folder, &folder.join(out)));
-        let flow = match inside.and_then(|()| delivery.keep(&task.job, image, None, took, &to)) {
-            Ok(kept) => terminal::emit_json(&Done::drawn(task, kept.line(&task.job, None)))?,
+        let flow = match inside.and_then(|()| delivery.save(&task.job, image, None, took, &to)) {
+            Ok(saved) => terminal::emit_json(&Done::drawn(task, saved.line(&task.job, None)))?,
             Err(error) if error.kind == Kind::Interrupted => return Err(error),
             // Another process has drawn the same meanwhile.
             Err(_) if resume && is_file(&to) => terminal::emit_json(&Done::there(task, folder))?,

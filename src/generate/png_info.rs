@@ -12,7 +12,7 @@ use crate::generate::{Guidance, Job};
 
 /// Everything that decided an image; the `nextflow` text chunk of its PNG, as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
+pub struct PngInfo {
     /// What was asked for.
     pub prompt: String,
     /// What guidance led away from, if that was not the model's own.
@@ -37,6 +37,9 @@ pub struct Settings {
     /// The temperature of every scale, in place of `temperature`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temperature_scales: Vec<f64>,
+    /// Guidance of an edit by its picture, beside `cfg`, if the model has that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_cfg: Option<f64>,
     /// Where within the network guidance took place, if it did: so many blocks before the end.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
@@ -75,7 +78,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-impl Settings {
+impl PngInfo {
     /// The settings of `job` as drawn by `model` at (width, height) pixels.
     pub fn new(job: &Job, model: &str, (width, height): (u32, u32)) -> Self {
         Self {
@@ -90,6 +93,7 @@ impl Settings {
             cfg_scales: job.sampling.cfg_scales.clone(),
             temperature_scales: job.sampling.temperature_scales.clone(),
             cfg_layers: job.sampling.cfg_layers.clone(),
+            image_cfg: job.sampling.image_cfg,
             top_k: job.sampling.top_k,
             top_p: job.sampling.top_p,
             cfg_until: job.sampling.cfg_until,
@@ -145,7 +149,7 @@ impl Settings {
 }
 
 /// The PNG of `image`, with `settings` in the text chunks `parameters` and `nextflow`. Same input, same bytes.
-pub fn encode(image: &RgbImage, settings: &Settings) -> Result<Vec<u8>> {
+pub fn encode(image: &RgbImage, settings: &PngInfo) -> Result<Vec<u8>> {
     let failed = |e: &dyn std::fmt::Display| Error::new(Kind::Failure, format!("cannot encode the PNG: {e}"));
     let json = serde_json::to_string(settings).map_err(|e| failed(&e))?;
     let write = || -> Result<Vec<u8>, png::EncodingError> {
@@ -201,7 +205,7 @@ fn text(info: &png::Info, keyword: &str) -> Option<String> {
     info.uncompressed_latin1_text.iter().rfind(|chunk| chunk.keyword == keyword).map(|chunk| chunk.text.clone())
 }
 
-/// What is to be said of a file without [`Settings`], if it tells whose it is.
+/// What is to be said of a file without [`PngInfo`], if it tells whose it is.
 pub fn stranger(file: &[u8]) -> Option<String> {
     let Some(info) = info(file) else { return Some("is no PNG, or a damaged one".into()) };
     let has = |keyword: &str| text(&info, keyword).is_some();
@@ -225,7 +229,7 @@ pub fn stranger(file: &[u8]) -> Option<String> {
         return Some(format!("was drawn by another program, {program}"));
     }
     let software = text(&info, "Software")?.chars().take(60).collect::<String>();
-    Some(format!("was written by another program, {software}, and does not tell how it was drawn"))
+    Some(format!("was written by another program, {software}, and holds no nextflow settings"))
 }
 
 /// The largest PNG of which [`is_whole_png`] is asked, in bytes.
@@ -264,11 +268,11 @@ mod tests {
     use super::*;
     use crate::generate::Sampling;
 
-    fn settings(prompt: &str) -> Settings {
+    fn settings(prompt: &str) -> PngInfo {
         let sampling = Sampling { cfg: 2.5, top_k: Some(100), top_p: 0.95, ..Sampling::default() };
         let (prompt, negative) = (prompt.into(), None);
         let job = Job { prompt, negative, scales: vec![(1, 1), (1, 2)], sampling, seed: 42 };
-        Settings::new(&job, "nano", (32, 16))
+        PngInfo::new(&job, "nano", (32, 16))
     }
 
     #[test]
@@ -279,12 +283,12 @@ mod tests {
             let png = encode(&image, &settings).unwrap();
             assert_eq!(png, encode(&image, &settings).unwrap());
             assert_eq!(image::load_from_memory(&png).unwrap().to_rgb8(), image);
-            assert_eq!(Settings::of_png(&png).unwrap(), settings);
+            assert_eq!(PngInfo::of_png(&png).unwrap(), settings);
             let parameters = text(&info(&png).unwrap(), "parameters").unwrap();
             let rest = "\nSteps: 2, Sampler: NextFlow, CFG scale: 2.5, Seed: 42, Size: 32x16, Model: nano, ";
             assert!(parameters.starts_with(&format!("{prompt}{rest}")), "{parameters}");
         }
-        assert!(Settings::of_png(b"no PNG").is_none());
+        assert!(PngInfo::of_png(b"no PNG").is_none());
         // What is compressed is read up to a megabyte.
         for (length, read) in [(1 << 16, true), (1 << 24, false)] {
             let mut settings = settings("");
@@ -296,11 +300,11 @@ mod tests {
             writer.write_text_chunk(&chunk).unwrap();
             writer.write_image_data(&[0]).unwrap();
             writer.finish().unwrap();
-            assert_eq!(Settings::of_png(&png).is_some(), read);
+            assert_eq!(PngInfo::of_png(&png).is_some(), read);
         }
         let mut plain = Vec::new();
         image.write_to(&mut io::Cursor::new(&mut plain), image::ImageFormat::Png).unwrap();
-        assert!(Settings::of_png(&plain).is_none());
+        assert!(PngInfo::of_png(&plain).is_none());
     }
     /// A PNG of one pixel with texts before its pixels and behind them: the kind of a chunk, its keyword and its text.
     fn with(before: &[(char, &str, &str)], behind: &[(char, &str, &str)]) -> Vec<u8> {
@@ -332,10 +336,10 @@ mod tests {
         let json = serde_json::to_string(&settings).unwrap();
         for kind in ['t', 'z', 'i'] {
             let chunk = [(kind, "nextflow", &*json)];
-            assert_eq!(Settings::of_png(&with(&chunk, &[])).unwrap(), settings);
-            assert_eq!(Settings::of_png(&with(&[], &chunk)).unwrap(), settings);
+            assert_eq!(PngInfo::of_png(&with(&chunk, &[])).unwrap(), settings);
+            assert_eq!(PngInfo::of_png(&with(&[], &chunk)).unwrap(), settings);
         }
-        assert!(Settings::of_png(&with(&[('z', "nextflow", &" ".repeat(1 << 24))], &[])).is_none());
+        assert!(PngInfo::of_png(&with(&[('z', "nextflow", &" ".repeat(1 << 24))], &[])).is_none());
     }
 
     #[test]

@@ -1,58 +1,30 @@
 //! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a slash.
 
-use std::fs;
-use std::io::Read;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
-
-use super::chat::{self, Ask, Host};
+use super::host::{self, Ask, Host};
 use super::lines::{self, Lines};
-use crate::chat::{ChatModel, Ending, Part, Picture, Role, Session};
-use crate::checkpoint;
+use super::saved;
+use crate::chat::{ChatModel, Ending, Picture, Role, Session};
 use crate::error::{Error, Kind, Result};
-use crate::size::Size;
-use crate::{input, output, terminal};
+use crate::generate::Size;
+use crate::io::input;
+use crate::terminal;
 
 const HELP: &str = "\
-/image FILE    show an image with the next message; a file may be dropped on the terminal
-/gen TEXT      draw an image; /edit TEXT changes the last one, or the one that $N names
-/size W:H      how large images are, in pixels (WxH) or as a ratio; auto: as the one that is changed
-/regen         take the last answer back and have another
-/seed N        what decides all randomness; $1, $2 ... in a message are the images so far
-/undo          take the last question and its answer back
-/clear         forget everything
-/system TEXT   tell the model something else about itself
-/show          the conversation so far
-/save FILE     write it to a file; /load FILE goes on from there
+/image FILE    attach an image to the next message; a file can be dropped on the terminal
+/gen TEXT      draw an image
+/edit TEXT     edit the last image, or the one named by $N in TEXT
+/size W:H      size of drawn images: WxH in pixels, W:H as a ratio, or auto
+/regen         replace the last answer with another one
+/seed N        set the random seed
+/undo          remove the last question and its answer
+/clear         remove everything
+/system TEXT   set the system prompt; without TEXT print it
+/show          print the conversation, with its images $1, $2, ...
+/save FILE     write the conversation to a file; /load FILE continues from it
 /exit          leave (or Ctrl-D); Ctrl-C stops a reply
-A line that ends in \\ goes on in the next one; \"\"\" begins and ends a message of several lines.";
-
-/// The largest file that `/load` reads, in bytes.
-const MAX_FILE: u64 = 16 << 20;
-
-/// A conversation in a file.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Saved {
-    system: String,
-    turns: Vec<SavedTurn>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SavedTurn {
-    role: Role,
-    parts: Vec<SavedPart>,
-}
-
-/// A part of a message; an image is its file.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum SavedPart {
-    Text(String),
-    Image(String),
-}
+A line that ends in \\ continues on the next one; \"\"\" starts and ends a message of several lines.";
 
 /// A running conversation.
 pub(super) struct Repl<'a> {
@@ -201,7 +173,7 @@ impl<'a> Repl<'a> {
             ("image", files) => {
                 // All or none.
                 let files = input::dropped(files);
-                let pictures = files.iter().map(|file| chat::picture(self.model, file)).collect::<Result<Vec<_>>>()?;
+                let pictures = files.iter().map(|file| host::picture(self.model, file)).collect::<Result<Vec<_>>>()?;
                 for picture in pictures {
                     tell(&format!("{} goes with the next message: {} tokens", picture.name, picture.tokens()));
                     self.pictures.push(picture);
@@ -248,11 +220,12 @@ impl<'a> Repl<'a> {
                 return Err(Error::usage(format!("/{name} needs a file")).hint(format!("/{name} a.json")));
             }
             ("save", file) => {
-                self.save(Path::new(file))?;
+                saved::save(&self.session, Path::new(file))?;
                 tell(&format!("saved to {file}"));
             }
             ("load", file) => {
-                self.load(Path::new(file))?;
+                saved::load(self.model, &mut self.session, Path::new(file))?;
+                self.asked = None;
                 tell(&format!("{} messages from {file}", self.session.turns().len()));
             }
             // A command by itself has nothing to leave.
@@ -299,71 +272,5 @@ impl<'a> Repl<'a> {
                 part.text().unwrap_or_default().lines().for_each(|line| terminal::note(&format!("{role}: {line}")));
             }
         }
-    }
-
-    fn save(&self, path: &Path) -> Result<()> {
-        if fs::symlink_metadata(path).is_ok() {
-            return Err(Error::usage(format!("{} exists already", path.display())).hint("/save ANOTHER_FILE"));
-        }
-        if !output::parent(path).is_dir() {
-            let message =
-                format!("cannot write {}: there is no folder {}", path.display(), output::parent(path).display());
-            return Err(Error::usage(message).hint("/save FILE, in a folder that is there"));
-        }
-        let folder = output::parent(path).canonicalize().unwrap_or_default();
-        // What lies beside the conversation may go elsewhere with it.
-        let file = |name: &str| {
-            let file = Path::new(name).canonicalize().unwrap_or_else(|_| name.into());
-            file.strip_prefix(&folder).unwrap_or(&file).display().to_string()
-        };
-        let part = |part: &Part<Picture>| match part {
-            Part::Image(picture) => SavedPart::Image(file(&picture.name)),
-            Part::Text(text) | Part::Drawn(text, _) => SavedPart::Text(text.clone()),
-        };
-        let turns = self.session.turns().iter();
-        let turns = turns.map(|turn| SavedTurn { role: turn.role, parts: turn.parts.iter().map(part).collect() });
-        let saved = Saved { system: self.session.system().into(), turns: turns.collect() };
-        let json = serde_json::to_vec_pretty(&saved).map_err(|e| Error::new(Kind::Failure, e.to_string()))?;
-        checkpoint::write(path, &json)
-    }
-
-    /// Everything is read before anything changes.
-    fn load(&mut self, path: &Path) -> Result<()> {
-        let bad = |what: String| {
-            Error::usage(format!("cannot load {}: {what}", path.display())).hint("/load a file that /save wrote")
-        };
-        let mut bytes = Vec::new();
-        // A pipe might never end.
-        if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
-            return Err(bad("it is not a regular file".into()));
-        }
-        let file = fs::File::open(path).map_err(|e| bad(e.to_string()))?;
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
-        if bytes.len() as u64 > MAX_FILE {
-            return Err(bad(format!("it is longer than {} MB", MAX_FILE >> 20)));
-        }
-        let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        let (folder, mut gallery) = (path.parent().unwrap_or(Path::new("")), Vec::<Picture>::new());
-        let mut part = |part: &SavedPart| {
-            let file = match part {
-                SavedPart::Text(text) => return Ok::<_, Error>(Part::Text(text.clone())),
-                SavedPart::Image(file) => folder.join(file),
-            };
-            if let Some(known) = gallery.iter().find(|known| Path::new(&known.name) == file) {
-                return Ok(Part::Image(known.clone()));
-            }
-            let picture = chat::picture(self.model, &file)
-                .map_err(|e| Error { message: format!("cannot load {}: {}", path.display(), e.message), ..e })?;
-            gallery.push(picture.clone());
-            Ok(Part::Image(picture))
-        };
-        let turns = saved.turns.iter();
-        let turns = turns.map(|turn| Ok((turn.role, turn.parts.iter().map(&mut part).collect::<Result<_>>()?)));
-        let turns = turns.collect::<Result<Vec<(Role, Vec<Part<Picture>>)>>>()?;
-        self.session.clear();
-        self.asked = None;
-        self.session.set_system(&saved.system);
-        turns.into_iter().for_each(|(role, parts)| self.session.push(role, parts));
-        Ok(())
     }
 }

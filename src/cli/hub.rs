@@ -1,4 +1,4 @@
-//! Infinity from the hub: a choice of models, of which only the files that are needed are downloaded.
+//! Downloads from the hub: their progress, and Infinity, of whose files only those of one model are needed.
 
 use std::io::Write;
 use std::path::Path;
@@ -6,7 +6,8 @@ use std::path::Path;
 use crate::checkpoint::{self, Source};
 use crate::error::{Error, Result};
 use crate::generate::infinity::{self, HUB, TEXT_HUB, VARIANTS, Variant};
-use crate::hub::{self, Cache, Id};
+use crate::generate::{onecat, tokenflow};
+use crate::hub::{self, Cache, Event, Id, size};
 use crate::terminal;
 
 /// Of the text encoder, beside its weights.
@@ -15,7 +16,7 @@ const TEXT_FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetenso
 /// The chosen model, or the only one that is in the cache. What is missing is downloaded, after its size has been told.
 ///
 /// Errors: usage, without a choice; those of a download.
-pub(super) fn fetch(id: &Id, choice: Option<&'static Variant>, offline: bool) -> Result<Source> {
+pub(super) fn fetch_infinity(id: &Id, choice: Option<&'static Variant>, offline: bool) -> Result<Source> {
     let here: Vec<&'static Variant> = match Cache::from_env()?.snapshot(id) {
         Some(folder) => VARIANTS.iter().filter(|variant| is_here(&folder, variant)).collect(),
         None => Vec::new(),
@@ -29,7 +30,7 @@ pub(super) fn fetch(id: &Id, choice: Option<&'static Variant>, offline: bool) ->
     if !here.iter().any(|known| known.name == variant.name) && !offline {
         let _ = writeln!(std::io::stderr(), "{}", terminal::clean(&variant.sizes()));
     }
-    let mut progress = super::models::progress(false)?;
+    let mut progress = progress(false)?;
     let mut folder = None;
     for file in files(id, variant, offline, &mut progress)? {
         let there = |folder: &Path| folder.join(&file).exists();
@@ -80,4 +81,45 @@ fn text(offline: bool, progress: hub::Observer) -> Result<std::path::PathBuf> {
         fetch(&shard)?;
     }
     Ok(folder)
+}
+
+/// Puts the image tokenizer of a model that was published without one into the model's folder.
+///
+/// Errors: those of a download. Offline OneCAT does without: it reads and answers all the same.
+pub(super) fn borrow_tokenizer(folder: &Path, offline: bool, progress: hub::Observer) -> Result<()> {
+    if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&Source::Folder(folder.into())) {
+        hub::borrow(folder, &other.parse()?, file, offline, progress)?;
+    }
+    if onecat::needs_tokenizer(folder) {
+        let borrowed = hub::borrow(folder, &onecat::TOKENIZER_HUB.parse()?, onecat::TOKENIZER, offline, progress);
+        return if offline { Ok(()) } else { borrowed };
+    }
+    Ok(())
+}
+
+/// Prints the progress of a download to stderr: what it waits for, and a line per tenth of a file. Ctrl-C stops it.
+pub(super) fn progress(quiet: bool) -> Result<impl FnMut(Event) -> Result<()>> {
+    let stop = terminal::interrupts()?;
+    let mut last = (String::new(), 0);
+    Ok(move |event: Event| {
+        if stop.check().is_break() {
+            return Err(terminal::interrupted());
+        }
+        let (text, tenth) = match event {
+            Event::Status(text) => (text, 0),
+            Event::Progress { name, done, total } => (name, 1 + u128::from(done) * 10 / u128::from(total.max(1))),
+            Event::Tick => return Ok(()),
+        };
+        if quiet || (last.0 == text && last.1 == tenth) {
+            return Ok(());
+        }
+        last = (text.into(), tenth);
+        match event {
+            Event::Progress { name, done, total } => {
+                terminal::note(&format!("{name}: {} of {}", size(done), size(total)));
+            }
+            _ => terminal::note(text),
+        }
+        Ok(())
+    })
 }

@@ -1,25 +1,23 @@
-//! Images of any size in a model's grids, and back: what `nextflow edit` and `nextflow chat` do with what they are given.
+//! Letterboxing: images of any size in a model's grids, and back, for `nextflow edit` and `nextflow chat`.
 
 use image::{RgbImage, imageops};
 
 use crate::error::Result;
-use crate::generate::ModelConfig;
+use crate::generate::{ModelConfig, Size};
 use crate::pixels;
-use crate::size::Size;
 
-/// Where an image lies in the model's. It is scaled until it fits, stands in the middle, and its outermost pixels are
-/// repeated where the ratios differ.
+/// The place of an image in the model's: scaled to fit and centred; where the ratios differ its border pixels are repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frame {
+pub struct Letterbox {
     /// Grids (height, width) coarse to fine.
     pub scales: Vec<(usize, usize)>,
     /// The model's image, (width, height) in pixels.
     outer: (u32, u32),
-    /// Left, top, width and height of what is cut out of it: the given image, or all if a size was asked for.
+    /// Left, top, width and height of the crop: the given image, or all of it if a size was asked for.
     kept: [u32; 4],
 }
 
-impl Frame {
+impl Letterbox {
     /// For an image of (width, height) pixels, in grids of its own ratio or, if it is asked for, of `size`.
     ///
     /// Errors: usage, for a size that the model does not draw.
@@ -31,18 +29,18 @@ impl Frame {
         Ok(Self { scales, outer, kept })
     }
 
-    /// The model's image of a given one.
-    pub fn fit(&self, image: &RgbImage) -> RgbImage {
+    /// The given image, letterboxed to the model's.
+    pub fn apply(&self, image: &RgbImage) -> RgbImage {
         pixels::contain(image, self.outer)
     }
 
-    /// Of what is cut out of the model's image: (width, height) in pixels.
+    /// Size of the crop, (width, height) in pixels.
     pub fn size(&self) -> (u32, u32) {
         (self.kept[2], self.kept[3])
     }
 
-    /// The part of the model's image that stands for the given one, or all of it if a size was asked for.
-    pub fn cut(&self, image: &RgbImage) -> RgbImage {
+    /// The crop of the model's image.
+    pub fn crop(&self, image: &RgbImage) -> RgbImage {
         let [left, top, width, height] = self.kept;
         imageops::crop_imm(image, left, top, width, height).to_image()
     }
@@ -61,20 +59,20 @@ mod tests {
     #[test]
     fn every_size_fits_and_comes_back_in_its_own_ratio() {
         for (w, h) in [(128, 128), (1, 1), (500, 333), (333, 500), (4000, 20), (7, 6000), (130, 128)] {
-            let frame = Frame::of(&nano(), (w, h), Size::Auto).unwrap();
+            let letterbox = Letterbox::of(&nano(), (w, h), Size::Auto).unwrap();
             let image = RgbImage::from_fn(w, h, |x, y| image::Rgb([(x % 200) as u8, (y % 200) as u8, 9]));
-            let fitted = frame.fit(&image);
-            let (rows, columns) = frame.scales[7];
+            let fitted = letterbox.apply(&image);
+            let (rows, columns) = letterbox.scales[7];
             assert_eq!(fitted.dimensions(), (16 * columns as u32, 16 * rows as u32));
-            let (cut_w, cut_h) = frame.cut(&fitted).dimensions();
+            let (cut_w, cut_h) = letterbox.crop(&fitted).dimensions();
             let off = (f64::from(cut_w) / f64::from(cut_h)) / (f64::from(w) / f64::from(h));
             assert!((0.9..1.12).contains(&off) || cut_w.min(cut_h) < 8, "{w}x{h} -> {cut_w}x{cut_h}");
         }
-        let asked = Frame::of(&nano(), (160, 90), Size::Ratio(1.0)).unwrap();
+        let asked = Letterbox::of(&nano(), (160, 90), Size::Ratio(1.0)).unwrap();
         let image = RgbImage::from_pixel(160, 90, image::Rgb([7; 3]));
-        assert_eq!((asked.size(), asked.cut(&asked.fit(&image)).dimensions()), ((128, 128), (128, 128)));
-        let square = Frame::of(&nano(), (128, 128), Size::Auto).unwrap();
+        assert_eq!((asked.size(), asked.crop(&asked.apply(&image)).dimensions()), ((128, 128), (128, 128)));
+        let square = Letterbox::of(&nano(), (128, 128), Size::Auto).unwrap();
         let image = RgbImage::from_fn(128, 128, |x, y| image::Rgb([x as u8, y as u8, 9]));
-        assert!(square.fit(&image) == image && square.cut(&image) == image);
+        assert!(square.apply(&image) == image && square.crop(&image) == image);
     }
 }

@@ -11,7 +11,7 @@ fn concept(label: &str) -> Concept {
 }
 
 /// One opaque square of 64 x 64 in the middle, and one empty picture.
-fn library() -> Library {
+fn library() -> Dataset {
     let mut square = vec![0; BYTES];
     for (i, p) in square.chunks_exact_mut(4).enumerate() {
         if (32..96).contains(&(i % SIDE)) && (32..96).contains(&(i / SIDE)) {
@@ -19,8 +19,8 @@ fn library() -> Library {
         }
     }
     square.extend(vec![0; BYTES]);
-    let pictures = [Style::ThreeD, Style::Noto].map(|style| Picture { concept: 0, style: Some(style) }).to_vec();
-    Library::new(vec![concept("red apple")], pictures, square).unwrap()
+    let pictures = [Style::ThreeD, Style::Noto].map(|style| CaptionedImage { concept: 0, style: Some(style) }).to_vec();
+    Dataset::new(vec![concept("red apple")], pictures, square).unwrap()
 }
 
 #[test]
@@ -29,7 +29,7 @@ fn a_library_survives_the_file() {
     let path = dir.path().join("new/library.safetensors");
     let library = library();
     library.save(&path).unwrap();
-    let read = Library::load(&path).unwrap();
+    let read = Dataset::load(&path).unwrap();
     assert_eq!(read.concepts, library.concepts);
     assert_eq!(read.pictures, library.pictures);
     assert!((0..2).all(|p| read.rgba(p) == library.rgba(p)));
@@ -52,7 +52,7 @@ fn an_older_file_is_read_and_says_what_it_said() {
     let rgba = TensorView::new(Dtype::U8, vec![2, SIDE, SIDE, 4], &rgba).unwrap();
     let metadata = HashMap::from([("library".to_string(), json.to_string())]);
     safetensors::serialize_to_file([("rgba", rgba)], Some(metadata), &path).unwrap();
-    let library = Library::load(&path).unwrap();
+    let library = Dataset::load(&path).unwrap();
     assert_eq!((library.picture(0, Style::Noto), library.drawn(0)), (Some(0), Some(1)));
     assert_eq!(library.everyday(true).collect::<Vec<_>>(), [0]);
     let captions = library.captions(0);
@@ -78,19 +78,21 @@ fn an_older_file_is_read_and_says_what_it_said() {
 fn captions_of_its_own_are_all_that_a_concept_is_called() {
     let captions = vec!["my dog Rex on a sofa".to_string(), "沙发上的狗".into()];
     let concept = Concept { label: captions[0].clone(), captions: captions.clone(), ..concept("dog") };
-    let library = Library::new(vec![concept], vec![Picture { concept: 0, style: None }], vec![255; BYTES]).unwrap();
+    let library =
+        Dataset::new(vec![concept], vec![CaptionedImage { concept: 0, style: None }], vec![255; BYTES]).unwrap();
     assert_eq!((library.captions(0), library.caption(0)), (captions.clone(), captions[0].clone()));
     assert_eq!((library.drawn(0), library.picture(0, Style::ThreeD)), (Some(0), None));
     let silent = Concept { label: "nothing".into(), ..Concept::default() };
-    let error = Library::new(vec![silent], vec![], vec![]).err().unwrap();
+    let error = Dataset::new(vec![silent], vec![], vec![]).err().unwrap();
     assert!(error.message.contains("nothing") && error.hint.is_some(), "{error}");
 }
 
 #[test]
 fn a_background_shows_unless_every_pixel_is_opaque() {
     let concepts = || vec![concept("red apple")];
-    let opaque =
-        |rgba: Vec<u8>| Library::new(concepts(), vec![Picture { concept: 0, style: None }], rgba).unwrap().is_opaque(0);
+    let opaque = |rgba: Vec<u8>| {
+        Dataset::new(concepts(), vec![CaptionedImage { concept: 0, style: None }], rgba).unwrap().is_opaque(0)
+    };
     let mut rgba = vec![255; BYTES];
     assert!(opaque(rgba.clone()));
     rgba[BYTES - 1] = 254;
@@ -101,7 +103,7 @@ fn a_background_shows_unless_every_pixel_is_opaque() {
 fn a_broken_or_missing_file_is_an_error_that_names_the_commands() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("library.safetensors");
-    let error = |path: &Path| Library::load(path).err().unwrap();
+    let error = |path: &Path| Dataset::load(path).err().unwrap();
     assert!(error(&path).hint.unwrap().contains("train -- train data"));
     library().save(&path).unwrap();
     let whole = std::fs::read(&path).unwrap();
@@ -110,7 +112,7 @@ fn a_broken_or_missing_file_is_an_error_that_names_the_commands() {
         let e = error(&path);
         assert!(e.kind == Kind::Model && e.hint.unwrap().contains("fetch-data.sh"), "cut at {cut}");
     }
-    assert!(Library::new(vec![], vec![Picture { concept: 0, style: None }], vec![0; BYTES]).is_err());
+    assert!(Dataset::new(vec![], vec![CaptionedImage { concept: 0, style: None }], vec![0; BYTES]).is_err());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use crate::error::{Error, Kind, Result};
-use crate::input;
+use crate::io::input;
 
 /// The longest message, in bytes.
 const MAX_MESSAGE: usize = 64 << 10;

@@ -5,13 +5,14 @@ use std::io::{BufRead, Cursor, Read};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use super::DrawArgs;
 use super::job_line::{EXAMPLE, Line};
-use super::request::{self, Request};
+use crate::cli::SamplingArgs;
+use crate::cli::request::{self, Request};
 use crate::error::{Error, Result};
-use crate::generate::Job;
-use crate::output::{self, Destination, slug};
-use crate::{input, settings, terminal, text};
+use crate::generate::{Job, png_info};
+use crate::io::input;
+use crate::io::output::{self, Destination, slug};
+use crate::{terminal, text};
 
 /// The longest line, in bytes: a prompt, escaped, and its settings.
 const MAX_LINE: u64 = 1 << 20;
@@ -98,7 +99,7 @@ pub struct Reading<'a> {
     /// What the model is, and where images go.
     pub request: &'a Request,
     /// Settings of lines that tell none.
-    pub flags: &'a DrawArgs,
+    pub flags: &'a SamplingArgs,
     /// Scales that lines that do not tell leave out, in place of the model's.
     pub draft: Option<usize>,
     /// Images go below this folder.
@@ -271,7 +272,7 @@ impl<'a> Jobs<'a> {
         let place = match path.symlink_metadata() {
             Err(_) => Place::Free,
             // Without one of these flags it makes no difference what the file is.
-            Ok(_) if path.is_file() && self.reading.resume && settings::is_whole_png(&path) => Place::Image,
+            Ok(_) if path.is_file() && self.reading.resume && png_info::is_whole_png(&path) => Place::Image,
             Ok(_) if path.is_file() => Place::Other,
             Ok(_) => {
                 let message = format!("{} exists and is not an image", path.display());

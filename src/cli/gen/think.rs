@@ -2,20 +2,19 @@
 
 use std::time::Instant;
 
-use super::draw::Delivery;
-use super::edit::AROUND;
-use super::request::Request;
 use crate::chat::{ChatConfig, ChatMemory, ChatModel, ReplyEvent, ReplyOptions, Session};
+use crate::cli::delivery::Delivery;
+use crate::cli::request::{Request, TEMPLATE_TOKENS};
 use crate::error::Result;
 use crate::generate::prompt::THINK;
 use crate::generate::schedule;
 
-/// The most words that it thinks.
+/// Most tokens of its reasoning.
 const LONGEST: usize = 256;
 
 /// The memory that it takes.
 pub(super) fn forecast(request: &Request, config: &ChatConfig, scales: &[(usize, usize)]) -> Result<ChatMemory> {
-    let said = request.tokens + AROUND;
+    let said = request.tokens + TEMPLATE_TOKENS;
     config.room(said)?;
     let tokens = said + LONGEST + schedule::codes(scales);
     config.memory(Some(&request.source), request.weights, tokens, scales.last().copied(), &request.device)
@@ -39,7 +38,7 @@ pub(super) fn run(mut delivery: Delivery, config: ChatConfig, scales: &[(usize, 
             _ => delivery.stop.check(),
         })?;
         let image = model.decode(session.last_image().ok_or_else(|| model.draws_nothing())?)?;
-        if delivery.deliver(&job, &image, Some(reply.text.trim()), started.elapsed())?.is_break() {
+        if delivery.emit(&job, &image, Some(reply.text.trim()), started.elapsed())?.is_break() {
             break;
         }
     }

@@ -1,5 +1,7 @@
 //! Files of codes: what `nextflow encode` writes and `nextflow decode` reads.
 
+mod tokenizer_source;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
@@ -9,10 +11,11 @@ use safetensors::{Dtype, SafeTensors};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::codec::Codec;
+pub use tokenizer_source::{TokenizerSource, nearest};
+
 use crate::error::{Error, Result};
 use crate::generate::ImageCodes;
-use crate::input;
+use crate::io::input;
 use crate::tokenizer::{Code, CodeSpace, pack, unpack};
 
 /// The longest file that is read, in bytes.
@@ -20,10 +23,10 @@ const MAX_BYTES: u64 = 16 << 20;
 
 /// The codes of one image.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Codes {
+pub struct CodeFile {
     /// Name of the model whose tokenizer they belong to.
     pub model: String,
-    /// Codes of that tokenizer.
+    /// CodeFile of that tokenizer.
     pub space: CodeSpace,
     /// Grids (height, width) of all scales, coarse to fine; the last one gives the image's size.
     pub scales: Vec<(usize, usize)>,
@@ -88,7 +91,7 @@ impl<'de> Deserialize<'de> for JsonCode {
 }
 
 impl Json {
-    fn of(codes: &Codes) -> Self {
+    fn of(codes: &CodeFile) -> Self {
         let (codebook_size, bits) = match codes.space {
             CodeSpace::Table(size) => (Some(size), None),
             CodeSpace::Bits(bits) => (None, Some(bits)),
@@ -102,7 +105,7 @@ impl Json {
         Self { model, codebook_size, bits, scales, codes }
     }
 
-    fn codes(self) -> Result<Codes, String> {
+    fn codes(self) -> Result<CodeFile, String> {
         let space = space(self.codebook_size, self.bits)?;
         let code = |code: JsonCode| match (code, space) {
             (JsonCode::Number(code), CodeSpace::Table(_)) | (JsonCode::Digits(code, _), CodeSpace::Bits(_)) => Ok(code),
@@ -111,7 +114,7 @@ impl Json {
         };
         let codes = self.codes.into_iter().map(|codes| codes.into_iter().map(code).collect());
         let codes = codes.collect::<Result<_, String>>()?;
-        Ok(Codes { model: self.model, space, scales: self.scales, codes })
+        Ok(CodeFile { model: self.model, space, scales: self.scales, codes })
     }
 }
 
@@ -124,10 +127,10 @@ fn space(codebook_size: Option<usize>, bits: Option<usize>) -> Result<CodeSpace,
     }
 }
 
-impl Codes {
+impl CodeFile {
     /// Reads a file of either format, or standard input.
     ///
-    /// Errors: usage, whatever is wrong with it. Whether the codes fit a model is told by [`Codes::check`].
+    /// Errors: usage, whatever is wrong with it. Whether the codes fit a model is told by [`CodeFile::check`].
     pub fn read(path: &Path) -> Result<Self> {
         const HINT: &str = "nextflow encode IMAGE -o codes.json makes one";
         let bad = |what: String| Error::usage(format!("{} {what}", input::shown(path))).hint(HINT);
@@ -220,7 +223,7 @@ impl Codes {
     /// Whether `codec` can decode them.
     ///
     /// Errors: usage, with what does not fit.
-    pub fn check(&self, codec: &Codec) -> Result<()> {
+    pub fn check(&self, codec: &TokenizerSource) -> Result<()> {
         let bad = |what: String| Error::usage(what).hint("nextflow encode IMAGE -o codes.json makes codes that fit");
         let (name, space) = (&codec.name, codec.space());
         if self.space != space {
@@ -244,15 +247,15 @@ impl Codes {
 mod tests {
     use super::*;
 
-    fn bits(bits: usize, codes: ImageCodes) -> Codes {
+    fn bits(bits: usize, codes: ImageCodes) -> CodeFile {
         let scales = vec![(1, 1), (1, 2), (3, 3)];
-        Codes { model: "x".into(), space: CodeSpace::Bits(bits), scales, codes }
+        CodeFile { model: "x".into(), space: CodeSpace::Bits(bits), scales, codes }
     }
 
-    fn read(bytes: &[u8]) -> Result<Codes, String> {
+    fn read(bytes: &[u8]) -> Result<CodeFile, String> {
         match bytes[0] {
             b'{' => serde_json::from_slice::<Json>(bytes).map_err(|e| e.to_string()).and_then(Json::codes),
-            _ => Codes::from_safetensors(bytes),
+            _ => CodeFile::from_safetensors(bytes),
         }
     }
 

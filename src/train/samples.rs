@@ -1,7 +1,7 @@
 //! Training samples: every one a pure function of the seed and its index.
 
+use crate::dataset::{Canvas, Dataset, SIDE, Style};
 use crate::error::{Error, Result};
-use crate::library::{Canvas, Library, SIDE, Style};
 use crate::rng::{Rng, Stream};
 use crate::scenes::{BACKGROUNDS, Background, Scene, Split};
 
@@ -15,8 +15,8 @@ pub struct Sample {
 }
 
 /// Draws samples from the library and from composed scenes.
-pub struct Dataset<'a> {
-    library: &'a Library,
+pub struct Samples<'a> {
+    library: &'a Dataset,
     seed: u64,
     /// Pictures of every concept that is not held out: the tokenizer's.
     pictures: Vec<usize>,
@@ -31,11 +31,11 @@ pub struct Dataset<'a> {
 
 const WHITE: [u8; 3] = [255, 255, 255];
 
-impl<'a> Dataset<'a> {
+impl<'a> Samples<'a> {
     /// A dataset over `library`.
     ///
     /// Errors: usage, if there is nothing to draw that is not held out.
-    pub fn new(library: &'a Library, seed: u64) -> Result<Self> {
+    pub fn new(library: &'a Dataset, seed: u64) -> Result<Self> {
         let concept = |p: usize| &library.concepts[library.pictures[p].concept];
         let is_drawn = |p: usize| library.pictures[p].is_drawn();
         let all = 0..library.pictures.len();
@@ -255,12 +255,12 @@ fn plural(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::library::{BYTES, Concept, Picture};
+    use crate::dataset::{BYTES, CaptionedImage, Concept};
 
-    fn library(concepts: Vec<Concept>, style: Option<Style>, alpha: u8) -> Library {
-        let pictures = (0..concepts.len()).map(|concept| Picture { concept, style }).collect();
+    fn library(concepts: Vec<Concept>, style: Option<Style>, alpha: u8) -> Dataset {
+        let pictures = (0..concepts.len()).map(|concept| CaptionedImage { concept, style }).collect();
         let rgba = (0..concepts.len() * BYTES).map(|i| if i % 4 == 3 { alpha } else { 40 + (i / BYTES) as u8 });
-        Library::new(concepts, pictures, rgba.collect()).unwrap()
+        Dataset::new(concepts, pictures, rgba.collect()).unwrap()
     }
 
     /// With captions of its own or, without any, a name.
@@ -276,7 +276,7 @@ mod tests {
             [["my dog Rex on a sofa", "沙发上的狗"], ["our boat", "notre bateau à nous"], ["my bicycle", "mein Rad"]];
         let concepts = own.iter().enumerate().map(|(i, captions)| concept(captions[0], captions, i == 2)).collect();
         let library = library(concepts, None, 255);
-        let dataset = Dataset::new(&library, 1).unwrap();
+        let dataset = Samples::new(&library, 1).unwrap();
         assert_eq!((dataset.everyday(), dataset.has_things()), (&[0, 1, 2][..], false));
         for (p, captions) in own.iter().enumerate() {
             let sample = dataset.single(p, Some(&BACKGROUNDS[0]), SIDE, SIDE);
@@ -298,7 +298,7 @@ mod tests {
     #[test]
     fn named_things_keep_their_articles_plurals_and_backgrounds() {
         let library = library(vec![concept("owl", &[], false), concept("bus", &[], true)], Some(Style::ThreeD), 200);
-        let dataset = Dataset::new(&library, 1).unwrap();
+        let dataset = Samples::new(&library, 1).unwrap();
         let rng = dataset.rng(0, 1);
         assert!(dataset.has_things() && (0..20).all(|i| dataset.thing(&rng, i) == (0, "owl", "")));
         let sample = dataset.single(0, Some(&BACKGROUNDS[0]), SIDE, SIDE);
@@ -318,7 +318,7 @@ mod tests {
             library(vec![concept("owl", &[], false)], Some(Style::Flat), 255),
             library(vec![faces], Some(Style::ThreeD), 255),
         ] {
-            let error = Dataset::new(&library, 1).err().unwrap();
+            let error = Samples::new(&library, 1).err().unwrap();
             assert_eq!(error.exit_code(), 2);
             assert!(error.hint.unwrap().contains("--folder"));
         }

@@ -1,23 +1,27 @@
 //! `nextflow gen`: draw images from prompts.
 
+mod from_png;
+mod job_file;
+mod job_line;
+mod jobs;
+mod think;
+
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::draw::{Delivery, DrawArgs, PromptArgs};
-use super::jobs::{self, JobsArgs};
-use super::per_scale::PerScale;
-use super::plan::Plan;
+use super::delivery::Delivery;
 use super::request::{self, Request};
-use super::think;
+use super::run::{Load, Plan};
+use super::{DrawArgs, PromptArgs};
 use crate::chat::{ChatConfig, ChatModel};
 use crate::error::{Error, Result};
 use crate::generate::cost::{Memory, Work};
-use crate::generate::{Generator, GeneratorConfig, Guidance, Job, TRANSFORMER, tokenflow};
-use crate::settings::{self, Settings};
-use crate::terminal::{self, Console};
-use crate::{input, memory};
+use crate::generate::{Generator, GeneratorConfig, Job, tokenflow};
+use crate::io::input;
+use crate::terminal;
+use jobs::JobsArgs;
 
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
@@ -30,109 +34,62 @@ const MAX_BATCH: u64 = 1024;
                   nextflow gen --jsonl jobs.jsonl --out-dir pictures --resume\n  \
                   nextflow gen --from apple.png --seed 1,2,3           # the same settings, three new seeds")]
 pub struct GenArgs {
-    /// What to draw.
+    /// The prompts.
     #[command(flatten)]
     pub words: PromptArgs,
     /// Reuse the prompt, seed, size and settings stored in this PNG; other flags override them
-    #[arg(long, value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
+    #[arg(long, help_heading = "Prompt", value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
     pub from: Option<PathBuf>,
-    /// Steer away from this; an empty TEXT is the default [default: no words, or the model's own]
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "think")]
+    /// Negative prompt; an empty TEXT is the default [default: none, or the model's]
+    #[arg(short, long, help_heading = "Prompt", value_name = "TEXT", conflicts_with = "think")]
     pub negative: Option<OsString>,
-    /// Let the model think in words first, and draw what that leads to
-    #[arg(long)]
+    /// Let the model reason in text first, then draw the result
+    #[arg(long, help_heading = "Prompt")]
     pub think: bool,
-    /// Leave out the last N scales: a sketch of the image, of full size but without its finest detail [default: the model's]
-    #[arg(long, value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
-    pub draft: Option<usize>,
-    /// Draw every scale but the first in N passes, 1 to 3, of which later ones see what the one before drew: TokenFlow-t2i alone
-    #[arg(long, value_name = "N", conflicts_with = "think", value_parser = clap::value_parser!(u8).range(1..=3), allow_negative_numbers = true)]
-    pub passes: Option<u8>,
-    /// Guide within the network, before its last K blocks, in place of on the logits, or several times: Infinity alone
-    #[arg(long, value_name = "K", value_delimiter = ',', conflicts_with = "think")]
-    pub cfg_layers: Vec<usize>,
-    /// Features of prompts (safetensors, one tensor a prompt): those in FILE, or in a file each in a folder, are not encoded again,
-    /// and others are added to them: Infinity alone
-    #[arg(long, value_name = "FILE", conflicts_with = "think")]
-    pub text_features: Option<PathBuf>,
-    /// Draw N images in one pass over every scale, which takes more memory; meant for GPUs
-    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "think", allow_negative_numbers = true)]
-    pub batch: u64,
-    /// Many images, each in its own way.
-    #[command(flatten)]
-    pub jobs: JobsArgs,
-    /// How to draw.
+    /// What `gen` and `edit` share.
     #[command(flatten)]
     pub draw: DrawArgs,
-}
-
-/// The most bytes of a PNG that is drawn again.
-const MAX_PNG: u64 = 256 << 20;
-
-/// The flags, with what a PNG tells in the place of those that are not there, and all that it tells.
-fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, Settings)> {
-    const HINT: &str = "name a PNG that nextflow gen drew; other programs may have taken the text out of it";
-    let other = |why: &str| Error::usage(format!("{} {why}", input::shown(path)));
-    let png = input::piped(path, MAX_PNG, HINT)?;
-    let Some(old) = Settings::of_png(&png) else {
-        return Err(match settings::stranger(&png) {
-            Some(what) => other(&what).hint("name a PNG that nextflow gen drew"),
-            None => other("does not tell how it was drawn").hint(HINT),
-        });
-    };
-    // What a file says is no part of a command to be copied.
-    if old.conversation {
-        return Err(other("was drawn in a conversation, which it does not tell").hint("nextflow chat"));
-    }
-    let again = |command: &str| format!("{command} --seed {}, with the flags that it was drawn with", old.seed);
-    if !old.sources.is_empty() {
-        return Err(other("is an edit").hint(again("nextflow edit -i IMAGE -p TEXT")));
-    }
-    if old.thought.is_some() {
-        return Err(other("was thought about first").hint(again("nextflow gen --think -p TEXT")));
-    }
-    if old.prompt == "-" && args.words.prompt.is_none() && args.words.words.is_none() {
-        return Err(
-            other("has the prompt -, which stands for standard input").hint("echo - | nextflow gen --from FILE -")
-        );
-    }
-    let mut args = args.clone();
-    let draw = &mut args.draw;
-    if args.words.prompt.is_none() && args.words.words.is_none() {
-        args.words.prompt = Some(old.prompt.clone().into());
-    }
-    if draw.seed.is_empty() {
-        draw.seed = vec![old.seed];
-    }
-    if draw.size == "auto" {
-        draw.size = old.size.clone();
-    }
-    draw.cfg = draw.cfg.take().or(Some(PerScale::of(old.cfg, &old.cfg_scales)));
-    let off: &[f64] = if old.guidance == Guidance::Ramp { &[0.0] } else { &[0.0, 1.0] };
-    let guided = !draw.cfg.as_ref().is_some_and(|cfg| cfg.is_all(off));
-    args.negative = args.negative.or(old.negative.clone().map(OsString::from).filter(|_| guided));
-    draw.temperature = draw.temperature.take().or(Some(PerScale::of(old.temperature, &old.temperature_scales)));
-    if !draw.temperature.as_ref().is_some_and(|temperature| temperature.is_all(&[0.0])) {
-        draw.top_k = draw.top_k.or(old.top_k);
-        draw.top_p = draw.top_p.or(Some(old.top_p));
-    }
-    // Without guidance there is nothing to end.
-    draw.cfg_until = draw.cfg_until.or(old.cfg_until.filter(|_| guided));
-    if args.cfg_layers.is_empty() {
-        args.cfg_layers = old.cfg_layers.clone();
-    }
-    args.draft = args.draft.or(old.draft).or(Some(0));
-    args.passes = args.passes.or(old.passes);
-    Ok((args, old))
+    /// Skip the last N scales: a draft of full size without the finest detail [default: the model's]
+    #[arg(long, help_heading = "Sampling", value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
+    pub draft: Option<usize>,
+    /// TokenFlow-t2i only: draw every scale but the first in N passes, 1 to 3, each refining the one before
+    #[arg(
+        long,
+        help_heading = "Sampling",
+        value_name = "N",
+        conflicts_with = "think",
+        value_parser = clap::value_parser!(u8).range(1..=3),
+        allow_negative_numbers = true
+    )]
+    pub passes: Option<u8>,
+    /// Infinity only: apply guidance inside the network, before its last K blocks, instead of on the logits
+    #[arg(long, help_heading = "Sampling", value_name = "K", value_delimiter = ',', conflicts_with = "think")]
+    pub cfg_layers: Vec<usize>,
+    /// Infinity only: cache of encoded prompts, a safetensors file or a folder; new prompts are added to it
+    #[arg(long, help_heading = "Model", value_name = "FILE", conflicts_with = "think")]
+    pub text_features: Option<PathBuf>,
+    /// A file of jobs.
+    #[command(flatten)]
+    pub jobs: JobsArgs,
+    /// Draw N images per pass: faster on GPUs, and takes more memory
+    #[arg(
+        long,
+        help_heading = "Batch",
+        value_name = "N",
+        default_value_t = 1,
+        conflicts_with = "think",
+        allow_negative_numbers = true
+    )]
+    pub batch: u64,
 }
 
 /// Grids (height, width) of an image, coarse to fine.
 type Grids = Vec<(usize, usize)>;
 
-/// Flags with what a PNG tells in their place, what they ask for, and the grids of its images.
+/// The flags, completed from a PNG, the checked request, and the grids of its images.
 fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
     let (mut args, old) = match &typed.from {
-        Some(path) => filled(typed, path).map(|(args, old)| (args, Some(old)))?,
+        Some(path) => from_png::filled(typed, path).map(|(args, old)| (args, Some(old)))?,
         None => (typed.clone(), None),
     };
     let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
@@ -146,12 +103,12 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
     args.passes = typed.passes.or(args.passes.filter(|_| takes_passes(&request.config)));
     args.set_passes(&mut request)?;
     args.set_features(&mut request)?;
-    if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.quiet) {
+    if let Some(old) = old.as_ref().filter(|old| old.model != request.model && !args.draw.report.quiet) {
         terminal::note(&format!("(it was drawn by {}, this is {}: another image)", old.model, request.model));
     }
     let scales = match old {
         // Several ratios share a last grid, and with it a size in pixels.
-        Some(old) if typed.draw.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
+        Some(old) if typed.draw.sampling.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
         _ => request.config.grids(request.size)?,
     };
     set_negative(&args, &mut request, scales.len())?;
@@ -159,7 +116,7 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         request.sampling.draft = args.draft.unwrap_or(request.config.sampling().draft);
     }
     request.sampling.check(scales.len())?;
-    args.draw.check_scales(&request.sampling, scales.len())?;
+    args.draw.sampling.check_scales(&request.sampling, scales.len())?;
     Ok((args, request, scales))
 }
 
@@ -170,13 +127,13 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         return jobs::run(args, file);
     }
     let (args, request, scales) = checked(args)?;
-    let preview = args.draw.preview()?;
-    let (json, batch) = (args.draw.json, batch(&args, request.images() as usize)?);
+    let preview = args.draw.output.preview(args.draw.report.verbose)?;
+    let (json, batch) = (args.draw.report.json, batch(&args, request.images() as usize)?);
     if args.think {
         request.config.nextflow()?;
     }
     let thinking = args.think.then(|| ChatConfig::read(&request.source)).transpose()?;
-    if args.draw.dry_run {
+    if args.draw.report.dry_run {
         let size = request.config.pixels(&scales);
         let Some(config) = &thinking else {
             request.config.check(&request.source, args.text_features.as_deref())?;
@@ -187,17 +144,14 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         let memory = think::forecast(&request, config, &scales)?;
         return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
     }
-    // A file that is missing matters more than the memory that it would take.
-    request.source.find(TRANSFORMER)?;
-    let needed = match &thinking {
+    let peak = match &thinking {
         Some(config) => think::forecast(&request, config, &scales)?.peak(),
         None => forecast(&request, &scales, batch)?.peak(),
     };
-    let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
-    memory::check(needed, &request.device, if batch > 1 { "a smaller --batch" } else { smaller })?;
-    let console = Console::new(args.draw.level(), request.images());
-    let stop = terminal::interrupts()?;
-    let mut delivery = Delivery::new(&request, console, stop, json);
+    let smaller = if batch > 1 { "a smaller --batch" } else { "--quant q8_0, --quant q4_K, or a smaller --size" };
+    let load = Load { source: Some(&request.source), device: &request.device, peak, smaller };
+    let run = load.start(args.draw.report.level(), request.images())?;
+    let mut delivery = Delivery::new(&request, run, json);
     delivery.preview = preview;
     match thinking {
         Some(config) => think::run(delivery, config, &scales),
@@ -236,7 +190,7 @@ fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, feature
         }
         let (images, took) = delivery.draw(&model, &jobs.iter().collect::<Vec<_>>())?;
         for (job, image) in jobs.iter().zip(&images) {
-            if delivery.deliver(job, image, None, took)?.is_break() {
+            if delivery.emit(job, image, None, took)?.is_break() {
                 return Ok(()); // The reader of our output has gone: nobody wants the rest.
             }
         }
@@ -260,7 +214,7 @@ impl GenArgs {
                 return Err(Error::usage(message).hint("leave out --passes, or --model ByteVisionLab/TokenFlow-t2i"));
             }
         }
-        request.sampling = request::sampling(&self.draw, request.config.sampling().clone());
+        request.sampling = request::sampling(&self.draw.sampling, request.config.sampling().clone());
         Ok(())
     }
 

@@ -5,17 +5,16 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use image::RgbImage;
 
-use crate::checkpoint::{Fit, Inventory, Matrices, Source, Weights, copy_weights, load_file};
+use crate::checkpoint::{Fit, IMAGE_TOKENIZER, Inventory, Matrices, Source, Weights, copy_weights, load_file};
 use crate::error::{Error, Result};
-use crate::generate::{IMAGE_TOKENIZER, ImageCodes, ModelConfig, cost, infinity, ratios};
-use crate::input::quoted;
-use crate::memory;
-use crate::pixels;
-use crate::size::Size;
+use crate::generate::{ImageCodes, ModelConfig, Size, cost, infinity, ratios};
+use crate::io::input::quoted;
+use crate::onecat;
 use crate::tokenizer::{
     BitEncoder, BitPreset, BitTokenizerConfig, CnnConfig, Code, CodeSpace, ImageDecoder, ImageTokenizer, Preset,
     TokenizerConfig,
 };
+use crate::{memory, pixels};
 
 /// Scales of the levels that stand-alone encoding uses: squares of 256, 512 and 1024 pixels.
 const BIT_LEVELS: [usize; 3] = [7, 10, 13];
@@ -24,7 +23,7 @@ const MAX_SIDE: usize = 128;
 const MAX_SCALES: usize = 64;
 
 /// A tokenizer that is known, but not loaded.
-pub struct Codec {
+pub struct TokenizerSource {
     /// Of the model, or of the public tokenizer.
     pub name: String,
     place: Place,
@@ -36,7 +35,7 @@ enum Place {
     Bits(PathBuf, Box<BitTokenizerConfig>),
 }
 
-impl Codec {
+impl TokenizerSource {
     /// The public tokenizer in a file, TokenFlow's or Infinity's.
     ///
     /// Errors: [`crate::error::Kind::Model`] if there is none in it.
@@ -75,7 +74,8 @@ impl Codec {
 
     /// The tokenizer of a whole model.
     pub fn of_model(source: Source) -> Result<Self> {
-        if infinity::is_config(&source.read_config()?) {
+        let config = source.read_config()?;
+        if infinity::is_config(&config) || onecat::is_config(&config) {
             let files = source.files(IMAGE_TOKENIZER)?;
             return files
                 .first()
