@@ -11,7 +11,7 @@ use nextflow::backbone::{Cache, Step};
 use nextflow::checkpoint::{Inventory, Weights};
 use nextflow::generate::next_input::NextInput;
 use nextflow::generate::onecat::{Guided, OneCatRows};
-use nextflow::generate::sampler::Draw;
+use nextflow::generate::sampler::SampleParams;
 use nextflow::generate::{Batch, Event, Guidance, Sampling, Sequences, bits, draw_codes};
 use nextflow::onecat::prompt::Piece;
 use nextflow::onecat::{Drawing, OneCatConfig, Reading, ReadingParts, Trunk, rope};
@@ -338,9 +338,9 @@ impl Run {
         self.rows.iter().map(read).collect::<Result<_, _>>().unwrap()
     }
 
-    fn draw(&self, scale: usize) -> Draw<'_> {
+    fn draw(&self, scale: usize) -> SampleParams<'_> {
         let guidance = self.sampling.guidance(scale, self.scales.len());
-        Draw { sampling: &self.sampling, guidance, seeds: &[0], scale, pass: 0 }
+        SampleParams { sampling: &self.sampling, guidance, seeds: &[0], scale, pass: 0 }
     }
 
     /// What is not compared: rows that the settings have no use for, and images where there is no decoder.
@@ -405,9 +405,9 @@ fn every_tensor_of_every_drawing_equals_the_reference() {
         for (si, &grid) in scales.iter().enumerate() {
             if si > 0 {
                 features = input.next(&drawn[si - 1], si).unwrap();
-                hidden = rows.read(si, &features, Step::Scale).unwrap();
+                hidden = rows.forward(si, &features, Step::Scale).unwrap();
                 for (rows, hidden) in &mut early {
-                    *hidden = rows.read(si, &features, Step::Scale).unwrap();
+                    *hidden = rows.forward(si, &features, Step::Scale).unwrap();
                 }
             }
             golden.close(&format!("s{si}.features"), &features.squeeze(0).unwrap(), CLOSE);

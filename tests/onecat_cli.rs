@@ -653,7 +653,7 @@ fn what_is_wrong_is_said_in_a_sentence() {
         picture(place.path(), "p.png", (40, 40));
         change(place.path());
         for args in ANY.iter().filter(|args| verbs.contains(&"*") || verbs.contains(&args[0])) {
-            let output = command(&[args, &["--model", "."]].concat()).current_dir(place.path()).output().unwrap();
+            let output = command(&[*args, &["--model", "."][..]].concat()).current_dir(place.path()).output().unwrap();
             let error = String::from_utf8(output.stderr).unwrap();
             assert_eq!(output.status.code(), Some(*code), "{what}, {}: {error}", args[0]);
             let lines: Vec<&str> = error.lines().collect();

@@ -10,7 +10,6 @@ use nextflow::generate::ratios::{self, LEVELS};
 use nextflow::onecat::prompt::{Marks, Piece, Row};
 use nextflow::onecat::{OneCatConfig, patches, rope};
 use nextflow::ops;
-use nextflow::pixels::{Filter, resize};
 use nextflow::text::Text;
 use nextflow::tokenizer::{BitConfig, BitQuantizer};
 use nextflow::vision::Patches;
@@ -167,8 +166,6 @@ fn pixels_equal_the_reference() {
     let (_, h, w) = down.dims3().unwrap();
     let patches = patches::processor().cut(&picture(&golden, "down"), (h / 28, w / 28), (14, 2));
     close("down", &pixels(&patches, 14), down, 1e-5);
-    let small = resize(&picture(&golden, "down"), (w as u32, h as u32), Filter::Bicubic);
-    assert_eq!(small.dimensions(), (w as u32, h as u32));
 }
 
 /// Names as `positions_4x4_to_4x6`, and `..._every7` for every seventh row of the result.

@@ -3,10 +3,11 @@
 use serde_json::{Value, json};
 
 use super::{Drawing, Reading, ReadingParts, Trunk, patches};
+use crate::backbone::BackboneConfig;
 use crate::backbone::presets::QWEN2_5_VL_3B;
-use crate::backbone::{BackboneConfig, MAX_LAYERS, check_sizes};
 use crate::checkpoint::{Inventory, Source, TRANSFORMER, Weights};
 use crate::error::{Error, Result};
+use crate::nn::{MAX_LAYERS, check_sizes};
 
 /// What `config.json` calls the family.
 const FAMILY: &str = "onecat";

@@ -13,7 +13,7 @@ use crate::backbone::Cache;
 use crate::checkpoint::{IMAGE_TOKENIZER, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Kind, Result};
 use crate::generate::next_input::NextInput;
-use crate::generate::{Batch, Event, Observer, draw_codes, tell};
+use crate::generate::{Batch, Event, Observer, draw_codes, notify};
 use crate::memory;
 use crate::onecat::prompt::{Marks, Row};
 use crate::onecat::{Drawing, Reading, ReadingParts, Trunk, patches};
@@ -204,9 +204,9 @@ impl OneCatModel {
             let (rows, hidden) = OneCatRows::start(&self.trunk, &self.drawing, &known, images, guided, scales)?;
             (rows, hidden, tokens)
         };
-        tell(observe, Event::Prompt { tokens })?;
+        notify(observe, Event::Prompt { tokens })?;
         let images = draw_codes(rows, hidden, NextInput::of_bits(bits.quantizer(), scales), batch, observe)?;
-        tell(observe, Event::Decode)?;
+        notify(observe, Event::Decode)?;
         images.iter().map(|codes| self.decode(codes, scales)).collect()
     }
 }

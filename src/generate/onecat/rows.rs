@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use crate::backbone::{Cache, Context, Rope, Step};
-use crate::generate::sampler::{Draw, Fault};
+use crate::generate::sampler::{Fault, SampleParams};
 use crate::generate::{Sequences, bits, schedule};
 use crate::onecat::{Drawing, Trunk, rope};
 
@@ -72,7 +72,7 @@ impl<'a> OneCatRows<'a> {
         let mut rows = Self { trunk, drawing, guided, images, ropes, caches };
         let start = drawing.start()?;
         let start = Tensor::cat(&vec![&start; images], 0)?;
-        let hidden = rows.read(0, &start, Step::Scale)?;
+        let hidden = rows.forward(0, &start, Step::Scale)?;
         Ok((rows, hidden))
     }
 
@@ -94,7 +94,7 @@ impl<'a> OneCatRows<'a> {
 }
 
 impl Sequences for OneCatRows<'_> {
-    fn read(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
+    fn forward(&mut self, si: usize, features: &Tensor, step: Step) -> Result<Tensor> {
         if step != Step::Scale {
             bail!("OneCAT draws every scale in one pass");
         }
@@ -111,7 +111,7 @@ impl Sequences for OneCatRows<'_> {
         Ok(())
     }
 
-    fn sample(&self, hidden: &Tensor, draw: &Draw) -> std::result::Result<Tensor, Fault> {
-        bits::sample(&self.logits(hidden)?, draw, 0)
+    fn sample(&self, hidden: &Tensor, params: &SampleParams) -> std::result::Result<Tensor, Fault> {
+        bits::sample(&self.logits(hidden)?, params, 0)
     }
 }

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::generate::cost::{self, Memory, Work};
 use crate::generate::ratios::{self, LEVELS};
 use crate::generate::{Guidance, Sampling, Size, schedule};
+use crate::io::output;
 use crate::onecat::prompt::Marks;
 use crate::onecat::{Drawing, OneCatConfig, Reading, ReadingParts, Trunk};
 use crate::text::Text;
@@ -191,7 +192,7 @@ impl OneCatSetup {
             self.ask_for_images(&tokenizer)?;
             checkpoint::extract(source, IMAGE_TOKENIZER, &tokenizer, DType::F32, &part.join(IMAGE_TOKENIZER))?;
             for file in ["tokenizer.json", "config.json"] {
-                checkpoint::write(&part.join(file), &source.bytes(file)?)?;
+                output::write(&part.join(file), &source.bytes(file)?)?;
             }
             Ok(())
         })
