@@ -81,7 +81,7 @@ fn absent(name: &str, error: candle_core::Error) -> Error {
     let message = format!("--device {name} cannot be used: {error}");
     match Error::from(error) {
         full if full.kind == Kind::Memory => full,
-        _ => Error::usage(message).hint("--device auto"),
+        other => Error { kind: Kind::Usage, message, ..other }.hint("--device auto"),
     }
 }
 

@@ -2,20 +2,23 @@
 
 use std::process::ExitCode;
 
-use nextflow::{cli, memory, terminal, threads};
+use nextflow::cli::{self, Cli};
+use nextflow::{memory, terminal, threads};
 
 fn main() -> ExitCode {
     terminal::ignore_file_size_signal();
-    // The main thread is one of the pool: any other would fall asleep and be woken for every product of matrices.
-    let run = |command| {
-        memory::keep(cli::trains(&command));
+    let mut verbose = false;
+    let run = |cli: Cli| {
+        verbose = cli.verbose;
+        memory::keep(cli::trains(&cli.command));
+        // The main thread is one of the pool: another one would sleep and have to be woken for every matrix product.
         threads::start();
-        cli::run(command)
+        cli::run(cli.command)
     };
-    match cli::parse(std::env::args_os()).and_then(|command| command.map_or(Ok(()), run)) {
+    match cli::parse(std::env::args_os()).and_then(|cli| cli.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            terminal::report(&error);
+            terminal::report(&error, verbose);
             ExitCode::from(error.exit_code())
         }
     }

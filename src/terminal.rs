@@ -35,11 +35,14 @@ pub fn clean(text: &str) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(spell).collect())
 }
 
-/// Prints `error: ...` and `hint: ...` to stderr.
-pub fn report(error: &Error) {
+/// Prints `error: ...` and `hint: ...` to stderr and, if `verbose`, the causes of the error between them.
+pub fn report(error: &Error, verbose: bool) {
     let mut err = anstream::stderr().lock();
     // A closed stderr leaves the exit code to tell.
     let _ = writeln!(err, "\x1b[1;31merror:\x1b[0m {}", clean(&error.message));
+    for cause in error.causes().iter().filter(|_| verbose) {
+        let _ = writeln!(err, "\x1b[1mcaused by:\x1b[0m {}", clean(cause));
+    }
     if let Some(hint) = &error.hint {
         let _ = writeln!(err, "\x1b[1;36mhint:\x1b[0m {}", clean(hint));
     }

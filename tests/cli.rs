@@ -67,6 +67,49 @@ fn is_refusal(output: &Output, code: i32, message: &str, hint: &str) {
 }
 
 #[test]
+fn verbose_prints_the_causes_of_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::write(model.join("config.json"), "{\"name\": ").unwrap();
+    std::fs::write(model.join("model.safetensors"), "").unwrap();
+    let png = folder.path().join("cut.png");
+    std::fs::write(&png, b"\x89PNG\r\n\x1a\n").unwrap();
+    let (model, png, missing) = (model.to_str().unwrap(), png.to_str().unwrap(), folder.path().join("no/where.png"));
+    for (args, code, causes) in [
+        (&["gen", "-p", "x", "--model", model][..], 3, &["EOF while parsing a value at line 1 column 9"][..]),
+        (&["info", model], 3, &["EOF while parsing a value at line 1 column 9"]),
+        (&["edit", "-i", png, "-p", "x"], 2, &["Format error decoding Png: unexpected end of file"]),
+        (&["encode", missing.to_str().unwrap()], 2, &["No such file or directory (os error 2)"]),
+        // What a user typed wrong has no cause.
+        (&["gen", "-p", "x", "--count", "0"], 2, &[]),
+    ] {
+        is_refusal(&nextflow(folder.path(), args, b""), code, "", "");
+        for args in [[args, &["-v"]].concat(), [&["-v"], args].concat()] {
+            let output = nextflow(folder.path(), &args, b"");
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            let lines: Vec<&str> = stderr.lines().collect();
+            let [error, printed @ .., hint] = &lines[..] else { panic!("{stderr}") };
+            assert!(error.starts_with("error: ") && hint.starts_with("hint: "), "{stderr}");
+            let printed: Vec<&str> = printed.iter().map(|line| line.strip_prefix("caused by: ").expect(line)).collect();
+            assert!(printed.len() >= causes.len() && printed.starts_with(causes), "{args:?}: {stderr}");
+            assert_eq!((output.status.code(), printed.is_empty()), (Some(code), causes.is_empty()), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn help_fits_two_screens() {
+    for command in
+        ["gen", "edit", "chat", "encode", "decode", "info", "bench", "quantize", "assemble", "eval", "completions"]
+    {
+        let output = nextflow(Path::new("."), &[command, "--help"], b"");
+        let help = String::from_utf8(output.stdout).unwrap();
+        assert!(help.lines().count() <= 100, "{command} --help has {} lines", help.lines().count());
+    }
+}
+
+#[test]
 fn help_and_version_are_data() {
     let here = Path::new(".");
     for (args, text) in [(&["--version"][..], "nextflow "), (&["--help"], "gen"), (&["gen", "--help"], "--temperature")]

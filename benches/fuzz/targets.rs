@@ -192,7 +192,7 @@ impl Reader {
 
     fn cli(&self, args: &[OsString]) -> bool {
         let args = std::iter::once("nextflow".into()).chain(args.iter().cloned());
-        cli::parse(args).is_ok_and(|command| command.is_some_and(|command| cli::run(command).is_ok()))
+        cli::parse(args).is_ok_and(|cli| cli.is_some_and(|cli| cli::run(cli.command).is_ok()))
     }
 }
 

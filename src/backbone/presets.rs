@@ -53,7 +53,7 @@ pub const QWEN2_5_0_5B: BackboneConfig = BackboneConfig {
     ..QWEN2_5_VL_3B
 };
 
-/// TokenFlow-t2i: Llama-2-7B's widths, 256 px. [PAD] is the last of the text tokens.
+/// TokenFlow-t2i: Llama-2-7B's widths, 256 px. `[PAD]` is the last of the text tokens.
 pub const TOKENFLOW_T2I_7B: BackboneConfig = BackboneConfig {
     vocab_size: 32_001,
     hidden_size: 4096,

@@ -37,8 +37,8 @@ pub(super) fn open(path: &Path) -> Result<File> {
     const FILES: &str = "--model FOLDER, with all files of one model in FOLDER; nextflow info FOLDER lists them";
     let refuse = |what: String| Error::model(format!("{} {what}", path.display())).hint(FILES);
     let cannot = |e: io::Error| match e.kind() {
-        io::ErrorKind::NotFound => refuse("is missing".into()),
-        _ => refuse(format!("cannot be read: {e}")),
+        io::ErrorKind::NotFound => refuse("is missing".into()).because(e),
+        _ => refuse(format!("cannot be read: {e}")).because(e),
     };
     // Opening a pipe would wait for a writer, so this comes first.
     if !path.metadata().map_err(cannot)?.is_file() {
@@ -57,7 +57,7 @@ const MAX_SMALL: u64 = 100_000_000;
 pub(super) fn read_small(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let read = open(path)?.take(MAX_SMALL + 1).read_to_end(&mut bytes);
-    read.map_err(|e| Error::model(format!("{} cannot be read: {e}", path.display())))?;
+    read.map_err(|e| Error::model(format!("{} cannot be read: {e}", path.display())).because(e))?;
     if bytes.len() as u64 > MAX_SMALL {
         return Err(Error::model(format!("{} has more than {MAX_SMALL} bytes", path.display())));
     }
@@ -340,13 +340,14 @@ pub fn load(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 /// Errors: a file that cannot be read, or is none of safetensors.
 pub fn metadata(path: &Path) -> Result<HashMap<String, String>> {
     let broken = |what: String| header::broken(&path.display().to_string(), &what);
-    let bytes = std::fs::read(path).map_err(|e| broken(format!("cannot be read: {e}")))?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("has a bad header: {e}")))?;
+    let bytes = std::fs::read(path).map_err(|e| broken(format!("cannot be read: {e}")).because(e))?;
+    let (_, header) =
+        SafeTensors::read_metadata(&bytes).map_err(|e| broken(format!("has a bad header: {e}")).because(e))?;
     Ok(header.metadata().clone().unwrap_or_default())
 }
 
 /// Writes a safetensors file with optional metadata, as [`output::write`] does.
 pub fn save(path: &Path, tensors: BTreeMap<String, Tensor>, metadata: Option<HashMap<String, String>>) -> Result<()> {
-    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| Error::unwritten(path, &e))?;
+    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| Error::unwritten(path, &e).because(e))?;
     output::write(path, &bytes)
 }

@@ -20,8 +20,8 @@ use crate::ops;
 /// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, as
 /// the files of an image tokenizer, as they are.
 ///
-/// The folder appears whole or not at all. Errors: [`Kind::Usage`] if it exists, [`Kind::Model`] for a source that does
-/// not fit, [`Kind::Failure`] if it cannot be written.
+/// The folder appears whole or not at all. Errors: `Kind::Usage` if it exists, `Kind::Model` for a source that does
+/// not fit, `Kind::Failure` if it cannot be written.
 pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
     whole_folder(folder, |part| {
         let tensors = blocks(source, "model.safetensors", asked, weights)?;
@@ -37,7 +37,7 @@ pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &
 
 /// Writes a GGUF file.
 ///
-/// Errors: [`Kind::Failure`] if it cannot be written.
+/// Errors: `Kind::Failure` if it cannot be written.
 pub fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) -> Result<()> {
     let pairs: Vec<(&str, &QTensor)> = tensors.iter().map(|(key, tensor)| (key.as_str(), tensor)).collect();
     let unwritten = |e: &dyn std::fmt::Display| Error::unwritten(path, e);
@@ -49,7 +49,7 @@ pub fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) -> Result<()> {
 
 /// Writes those tensors of a file of `source` that are `asked` for as safetensors of a type: of a dump of a training, the weights.
 ///
-/// Errors: as [`blocks`], and [`Kind::Failure`] if it cannot be written.
+/// Errors: as [`blocks`], and `Kind::Failure` if it cannot be written.
 pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path: &Path) -> Result<()> {
     let tensors = blocks(source, file, asked, WeightType::F32)?;
     let plain = |(key, tensor): (String, QTensor)| Ok((key, tensor.dequantize(&Device::Cpu)?.to_dtype(dtype)?));
@@ -81,7 +81,7 @@ pub fn abandon() {
 
 /// Makes `folder`, which must not exist, of what `fill` writes into another: it appears whole or not at all.
 ///
-/// Errors: [`Kind::Usage`] if it exists, [`Kind::Failure`] if it cannot be written, and those of `fill`.
+/// Errors: `Kind::Usage` if it exists, `Kind::Failure` if it cannot be written, and those of `fill`.
 pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if folder.exists() {
         return Err(Error::usage(format!("{} exists already", folder.display())).hint("-o ANOTHER_FOLDER"));
@@ -92,15 +92,15 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         return Err(Error::usage(message).hint(format!("mkdir -p {}", quoted(parent))));
     }
     output::sweep(parent);
-    let part = output::TempFolder::new(parent).map_err(|e| Error::unwritten(folder, &output::reason(&e)))?;
+    let part = output::TempFolder::new(parent).map_err(|e| Error::unwritten(folder, &output::reason(&e)).because(e))?;
     *PART.lock().unwrap_or_else(PoisonError::into_inner) = Some(part.path().into());
     fill(part.path())?;
-    part.rename(folder).map_err(|e| Error::unwritten(folder, &e))
+    part.rename(folder).map_err(|e| Error::unwritten(folder, &e).because(e))
 }
 
 /// Every tensor that is `asked` for of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.
 ///
-/// Errors: [`Kind::Model`] for a file that does not fit.
+/// Errors: `Kind::Model` for a file that does not fit.
 pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
     let misfit = |what: String| Error::model(what).hint("nextflow info FOLDER lists what does not fit");
     let fit = Inventory::of(source, file)?.compare(asked);

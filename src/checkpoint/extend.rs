@@ -76,7 +76,7 @@ impl View for &Extended<'_> {
 /// `source` as they are, with new rows after them where more are asked for, and new ones where `fresh` lets there be
 /// none. Numbers are bf16 if the source's are, else f32; new ones depend on `seed` and the key alone.
 ///
-/// Errors: [`Kind::Model`] for a source that does not fit, [`Kind::Failure`] if the file cannot be written.
+/// Errors: `Kind::Model` for a source that does not fit, `Kind::Failure` if the file cannot be written.
 pub fn extend(
     source: &Source,
     file: &str,
@@ -117,6 +117,6 @@ pub fn extend(
     let written = serialize_to_file(named, None, path);
     match failure.into_inner() {
         Some(e) => Err(misfit(e)),
-        None => written.map_err(|e| Error::unwritten(path, &e)),
+        None => written.map_err(|e| Error::unwritten(path, &e).because(e)),
     }
 }

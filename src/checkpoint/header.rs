@@ -81,7 +81,7 @@ pub(super) type Header = BTreeMap<String, Entry>;
 pub(super) fn read(name: &str, mut file: impl Read, length: u64) -> Result<Header> {
     let mut start = Vec::new();
     let read = file.by_ref().take(length.min(LFS_POINTER.len() as u64)).read_to_end(&mut start);
-    read.map_err(|e| broken(name, &format!("cannot be read: {e}")))?;
+    read.map_err(|e| broken(name, &format!("cannot be read: {e}")).because(e))?;
     check_pointer(name, &start)?;
     parse(start, &mut file, length).map_err(|what| broken(name, &what))
 }

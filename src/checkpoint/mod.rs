@@ -30,6 +30,7 @@ mod inventory;
 mod keys;
 mod layout;
 mod pickle;
+mod plan;
 mod shards;
 mod source;
 mod synthetic;
@@ -42,8 +43,9 @@ pub use convert::{abandon, blocks, extract, quantise as quantise_model, whole_fo
 pub use extend::extend;
 pub use init::Init;
 pub use inventory::{FileSummary, Fit, Inventory};
+pub use plan::load_file;
 pub use shards::{files_with, shard_names};
-pub use source::{NANO, Parts, Source, copy_weights, load_file};
+pub use source::{NANO, Parts, Source, copy_weights};
 pub use weight_type::{Matrices, WeightType};
 pub use weights::Weights;
 pub(crate) use weights::placeholder;

@@ -50,9 +50,9 @@ pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
     Err(absent(&whole))
 }
 
-/// Of the files that [`find`] gives, those that hold a key that is `wanted`: others of an index need not be there.
+/// Of the files that `find` gives, those that hold a key that is `wanted`: others of an index need not be there.
 ///
-/// Errors: as [`find`].
+/// Errors: as `find`.
 pub fn files_with(folder: &Path, file: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let index = folder.join(format!("{file}.index.json"));
     if folder.join(file).exists() || !index.exists() { find(folder, file) } else { indexed(folder, &index, wanted) }
@@ -69,8 +69,8 @@ fn indexed(folder: &Path, index: &Path, wanted: impl Fn(&str) -> bool) -> Result
 pub fn shard_names(index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let broken =
         |what: &str| Error::model(format!("{} {what}", index.display())).hint("copy the file from its origin again");
-    let Index { weight_map } =
-        serde_json::from_slice(&archive::read_small(index)?).map_err(|e| broken(&format!("is not an index: {e}")))?;
+    let Index { weight_map } = serde_json::from_slice(&archive::read_small(index)?)
+        .map_err(|e| broken(&format!("is not an index: {e}")).because(e))?;
     let names: BTreeSet<String> = weight_map.into_iter().filter(|(key, _)| wanted(key)).map(|(_, file)| file).collect();
     if names.is_empty() {
         return Err(broken("names no files"));

@@ -106,7 +106,7 @@ impl Weights {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
     }
 
-    /// Whether tensors have numbers. In a [plan](Self::plan) and an [inventory](Self::inventory)
+    /// Whether tensors have numbers. In a plan and an [inventory](Self::inventory)
     /// they have a shape alone, so that no config can make them allocate.
     pub fn has_numbers(&self) -> bool {
         !self.unused && !matches!(*self.store, Store::Plan(..) | Store::Inventory(_))

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::LoadArgs;
 use crate::chat::{ChatConfig, ChatModel};
-use crate::checkpoint::TRANSFORMER;
+use crate::checkpoint::{Source, TRANSFORMER};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{self, Examiner, Report, Subject};
@@ -75,18 +75,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let device = args.load.device.get()?;
     let source = args.load.model.source()?;
     source.check_type(TRANSFORMER, args.load.quant)?;
-    let library = match &args.data {
-        Some(path) => Some(Dataset::load(path)?),
-        None if Path::new(LIBRARY).exists() => Some(Dataset::load(LIBRARY.as_ref())?),
-        None => None,
-    };
-    let of_pictures = [Suite::Recognition, Suite::Reconstruction];
-    if library.is_none() && args.suite.iter().any(|suite| of_pictures.contains(suite)) {
-        return Err(Error::usage("recognition and reconstruction need the picture library").hint(LIBRARY_HINT));
-    }
-    if args.suite.contains(&Suite::Dialogues) && !ModelConfig::read(&source)?.conversation.draws {
-        return Err(Error::usage(format!("{source} does not answer with images")).hint("--suite compositions"));
-    }
+    let library = library(args, &source)?;
     let drawn = library.as_ref().filter(|_| asked(Suite::Recognition));
     let concepts = drawn.map_or(0, |l| eval::recognisable(l, args.limit));
     let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
@@ -154,4 +143,23 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         false => terminal::emit(report.table().as_bytes())?,
     };
     Ok(())
+}
+
+/// The picture library, if there is one.
+///
+/// Errors: usage, for suites that the library or the model does not allow.
+fn library(args: &EvalArgs, source: &Source) -> Result<Option<Dataset>> {
+    let library = match &args.data {
+        Some(path) => Some(Dataset::load(path)?),
+        None if Path::new(LIBRARY).exists() => Some(Dataset::load(LIBRARY.as_ref())?),
+        None => None,
+    };
+    let of_pictures = [Suite::Recognition, Suite::Reconstruction];
+    if library.is_none() && args.suite.iter().any(|suite| of_pictures.contains(suite)) {
+        return Err(Error::usage("recognition and reconstruction need the picture library").hint(LIBRARY_HINT));
+    }
+    if args.suite.contains(&Suite::Dialogues) && !ModelConfig::read(source)?.conversation.draws {
+        return Err(Error::usage(format!("{source} does not answer with images")).hint("--suite compositions"));
+    }
+    Ok(library)
 }

@@ -45,9 +45,13 @@ use crate::terminal;
 /// Draw images from a terminal with NextFlow.
 #[derive(Debug, Parser)]
 #[command(name = "nextflow", version, about, arg_required_else_help = false)]
-struct Cli {
+pub struct Cli {
+    /// Print the causes of an error
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// The command.
     #[command(subcommand)]
-    command: Command,
+    pub command: Command,
 }
 
 /// The commands.
@@ -83,12 +87,11 @@ pub enum Command {
     Train(train::TrainArgs),
 }
 
-/// The command that `args` asks for, the program's name first; `None` when help or the version was
-/// asked for, and printed.
-pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Command>> {
+/// Parses `args`, the program's name first. `None` if they ask for help or the version, which is printed.
+pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Cli>> {
     let args = with_dashes(args.collect());
     match Cli::try_parse_from(&args) {
-        Ok(cli) => Ok(Some(cli.command)),
+        Ok(cli) => Ok(Some(cli)),
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             let _ = terminal::emit(e.render().to_string().as_bytes())?;
             Ok(None)

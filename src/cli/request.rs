@@ -249,7 +249,7 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
                 let message = format!("line {} of {}: {}", i + 1, shown(path), e.message);
                 let encoding = || "iconv -f WINDOWS-1252 -t UTF-8 FILE, or with the encoding that it has".into();
                 let hint = if std::str::from_utf8(line).is_err() { Some(encoding()) } else { e.hint };
-                Error { message, hint, kind: e.kind }
+                Error { message, hint, ..e }
             };
             prompts.push(text::check_prompt(line).map_err(located)?);
         }

@@ -1,7 +1,7 @@
 //! `nextflow train`: the steps from packages to a checkpoint, in order.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::{Args, Subcommand};
@@ -145,21 +145,7 @@ fn sampling() -> Sampling {
 /// Runs one step.
 pub fn run(args: &TrainArgs) -> Result<()> {
     if let Step::Data { packages, folder } = &args.step {
-        let library = match folder {
-            Some(_) if args.data.exists() => {
-                let message = format!("{} already exists", input::shown(&args.data));
-                return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
-            }
-            Some(folder) => Dataset::from_folder(folder)?,
-            None => train::prepare::prepare(packages)?,
-        };
-        // What cannot be trained on is not written.
-        Samples::new(&library, 0)?;
-        library.save(&args.data)?;
-        let held_out = library.concepts.iter().filter(|c| c.held_out).count();
-        let (path, pictures, concepts) = (args.data.display(), library.pictures.len(), library.concepts.len());
-        eprintln!("{path}: {pictures} pictures of {concepts} concepts, {held_out} of which are held out");
-        return Ok(());
+        return data(&args.data, packages, folder.as_deref());
     }
     if let Step::Export { out } = &args.step {
         train::export::export(&Run::open(&args.run, Device::Cpu)?, out, sampling())?;
@@ -229,6 +215,25 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             train::transformer::train(&lesson, batch, &plan.hyperparameters())
         }
     }
+}
+
+/// Builds the picture library at `path`, from unpacked packages or from a folder of images.
+fn data(path: &Path, packages: &Path, folder: Option<&Path>) -> Result<()> {
+    let library = match folder {
+        Some(_) if path.exists() => {
+            let message = format!("{} already exists", input::shown(path));
+            return Err(Error::usage(message).hint("nextflow train data --folder DIR --data data/mine.safetensors"));
+        }
+        Some(folder) => Dataset::from_folder(folder)?,
+        None => train::prepare::prepare(packages)?,
+    };
+    // What cannot be trained on is not written.
+    Samples::new(&library, 0)?;
+    library.save(path)?;
+    let held_out = library.concepts.iter().filter(|c| c.held_out).count();
+    let (path, pictures, concepts) = (path.display(), library.pictures.len(), library.concepts.len());
+    eprintln!("{path}: {pictures} pictures of {concepts} concepts, {held_out} of which are held out");
+    Ok(())
 }
 
 /// A CPU or an NVIDIA GPU, and a line that says which: for others there are no kernels with a backward pass.

@@ -35,7 +35,7 @@ impl ModelConfig {
             Error::model(format!("config.json of {source}: {what}"))
                 .hint("correct it, or copy it from its origin again")
         };
-        let config: Self = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
+        let config: Self = serde_json::from_value(config).map_err(|e| bad(e.to_string()).because(e))?;
         config.check().map_err(bad)?;
         Ok(config)
     }

@@ -96,7 +96,7 @@ impl Sequences for Rows<'_> {
         Ok(())
     }
 
-    /// Logits are held for [`POSITIONS`] of one image at a time, or for fewer of each of several.
+    /// Logits are held for `POSITIONS` of one image at a time, or for fewer of each of several.
     fn sample(&self, hidden: &Tensor, params: &SampleParams) -> std::result::Result<Tensor, Fault> {
         let (tokens, most) = (hidden.dim(1)?, POSITIONS.div_ceil(params.seeds.len().max(1)));
         let mut codes = Vec::new();

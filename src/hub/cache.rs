@@ -91,7 +91,7 @@ impl Cache {
 
     /// Checks every file of a model; `observer` can break it off.
     ///
-    /// Errors: [`Kind::Model`] if it is not in the cache.
+    /// Errors: `Kind::Model` if it is not in the cache.
     pub fn verify(&self, id: &Id, observer: Observer) -> Result<Verdict> {
         let folder = self.known(id)?;
         let mut verdict = Verdict::default();
@@ -120,11 +120,11 @@ impl Cache {
 
     /// Removes a model with all its snapshots; the bytes that became free.
     ///
-    /// Errors: [`Kind::Model`] if it is not in the cache.
+    /// Errors: `Kind::Model` if it is not in the cache.
     pub fn remove(&self, id: &Id) -> Result<u64> {
         let folder = self.known(id)?;
         let bytes = bytes(&folder);
-        fs::remove_dir_all(&folder).map_err(|e| cannot(&folder, &e))?;
+        fs::remove_dir_all(&folder).map_err(|e| cannot(&folder, e))?;
         let _ = fs::remove_dir_all(self.locks(id));
         Ok(bytes)
     }

@@ -100,7 +100,7 @@ impl Client {
             return Err(wrong(format!("has more than {} MB", MAX_INDEX / 1_000_000)));
         }
         let path = store.snapshot.join(&index.path);
-        let text = fs::read(&path).map_err(|e| cannot(&path, &e))?;
+        let text = fs::read(&path).map_err(|e| cannot(&path, e))?;
         let Index { weight_map } = serde_json::from_slice(&text).map_err(|e| wrong(format!("is no index: {e}")))?;
         let mut names: Vec<&String> = weight_map.values().collect();
         names.sort();
@@ -254,7 +254,7 @@ impl Client {
             let cut = match self.resume(id, url, file, part, observer)? {
                 Attempt::Whole => break,
                 Attempt::Anew => {
-                    part.file.set_len(0).map_err(|e| cannot(&part.path, &e))?;
+                    part.file.set_len(0).map_err(|e| cannot(&part.path, e))?;
                     ("the server has another length of it".into(), Some(Duration::ZERO))
                 }
                 Attempt::Cut(why, wait) => (why, wait),
@@ -297,7 +297,7 @@ impl Client {
             206 | 416 if done > 0 => return Ok(Attempt::Anew),
             // A server that knows no ranges begins anew.
             200 => {
-                part.file.set_len(0).map_err(|e| cannot(&part.path, &e))?;
+                part.file.set_len(0).map_err(|e| cannot(&part.path, e))?;
                 done = 0;
             }
             _ => {
@@ -338,7 +338,7 @@ impl Client {
             // One byte more than it should have tells a file that is too long.
             let room = usize::try_from(total - done).unwrap_or(usize::MAX).saturating_add(1);
             let bytes = &bytes[..bytes.len().min(room)];
-            part.file.write_all(bytes).map_err(|e| cannot(&part.path, &e))?;
+            part.file.write_all(bytes).map_err(|e| cannot(&part.path, e))?;
             done += bytes.len() as u64;
             part.mixed |= part.len()? != done;
             observer(Event::Progress { name: &file.name, done: done.min(total), total })?;

@@ -16,7 +16,7 @@ pub(super) fn agrees(path: &Path, hash: &Hash, observer: Observer) -> Result<boo
     match hash {
         Hash::Sha256(digits) => Ok(sha256(path, observer)? == *digits),
         Hash::Git(digits) => {
-            let length = path.metadata().map_err(|e| cannot(path, &e))?.len();
+            let length = path.metadata().map_err(|e| cannot(path, e))?.len();
             let start = Sha1::new_with_prefix(format!("blob {length}\0"));
             Ok(digest(path, start, observer)? == *digits)
         }
@@ -29,10 +29,10 @@ pub(super) fn sha256(path: &Path, observer: Observer) -> Result<String> {
 }
 
 fn digest<D: Digest>(path: &Path, mut hash: D, observer: Observer) -> Result<String> {
-    let mut file = File::open(path).map_err(|e| cannot(path, &e))?;
+    let mut file = File::open(path).map_err(|e| cannot(path, e))?;
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file.read(&mut buffer).map_err(|e| cannot(path, &e))? {
+        match file.read(&mut buffer).map_err(|e| cannot(path, e))? {
             0 => break,
             n => hash.update(&buffer[..n]),
         }

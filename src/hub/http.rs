@@ -202,7 +202,7 @@ impl Http {
             Some(named) => request.config().proxy(Some(named.proxy.clone())).build().call(),
             None => request.call(),
         };
-        result.map_err(|e| fault(&server(uri), proxy.map(|p| p.name.as_str()), &e))
+        result.map_err(|e| fault(&server(uri), proxy.map(|p| p.name.as_str()), e))
     }
 }
 
@@ -231,12 +231,12 @@ fn pass_on(response: Response<Body>, head: Head, sender: &SyncSender<Result<Piec
 }
 
 /// What an error of a request means.
-fn fault(server: &str, proxy: Option<&str>, e: &ureq::Error) -> Fault {
+fn fault(server: &str, proxy: Option<&str>, e: ureq::Error) -> Fault {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
     let text = e.to_string();
     let text = text.strip_prefix("io: ").unwrap_or(&text);
     let certificate = text.contains("certificate");
-    match e {
+    match &e {
         ureq::Error::Io(io)
             if matches!(
                 io.kind(),
@@ -250,13 +250,14 @@ fn fault(server: &str, proxy: Option<&str>, e: &ureq::Error) -> Fault {
         ureq::Error::Protocol(_) => {
             return Fault::Unreachable(
                 Error::model(format!("{server} does not answer as HTTP asks for: {text}"))
-                    .hint("HF_ENDPOINT=URL names another hub"),
+                    .hint("HF_ENDPOINT=URL names another hub")
+                    .because(e),
             );
         }
         _ => {}
     }
     let through = proxy.map_or_else(String::new, |name| format!(" through the proxy {name}"));
-    let error = Error::new(Kind::Failure, format!("{server} cannot be reached{through}: {text}"));
+    let error = Error::new(Kind::Failure, format!("{server} cannot be reached{through}: {text}")).because(e);
     Fault::Unreachable(match proxy {
         _ if certificate && text.contains("Expired") => error.hint("check this machine's clock: date"),
         _ if certificate => error.hint(tls::HINT),

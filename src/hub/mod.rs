@@ -73,9 +73,11 @@ fn is_hex(text: &str, length: usize) -> bool {
 }
 
 /// The error of a file of the cache that cannot be read or written.
-fn cannot(path: &Path, e: &io::Error) -> Error {
+fn cannot(path: &Path, e: io::Error) -> Error {
     let error = Error::new(Kind::Failure, format!("{}: {e}", path.display()));
-    match e.kind() {
+    let kind = e.kind();
+    let error = error.because(e);
+    match kind {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             error.hint("nextflow models rm OWNER/NAME frees space, HF_HOME=FOLDER puts the cache elsewhere")
         }

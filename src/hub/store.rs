@@ -81,7 +81,7 @@ impl Store {
     /// The unfinished file called `key` and how long it is; with a lock the one that was left last time, else one of
     /// this process alone.
     pub fn part(&self, key: &str, lock: &Lock) -> Result<Part> {
-        fs::create_dir_all(&self.blobs).map_err(|e| cannot(&self.blobs, &e))?;
+        fs::create_dir_all(&self.blobs).map_err(|e| cannot(&self.blobs, e))?;
         let shared = self.blobs.join(format!("{key}.incomplete"));
         if lock.0.is_some() {
             return Part::open(shared, None);
@@ -102,8 +102,8 @@ impl Store {
     /// Moves a file that was checked to its place among the blobs and into the snapshot.
     pub fn keep(&self, part: Part, digits: &str, file: &Remote) -> Result<()> {
         let blob = self.blobs.join(digits);
-        part.file.sync_all().map_err(|e| cannot(&part.path, &e))?;
-        fs::rename(&part.path, &blob).map_err(|e| cannot(&blob, &e))?;
+        part.file.sync_all().map_err(|e| cannot(&part.path, e))?;
+        fs::rename(&part.path, &blob).map_err(|e| cannot(&blob, e))?;
         self.put(&blob, &self.snapshot.join(&file.path), true)
     }
 
@@ -116,7 +116,7 @@ impl Store {
         for part in below.parent().into_iter().flat_map(Path::components) {
             folder.push(part);
             if folder.is_symlink() {
-                fs::remove_file(&folder).map_err(|e| cannot(&folder, &e))?;
+                fs::remove_file(&folder).map_err(|e| cannot(&folder, e))?;
             }
         }
         let up: PathBuf = std::iter::repeat_n("..", 1 + below.components().count()).collect();
@@ -146,18 +146,18 @@ pub(super) struct Part {
 
 impl Part {
     fn open(path: PathBuf, shared: Option<PathBuf>) -> Result<Self> {
-        let file = open_own(&path).map_err(|e| cannot(&path, &e))?;
+        let file = open_own(&path).map_err(|e| cannot(&path, e))?;
         Ok(Self { path, file, mixed: false, shared })
     }
 
     /// Its bytes so far.
     pub fn len(&self) -> Result<u64> {
-        self.file.metadata().map(|m| m.len()).map_err(|e| cannot(&self.path, &e))
+        self.file.metadata().map(|m| m.len()).map_err(|e| cannot(&self.path, e))
     }
 
     /// Removes it.
     pub fn delete(self) -> Result<()> {
-        fs::remove_file(&self.path).map_err(|e| cannot(&self.path, &e))
+        fs::remove_file(&self.path).map_err(|e| cannot(&self.path, e))
     }
 
     /// Leaves it for the next time.
@@ -227,7 +227,7 @@ fn leads(place: &Path, blob: &Path) -> bool {
 
 fn make_parent(path: &Path) -> Result<()> {
     let folder = path.parent().unwrap_or(path);
-    fs::create_dir_all(folder).map_err(|e| cannot(folder, &e))
+    fs::create_dir_all(folder).map_err(|e| cannot(folder, e))
 }
 
 /// Makes `place` stand for the file `source`, which is at `target` from there. File systems without links (exFAT, SMB) get
@@ -248,12 +248,12 @@ pub(super) fn put(place: &Path, target: &Path, source: &Path, may_move: bool) ->
     let made = match linked {
         Ok(()) => Ok(()),
         Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => Err(e),
-        Err(_) if may_move => return fs::rename(source, place).map_err(|e| cannot(place, &e)),
+        Err(_) if may_move => return fs::rename(source, place).map_err(|e| cannot(place, e)),
         Err(_) => fs::copy(source, &new).map(drop),
     };
     made.and_then(|()| fs::rename(&new, place)).map_err(|e| {
         let _ = fs::remove_file(&new);
-        cannot(place, &e)
+        cannot(place, e)
     })
 }
 

@@ -22,11 +22,11 @@ pub fn is_address(path: &Path) -> bool {
 }
 
 /// The error of a path that cannot be read, for the reason `e`.
-pub fn unreadable(path: &Path, e: &io::Error, hint: &str) -> Error {
+pub fn unreadable(path: &Path, e: io::Error, hint: &str) -> Error {
     match is_address(path) {
         true => Error::usage(format!("{} is an address, and addresses are not fetched", path.display()))
             .hint(format!("curl -sLO {}, then name the file", quoted(path))),
-        false => Error::usage(format!("cannot read {}: {e}", shown(path))).hint(hint),
+        false => Error::usage(format!("cannot read {}: {e}", shown(path))).hint(hint).because(e),
     }
 }
 
@@ -170,7 +170,7 @@ pub fn lines(path: &Path, hint: &str) -> Result<Box<dyn BufRead>> {
         once()?;
         return Ok(Box::new(io::stdin().lock()));
     }
-    let failed = |e: io::Error| unreadable(path, &e, hint);
+    let failed = |e: io::Error| unreadable(path, e, hint);
     Ok(Box::new(BufReader::new(File::open(path).map_err(failed)?)))
 }
 
@@ -188,7 +188,7 @@ fn once() -> Result<()> {
 /// Errors: usage, with `hint`: what cannot be read or is longer, and standard input that was read before.
 pub fn read(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let failed = |e: io::Error| unreadable(path, &e, hint);
+    let failed = |e: io::Error| unreadable(path, e, hint);
     if is_stdin(path) {
         once()?;
         io::stdin().lock().take(most + 1).read_to_end(&mut bytes).map_err(failed)?;

@@ -62,8 +62,8 @@ impl Destination {
             Self::File { path, force } => {
                 let target = target(path, *force);
                 // It was there when the path was checked, unless the path was made up since.
-                fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, &e))?;
-                let temp = Temp::beside(&target, png).map_err(|e| cannot_write(path, &e))?;
+                fs::create_dir_all(parent(&target)).map_err(|e| cannot_write(path, e))?;
+                let temp = Temp::beside(&target, png).map_err(|e| cannot_write(path, e))?;
                 let result = match force {
                     true => temp.replace(&target),
                     false => temp.persist_new(&target).map_err(|(e, _)| e),
@@ -71,7 +71,7 @@ impl Destination {
                 match result {
                     Ok(()) => Ok(Some(path.clone())),
                     Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(exists(path)),
-                    Err(e) => Err(cannot_write(path, &e)),
+                    Err(e) => Err(cannot_write(path, e)),
                 }
             }
             Self::Folder { path: folder, force } => {
@@ -93,7 +93,9 @@ impl Destination {
 /// Errors: a file that cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     sweep(parent(path));
-    Temp::beside(path, bytes).and_then(|file| file.replace(path)).map_err(|e| Error::unwritten(path, &reason(&e)))
+    Temp::beside(path, bytes)
+        .and_then(|file| file.replace(path))
+        .map_err(|e| Error::unwritten(path, &reason(&e)).because(e))
 }
 
 /// Whether a path names standard output.
@@ -126,16 +128,16 @@ fn target(path: &Path, force: bool) -> PathBuf {
 /// Writes `{stem}.png`, or the first of `{stem}-2.png`, `{stem}-3.png`, ... that is free.
 fn save_free(folder: &Path, png: &[u8], stem: &str) -> Result<PathBuf> {
     if !folder.as_os_str().is_empty() {
-        fs::create_dir_all(folder).map_err(|e| cannot_write(folder, &e))?;
+        fs::create_dir_all(folder).map_err(|e| cannot_write(folder, e))?;
     }
-    let mut temp = Temp::in_folder(here(folder), png).map_err(|e| cannot_write(folder, &e))?;
+    let mut temp = Temp::in_folder(here(folder), png).map_err(|e| cannot_write(folder, e))?;
     for n in 1u64.. {
         let name = if n == 1 { format!("{stem}.png") } else { format!("{stem}-{n}.png") };
         let path = folder.join(name);
         match temp.persist_new(&path) {
             Ok(()) => return Ok(path),
             Err((e, file)) if e.kind() == io::ErrorKind::AlreadyExists => temp = file,
-            Err((e, _)) => return Err(cannot_write(&path, &e)),
+            Err((e, _)) => return Err(cannot_write(&path, e)),
         }
     }
     Err(exists(folder))
@@ -164,14 +166,14 @@ fn check_file(path: &Path, force: bool) -> Result<()> {
         }
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(unusable(path, &e, "-o FILE")),
+        Err(e) => return Err(unusable(path, e, "-o FILE")),
     }
     let target = target(path, force);
     let folder = parent(&target);
     match folder.is_dir() {
         true => {
             sweep(folder);
-            Temp::beside(&target, b"").map(drop).map_err(|e| unusable(path, &e, "-o FILE"))
+            Temp::beside(&target, b"").map(drop).map_err(|e| unusable(path, e, "-o FILE"))
         }
         false => Err(Error::usage(format!("cannot write {shown}: there is no folder {}", folder.display()))
             .hint(format!("mkdir -p {}", quoted(folder)))),
@@ -188,21 +190,23 @@ fn check_folder(folder: &Path) -> Result<()> {
         return Err(Error::usage(message).hint("choose another --out-dir"));
     }
     sweep(there);
-    Temp::in_folder(there, b"").map(drop).map_err(|e| unusable(folder, &e, "--out-dir FOLDER"))
+    Temp::in_folder(there, b"").map(drop).map_err(|e| unusable(folder, e, "--out-dir FOLDER"))
 }
 
 fn exists(path: &Path) -> Error {
     Error::usage(format!("{} already exists", path.display())).hint("--force replaces it, or -o ANOTHER_FILE")
 }
 
-fn unusable(path: &Path, e: &io::Error, flag: &str) -> Error {
-    Error::usage(format!("cannot write {}: {}", here(path).display(), reason(e)))
+fn unusable(path: &Path, e: io::Error, flag: &str) -> Error {
+    Error::usage(format!("cannot write {}: {}", here(path).display(), reason(&e)))
         .hint(format!("choose another place with {flag}"))
+        .because(e)
 }
 
-fn cannot_write(path: &Path, e: &io::Error) -> Error {
-    Error::new(Kind::Failure, format!("cannot write {}: {}", here(path).display(), reason(e)))
+fn cannot_write(path: &Path, e: io::Error) -> Error {
+    Error::new(Kind::Failure, format!("cannot write {}: {}", here(path).display(), reason(&e)))
         .hint("check the folder's permissions and free space (df -h), or choose another with -o or --out-dir")
+        .because(e)
 }
 
 /// The error in words; tempfile's would name the temporary file.
@@ -210,7 +214,7 @@ pub(crate) fn reason(e: &io::Error) -> String {
     if e.raw_os_error().is_some() { e.to_string() } else { e.kind().to_string() }
 }
 
-/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most [`SLUG`] characters.
+/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most 48 characters.
 pub fn slug(prompt: &str) -> String {
     let mut slug = String::new();
     let mut length = 0;

@@ -19,7 +19,7 @@
 //! Anything else is composed of candle's own differentiable operations, with softmax and norms in
 //! f32. Tests compare the kernels with these compositions and with candle-nn, values and gradients.
 //!
-//! The kernels are in [`cpu`] and `cuda`; [`custom_op`] ties them to candle.
+//! The kernels are in `cpu` and `cuda`; `custom_op` ties them to candle.
 
 mod activation;
 mod attention;

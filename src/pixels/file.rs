@@ -23,7 +23,7 @@ pub fn open(path: &Path) -> Result<RgbImage> {
 
 fn open_file(path: &Path, bytes: u64) -> Result<RgbImage> {
     const HINT: &str = "check the path: ls, or name another image";
-    let unreadable = |e: io::Error| input::unreadable(path, &e, HINT);
+    let unreadable = |e: io::Error| input::unreadable(path, e, HINT);
     let kind = path.metadata().map_err(unreadable)?.file_type();
     if kind.is_dir() {
         return Err(
@@ -68,7 +68,8 @@ pub fn open_all(paths: &[PathBuf], hint: &str) -> Result<Vec<RgbImage>> {
 
 fn decode(mut source: impl BufRead + Seek, path: &Path, bytes: u64) -> Result<RgbImage> {
     let shown = input::shown(path);
-    let unreadable = |e: io::Error| Error::usage(format!("cannot read {shown}: {e}")).hint("name another image");
+    let unreadable =
+        |e: io::Error| Error::usage(format!("cannot read {shown}: {e}")).hint("name another image").because(e);
     let head = source.fill_buf().map_err(unreadable)?;
     if let Some((name, hint)) = foreign::named(head, path) {
         return Err(Error::usage(format!("{shown} is {name}; PNG, JPEG and WebP are read")).hint(hint));
@@ -101,7 +102,7 @@ fn decode_format(source: impl BufRead + Seek, shown: &str, bytes: u64) -> Result
             ),
             _ => (String::new(), "name a PNG, JPEG or WebP file".into()),
         };
-        Error::usage(format!("cannot read {shown} as an image{before}: {e}")).hint(hint)
+        Error::usage(format!("cannot read {shown} as an image{before}: {e}")).hint(hint).because(e)
     })?;
     if image.width() == 0 || image.height() == 0 {
         return Err(Error::usage(format!("{shown} has no pixels")).hint("name another image"));

@@ -77,7 +77,7 @@ pub fn interrupts() -> Result<Stop> {
         clear_line();
         #[cfg(unix)]
         mode::restore();
-        report(&interrupted());
+        report(&interrupted(), false);
         std::process::exit(Kind::Interrupted as i32);
     })
     .map_err(|e| Error::new(Kind::Failure, format!("cannot watch for Ctrl-C: {e}")))?;

@@ -44,7 +44,7 @@ pub(super) fn read(bytes: &[u8], model: &str) -> Result<Text> {
     if bytes.len() > MAX_FILE {
         return Err(bad(&format!("it has {} bytes, more than {MAX_FILE}", bytes.len())));
     }
-    let file: File = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+    let file: File = serde_json::from_slice(bytes).map_err(|e| bad(&e).because(e))?;
     if file.model.kind != model {
         return Err(bad(&format!("its model is of type {:?}, not {model}", file.model.kind)));
     }

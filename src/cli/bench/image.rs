@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Instant;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::machine::Machine;
@@ -19,7 +19,7 @@ use crate::generate::cost::{self, Work};
 use crate::generate::next_input::NextInput;
 use crate::generate::{Batch, Event, ModelConfig, Prefix, Size, draw_after, tokenflow};
 use crate::memory;
-use crate::terminal::{self, Level};
+use crate::terminal::{self, Level, Stop};
 use crate::tokenizer::{ImageDecoder, Preset, TokenizerConfig, VitConfig};
 
 #[derive(Debug, Serialize)]
@@ -117,37 +117,15 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let seeds: Vec<u64> = (0..u64::from(args.batch)).collect();
     let batch = Batch { scales: &scales, sampling: &config.sampling, seeds: &seeds };
     let prefixes = prefixes(&config, words);
-    let prompts = vec![prefixes[0].clone(); args.batch as usize];
-    let mut images = Vec::new();
-    for _ in 0..args.images {
-        let mut marks = vec![Instant::now()];
-        let mut waited = Ok(());
-        let input = NextInput::of(&tokenizer, config.backbone.input_mode, &scales);
-        let drawn = draw_after(&backbone, input, &prompts, &prefixes[1], batch, &mut |event| {
-            if !matches!(event, Event::Decode) {
-                // A GPU may have done less than it was asked for.
-                waited = device.synchronize();
-                marks.push(Instant::now());
-            }
-            stop.check()
-        })?;
-        waited?;
-        for codes in &drawn {
-            tokenizer.decode_image(codes, &scales)?;
-        }
-        marks.push(Instant::now());
-        let taken = started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));
-        images.push(Image { seconds: marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect(), taken });
-    }
+    let model = Loaded { config: &config, backbone, tokenizer, device: &device };
+    let taken = || started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));
+    let images = (0..args.images).map(|_| {
+        let seconds = model.draw(batch, &prefixes, &stop)?;
+        Ok(Image { seconds, taken: taken() })
+    });
+    let mut images = images.collect::<Result<Vec<_>>>()?;
     let peak_bytes = memory::peak(&device);
-    let growth_bytes = match (images.get(1).and_then(|i| i.taken), images.last().and_then(|i| i.taken)) {
-        (Some(early), Some(late)) if images.len() > 2 => Some(late as i64 - early as i64),
-        _ => None,
-    };
-    // The first one of several warms up.
-    let warm = if images.len() > 1 { &mut images[1..] } else { &mut images[..] };
-    warm.sort_by(|a, b| a.total().total_cmp(&b.total()));
-    let Image { mut seconds, .. } = warm[warm.len() / 2].clone();
+    let (mut seconds, growth_bytes) = median(&mut images);
     let decode_seconds = seconds.pop().unwrap_or(0.0);
 
     let machine = Machine::measure(&device, dtype, matrices)?;
@@ -181,6 +159,50 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         false => terminal::emit(report.table().as_bytes())?,
     };
     Ok(())
+}
+
+/// Seconds of the median image, and the growth of memory from the second image to the last.
+fn median(images: &mut [Image]) -> (Vec<f64>, Option<i64>) {
+    let growth_bytes = match (images.get(1).and_then(|i| i.taken), images.last().and_then(|i| i.taken)) {
+        (Some(early), Some(late)) if images.len() > 2 => Some(late as i64 - early as i64),
+        _ => None,
+    };
+    // The first one of several warms up.
+    let warm = if images.len() > 1 { &mut images[1..] } else { images };
+    warm.sort_by(|a, b| a.total().total_cmp(&b.total()));
+    (warm[warm.len() / 2].seconds.clone(), growth_bytes)
+}
+
+/// A model with random weights.
+struct Loaded<'a> {
+    config: &'a ModelConfig,
+    backbone: Backbone,
+    tokenizer: ImageDecoder,
+    device: &'a Device,
+}
+
+impl Loaded<'_> {
+    /// Draws a batch. Returns the seconds of its prompt, of every scale, and of the pixels.
+    fn draw(&self, batch: Batch, prefixes: &[Prefix; 2], stop: &Stop) -> Result<Vec<f64>> {
+        let prompts = vec![prefixes[0].clone(); batch.seeds.len()];
+        let mut marks = vec![Instant::now()];
+        let mut waited = Ok(());
+        let input = NextInput::of(&self.tokenizer, self.config.backbone.input_mode, batch.scales);
+        let drawn = draw_after(&self.backbone, input, &prompts, &prefixes[1], batch, &mut |event| {
+            if !matches!(event, Event::Decode) {
+                // A GPU may still have work queued.
+                waited = self.device.synchronize();
+                marks.push(Instant::now());
+            }
+            stop.check()
+        })?;
+        waited?;
+        for codes in &drawn {
+            self.tokenizer.decode_image(codes, batch.scales)?;
+        }
+        marks.push(Instant::now());
+        Ok(marks.windows(2).map(|w| (w[1] - w[0]).as_secs_f64()).collect())
+    }
 }
 
 fn config(shape: Shape) -> Result<ModelConfig> {

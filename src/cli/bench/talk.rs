@@ -1,4 +1,4 @@
-//! A model that talks: an image, a prompt, and an answer word by word.
+//! A model that generates text: an image, a prompt, and an answer token by token.
 
 use std::fmt::Write;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::cli::run::{Load, Run};
 use crate::error::{Error, Kind, Result};
 use crate::generate::{Size, cost};
 use crate::memory;
-use crate::terminal::{self, Level};
+use crate::terminal::{self, Level, Stop};
 use crate::vision::Patches;
 
 #[derive(Debug, Serialize)]
@@ -80,32 +80,17 @@ pub(super) fn run(args: &BenchArgs, model: &'static str, config: &ChatConfig) ->
     let ids: Vec<u32> = (0..prompt as u32).collect();
     let text = reader.embed_text(&Tensor::new(ids, &device)?.unsqueeze(0)?)?;
     let features = features.map(|features| features.unsqueeze(0)?.to_dtype(dtype)).transpose()?;
-    let started = Instant::now();
-    let mut word = match (features, &reader) {
-        (Some(features), Reader::Backbone(..)) => answer.read(&Tensor::cat(&[&features, &text], 1)?, Step::Text)?,
-        (Some(features), Reader::OneCat(..)) => {
-            answer.read(&features, Step::Scale)?;
-            answer.read(&text, Step::Text)?
-        }
-        (None, _) => answer.read(&text, Step::Text)?,
-    };
+    let (read_seconds, words_seconds) = answer.generate(features, &text, words, &stop)?;
     let flops = cost::flops(&config.backbone, 1, seen + prompt, 0, 0);
-    parts.push(("prompt", seen + prompt, started.elapsed().as_secs_f64(), flops));
-    let started = Instant::now();
-    for _ in 0..words {
-        word = answer.read(&reader.embed_text(&Tensor::new(&[[word]], &device)?)?, Step::Text)?;
-        if stop.check().is_break() {
-            return Err(terminal::interrupted());
-        }
-    }
-    parts.push(("words", words, started.elapsed().as_secs_f64(), 0.0));
+    parts.push(("prompt", seen + prompt, read_seconds, flops));
+    parts.push(("words", words, words_seconds, 0.0));
     let peak_bytes = memory::peak(&device);
 
     let machine = Machine::measure(&device, dtype, matrices)?;
     let unread = config.vision_bytes(dtype, matrices);
     let parts = parts.into_iter().map(|(name, tokens, seconds, flops)| {
         let floor_seconds = match name {
-            // All weights of text are read for every word.
+            // Every token reads all weights of text.
             "words" => tokens as f64 * machine.floor(0.0, forecast.weights - unread),
             _ => machine.floor(flops, 0),
         };
@@ -138,7 +123,7 @@ pub(super) fn run(args: &BenchArgs, model: &'static str, config: &ChatConfig) ->
 fn image_size(args: &BenchArgs, model: &str, config: &ChatConfig) -> Result<Option<(u32, u32)>> {
     let usual: u32 = match (&config.vision, args.size.parse()?) {
         (None, Size::Auto) => return Ok(None),
-        (None, _) => return Err(Error::usage(format!("{model} sees no images")).hint("leave out --size")),
+        (None, _) => return Err(Error::usage(format!("{model} reads no images")).hint("leave out --size")),
         (Some(_), Size::Pixels { width, height }) => {
             return Ok(Some((width.min(8192) as u32, height.min(8192) as u32)));
         }
@@ -178,7 +163,30 @@ struct Answer<'a> {
 }
 
 impl Answer<'_> {
-    /// Reads tokens (1, T, hidden); the likeliest next word.
+    /// Reads an image, if there is one, and a prompt, both (1, T, hidden), then generates `tokens` tokens. Returns the
+    /// seconds of both.
+    fn generate(&mut self, image: Option<Tensor>, prompt: &Tensor, tokens: usize, stop: &Stop) -> Result<(f64, f64)> {
+        let started = Instant::now();
+        let mut token = match (image, self.reader) {
+            (Some(image), Reader::Backbone(..)) => self.read(&Tensor::cat(&[&image, prompt], 1)?, Step::Text)?,
+            (Some(image), Reader::OneCat(..)) => {
+                self.read(&image, Step::Scale)?;
+                self.read(prompt, Step::Text)?
+            }
+            (None, _) => self.read(prompt, Step::Text)?,
+        };
+        let read = started.elapsed();
+        for _ in 0..tokens {
+            let ids = Tensor::new(&[[token]], prompt.device())?;
+            token = self.read(&self.reader.embed_text(&ids)?, Step::Text)?;
+            if stop.check().is_break() {
+                return Err(terminal::interrupted());
+            }
+        }
+        Ok((read.as_secs_f64(), (started.elapsed() - read).as_secs_f64()))
+    }
+
+    /// Reads tokens (1, T, hidden). Returns the most likely next token.
     fn read(&mut self, x: &Tensor, step: Step) -> Result<u32> {
         let (start, tokens) = (self.cache.len(), x.dim(1)?);
         let positions = &self.layout.positions[start..start + tokens];

@@ -15,13 +15,14 @@ use serde::Serialize;
 
 use super::run::{Load, Run, memory_line};
 use super::{LoadArgs, ReportArgs, request};
-use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, ReplyOptions, Session, TextSampling};
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Picture, ReplyOptions, Session, TextSampling};
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, Size};
 use crate::io::input;
 use crate::io::output::Destination;
-use crate::{pixels, terminal};
+use crate::pixels;
+use crate::terminal::{self, Console};
 use host::{Ask, Host};
 use repl::Repl;
 
@@ -106,22 +107,7 @@ struct ImagePlan {
 /// Runs `nextflow chat`.
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let text = args.text.as_deref().map(message).transpose()?;
-    if text.is_none() && args.images.iter().any(|path| input::is_stdin(path)) {
-        return Err(Error::usage("standard input is to be the image, and there is no question")
-            .hint("nextflow chat -i - \"what is in the picture?\""));
-    }
-    if text.as_ref().is_some_and(|text| text.starts_with("/gen ")) {
-        let flags = [
-            (args.sampling.temperature.is_some(), "temperature"),
-            (args.sampling.top_k.is_some(), "top-k"),
-            (args.sampling.top_p.is_some(), "top-p"),
-            (args.sampling.repetition_penalty.is_some(), "repetition-penalty"),
-        ];
-        if let Some((_, flag)) = flags.iter().find(|(given, _)| *given) {
-            return Err(Error::usage(format!("--{flag} is about text, and /gen writes none"))
-                .hint("leave it out, or nextflow gen, which has --temperature for images"));
-        }
-    }
+    check_message(args, text.as_deref())?;
     let images = pixels::open_all(&args.images, PIPE)?;
     let device = args.load.device.get()?;
     let folder = Destination::Folder { path: args.out_dir.clone().unwrap_or_default(), force: false };
@@ -132,21 +118,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let mut config = ChatConfig::read(&source)?;
     source.check_type(TRANSFORMER, args.load.quant)?;
     config.check_images(images.len())?;
-    if config.vision.is_none() && (args.min_pixels.is_some() || args.max_pixels.is_some()) {
-        return Err(Error::usage("this model has no limits of pixels: it scales images to the size that it draws")
-            .hint("leave out --min-pixels and --max-pixels"));
-    }
-    if config.drawing.is_none() && args.out_dir.is_some() {
-        return Err(Error::usage("this model draws nothing that could go to --out-dir").hint("leave out --out-dir"));
-    }
-    if let Some((_, processor)) = &mut config.vision {
-        processor.min_pixels = args.min_pixels.map_or(processor.min_pixels, |n| n as usize);
-        processor.max_pixels = args.max_pixels.map_or(processor.max_pixels, |n| n as usize);
-        if processor.min_pixels > processor.max_pixels {
-            let message = format!("--min-pixels {} is above {}", processor.min_pixels, processor.max_pixels);
-            return Err(Error::usage(message).hint(format!("--min-pixels {}", processor.max_pixels)));
-        }
-    }
+    configure(args, &mut config)?;
     let sampling = sampling(&args.sampling, config.sampling)?;
     // Before anything is counted in sizes that the weights may not have.
     source.check(TRANSFORMER, |w| config.build(w))?;
@@ -162,18 +134,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     if !args.report.quiet {
         model.config().notes.iter().for_each(|note| terminal::note(note));
     }
-    let pictures = args.images.iter().zip(&images).map(|(path, image)| {
-        let started = Instant::now();
-        let picture = model.picture(&path.display().to_string(), image)?;
-        console.detail(&format!(
-            "read {} as {} tokens in {:.2} s",
-            picture.name,
-            picture.tokens(),
-            started.elapsed().as_secs_f64()
-        ));
-        Ok(picture)
-    });
-    let pictures = pictures.collect::<Result<Vec<_>>>()?;
+    let pictures = read_images(args, &images, &model, &mut console)?;
     console.clear();
     let image = model.config().drawing.as_ref().map(|config| config.sampling.clone());
     let (seed, max_tokens) = (args.sampling.seed.unwrap_or_else(request::any_seed), args.sampling.max_tokens as usize);
@@ -205,6 +166,65 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
             }
         }
     }
+}
+
+/// Errors: usage, for a message that standard input cannot bring, and for text flags where no text is generated.
+fn check_message(args: &ChatArgs, text: Option<&str>) -> Result<()> {
+    if text.is_none() && args.images.iter().any(|path| input::is_stdin(path)) {
+        return Err(Error::usage("standard input holds the image, and there is no question")
+            .hint("nextflow chat -i - \"what is in the picture?\""));
+    }
+    if text.is_some_and(|text| text.starts_with("/gen ")) {
+        let flags = [
+            (args.sampling.temperature.is_some(), "temperature"),
+            (args.sampling.top_k.is_some(), "top-k"),
+            (args.sampling.top_p.is_some(), "top-p"),
+            (args.sampling.repetition_penalty.is_some(), "repetition-penalty"),
+        ];
+        if let Some((_, flag)) = flags.iter().find(|(given, _)| *given) {
+            return Err(Error::usage(format!("--{flag} is about text, and /gen writes none"))
+                .hint("leave it out, or nextflow gen, which has --temperature for images"));
+        }
+    }
+    Ok(())
+}
+
+/// Sets the limits of image sizes.
+///
+/// Errors: usage, for flags that mean nothing to the model, and limits that contradict each other.
+fn configure(args: &ChatArgs, config: &mut ChatConfig) -> Result<()> {
+    if config.vision.is_none() && (args.min_pixels.is_some() || args.max_pixels.is_some()) {
+        return Err(Error::usage("this model has no limits of pixels: it scales images to the size that it draws")
+            .hint("leave out --min-pixels and --max-pixels"));
+    }
+    if config.drawing.is_none() && args.out_dir.is_some() {
+        return Err(Error::usage("this model draws nothing that could go to --out-dir").hint("leave out --out-dir"));
+    }
+    if let Some((_, processor)) = &mut config.vision {
+        processor.min_pixels = args.min_pixels.map_or(processor.min_pixels, |n| n as usize);
+        processor.max_pixels = args.max_pixels.map_or(processor.max_pixels, |n| n as usize);
+        if processor.min_pixels > processor.max_pixels {
+            let message = format!("--min-pixels {} is above {}", processor.min_pixels, processor.max_pixels);
+            return Err(Error::usage(message).hint(format!("--min-pixels {}", processor.max_pixels)));
+        }
+    }
+    Ok(())
+}
+
+/// Encodes the images of `-i`, and reports each.
+fn read_images(args: &ChatArgs, images: &[RgbImage], model: &ChatModel, console: &mut Console) -> Result<Vec<Picture>> {
+    let pictures = args.images.iter().zip(images).map(|(path, image)| {
+        let started = Instant::now();
+        let picture = model.picture(&path.display().to_string(), image)?;
+        console.detail(&format!(
+            "read {} as {} tokens in {:.2} s",
+            picture.name,
+            picture.tokens(),
+            started.elapsed().as_secs_f64()
+        ));
+        Ok(picture)
+    });
+    pictures.collect()
 }
 
 /// The value of TEXT, as a message.

@@ -88,7 +88,7 @@ impl<'a> Repl<'a> {
                 self.failed = true;
                 match error.kind {
                     Kind::Interrupted => terminal::note("(stopped before the first word; nothing was kept)"),
-                    _ => terminal::report(&error),
+                    _ => terminal::report(&error, self.host.verbose),
                 }
             }
         }

@@ -73,12 +73,12 @@ pub(super) fn load(model: &ChatModel, session: &mut Session, path: &Path) -> Res
     if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
         return Err(bad("it is not a regular file".into()));
     }
-    let file = fs::File::open(path).map_err(|e| bad(e.to_string()))?;
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()))?;
+    let file = fs::File::open(path).map_err(|e| bad(e.to_string()).because(e))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| bad(e.to_string()).because(e))?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(bad(format!("it is longer than {} MB", MAX_FILE >> 20)));
     }
-    let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+    let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()).because(e))?;
     let (folder, mut gallery) = (path.parent().unwrap_or(Path::new("")), Vec::<Picture>::new());
     let mut part = |part: &SavedPart| {
         let file = match part {

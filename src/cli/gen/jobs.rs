@@ -39,8 +39,7 @@ pub struct JobsArgs {
 }
 
 impl JobsArgs {
-    /// Errors: usage, for what means something with a file of jobs only. (clap's `requires` is not asked where what is required
-    /// conflicts with another flag that is there.)
+    /// Errors: usage, for flags that need `--jsonl`. (clap skips `requires` if the required flag conflicts with another one.)
     pub fn check(&self) -> Result<()> {
         let flags = [(self.resume, "--resume"), (self.keep_going, "--keep-going"), (self.shard.is_some(), "--shard")];
         match flags.into_iter().find(|(given, _)| *given && self.jsonl.is_none()) {
@@ -72,7 +71,7 @@ impl<'a> Done<'a> {
         Self { line: task.line, id: task.id.as_deref(), image: Drawn::Now(line) }
     }
 
-    /// For an image that is left out because it is there.
+    /// For an image that is skipped because it exists.
     fn there(task: &'a Task, folder: &Path) -> Self {
         let path = folder.join(task.out.as_deref().unwrap_or(Path::new(""))).display().to_string();
         Self { line: task.line, id: task.id.as_deref(), image: Drawn::Before { path, there: true } }
@@ -91,7 +90,7 @@ struct Failed<'a> {
     code: u8,
 }
 
-/// What `--dry-run` tells.
+/// The plan of `--dry-run`.
 #[derive(Serialize)]
 struct Plan<'a> {
     model: &'a str,
@@ -107,11 +106,13 @@ struct Plan<'a> {
 /// Jobs that failed, and whether the others go on.
 struct Failures {
     keep_going: bool,
+    /// Print the causes of errors.
+    verbose: bool,
     count: usize,
 }
 
 impl Failures {
-    /// Tells of a job that failed.
+    /// Reports a failed job.
     ///
     /// Errors: what failed, if nothing is to go on.
     fn add(&mut self, Fault { line, id, error }: Fault) -> Result<()> {
@@ -119,7 +120,7 @@ impl Failures {
             return Err(error);
         }
         self.count += 1;
-        terminal::report(&error);
+        terminal::report(&error, self.verbose);
         let (id, hint, code) = (id.as_deref(), error.hint.as_deref(), error.exit_code());
         terminal::emit_json(&Failed { line, id, error: &error.message, hint, code }).map(drop)
     }
@@ -137,7 +138,7 @@ impl Failures {
 /// Draws the jobs of `file`. All of a file is checked before the model loads; standard input is read as it comes.
 pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if let [_, second, ..] = args.draw.sampling.seed[..] {
-        return Err(Error::usage("--jsonl takes one --seed, for the lines that tell none")
+        return Err(Error::usage("--jsonl takes one --seed, for the lines without one")
             .hint(format!("\"seed\": {second} in a line")));
     }
     let mut request = Request::of_jobs(&args.draw)?;
@@ -157,9 +158,9 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let (flags, draft, force) = (&args.draw.sampling, args.draft, args.draw.output.force);
     let reading = Reading { name: &name, request, flags, draft, folder, resume, force, shard };
     let mut jobs = Jobs::new(reading, input::lines(file, "--jsonl FILE, or - for standard input")?);
-    let mut failures = Failures { keep_going, count: 0 };
+    let mut failures = Failures { keep_going, verbose: args.draw.report.verbose, count: 0 };
 
-    // What a pipe brings is not waited for, unless it is only to be checked.
+    // Lines of a pipe are drawn as they come, unless they are only checked.
     let wait = !input::is_stdin(file) || args.draw.report.dry_run;
     let mut all: Vec<_> = if wait { jobs.by_ref().collect() } else { Vec::new() };
     let empty = || Error::usage(format!("{name} holds no job")).hint("one a line: {\"prompt\": \"a red apple\"}");
@@ -177,23 +178,10 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         work.keep_text();
     }
     if args.draw.report.dry_run {
-        request.config.check(&request.source, args.text_features.as_deref())?;
-        plan(request, &all, there, work, args.draw.report.json)?;
-        let faults = || all.iter().filter_map(|next| next.as_ref().err());
-        faults().for_each(|fault| terminal::report(&fault.error));
-        return match faults().count() {
-            0 => Ok(()),
-            n => Err(Error::new(Kind::Failure, format!("{n} of {} jobs cannot be drawn", all.len()))
-                .hint("correct the lines above")),
-        };
+        return dry_run(args, request, &all, there, work);
     }
-    if there > 0 && !args.draw.report.quiet {
-        terminal::note(&format!("({there} of {} images are there already)", all.len()));
-    }
-    let broken = all.iter().flatten().filter(|task| task.replaces && resume).count();
-    if broken > 0 && !args.draw.report.quiet {
-        let what = if broken > 1 { format!("{broken} files are") } else { "1 file is".into() };
-        terminal::note(&format!("({what} no whole PNG and drawn anew)"));
+    if !args.draw.report.quiet {
+        note_existing(&all, there, resume);
     }
     if wait && all.len() == there {
         return all.iter().flatten().try_for_each(|task| terminal::emit_json(&Done::there(task, folder)).map(drop));
@@ -211,14 +199,58 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         run.console.clear();
     }
     let mut delivery = Delivery::new(request, run, true);
-    let mut tasks = all.into_iter().chain(jobs.by_ref()).peekable();
+    let tried = {
+        let tasks = all.into_iter().chain(jobs.by_ref()).peekable();
+        draw_all(&model, tasks, batch, &reading, &mut delivery, &mut failures)?
+    };
+    match tried {
+        Some(_) if jobs.seen() == 0 => Err(empty()),
+        Some(tried) => failures.end(tried),
+        None => Ok(()), // The reader of our output has gone: nobody wants the rest.
+    }
+}
+
+/// Checks the model, prints the plan, and reports the lines that cannot be drawn.
+fn dry_run(args: &GenArgs, request: &Request, all: &[Result<Task, Fault>], there: usize, work: Memory) -> Result<()> {
+    request.config.check(&request.source, args.text_features.as_deref())?;
+    plan(request, all, there, work, args.draw.report.json)?;
+    let faults = || all.iter().filter_map(|next| next.as_ref().err());
+    faults().for_each(|fault| terminal::report(&fault.error, args.draw.report.verbose));
+    match faults().count() {
+        0 => Ok(()),
+        n => Err(Error::new(Kind::Failure, format!("{n} of {} jobs cannot be drawn", all.len()))
+            .hint("correct the lines above")),
+    }
+}
+
+/// Notes how many images exist, and how many files are replaced because they are no whole PNG.
+fn note_existing(all: &[Result<Task, Fault>], there: usize, resume: bool) {
+    if there > 0 {
+        terminal::note(&format!("({there} of {} images are there already)", all.len()));
+    }
+    let broken = all.iter().flatten().filter(|task| task.replaces && resume).count();
+    if broken > 0 {
+        let what = if broken > 1 { format!("{broken} files are") } else { "1 file is".into() };
+        terminal::note(&format!("({what} no whole PNG and drawn anew)"));
+    }
+}
+
+/// Draws jobs as they come, up to `batch` at once. Returns how many there were; nothing if the reader of stdout is gone.
+fn draw_all(
+    model: &Generator,
+    mut tasks: Peekable<impl Iterator<Item = Result<Task, Fault>>>,
+    batch: usize,
+    reading: &Reading,
+    delivery: &mut Delivery,
+    failures: &mut Failures,
+) -> Result<Option<usize>> {
     let mut tried = 0;
     while let Some(next) = tasks.next() {
         tried += 1;
         let first = match next {
             Ok(task) if task.there => {
-                if terminal::emit_json(&Done::there(&task, folder))?.is_break() {
-                    return Ok(());
+                if terminal::emit_json(&Done::there(&task, reading.folder))?.is_break() {
+                    return Ok(None);
                 }
                 continue;
             }
@@ -230,12 +262,11 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
         };
         let group = together(first, &mut tasks, batch);
         tried += group.len() - 1;
-        if draw(&model, &group, &reading, &mut delivery, &mut failures)?.is_break() {
-            return Ok(()); // The reader of our output has gone: nobody wants the rest.
+        if draw(model, &group, reading, delivery, failures)?.is_break() {
+            return Ok(None);
         }
     }
-    drop(tasks);
-    if jobs.seen() == 0 { Err(empty()) } else { failures.end(tried) }
+    Ok(Some(tried))
 }
 
 /// A job and those after it that are drawn in the same pass, up to so many in all.
@@ -251,7 +282,7 @@ fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, 
     group
 }
 
-/// Draws some jobs in one pass over every scale and keeps what comes; `Break` when nobody wants more.
+/// Draws some jobs as one batch and saves their images; `Break` if the reader of stdout is gone.
 fn draw(
     model: &Generator,
     group: &[Task],
@@ -261,7 +292,8 @@ fn draw(
 ) -> Result<ControlFlow<()>> {
     let fault = |task: &Task, error: &Error| {
         let message = format!("line {} of {name}: {}", task.line, error.message);
-        let error = Error { kind: error.kind, message, hint: error.hint.clone() };
+        let cause = error.cause.as_ref().map(|cause| anyhow::anyhow!("{cause:#}"));
+        let error = Error { kind: error.kind, message, hint: error.hint.clone(), cause };
         Fault { line: task.line, id: task.id.clone(), error }
     };
     let jobs: Vec<&Job> = group.iter().map(|task| &task.job).collect();
@@ -302,7 +334,7 @@ fn is_file(place: &Destination) -> bool {
     matches!(place, Destination::File { path, .. } if path.is_file())
 }
 
-/// Memory for the largest of the jobs, or for what the flags tell where they are still to come.
+/// Memory for the largest job, or for what the flags say if jobs are still to come.
 fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual: &[(usize, usize)]) -> Result<Memory> {
     let tasks = || all.iter().flatten().filter(|task| !task.there);
     let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));

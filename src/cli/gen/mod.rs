@@ -3,6 +3,7 @@
 mod from_png;
 mod job_file;
 mod job_line;
+mod job_path;
 mod jobs;
 mod think;
 
@@ -26,7 +27,7 @@ use jobs::JobsArgs;
 /// The most images in one pass.
 const MAX_BATCH: u64 = 1024;
 
-/// Flags of `nextflow gen`, as typed; [`Request`] holds them checked.
+/// Flags of `nextflow gen`, as typed; `Request` holds them checked.
 #[derive(Args, Clone, Debug, Default)]
 #[command(after_help = "Examples:\n  nextflow gen -p \"a red apple\" -o apple.png\n  \
                   nextflow gen -p \"三只蓝色的猫\" --count 4 --out-dir cats\n  \
