@@ -133,7 +133,7 @@ impl WeightMatrix {
                 if start.checked_add(count).is_none_or(|end| end > columns) {
                     bail!("columns {start} to {start} + {count} of {columns}");
                 }
-                if start % side != 0 || count % side != 0 {
+                if !start.is_multiple_of(side) || !count.is_multiple_of(side) {
                     return self.dequantized_columns(*rows, start, count);
                 }
                 let bytes = |count: usize| size_in_bytes(blocks.dtype(), count);
