@@ -5,9 +5,11 @@ use candle_core::utils::{cuda_is_available, metal_is_available};
 
 use crate::error::{Error, Kind, Result};
 
-/// `auto`, `cpu`, `cuda`, `cuda:N` or `metal`; `auto` is the first of CUDA, Metal and CPU that is compiled in and works.
+/// `auto`, `cpu`, `cuda`, `cuda:N` or `metal`; `auto` is the first of CUDA, Metal and CPU that is
+/// compiled in and works.
 ///
-/// Errors: usage if the name is unknown, its backend is not compiled in, or there is no such device.
+/// Errors: usage if the name is unknown, its backend is not compiled in, or there is no such
+/// device.
 pub fn parse(name: &str) -> Result<Device> {
     match name {
         // A variable that is set to nothing counts as one that is not set.
@@ -36,9 +38,10 @@ fn auto() -> Device {
     cuda.or_else(metal).unwrap_or(Device::Cpu)
 }
 
-/// A GPU for one stream of work, the same for all who ask, that keeps memory which was freed.
+/// A GPU with one stream, the same in every call, whose pool keeps freed memory.
 ///
-/// Errors: no such GPU, one older than compute capability 8.0, for which candle has no bf16, and one without room.
+/// Errors: no such GPU, one older than compute capability 8.0, for which candle has no bf16, and
+/// one without room.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize) -> candle_core::Result<Device> {
     use std::collections::HashMap;

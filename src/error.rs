@@ -1,4 +1,5 @@
-//! The one error type of the edge: a sentence, a hint with an exact command, an exit code, and the chain of its causes.
+//! The one error type of the edge: a sentence, a hint with an exact command, an exit code, and the
+//! chain of its causes.
 
 use std::fmt;
 use std::path::Path;

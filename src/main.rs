@@ -11,7 +11,8 @@ fn main() -> ExitCode {
     let run = |cli: Cli| {
         verbose = cli.verbose;
         memory::keep(cli::trains(&cli.command));
-        // The main thread is one of the pool: another one would sleep and have to be woken for every matrix product.
+        // The main thread is one of the pool: another one would sleep and have to be woken for
+        // every matrix product.
         threads::start();
         cli::run(cli.command)
     };

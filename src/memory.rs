@@ -1,4 +1,4 @@
-//! The machine's memory: what is free, what was used, and whether a forecast fits.
+//! The machine's memory: free and used memory, and whether a forecast fits.
 
 mod cgroup;
 #[cfg(feature = "cuda")]
@@ -15,9 +15,9 @@ fn proc_bytes(file: &str, key: &str) -> Option<u64> {
     line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
 
-/// Lets this process keep memory that was freed for what it allocates next, where glibc gives it out: every layer needs
-/// as much as the one before, and to get it from the system anew each time takes a third of the time of a prompt. With `apart`
-/// many threads may each have memory of their own, as they do that make what a GPU trains on.
+/// Lets glibc keep freed memory for the next allocations: every layer needs as much as the one
+/// before, and getting it from the system each time takes a third of the time of a prompt. With
+/// `apart` threads may have arenas of their own, as those that make training samples for a GPU.
 #[cfg_attr(not(all(target_os = "linux", target_env = "gnu")), allow(unused_variables))]
 pub fn keep(apart: bool) {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -39,17 +39,18 @@ pub fn keep(apart: bool) {
     }
 }
 
-/// Gives memory that was freed back to the system: what comes next needs it in pieces of other sizes.
+/// Returns freed memory to the system, as the next allocations have other sizes.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it takes a number, and looks at memory that nobody uses.
+    // SAFETY: it takes a number, and touches free memory only.
     #[allow(unsafe_code)]
     unsafe {
         libc::malloc_trim(0);
     }
 }
 
-/// The most memory that was taken so far, in bytes: by this process, unknown but on Linux, or of a GPU by its tensors.
+/// The most memory that was taken so far, in bytes: by this process, unknown but on Linux, or of a
+/// GPU by its tensors.
 pub fn peak(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => proc_bytes("/proc/self/status", "VmHWM"),
@@ -59,7 +60,8 @@ pub fn peak(device: &Device) -> Option<u64> {
     }
 }
 
-/// Bytes that are free or can be freed, of the machine or of what a container may take; unknown but on Linux.
+/// Bytes that are free or can be freed, of the machine or of the container's limit; known on Linux
+/// only.
 fn available() -> Option<u64> {
     [proc_bytes("/proc/meminfo", "MemAvailable"), cgroup::left()].into_iter().flatten().min()
 }
@@ -74,7 +76,7 @@ pub fn free(device: &Device) -> Option<u64> {
     }
 }
 
-/// Refuses what a device has no room for, as far as that is known.
+/// Checks that a device has `needed` bytes of memory, as far as that is known.
 ///
 /// Errors: [`Kind::Memory`], with `hint`.
 pub fn check(needed: u64, device: &Device, hint: &str) -> Result<()> {

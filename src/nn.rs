@@ -51,7 +51,7 @@ impl Linear {
         Ok(Self { weight, bias: bias.then(|| w.get(outputs, "bias", Init::Zeros)).transpose()? })
     }
 
-    /// As [`Self::load`], but never quantised: for what is compared with a codebook.
+    /// As [`Self::load`], but never quantised: for features that are compared with a codebook.
     pub fn load_dense(w: &Weights, inputs: usize, outputs: usize) -> Result<Self> {
         let weight = w.get((outputs, inputs), "weight", lecun_normal(inputs))?;
         Ok(Self::new(weight, Some(w.get(outputs, "bias", Init::Zeros)?)))

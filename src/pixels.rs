@@ -44,8 +44,9 @@ impl Resampling {
         Self::bicubic_scaled(from, to, from as f64 / to as f64)
     }
 
-    /// As [`Resampling::bicubic`] with `step` input pixels per output pixel, for callers that give a scale factor.
-    /// Source coordinates are computed in f32, for PyTorch's are, and at 100 pixels that shows in the fifth digit.
+    /// As [`Resampling::bicubic`] with `step` input pixels per output pixel, for callers that give
+    /// a scale factor. Source coordinates are computed in f32, as PyTorch's are: at 100 pixels the
+    /// fifth digit differs.
     pub fn bicubic_scaled(from: usize, to: usize, step: f64) -> Self {
         let step = step as f32;
         let mut weights = vec![0f32; to * from];
@@ -75,7 +76,8 @@ impl Resampling {
         Self { from, to, weights }
     }
 
-    /// Adaptive average pooling: output i is the mean of inputs floor(i*from/to) .. ceil((i+1)*from/to).
+    /// Adaptive average pooling: output i is the mean of inputs floor(i*from/to) ..
+    /// ceil((i+1)*from/to).
     pub fn area(from: usize, to: usize) -> Self {
         let mut weights = vec![0f32; to * from];
         for (i, row) in weights.chunks_exact_mut(from).enumerate() {
@@ -85,7 +87,8 @@ impl Resampling {
         Self { from, to, weights }
     }
 
-    /// Bilinear, `align_corners` false, with a filter that widens where the axis shrinks (PyTorch's `antialias`).
+    /// Bilinear, `align_corners` false, with a filter that widens where the axis shrinks (PyTorch's
+    /// `antialias`).
     pub fn bilinear_antialiased(from: usize, to: usize) -> Self {
         let mut weights = vec![0f32; to * from];
         let taps = pillow::taps(from, to, ResamplingFilter::Bilinear, 0..to);

@@ -1,7 +1,7 @@
 //! A counter-based generator: every draw is a pure function of a key, so that the same seed gives
 //! the same noise on every device, in any batch order and on any number of threads.
 
-/// What a draw is for; keeps the streams of one image apart.
+/// Purpose of random numbers; separates the streams of one image.
 #[derive(Clone, Copy, Debug)]
 #[repr(u64)]
 pub enum Stream {
@@ -19,14 +19,16 @@ pub struct Rng {
     key: u64,
 }
 
-/// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): a bijection that passes BigCrush when fed a counter.
+/// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): a bijection that passes BigCrush when
+/// fed a counter.
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
 
-/// The FNV-1a hash (64 bits) of a text, for ever the same: what splits and initial values are keyed by.
+/// The FNV-1a hash (64 bits) of a text, for ever the same: what splits and initial values are keyed
+/// by.
 pub fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3))
 }

@@ -17,16 +17,16 @@ use serde::Serialize;
 use crate::error::{Error, Kind, Result};
 use crate::generate::{Event, schedule::codes};
 
-/// Whether a character drives a terminal: controls (C0, DEL and C1), and what breaks lines or changes the direction of
-/// the text around it.
+/// Whether a character drives a terminal: controls (C0, DEL and C1), and what breaks lines or
+/// changes the direction of the text around it.
 fn drives(c: char) -> bool {
     let direction =
         matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     c.is_control() || direction || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
-/// `text` with control characters and direction overrides spelt out, so that no prompt, file name or tensor key can
-/// drive a terminal.
+/// `text` with control characters and direction overrides spelt out, so that no prompt, file name
+/// or tensor key can drive a terminal.
 pub fn clean(text: &str) -> Cow<'_, str> {
     if !text.contains(drives) {
         return Cow::Borrowed(text);
@@ -35,10 +35,11 @@ pub fn clean(text: &str) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(spell).collect())
 }
 
-/// Prints `error: ...` and `hint: ...` to stderr and, if `verbose`, the causes of the error between them.
+/// Prints `error: ...` and `hint: ...` to stderr and, if `verbose`, the causes of the error between
+/// them.
 pub fn report(error: &Error, verbose: bool) {
     let mut err = anstream::stderr().lock();
-    // A closed stderr leaves the exit code to tell.
+    // With stderr closed there is only the exit code.
     let _ = writeln!(err, "\x1b[1;31merror:\x1b[0m {}", clean(&error.message));
     for cause in error.causes().iter().filter(|_| verbose) {
         let _ = writeln!(err, "\x1b[1mcaused by:\x1b[0m {}", clean(cause));
@@ -59,8 +60,8 @@ pub fn emit(bytes: &[u8]) -> Result<ControlFlow<()>> {
     }
 }
 
-/// Writes a piece of a model's answer to stdout: as it is to a pipe; on a terminal with all but its lines and tabs
-/// [cleaned](clean).
+/// Writes a piece of a model's answer to stdout: as it is to a pipe; on a terminal with all but its
+/// lines and tabs [cleaned](clean).
 pub fn speak(text: &str) -> Result<ControlFlow<()>> {
     if !io::stdout().is_terminal() {
         return emit(text.as_bytes());
@@ -96,10 +97,12 @@ pub fn emit_json(value: &impl Serialize) -> Result<ControlFlow<()>> {
     emit((escaped(&json) + "\n").as_bytes())
 }
 
-/// JSON of one line with all that drives a terminal as `\u` escapes. JSON itself asks for those below 0x20 only.
+/// JSON of one line with everything that drives a terminal as `\u` escapes. JSON itself requires
+/// those below 0x20 only.
 pub fn escaped(json: &str) -> String {
     let spell = |c: char| match c {
-        // Between values there are line breaks, as at the end; none of these characters is beyond 16 bits.
+        // Between values there are line breaks, as at the end; none of these characters is beyond
+        // 16 bits.
         c if drives(c) && c != '\n' => format!("\\u{:04x}", c as u32),
         c => c.to_string(),
     };
@@ -117,7 +120,7 @@ fn clear_line() {
     }
 }
 
-/// How much to say.
+/// How much is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// Nothing.
@@ -149,16 +152,17 @@ pub struct Console {
     started: Instant,
 }
 
-/// A pass over a small grid costs about as much as this many codes: most of its time goes into reading the weights.
+/// A pass over a small grid costs about as much as this many codes: most of its time goes into
+/// reading the weights.
 const PASS: usize = 16;
 
 impl Console {
-    /// For a run over so many `images`.
+    /// For a run of `images` images.
     pub fn new(level: Level, images: u64) -> Self {
         Self { level, redraw: level == Level::Normal && can_redraw(), images, drawn: [0; 2], started: Instant::now() }
     }
 
-    /// Loads a model of this name, and tells so.
+    /// Loads a model of this name, and reports it.
     pub fn load<T>(&mut self, name: &str, load: impl FnOnce() -> Result<T>) -> Result<T> {
         self.progress("loading the model");
         let started = Instant::now();
@@ -167,7 +171,7 @@ impl Console {
         Ok(model)
     }
 
-    /// So many more images begin, which are drawn together.
+    /// Starts `images` more images, which are drawn together.
     pub fn start(&mut self, images: u64) {
         let [_, last] = self.drawn;
         self.drawn = [last + 1, last + images];
@@ -220,7 +224,8 @@ impl Console {
     /// Replaces the line of progress.
     fn progress(&mut self, text: &str) {
         if self.redraw {
-            // Without a line break at the edge of a narrow terminal: only one line is taken away again.
+            // Without a line break at the edge of a narrow terminal: only one line is taken away
+            // again.
             let _ = write!(io::stderr(), "\r\x1b[K\x1b[?7l{}\x1b[?7h", clean(text));
         }
     }

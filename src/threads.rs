@@ -11,8 +11,8 @@ type Workers = Vec<Sender<ThreadBuilder>>;
 
 /// Starts up to `wanted` workers with `spawn`; fewer if the system refuses one.
 ///
-/// rayon gives up its whole pool when a single thread is refused, and panics later. So the threads are started first,
-/// and the pool gets as many as there are.
+/// rayon gives up its whole pool when a single thread is refused, and panics later. So the threads
+/// are started first, and the pool gets as many as there are.
 fn workers(wanted: usize, mut spawn: impl FnMut(Box<dyn FnOnce() + Send>) -> io::Result<()>) -> Workers {
     let mut workers = Vec::new();
     for _ in 0..wanted {
@@ -38,9 +38,9 @@ fn hand_out(mut workers: Workers) -> impl FnMut(ThreadBuilder) -> io::Result<()>
     }
 }
 
-/// Makes the calling thread and as many others as there are cores, or as `RAYON_NUM_THREADS` says, the pool that all
-/// computations share. Where the system grants fewer threads (limits of containers and shared hosts), the pool is
-/// smaller.
+/// Makes the calling thread and as many others as there are cores, or as `RAYON_NUM_THREADS` says,
+/// the pool that all computations share. Where the system grants fewer threads (limits of
+/// containers and shared hosts), the pool is smaller.
 pub fn start() {
     let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok()).filter(|&n: &usize| n > 0);
     let wanted = asked.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);

@@ -169,7 +169,7 @@ fn bad_input_is_refused_with_a_hint() {
         (&["chat", "x", "--repetition-penalty", "0"], 2, "repetition_penalty"),
         (&["chat", "x", "--max-tokens", "0"], 2, "max-tokens"),
         (&["chat", "x", "--min-pixels", "100000"], 2, "--min-pixels 100000 is above"),
-        (&["chat", "x", "--model", "mute"], 3, "does not talk"),
+        (&["chat", "x", "--model", "mute"], 3, "does not chat"),
         (&["chat", "x", "--model", "nowhere"], 3, "nowhere"),
         (&["gen", "-p", "x"], 3, "does not draw"),
         (&["assemble", "--backbone", nano, "--tokenizer", nano, "-o", "out"], 3, "is not Qwen2.5-VL"),
@@ -315,7 +315,7 @@ fn images_are_named_as_people_name_them() {
     ] {
         assert!(stderr.contains(part), "{part}: {stderr}");
     }
-    assert_eq!(stderr.matches("goes with the next message").count(), 5, "{stderr}");
+    assert_eq!(stderr.matches("is attached to the next message").count(), 5, "{stderr}");
     let answers: Vec<Value> =
         String::from_utf8(stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(answers.len(), 2, "{stderr}");

@@ -196,7 +196,7 @@ fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
     let there: Vec<&Value> = told.iter().map(|line| &line["there"]).collect();
     assert_eq!(there, [&true.into(), &Value::Null, &true.into(), &Value::Null]);
     assert_eq!((&told[0]["id"], &told[0]["path"]), (&"cat 1".into(), &"out/cat-1.png".into()));
-    assert!(stderr.contains("(2 of 4 images are there already)"), "{stderr}");
+    assert!(stderr.contains("(2 of 4 images exist)"), "{stderr}");
     assert!(fs::read(here.join("out/cat-1.png")).unwrap() == kept, "what is there stays, whatever it shows");
     assert!(run(here, &again).1.iter().all(|line| line["there"] == true));
     // What is no file is no image.
@@ -273,7 +273,7 @@ fn what_is_no_whole_png_is_drawn_anew() {
     let plan = &run(here, &[&again[..], &["--dry-run", "--json"]].concat()).1[0];
     assert_eq!((&plan["images"], &plan["there"]), (&4.into(), &1.into()));
     let (code, told, stderr) = run(here, &again);
-    assert!(code == 0 && stderr.contains("(4 files are no whole PNG and drawn anew)"), "{stderr}");
+    assert!(code == 0 && stderr.contains("(4 files are no whole PNG and will be replaced)"), "{stderr}");
     let there: Vec<bool> = told.iter().map(|line| line["there"] == true).collect();
     assert_eq!(there, [true, false, false, false, false]);
     assert!(names.iter().all(|name| read(name) == whole));

@@ -1,5 +1,6 @@
-//! OneCAT's transformer and its loop against the reference's own numbers, in all three modes. Which models and runs there are, their
-//! shapes and settings, is read from the files of tests/data/onecat and its tiny.json.
+//! OneCAT's transformer and its loop against the reference's own numbers, in all three modes. Which
+//! models and runs there are, their shapes and settings, is read from the files of
+//! tests/data/onecat and its tiny.json.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -147,7 +148,8 @@ impl Loaded {
         ops::rms_norm(hidden, weight, self.config().transformer.rms_norm_eps as f32).unwrap()
     }
 
-    /// Reads ids, of which those of `context` are the picture's features: hidden states (n, hidden) and embeddings.
+    /// Reads ids, of which those of `context` are the picture's features: hidden states (n, hidden)
+    /// and embeddings.
     fn read(
         &self,
         ids: &[u32],
@@ -343,7 +345,8 @@ impl Run {
         SampleParams { sampling: &self.sampling, guidance, seeds: &[0], scale, pass: 0 }
     }
 
-    /// What is not compared: rows that the settings have no use for, and images where there is no decoder.
+    /// What is not compared: rows that the settings have no use for, and images where there is no
+    /// decoder.
     fn is_left(&self, model: &Loaded, key: &str) -> bool {
         let others = ["uncond", "text", "none"].into_iter().filter(|row| !self.rows.contains(row));
         let other = others
@@ -486,8 +489,8 @@ fn the_loop_draws_the_references_bits() {
     }
 }
 
-/// An early end of guidance and a draft change nothing before them, one of two images is what it is alone, and a scale has no adapter
-/// but its own.
+/// An early end of guidance and a draft change nothing before them, one of two images is what it is
+/// alone, and a scale has no adapter but its own.
 #[test]
 fn drafts_and_batches_are_parts_of_the_same() {
     let model = Loaded::new();
@@ -572,7 +575,8 @@ fn understanding_equals_the_reference() {
     assert!(cases >= 2);
 }
 
-/// The reference's mask is what reading a prompt in passes comes to: text sees what is before it, a picture all of itself as well.
+/// The reference's mask is what reading a prompt in passes comes to: text sees what is before it, a
+/// picture all of itself as well.
 fn compare_mask(golden: &Golden, key: &str, ids: &[u32], context: Option<u32>) {
     let Some(mask) = golden.see(key) else { return };
     let mut mine = Vec::new();
@@ -689,7 +693,8 @@ fn the_whole_model_has_exactly_what_is_asked_for() {
     }
 }
 
-/// Wrong shapes, tensors that are not there, and a config that says other things have their names in the message.
+/// Wrong shapes, tensors that are not there, and a config that says other things have their names
+/// in the message.
 #[test]
 fn what_does_not_fit_is_named() {
     let (keys, folder) = (keys(), tempfile::tempdir().unwrap());

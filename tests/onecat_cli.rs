@@ -1,5 +1,5 @@
-//! OneCAT on the real program: a tiny model in a folder, with the reference's tiny transformer, an image tokenizer of random weights and
-//! words of one letter.
+//! OneCAT on the real program: a tiny model in a folder, with the reference's tiny transformer, an
+//! image tokenizer of random weights and words of one letter.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -331,7 +331,8 @@ fn conversations_go_on_from_what_was_read() {
         let lines = chat(folder, &[&["--json"], more].concat(), said);
         lines.lines().filter(|line| line.starts_with('{')).map(|line| serde_json::from_str(line).unwrap()).collect()
     };
-    // Several turns, of which only what is new is read; the answers are those of the same conversation at once.
+    // Several turns, of which only what is new is read; the answers are those of the same
+    // conversation at once.
     let turns = json(&["-i", &one], "What is this?\nAnd its colour?\nWhy?\n");
     assert_eq!(turns.len(), 3);
     assert_eq!(turns[0]["cached_tokens"], 0);
@@ -448,7 +449,8 @@ const EDIT: &[&str] = &["edit", "-i", "p.png", "-p", "make it red", "--seed", "1
 const CHAT: &[&str] = &["chat", "-i", "p.png", "--max-tokens", "3", "What?"];
 const ANY: &[&[&str]] = &[GEN, EDIT, CHAT];
 
-/// Folders and inputs that are wrong, each with its exit code and a part of the sentence. `*` stands for every command.
+/// Folders and inputs that are wrong, each with its exit code and a part of the sentence. `*`
+/// stands for every command.
 const CASES: &[Case] = &[
     // Weights.
     (

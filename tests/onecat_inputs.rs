@@ -1,5 +1,5 @@
-//! What OneCAT is given, against the reference's own numbers: positions, schedules, sizes, pixels, codes and prompts, with the data of
-//! tests/data/onecat.
+//! What OneCAT is given, against the reference's own numbers: positions, schedules, sizes, pixels,
+//! codes and prompts, with the data of tests/data/onecat.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -216,7 +216,8 @@ fn sums_of_codes_equal_the_reference() {
     close("back", &quantizer.shrink(&sum, (7, 10), (5, 6)).unwrap(), &flat(back), 1e-6);
 }
 
-/// The vocabulary is cut to the words of these prompts; the ids of the model's own marks are made up.
+/// The vocabulary is cut to the words of these prompts; the ids of the model's own marks are made
+/// up.
 #[test]
 fn prompts_equal_the_reference() {
     let golden = json("prompts.json");

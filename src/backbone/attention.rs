@@ -10,15 +10,16 @@ use crate::ops::{self, Mask, WeightMatrix};
 /// What new tokens are to the sequence in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Text: each sees itself and what is before it.
+    /// Text: each token attends to itself and everything before it.
     Text,
-    /// A scale: each sees all of it and what is before it.
+    /// A scale: each token attends to all of it and everything before it.
     Scale,
-    /// Another pass over the last scale: seen in the place of the scale as it was first read, which stays in the cache.
+    /// Another pass over the last scale (TokenFlow-t2i): attended to in place of the first pass,
+    /// which stays in the cache.
     Again,
 }
 
-/// What the tokens of a forward pass may attend to.
+/// The tokens that a forward pass attends to.
 #[derive(Debug)]
 pub enum Context<'a> {
     /// A whole sequence at once; mask u8 (T, T) or (R, T, T), 1 where a query may attend to a key.
@@ -58,8 +59,8 @@ impl Context<'_> {
         }
     }
 
-    /// The same for heads that are still the product (R, T, (H + 2 KV) D) of a joint projection, where there is a kernel for
-    /// that.
+    /// The same for heads that are still the product (R, T, (H + 2 KV) D) of a joint projection,
+    /// where there is a kernel for that.
     fn attend_projected(
         &self,
         layer: usize,
@@ -156,8 +157,8 @@ impl SelfAttention {
         self.o_proj.forward(&self.heads(x, rope, layer, context)?)
     }
 
-    /// `residual` plus [`Self::forward`] of x, in the residual's memory where there is a kernel for that: nothing else may use
-    /// it.
+    /// `residual` plus [`Self::forward`] of x, in the residual's memory where there is a kernel for
+    /// that: nothing else may use it.
     pub(crate) fn forward_add(
         &self,
         residual: Tensor,

@@ -34,8 +34,8 @@ impl SwiGlu {
         self.down_proj.forward(&self.gated(x)?)
     }
 
-    /// `residual` plus [`Self::forward`] of x, in the residual's memory where there is a kernel for that: nothing else may use
-    /// it.
+    /// `residual` plus [`Self::forward`] of x, in the residual's memory where there is a kernel for
+    /// that: nothing else may use it.
     pub(crate) fn forward_add(&self, residual: Tensor, x: &Tensor) -> Result<Tensor> {
         self.down_proj.forward_add(residual, &self.gated(x)?)
     }

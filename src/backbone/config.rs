@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rope_scaling::RopeScaling;
 
-/// What the transformer sees of an image.
+/// An image as the transformer's input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InputMode {
@@ -72,7 +72,7 @@ pub struct BackboneConfig {
     pub codebook_size: usize,
     /// Channels of a code.
     pub code_dim: usize,
-    /// What the transformer sees of an image.
+    /// An image as the transformer's input.
     pub input_mode: InputMode,
     /// The most scales an image may have: rows of the scale embedding.
     pub max_scales: usize,
@@ -170,13 +170,13 @@ impl BackboneConfig {
         self.num_hidden_layers * block + (words + image) * hidden
     }
 
-    /// Those that a scale of an image is multiplied with: all but the rows for words.
+    /// Parameters that a scale of an image is multiplied with: all but the rows for text.
     pub fn parameters_of_images(&self) -> usize {
         let words = self.embedding_rows() + self.head_rows() - self.codebook_size;
         self.parameters() - words * self.hidden_size
     }
 
-    /// What would make the model's constructor panic or mislead, as one sentence.
+    /// Errors: a value that would make the constructor panic or mislead, as one sentence.
     pub fn check(&self) -> Result<(), String> {
         let Self { hidden_size, num_attention_heads: heads, num_key_value_heads: kv, .. } = *self;
         check_sizes([
@@ -213,7 +213,7 @@ impl BackboneConfig {
         positive("qk_norm_eps", self.qk_norm_eps.unwrap_or(1.0))?;
         self.rope_scaling.as_ref().map_or(Ok(()), RopeScaling::check)?;
         if self.codebook_size > 0 && self.spatial_extent.is_some() == self.code_positions.is_some() {
-            return Err("one of spatial_extent and code_positions must say where codes stand".into());
+            return Err("one of spatial_extent and code_positions must give the positions of codes".into());
         }
         if self.context_last_scale && self.spatial_extent.is_none() {
             return Err("context_last_scale needs spatial_extent".into());

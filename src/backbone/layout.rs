@@ -1,4 +1,4 @@
-//! How text and images lie in one sequence: positions, and what each token may attend to.
+//! The layout of text and images in one sequence: positions, and the tokens that each token attends to.
 
 use super::rope::{Position, grid_positions, text_position};
 
@@ -19,8 +19,7 @@ impl Layout {
         Self::default()
     }
 
-    /// An empty sequence that counts from `counter`: after so many left pads, which nobody sees and which therefore need
-    /// not be there.
+    /// An empty sequence that counts from `counter`, the number of left pads: they are masked, and therefore need not be stored.
     pub fn after(counter: usize) -> Self {
         Self { counter, ..Self::default() }
     }
@@ -60,8 +59,8 @@ impl Layout {
         self.counter += if extent.is_some() { scales.len() } else { 1 };
     }
 
-    /// Appends an image that others may follow: with `whole` one more grid, that of its sum, stands where a further
-    /// scale would, and `<eoi>` after it.
+    /// Appends an image that others may follow: with `whole` one more grid, that of its sum, in the place of a further scale, and
+    /// `<eoi>` after it.
     pub fn push_context_image(&mut self, scales: &[(usize, usize)], extent: Option<f64>, whole: bool) {
         self.push_image(scales, extent);
         if let (true, Some(&grid), Some(extent)) = (whole, scales.last(), extent) {
@@ -72,9 +71,8 @@ impl Layout {
         self.push_eoi();
     }
 
-    /// Appends the tokens of an image that Qwen2.5-VL's own encoder has read, a grid of (height, width): rows and columns
-    /// count from where text stands, and text goes on after the larger of the two. They are read one after the other,
-    /// like text.
+    /// Appends the tokens of an image of Qwen2.5-VL's vision encoder, a grid of (height, width): rows and columns count from the text
+    /// position, and text continues after the larger of the two. They are causal, like text.
     pub fn push_patches(&mut self, (h, w): (usize, usize)) {
         let t = self.counter;
         for i in 0..h * w {

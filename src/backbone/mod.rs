@@ -32,13 +32,13 @@ use code_embedding::CodeEmbedding;
 /// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once for all rows.
 const APART: usize = 24;
 
-/// A loaded transformer. It holds no state: what a sequence has seen is in its [`Cache`].
+/// A loaded transformer. It holds no state: the keys and values of a sequence are in its [`Cache`].
 #[derive(Debug)]
 pub struct Backbone {
     embed_tokens: WeightMatrix,
     layers: Vec<Block>,
     norm: RmsNorm,
-    /// The rows of the head for words and, with markers, for `<boi>`, (words, hidden).
+    /// The rows of the head for text tokens and, with markers, for `<boi>`, (tokens, hidden).
     text_head: WeightMatrix,
     /// Those for codes, (codes, hidden); nothing in a model of text alone.
     code_head: Option<WeightMatrix>,

@@ -31,7 +31,7 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
-    /// What would give frequencies that are not finite, as one sentence.
+    /// Errors: a value that gives frequencies that are not finite, as one sentence.
     pub fn check(&self) -> Result<(), String> {
         let positive = |name: &str, x: f64| {
             if x.is_finite() && x > 0.0 { Ok(()) } else { Err(format!("rope_scaling: {name} {x} is not above 0")) }

@@ -1,4 +1,4 @@
-//! What a conversation takes, counted from shapes.
+//! Memory of a conversation, computed from shapes.
 
 use candle_core::{DType, Device};
 use serde::Serialize;
@@ -20,7 +20,7 @@ pub struct ChatMemory {
     pub weights: u64,
     /// Keys and values.
     pub cache: u64,
-    /// What a pass of the transformer, or of the image encoder over the largest image, holds at once.
+    /// Peak of a pass of the transformer, or of the image encoder over the largest image.
     pub activations: u64,
     /// The program itself, its threads and vocabulary.
     pub program: u64,
@@ -32,7 +32,7 @@ impl ChatMemory {
         self.weights + self.cache + self.activations + self.program
     }
 
-    /// What it is made of, in words.
+    /// Its parts by name.
     pub fn parts(&self) -> [(&'static str, u64); 4] {
         let Self { weights, cache, activations, program } = *self;
         [("weights", weights), ("cache", cache), ("at work", activations), ("program", program)]
@@ -60,8 +60,8 @@ impl ChatConfig {
         }
     }
 
-    /// What a conversation of so many `tokens` needs, the largest of whose images is a grid of tokens `image`, with the
-    /// weights as `source` has them (it is GGUF, or they are random) or as `weights`.
+    /// Memory of a conversation of `tokens` tokens, the largest of whose images is a grid of tokens `image`, with the weights as
+    /// `source` stores them (GGUF, or random) or as `weights`.
     ///
     /// Errors: a source whose header cannot be read.
     pub fn memory(
@@ -81,7 +81,7 @@ impl ChatConfig {
             None => source.map_or(1, |source| source.copies(matrices)) * asked.bytes(dtype, matrices),
         };
         let (c, width) = (&self.backbone, dtype.size_in_bytes());
-        // A model that draws keeps what guidance is away from as well.
+        // A model that draws has a cache of the unconditional row as well.
         let rows = if self.drawing.is_some() { 2 } else { 1 };
         let cache = rows * 2 * c.num_hidden_layers * tokens.max(CHUNK) * c.num_key_value_heads * c.head_dim() * width;
         let seen = self.vision.as_ref().zip(image).map_or(0, |((v, _), (h, w))| match v {
@@ -121,7 +121,8 @@ impl ChatConfig {
         })
     }
 
-    /// Bytes of the weights that text is not read with: the image encoder's, or those of OneCAT's expert for pictures.
+    /// Bytes of the weights that text is not read with: the image encoder's, or those of OneCAT's
+    /// expert for pictures.
     pub fn vision_bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let asked = Weights::inventory();
         match &self.vision {

@@ -1,4 +1,4 @@
-//! Images that a conversation draws, after what has been read of it.
+//! Drawing images in a conversation.
 
 use candle_core::Tensor;
 
@@ -41,7 +41,7 @@ impl Session<'_> {
         last.map_or_else(|| self.model.usual_scales(), |codes| Ok(codes.scales.clone()))
     }
 
-    /// Draws an image after what has been read of the conversation and of the reply, and puts it there.
+    /// Draws an image after the conversation and the reply so far, and adds it to the reply.
     pub(super) fn draw_next(
         &mut self,
         options: &ReplyOptions,

@@ -18,7 +18,7 @@ pub struct Letterbox {
 }
 
 impl Letterbox {
-    /// For an image of (width, height) pixels, in grids of its own ratio or, if it is asked for, of `size`.
+    /// For an image of (width, height) pixels, in grids of its own ratio or of `size`, if that is not `auto`.
     ///
     /// Errors: usage, for a size that the model does not draw.
     pub fn of(config: &ModelConfig, dimensions: (u32, u32), size: Size) -> Result<Self> {

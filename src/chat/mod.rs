@@ -49,7 +49,7 @@ pub enum ImageEncoder {
     Patches(Box<OneCatConfig>),
 }
 
-/// What a conversation needs to know of a checkpoint before its weights are read.
+/// Config of a checkpoint for conversations, read before its weights.
 #[derive(Clone, Debug)]
 pub struct ChatConfig {
     /// Shape of the transformer.
@@ -58,9 +58,9 @@ pub struct ChatConfig {
     pub vision: Option<(ImageEncoder, ImageProcessor)>,
     /// The whole config of a model that reads images as codes and draws.
     pub drawing: Option<Box<ModelConfig>>,
-    /// What the model is told if the user tells nothing.
+    /// The default system prompt.
     pub system: String,
-    /// How words are drawn if the user says nothing.
+    /// The default sampling of text.
     pub sampling: TextSampling,
     /// The most tokens of a conversation.
     pub context: usize,
@@ -71,7 +71,8 @@ pub struct ChatConfig {
 }
 
 impl ChatConfig {
-    /// Reads the small files of a checkpoint: Qwen2.5-VL's public one, OneCAT's with the headers of its weights, or NextFlow's.
+    /// Reads the small files of a checkpoint: Qwen2.5-VL's public one, OneCAT's with the headers of
+    /// its weights, or NextFlow's.
     ///
     /// Errors: a file that is missing or broken.
     pub fn read(source: &Source) -> Result<Self> {
@@ -131,7 +132,8 @@ impl ChatConfig {
     /// Errors: usage, for more images than a conversation may have.
     pub fn check_images(&self, count: usize) -> Result<()> {
         match self.as_onecat() {
-            // All tokens of all its images would have to see each other, whatever was said between them.
+            // All tokens of all its images would have to see each other, whatever was said between
+            // them.
             Some(_) if count > 1 => Err(Error::usage(format!("OneCAT reads one image in a conversation, not {count}"))
                 .hint("nextflow chat -i IMAGE \"...\" for each of them; /clear begins a new conversation")),
             _ => Ok(()),
@@ -156,7 +158,7 @@ impl ChatConfig {
         Self { backbone, vision, drawing: None, system, sampling, context: 32_768, notes, stops, template: None }
     }
 
-    /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.
+    /// Summaries of a checkpoint's files, and how their tensors compare with those that this config's modules load.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -166,14 +168,14 @@ impl ChatConfig {
         Ok((inventory.files(), inventory.compare(&asked)))
     }
 
-    /// How many more tokens the model's context has room for after so many.
+    /// How many more tokens fit into the model's context after `tokens`.
     ///
-    /// Errors: usage, if it has no room for these.
+    /// Errors: usage, if these do not fit.
     pub fn room(&self, tokens: usize) -> Result<usize> {
         self.context.checked_sub(tokens).ok_or_else(|| {
             let context = self.context;
             Error::usage(format!("the conversation has {tokens} tokens, the model's limit is {context}"))
-                .hint("fewer words, fewer images, or smaller ones")
+                .hint("less text, fewer images, or smaller ones")
         })
     }
 
@@ -181,7 +183,7 @@ impl ChatConfig {
     pub fn build(&self, w: &Weights) -> candle_core::Result<Reader> {
         let vision = match &self.vision {
             Some((ImageEncoder::Patches(config), _)) => return Reader::load_onecat(w, config),
-            Some((ImageEncoder::Tower(config), _)) => Some(VisionTower::load(&w.pp("visual"), config)?),
+            Some((ImageEncoder::Tower(config), _)) => Some(Box::new(VisionTower::load(&w.pp("visual"), config)?)),
             None => None,
         };
         Ok(Reader::Backbone(Box::new(Backbone::load(w, &self.backbone)?), vision))
@@ -193,9 +195,9 @@ impl ChatConfig {
 pub struct ChatModel {
     text: Text,
     template: Template,
-    /// Stands for a token of an image of Qwen2.5-VL's.
+    /// Placeholder for an image token of Qwen2.5-VL.
     pad: Option<u32>,
-    /// Its vocabulary puts a space before the first word of a text.
+    /// Its tokenizer puts a space before the first word of a text.
     spaced: bool,
     reader: Reader,
     tokenizer: Option<ImageTokenizer>,
@@ -203,7 +205,7 @@ pub struct ChatModel {
 }
 
 impl ChatModel {
-    /// Whether [`ChatModel::load`] can load the checkpoint of `config`, as far as its words and the headers of its weights tell.
+    /// Checks that [`ChatModel::load`] can load the checkpoint of `config`, by its text tokenizer and the headers of its weights.
     ///
     /// Errors: those of [`ChatModel::load`].
     pub fn check(source: &Source, config: &ChatConfig) -> Result<()> {
@@ -216,7 +218,7 @@ impl ChatModel {
 
     /// Loads the checkpoint of `config` onto `device`, as `weights`, by default f32 on a CPU and bf16 elsewhere.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not talk.
+    /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not chat.
     pub fn load(source: &Source, mut config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let (text, mut template) = config.words(source)?;
         match config.template.take().map(|own| (*own).clone().fitted(&text)) {
@@ -238,14 +240,14 @@ impl ChatModel {
         Ok(Self { text, template, pad, spaced, reader, tokenizer, config })
     }
 
-    /// What was read before the weights.
+    /// The config.
     pub fn config(&self) -> &ChatConfig {
         &self.config
     }
 
-    /// Reads an image for a conversation; `name` is what it is called there.
+    /// Encodes an image for a conversation, in which its name is `name`.
     ///
-    /// Errors: usage, if the model sees no images or this one is too narrow.
+    /// Errors: usage, if the model reads no images or this one is too narrow.
     pub fn picture(&self, name: &str, image: &RgbImage) -> Result<Picture> {
         if let Some(config) = &self.config.drawing {
             let letterbox = Letterbox::of(config, image.dimensions(), Size::Auto)?;
@@ -275,7 +277,7 @@ impl ChatModel {
         Picture::of_codes(name, &self.config.backbone, tokenizer.quantizer(), codes, scales)
     }
 
-    /// The grids of an image of which nothing is said.
+    /// The grids of an image of the default size.
     pub fn usual_scales(&self) -> Result<Vec<(usize, usize)>> {
         Size::Auto.grids(self.config.drawing.as_ref().ok_or_else(|| self.draws_nothing())?)
     }
@@ -306,14 +308,15 @@ impl ChatModel {
     /// The error of an image to be drawn by a model that draws none.
     pub fn draws_nothing(&self) -> Error {
         match self.config.as_onecat() {
-            // The parts that draw are half of the model, and work from what conversations do not hold.
+            // The parts that draw are half of the model, and work from what conversations do not
+            // hold.
             Some(_) => Error::usage("OneCAT draws and edits by commands of their own, not within a conversation")
                 .hint("nextflow edit --model FOLDER -i IMAGE -p TEXT, or nextflow gen --model FOLDER -p TEXT"),
             None => Error::usage("this model does not draw").hint("nextflow gen -p \"a red apple\""),
         }
     }
 
-    /// The beginning of what is said, without the space that a vocabulary like Llama's has before every first word.
+    /// The beginning of generated text, without the space that a tokenizer like Llama's puts before the first word.
     fn opening<'a>(&self, words: &'a str, first: bool) -> &'a str {
         if first && self.spaced { words.strip_prefix(' ').unwrap_or(words) } else { words }
     }
@@ -323,7 +326,7 @@ impl ChatModel {
         self.config.drawing.as_ref().is_some_and(|config| config.conversation.draws)
     }
 
-    /// Logits of all words of the vocabulary and, where it draws of its own accord, of `<boi>`, for hidden states
+    /// Logits of all text tokens and, where it draws of its own accord, of `<boi>`, for hidden states
     /// (1, 1, hidden).
     fn logits(&self, hidden: &Tensor) -> candle_core::Result<Vec<f32>> {
         let logits = self.reader.text_logits(hidden)?.flatten_all()?;

@@ -16,14 +16,14 @@ use crate::tokenizer::Quantizer;
 /// An image as the transformer reads it.
 #[derive(Clone, Debug)]
 pub struct Picture {
-    /// What the user calls it.
+    /// Its name for the user.
     pub name: String,
-    /// Tells it from all others.
+    /// Unique number.
     id: u64,
     seen: Seen,
 }
 
-/// What the transformer sees of an image.
+/// An image as the transformer's input.
 #[derive(Clone, Debug)]
 enum Seen {
     /// The features of an image encoder, (h * w, hidden), for a grid (height, width).
@@ -145,7 +145,8 @@ impl Token {
     }
 }
 
-/// Stretches of tokens, each to be read in one pass of so many at most, and how; tokens that see each other stay together.
+/// Ranges of tokens for forward passes of at most `most` tokens, with their kind; the codes of one
+/// input, and the features of one image that all see each other, stay together.
 pub(super) fn passes(tokens: &[Token], most: usize) -> impl Iterator<Item = (&[Token], Step)> {
     tokens.chunk_by(|a, b| a.input() == b.input()).flat_map(move |run| {
         let step = if run[0].input().is_some() { Step::Scale } else { Step::Text };
@@ -153,7 +154,7 @@ pub(super) fn passes(tokens: &[Token], most: usize) -> impl Iterator<Item = (&[T
     })
 }
 
-/// Tokens and where they stand.
+/// Tokens and their positions.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Script {
     pub tokens: Vec<Token>,
@@ -202,7 +203,7 @@ impl Script {
     }
 }
 
-/// Tokens as the transformer reads them, (1, T, hidden); `find` gives the images by their ids.
+/// Embeddings of tokens, (1, T, hidden); `find` returns images by their ids.
 pub(super) fn embed<'a>(
     reader: &Reader,
     tokens: &[Token],

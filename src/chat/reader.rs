@@ -11,7 +11,7 @@ use crate::vision::VisionTower;
 #[derive(Debug)]
 pub enum Reader {
     /// NextFlow's transformer, or Qwen2.5-VL's with its image encoder.
-    Backbone(Box<Backbone>, Option<VisionTower>),
+    Backbone(Box<Backbone>, Option<Box<VisionTower>>),
     /// OneCAT's parts that read and answer.
     OneCat(Box<Trunk>, Box<Reading>),
 }
@@ -65,8 +65,8 @@ impl Reader {
         }
     }
 
-    /// Reads tokens x (1, T, hidden) at `positions` after what a row's cache holds: hidden states (1, T, hidden). OneCAT's tokens stand
-    /// at their index, whatever the positions are.
+    /// Reads tokens x (1, T, hidden) at `positions` after what a row's cache holds: hidden states
+    /// (1, T, hidden). OneCAT's tokens stand at their index, whatever the positions are.
     pub fn read(&self, x: &Tensor, positions: &[Position], cache: &mut Cache, step: Step) -> Result<Tensor> {
         match self {
             Self::Backbone(backbone, _) => {

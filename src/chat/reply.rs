@@ -1,4 +1,4 @@
-//! How replies are made, what is heard of them on the way, and what they come to.
+//! Reply options, streaming events, and the finished reply.
 
 use std::ops::ControlFlow;
 
@@ -12,56 +12,56 @@ use crate::generate::{Event, Sampling};
 /// How replies are made.
 #[derive(Clone, Debug)]
 pub struct ReplyOptions {
-    /// How text tokens are drawn.
+    /// How text tokens are sampled.
     pub sampling: TextSampling,
-    /// The most tokens of a reply, an image counting as one.
+    /// Maximum tokens of a reply; an image counts as one.
     pub max_tokens: usize,
-    /// How codes are drawn, by a model that draws.
+    /// How image codes are sampled, in a model that draws.
     pub image: Option<Sampling>,
     /// Decides all randomness.
     pub seed: u64,
-    /// Guidance leads away from an image with the same images before it, so that they are kept; else from any image.
+    /// Guide away from an image drawn after the same images without the text, which preserves them; else away from any image.
     pub guide_from_sources: bool,
 }
 
 /// What happens while a reply is made.
 #[derive(Debug)]
 pub enum ReplyEvent<'a> {
-    /// A part of the conversation has been read.
+    /// A part of the conversation was prefilled.
     Read,
-    /// More words.
+    /// More text.
     Words(&'a str),
     /// An image is being drawn.
     Drawing(Event<'a>),
-    /// An image is drawn, with this seed; the observer may give it a name.
+    /// An image was drawn, with this seed; the observer may name it.
     Drawn(&'a mut Picture, u64),
 }
 
-/// Called with everything that is [`ReplyEvent`]. An observer that answers `Break` stops the reply.
+/// Called with every [`ReplyEvent`]. An observer that returns `Break` stops the reply.
 pub type ReplyObserver<'a> = &'a mut dyn FnMut(ReplyEvent) -> ControlFlow<()>;
 
 /// Why a reply ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ending {
-    /// The model had said it all.
+    /// The model ended it.
     Stop,
-    /// It was as long as it may be.
+    /// It reached the maximum length.
     Length,
-    /// The user broke it off.
+    /// The user interrupted it.
     Interrupted,
 }
 
-/// What the model answered.
+/// A finished reply.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reply {
-    /// Its words.
+    /// Its text.
     pub text: String,
     /// Tokens of the conversation up to it.
     pub prompt_tokens: usize,
-    /// How many of them had been read before.
+    /// How many of them were in the cache.
     pub cached_tokens: usize,
-    /// Its own words, and one for each of its images.
+    /// Its text tokens, and one for each of its images.
     pub tokens: usize,
     /// Why it ended.
     pub ending: Ending,
@@ -71,17 +71,17 @@ pub struct Reply {
 pub(super) struct Talk {
     pub prompt_tokens: usize,
     pub cached_tokens: usize,
-    /// Words and images so far, and the most that there may be.
+    /// Text tokens and images so far, and their maximum.
     pub tokens: usize,
     pub max_tokens: usize,
     /// Of the last token, (1, 1, hidden).
     pub hidden: Tensor,
     pub layout: Layout,
-    /// Which words of the vocabulary stand before the next.
+    /// Which tokens of the vocabulary have occurred.
     pub before: Vec<bool>,
 }
 
-/// Why the model stops speaking.
+/// Why text generation pauses.
 pub(super) enum Pause {
     /// It opens an image.
     Image,

@@ -80,7 +80,7 @@ impl Detokenizer {
         rest
     }
 
-    /// Whether nothing has been said yet.
+    /// Whether there are no tokens yet.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }

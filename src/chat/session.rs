@@ -1,4 +1,4 @@
-//! A conversation: its turns, and what the transformer has read of them.
+//! A conversation: its turns, and their KV caches.
 
 use candle_core::Tensor;
 
@@ -17,9 +17,9 @@ pub(super) const CHUNK: usize = 512;
 /// One message.
 #[derive(Clone, Debug)]
 pub struct Turn {
-    /// Who speaks.
+    /// The speaker.
     pub role: Role,
-    /// Words and images in their order.
+    /// Text and images in order.
     pub parts: Vec<Part<Picture>>,
 }
 
@@ -29,20 +29,20 @@ impl Turn {
         self.parts.iter().filter_map(Part::image)
     }
 
-    /// All its words.
+    /// All its text.
     pub fn text(&self) -> String {
         self.parts.iter().filter_map(Part::text).collect()
     }
 }
 
-/// A sequence: everything that was said, or the images alone, which is what guidance is away from.
+/// A sequence: the whole conversation, or its images alone, from which guidance leads away (as in InstructPix2Pix).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Row {
     Said,
     Images,
 }
 
-/// A conversation with a model. What has been read once is not read again while the conversation goes on from there.
+/// A conversation with a model. Its prefix stays in the KV cache from one reply to the next.
 #[derive(Debug)]
 pub struct Session<'a> {
     pub(super) model: &'a ChatModel,
@@ -50,7 +50,7 @@ pub struct Session<'a> {
     pub(super) turns: Vec<Turn>,
     /// Of every row.
     pub(super) caches: Vec<Cache>,
-    /// What the model has said of the reply that it is making.
+    /// The reply so far.
     pub(super) reply: Vec<Part<Picture>>,
     /// What each of the caches holds.
     pub(super) read: Vec<Vec<Token>>,
@@ -66,7 +66,7 @@ impl<'a> Session<'a> {
         Ok(Self { model, system: config.system.clone(), turns, caches, reply, read })
     }
 
-    /// Who answers.
+    /// The model.
     pub fn model(&self) -> &'a ChatModel {
         self.model
     }
@@ -97,12 +97,12 @@ impl<'a> Session<'a> {
         self.turns.iter().flat_map(|turn| &turn.parts).chain(&self.reply).filter_map(Part::image)
     }
 
-    /// What the model is told about itself.
+    /// The system prompt.
     pub fn system(&self) -> &str {
         &self.system
     }
 
-    /// Tells the model something else about itself.
+    /// Sets the system prompt.
     pub fn set_system(&mut self, text: &str) {
         self.system = text.into();
     }
@@ -118,13 +118,13 @@ impl<'a> Session<'a> {
         self.turns.drain(last..).next()
     }
 
-    /// Adds what somebody said before, as when a conversation is loaded.
+    /// Appends a turn, as when a conversation is loaded.
     pub fn push(&mut self, role: Role, parts: Vec<Part<Picture>>) {
         self.turns.push(Turn { role, parts });
     }
 
-    /// Says something and gives the model's answer, of which `observe` is told as it comes. An answer that it breaks
-    /// off stays as far as it got; after an error the conversation is as before.
+    /// Sends a message and returns the model's reply; `observe` gets its events. A reply that the observer stops stays as far as it
+    /// got; after an error the conversation is as before.
     ///
     /// Errors: usage, if the conversation is longer than the model's context, [`Kind::NonFinite`] if the model gives no
     /// finite numbers, [`Kind::Interrupted`] if `observe` breaks before the first word or image.
@@ -138,8 +138,8 @@ impl<'a> Session<'a> {
         self.take_turn(pictures, text, |session| session.answer(options, observe))
     }
 
-    /// Says something that the model answers with an image, whatever it would say: of the grids `scales` or, without
-    /// them, of those of the last image, for it is likely to be an edit. Before it the model may say what it will draw.
+    /// Sends a message that the model answers with an image in any case: of the grids `scales` or, without them, of those of the
+    /// last image, as for an edit. Before it the model may announce it in text.
     ///
     /// Errors: as [`Session::say`], and usage if the model does not draw.
     pub fn draw(
@@ -164,7 +164,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// As [`Session::draw`], but looks at nothing that was said or shown before.
+    /// As [`Session::draw`], but independent of the conversation before.
     ///
     /// Errors: as [`Session::draw`].
     pub fn draw_anew(
@@ -180,7 +180,7 @@ impl<'a> Session<'a> {
         }
         let mut alone = Self::new(self.model)?;
         alone.system.clone_from(&self.system);
-        // Not the image that it would be in an empty conversation, if that was drawn before.
+        // Another seed, so that the image is not drawn twice.
         let options = ReplyOptions { seed: options.seed.wrapping_add(self.drawn() as u64), ..options.clone() };
         let reply = alone.draw(pictures, text, &options, Some(scales), observe)?;
         self.turns.append(&mut alone.turns);
@@ -204,7 +204,7 @@ impl<'a> Session<'a> {
         answer
     }
 
-    /// Reads the conversation up to where the reply begins.
+    /// Prefills the conversation up to the beginning of the reply.
     fn begin(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<Talk> {
         self.model.config.check_images(self.pictures().count())?;
         let script = self.render(Row::Said, true)?;
@@ -216,9 +216,9 @@ impl<'a> Session<'a> {
         Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, max_tokens, hidden, layout: script.layout, before })
     }
 
-    /// How many more tokens the model's context has room for after so many.
+    /// How many more tokens fit into the model's context after `tokens`.
     ///
-    /// Errors: usage, if it has no room for these.
+    /// Errors: usage, if these do not fit.
     pub(super) fn room(&self, tokens: usize) -> Result<usize> {
         self.model.config.room(tokens).map_err(|e| {
             let smaller =
@@ -245,7 +245,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Speaks until the model opens an image or the reply ends.
+    /// Generates text until the model opens an image or the reply ends.
     fn speak(&mut self, talk: &mut Talk, options: &ReplyOptions, observe: ReplyObserver) -> Result<Pause> {
         let model = self.model;
         let mut detokenizer = Detokenizer::default();
@@ -286,14 +286,14 @@ impl<'a> Session<'a> {
         Ok(pause)
     }
 
-    /// What the reply has come to.
+    /// The finished reply.
     fn reply(&self, talk: &Talk, ending: Ending) -> Reply {
         let Talk { prompt_tokens, cached_tokens, tokens, .. } = *talk;
         let text = self.reply.iter().filter_map(Part::text).collect();
         Reply { text, prompt_tokens, cached_tokens, tokens, ending }
     }
 
-    /// Puts what has been spoken into the reply.
+    /// Adds the generated text to the reply.
     fn finish(&mut self, detokenizer: &mut Detokenizer, observe: ReplyObserver) -> Result<()> {
         let text = &self.model.text;
         let rest = detokenizer.finish(text)?;
@@ -306,7 +306,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Which words of the vocabulary are in a sequence; tokens of images count as the word that stands for them.
+    /// Which tokens of the vocabulary occur in a sequence; image tokens count as their placeholder.
     fn words_before(&self, tokens: &[Token]) -> Vec<bool> {
         let mut before = vec![false; self.model.config.backbone.vocab_size];
         for token in tokens {
@@ -322,10 +322,10 @@ impl<'a> Session<'a> {
         before
     }
 
-    /// Reads of a script what a row has not read yet: how many tokens it had, and the hidden state of the last one.
+    /// Prefills the part of a sequence that a row's cache lacks. Returns how many tokens it had, and the hidden state of the last one.
     pub(super) fn catch_up(&mut self, row: Row, script: &Script, observe: ReplyObserver) -> Result<(usize, Tensor)> {
         let (read, tokens) = (&mut self.read[row as usize], &script.tokens);
-        // The last token is read in any case: its hidden state is asked for.
+        // The last token is computed in any case: its hidden state is needed.
         let same = tokens.iter().zip(&*read).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);
         read.truncate(same);
         self.caches[row as usize].truncate(same);
@@ -340,7 +340,7 @@ impl<'a> Session<'a> {
         Ok((same, hidden))
     }
 
-    /// Reads tokens after what a row has read: the hidden state of the last one, (1, 1, hidden).
+    /// Appends tokens to a row's cache. Returns the hidden state of the last one, (1, 1, hidden).
     fn pass(&mut self, row: Row, tokens: &[Token], layout: &Layout, step: Step) -> Result<Tensor> {
         let row = row as usize;
         let start = self.read[row].len();
@@ -356,7 +356,7 @@ impl<'a> Session<'a> {
         picture::embed(&self.model.reader, tokens, |id| self.pictures().find(|p| p.id() == id))
     }
 
-    /// The conversation up to the model's next word, or the images of it alone.
+    /// The conversation up to the model's next token, or its images alone.
     pub(super) fn render(&self, row: Row, sources: bool) -> Result<Script> {
         let ChatModel { text, template, config, .. } = self.model;
         let mute =

@@ -1,4 +1,5 @@
-//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also written, all at once.
+//! One file of weights, safetensors or PyTorch's: tensors read one by one. Safetensors are also
+//! written, all at once.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -40,7 +41,7 @@ pub(super) fn open(path: &Path) -> Result<File> {
         io::ErrorKind::NotFound => refuse("is missing".into()).because(e),
         _ => refuse(format!("cannot be read: {e}")).because(e),
     };
-    // Opening a pipe would wait for a writer, so this comes first.
+    // Opening a pipe would wait for a writer, so this is checked first.
     if !path.metadata().map_err(cannot)?.is_file() {
         return Err(refuse("is not a file".into()));
     }
@@ -134,7 +135,7 @@ impl Archive {
         })
     }
 
-    /// What the header says about a tensor.
+    /// The header's entry of a tensor.
     pub(super) fn entry(&self, key: &str) -> Option<&Entry> {
         self.header.get(key)
     }
@@ -189,7 +190,8 @@ impl Archive {
         }
     }
 
-    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks of `dtype`.
+    /// A tensor of two dimensions in the blocks in which it is stored or, if it is not, in blocks
+    /// of `dtype`.
     pub(super) fn read_blocks(
         &self,
         key: &str,
@@ -225,8 +227,8 @@ impl Archive {
         }
     }
 
-    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a scale per row. If not, what
-    /// is wrong, with the key that it is wrong with.
+    /// Whether [`Archive::read`] understands how a tensor is stored: as floats, or as bytes with a
+    /// scale per row. If not, what is wrong, with the key that it is wrong with.
     pub(super) fn readable(&self, key: &str, entry: &Entry) -> Result<(), (String, Fault)> {
         let plain = |key: &str, entry: &Entry| match entry.stored {
             Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) => Ok(()),
@@ -257,10 +259,11 @@ fn scale_key(key: &str) -> String {
 /// Bytes with a scale per row.
 const BYTES: Stored = Stored::Plain(Dtype::U8);
 
-/// The byte that stands for zero.
+/// The byte that means zero.
 const ZERO: f32 = 128.0;
 
-/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte - 128) * scale.
+/// Adds `tensor` to `tensors` as bytes with one scale per row of its first dimension: value = (byte
+/// - 128) * scale.
 pub fn quantise(tensors: &mut BTreeMap<String, Tensor>, key: String, tensor: &Tensor) -> candle_core::Result<()> {
     let rows = tensor.to_dtype(DType::F32)?.flatten_from(1)?;
     let scale = (rows.abs()?.max_keepdim(1)? / 127.0)?.clamp(f32::MIN_POSITIVE, f32::MAX)?;
@@ -298,7 +301,7 @@ fn unblock(file: &mut impl Read, entry: &Entry, dtype: GgmlDType) -> candle_core
     Tensor::from_vec(values, entry.shape.as_slice(), &Device::Cpu)
 }
 
-/// Converts on the way, through f32: exact unless the asked type is narrower than the stored one.
+/// Converts through f32 while reading: exact unless `dtype` is narrower than the stored type.
 fn tensor<const N: usize>(
     file: &mut impl Read,
     entry: &Entry,

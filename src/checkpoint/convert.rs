@@ -16,12 +16,13 @@ use crate::io::input::quoted;
 use crate::io::output;
 use crate::ops;
 
-/// Writes the model at `source` to `folder`, which must not exist: the transformer, of which `asked` is the
-/// [inventory](Weights::inventory), as `model.gguf` with its [matrices](Weights::matrix) as `weights`, and `others`, as
-/// the files of an image tokenizer, as they are.
+/// Writes the model at `source` to `folder`, which must not exist: the transformer, of which
+/// `asked` is the [inventory](Weights::inventory), as `model.gguf` with its
+/// [matrices](Weights::matrix) as `weights`, and `others`, as the files of an image tokenizer, as
+/// they are.
 ///
-/// The folder appears whole or not at all. Errors: `Kind::Usage` if it exists, `Kind::Model` for a source that does
-/// not fit, `Kind::Failure` if it cannot be written.
+/// The folder appears whole or not at all. Errors: `Kind::Usage` if it exists, `Kind::Model` for a
+/// source that does not fit, `Kind::Failure` if it cannot be written.
 pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
     whole_folder(folder, |part| {
         let tensors = blocks(source, "model.safetensors", asked, weights)?;
@@ -47,7 +48,8 @@ pub fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) -> Result<()> {
     file.into_inner().map_err(|e| unwritten(&e))?.sync_all().map_err(|e| unwritten(&e))
 }
 
-/// Writes those tensors of a file of `source` that are `asked` for as safetensors of a type: of a dump of a training, the weights.
+/// Writes those tensors of a file of `source` that are `asked` for as safetensors of a type: of a
+/// dump of a training, the weights.
 ///
 /// Errors: as [`blocks`], and `Kind::Failure` if it cannot be written.
 pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path: &Path) -> Result<()> {
@@ -56,7 +58,7 @@ pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path:
     archive::save(path, tensors.into_iter().map(plain).collect::<candle_core::Result<_>>()?, None)
 }
 
-/// What a model folder may have beside weights.
+/// Files that a model folder may have beside weights.
 const SMALL: [&str; 9] = [
     "config.json",
     "tokenizer.json",
@@ -79,9 +81,10 @@ pub fn abandon() {
     }
 }
 
-/// Makes `folder`, which must not exist, of what `fill` writes into another: it appears whole or not at all.
+/// Creates `folder`, which must not exist, whole or not at all: `fill` writes into a temporary one.
 ///
-/// Errors: `Kind::Usage` if it exists, `Kind::Failure` if it cannot be written, and those of `fill`.
+/// Errors: `Kind::Usage` if it exists, `Kind::Failure` if it cannot be written, and those of
+/// `fill`.
 pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if folder.exists() {
         return Err(Error::usage(format!("{} exists already", folder.display())).hint("-o ANOTHER_FOLDER"));
@@ -98,7 +101,8 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     part.rename(folder).map_err(|e| Error::unwritten(folder, &e).because(e))
 }
 
-/// Every tensor that is `asked` for of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`, others in f32.
+/// The tensors `asked` of a file of `source`: [matrices](Weights::matrix) in blocks of `weights`,
+/// others in f32.
 ///
 /// Errors: `Kind::Model` for a file that does not fit.
 pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {

@@ -72,11 +72,13 @@ impl View for &Extended<'_> {
     }
 }
 
-/// Writes to `path` what `asked`, the [inventory](Weights::inventory) of the larger model, asks for: tensors of `file` of
-/// `source` as they are, with new rows after them where more are asked for, and new ones where `fresh` lets there be
-/// none. Numbers are bf16 if the source's are, else f32; new ones depend on `seed` and the key alone.
+/// Writes to `path` what `asked`, the [inventory](Weights::inventory) of the larger model, asks
+/// for: tensors of `file` of `source` as they are, with new rows after them where more are asked
+/// for, and new ones where `fresh` lets there be none. Numbers are bf16 if the source's are, else
+/// f32; new ones depend on `seed` and the key alone.
 ///
-/// Errors: `Kind::Model` for a source that does not fit, `Kind::Failure` if the file cannot be written.
+/// Errors: `Kind::Model` for a source that does not fit, `Kind::Failure` if the file cannot be
+/// written.
 pub fn extend(
     source: &Source,
     file: &str,

@@ -1,11 +1,13 @@
-//! The header of a GGUF file (versions 2 and 3), checked before anything is made of it.
+//! The header of a GGUF file (versions 2 and 3), checked before any tensor is read.
 //!
-//! Layout: magic, version, the numbers of tensors and of settings, the settings, the tensors' names, shapes (columns
-//! first), types and offsets, and their data, which begins at multiples of an alignment. Of the settings only the
-//! alignment is read: the shape of the model is in `config.json`.
+//! Layout: magic, version, the numbers of tensors and of settings, the settings, the tensors'
+//! names, shapes (columns first), types and offsets, and their data, which begins at multiples of
+//! an alignment. Of the settings only the alignment is read: the shape of the model is in
+//! `config.json`.
 //!
-//! candle's own reader makes a 32-byte value of every byte of a setting, divides by an alignment of 0 and keeps one of
-//! two tensors of the same name.
+//! candle's own reader refuses tensors of five dimensions, as Qwen2.5-VL's patch embedding has; it
+//! also divides by an alignment of 0, makes a 32-byte value of every byte of a setting, and drops
+//! one of two tensors of the same name.
 
 use std::io::{self, BufReader, Read};
 
@@ -16,7 +18,7 @@ use super::header::{Entry, Header, MAX_HEADER, Stored, broken};
 use super::keys;
 use crate::error::Result;
 
-/// How a file begins.
+/// The first bytes of a file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
 
 /// The longest key or name of a tensor, in bytes.
@@ -25,7 +27,7 @@ const MAX_NAME: u64 = 1 << 16;
 const MAX_DEPTH: usize = 4;
 /// The most dimensions of a tensor: those of a convolution over frames, rows and columns.
 const MAX_DIMS: u32 = 5;
-/// Where data begins if the file does not say.
+/// Alignment of the data if the file names none.
 const ALIGNMENT: u64 = 32;
 const ALIGNMENT_KEY: &str = "general.alignment";
 

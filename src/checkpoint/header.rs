@@ -1,8 +1,8 @@
-//! The header of a safetensors file, checked before anything is made of it.
+//! The header of a safetensors file, checked before any tensor is read.
 //!
-//! Layout: the header's length (u64, little-endian), the header (a JSON object from keys to dtype, shape and offsets
-//! into the data), the data. The `safetensors` crate checks offsets and sizes; of two entries of one key it would keep
-//! the last, so keys are collected here.
+//! Layout: the header's length (u64, little-endian), the header (a JSON object from keys to dtype,
+//! shape and offsets into the data), the data. The `safetensors` crate checks offsets and sizes; of
+//! two entries of one key it would keep the last, so keys are collected here.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 /// The longest header that is read, as in the reference implementation.
 pub(super) const MAX_HEADER: u64 = 100_000_000;
 
-/// How a git-lfs pointer begins.
+/// The first bytes of a git-lfs pointer.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
 /// How elements are stored.

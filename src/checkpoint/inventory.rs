@@ -33,14 +33,14 @@ pub struct FileSummary {
     pub dtypes: BTreeMap<String, u64>,
 }
 
-/// How files compare with what a model asks for; sorted lists of keys.
+/// How files compare with the tensors that a model loads; sorted lists of keys.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Fit {
-    /// Asked for, but not there.
+    /// Loaded by the model, but missing in the files.
     pub missing: Vec<String>,
     /// There in another shape, or of a type that is not read.
     pub misshapen: Vec<String>,
-    /// There, but nothing asks for them.
+    /// In the files, but not loaded by the model.
     pub unknown: Vec<String>,
 }
 
@@ -77,7 +77,7 @@ impl Inventory {
         Ok(Self { archives })
     }
 
-    /// The files that `file` stands for in a model (see [`Source::load`]).
+    /// The files of `file` in a model (see [`Source::load`]).
     pub fn of(source: &Source, file: &str) -> Result<Self> {
         Ok(Self { archives: source.archives(file)? })
     }
@@ -127,13 +127,14 @@ impl Inventory {
         self.archives.iter().map(summary).collect()
     }
 
-    /// Compares all files with what `model`, an [inventory](Weights::inventory) that a model was built of, was asked for.
+    /// Compares all files with the tensors of `model`, an [inventory](Weights::inventory) that a
+    /// model was built on.
     pub fn compare(&self, model: &Weights) -> Fit {
         let (asked, mut fit) = (model.wishes(), Fit::default());
         for (key, Asked { shape, required, .. }) in &asked {
             match check(&self.archives, key, shape) {
                 Err((_, Fault::Missing)) if !required && !self.has(key) => {}
-                // What is not read may be of any type.
+                // Tensors that are not loaded may have any type.
                 Err((_, Fault::Type(_))) if !required => {}
                 Err((key, Fault::Missing)) => fit.missing.push(key),
                 Err((key, fault)) => fit.misshapen.push(format!("{key}: {fault}")),

@@ -1,5 +1,5 @@
-//! Names of tensors: those of Qwen2.5-VL in every layout, and those by which a layout that is not read
-//! is recognised.
+//! Names of tensors: those of Qwen2.5-VL in every layout, and those by which a layout that is not
+//! read is recognised.
 
 use std::borrow::Cow;
 

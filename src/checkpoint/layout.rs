@@ -1,4 +1,5 @@
-//! The layout of a set of files: renamed to the published one, or named in an error if it is not read.
+//! The layout of a set of files: renamed to the published one, or named in an error if it is not
+//! read.
 
 use std::borrow::Borrow;
 
@@ -19,8 +20,8 @@ pub(super) fn publish(archives: &mut [Archive]) -> Result<()> {
         .try_for_each(Archive::publish)
 }
 
-/// The error of files whose tensors are none that any config can ask for: of a layout or an encoding
-/// that is not read.
+/// The error of files whose tensors are none that any config can ask for: of a layout or an
+/// encoding that is not read.
 pub(super) fn unread(archives: &[impl Borrow<Archive>]) -> Option<Error> {
     const OTHER: &str = "use the model's safetensors as they were published, with --quant q8_0 or --quant q4_K";
     let named = |is: fn(&str) -> bool| archives.iter().map(Borrow::borrow).find(|a: &&Archive| a.has_key(is));

@@ -9,15 +9,18 @@
 //! | `model.safetensors` | the transformer |
 //! | `image_tokenizer.safetensors` | the image tokenizer |
 //!
-//! SentencePiece's `tokenizer.model` may take the place of `tokenizer.json`. Either of the weights' files may also be in
-//! shards (`model.safetensors.index.json` names them, or their own names count them), GGUF (`model.gguf`) or a PyTorch
-//! checkpoint (`model.pt`, `pytorch_model.bin`, its shards).
+//! SentencePiece's `tokenizer.model` may take the place of `tokenizer.json`. Either of the weights'
+//! files may also be in shards (`model.safetensors.index.json` names them, or their own names count
+//! them), GGUF (`model.gguf`) or a PyTorch checkpoint (`model.pt`, `pytorch_model.bin`, its
+//! shards).
 //!
-//! Keys are those of Qwen2.5-VL, in any layout that transformers writes, and of TokenFlow. Weights are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32
-//! tensor `KEY.scale` of one scale per row: value = (byte - 128) * scale.
+//! Keys are those of Qwen2.5-VL, in any layout that transformers writes, and of TokenFlow. Weights
+//! are f32, bf16 or f16; a tensor may also be bytes (u8) with an f32 tensor `KEY.scale` of one
+//! scale per row: value = (byte - 128) * scale.
 //!
-//! Nothing in them is trusted: headers are checked before a byte of data is read, and all keys and shapes are compared
-//! with what the config asks for before anything large is allocated. Tensors are read one by one, converted on the way.
+//! Files are not trusted: headers are checked before a byte of data is read, and all keys and
+//! shapes are compared with those of the config before anything large is allocated. Tensors are
+//! read one by one, and converted while reading.
 
 mod archive;
 mod convert;

@@ -1,4 +1,5 @@
-//! Builds modules on the weights of files, after a plan that checks every key and shape before a tensor is read.
+//! Builds modules on the weights of files, after a plan that checks every key and shape before a
+//! tensor is read.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +15,8 @@ use crate::error::{Error, Kind, Result, told};
 /// Problems that an error names.
 const SHOWN: usize = 5;
 
-/// As [`super::Source::load`], from the one file `path`; a message about what does not fit names `layout`.
+/// As [`super::Source::load`], from the one file `path`; a message about what does not fit names
+/// `layout`.
 pub fn load_file<T>(
     path: &Path,
     layout: &str,
@@ -57,7 +59,8 @@ pub(super) fn plan<T>(
     planned.map(|()| archives).map_err(|e| failure(name, e))
 }
 
-/// One sentence about a file that does not fit its config or layout; `cut` says that the check gave up early.
+/// One sentence about a file that does not fit its config or layout; `cut` if the check stopped
+/// early.
 fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> Error {
     let count = |is: fn(&Fault) -> bool, what: &str| match problems.iter().filter(|(_, f)| is(f)).count() {
         0 => None,
@@ -78,7 +81,7 @@ fn misfit(name: &str, layout: &str, problems: &[(String, Fault)], cut: bool) -> 
     Error::model(message).hint("--model FOLDER, with all files in FOLDER from one checkpoint")
 }
 
-/// A failure to build: the devices' allocators tell of their exhaustion in words only.
+/// The error of a failed build; allocators report exhausted memory in their text only.
 fn failure(name: &str, error: candle_core::Error) -> Error {
     let text = told(&error);
     let lower = text.to_lowercase().replace('_', " ");

@@ -26,7 +26,7 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files that hold what `file` (`model.safetensors`) stands for: itself, the shards of its
+/// The files of `file` (`model.safetensors`): itself, the shards of its
 /// index, shards without an index, or a GGUF file or PyTorch checkpoint of the same stem
 /// (`model.gguf`, `model.pt`); for `model.safetensors` also `pytorch_model.bin` or its shards.
 ///
@@ -50,7 +50,8 @@ pub(super) fn find(folder: &Path, file: &str) -> Result<Vec<PathBuf>> {
     Err(absent(&whole))
 }
 
-/// Of the files that `find` gives, those that hold a key that is `wanted`: others of an index need not be there.
+/// Of the files that `find` gives, those that hold a key that is `wanted`: others of an index need
+/// not be there.
 ///
 /// Errors: as `find`.
 pub fn files_with(folder: &Path, file: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
@@ -58,7 +59,7 @@ pub fn files_with(folder: &Path, file: &str, wanted: impl Fn(&str) -> bool) -> R
     if folder.join(file).exists() || !index.exists() { find(folder, file) } else { indexed(folder, &index, wanted) }
 }
 
-/// The shards that an index names for what is `wanted`.
+/// The shards that an index names for `wanted` keys.
 fn indexed(folder: &Path, index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     present(folder, shard_names(index, wanted)?.iter().map(|name| folder.join(name)).collect())
 }
@@ -85,8 +86,8 @@ pub fn shard_names(index: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<St
     Ok(names.into_iter().collect())
 }
 
-/// All shards `STEM-00001-of-00002.KIND` of which a folder has at least one, those that are missing
-/// too. Their headers say what is in them, so they need no index.
+/// All shards `STEM-00001-of-00002.KIND`, missing ones included, if a folder has at least one of
+/// them. Their headers list their tensors, so they need no index.
 fn counted(folder: &Path, file: &str) -> Vec<PathBuf> {
     let file = Path::new(file);
     let (Some(stem), Some(kind)) = (file.file_stem().and_then(|s| s.to_str()), file.extension()) else { return vec![] };
@@ -123,7 +124,7 @@ fn names(folder: &Path) -> BTreeSet<String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
-/// The error of a missing file of a model; it names what the folder holds in its place.
+/// The error of a missing file of a model; it names what the folder holds instead.
 pub(super) fn absent(path: &Path) -> Error {
     let folder = path.parent().unwrap_or(Path::new("."));
     let Err(missing) = archive::open(path) else { return Error::model(format!("{} is of no use", path.display())) };

@@ -31,13 +31,13 @@ pub enum Source {
 /// Where the files of a model are that are not called as those of a model folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parts {
-    /// What the model is called: its folder, with what tells it from others there.
+    /// The model's name: its folder, and its variant if the folder holds several.
     pub name: String,
     /// Where those files are that have no path below.
     pub folder: PathBuf,
-    /// What stands for `config.json`.
+    /// Used as `config.json`.
     pub config: serde_json::Value,
-    /// What a file is called in a model folder, and what stands for it here: itself, its shards, or the whole of which they are
+    /// The name of a file in a model folder, and its paths here: of the file itself, or of its
     /// shards.
     pub files: Vec<(&'static str, Vec<PathBuf>)>,
 }
@@ -62,7 +62,8 @@ impl Parts {
 pub const NANO: &str = "nano";
 
 impl Source {
-    /// The name of a model: a folder that exists, or the built-in model if none is given or it is called by [`NANO`].
+    /// The name of a model: a folder that exists, or the built-in model if none is given or it is
+    /// called by [`NANO`].
     pub fn parse(model: Option<&str>) -> Result<Self> {
         let Some(model) = model else { return Ok(Self::Embedded) };
         let path = PathBuf::from(model);
@@ -74,7 +75,7 @@ impl Source {
         }
         let what = if path.exists() { "is not a folder" } else { "does not exist" };
         Err(Error::model(format!("the model {model} {what}")).hint(
-            "name a folder with config.json and weights, or OWNER/NAME of the hub; nextflow models list shows what is here",
+            "name a folder with config.json and weights, or OWNER/NAME of the hub; nextflow models list shows local models",
         ))
     }
 
@@ -95,7 +96,7 @@ impl Source {
         }
     }
 
-    /// Where a file of the model is, or would be; nothing for the model in the binary.
+    /// Path of a file of the model, whether it exists or not; none for the model in the binary.
     fn path(&self, file: &str) -> Option<PathBuf> {
         match self {
             Self::Embedded => None,
@@ -104,7 +105,7 @@ impl Source {
         }
     }
 
-    /// The files that stand for `file`, whether they are there or not; none for the model in the binary.
+    /// The files or shards of `file`, whether they exist or not; none for the model in the binary.
     ///
     /// Errors: an index that is broken, or names shards that are missing.
     pub fn files(&self, file: &str) -> Result<Vec<PathBuf>> {
@@ -137,7 +138,8 @@ impl Source {
         })
     }
 
-    /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's `tokenizer.model`.
+    /// The text tokenizer of `tokenizer.json` or, where there is none, of SentencePiece's
+    /// `tokenizer.model`.
     pub fn text(&self) -> Result<Text> {
         let sentencepiece = !self.has_file("tokenizer.json") && self.has_file("tokenizer.model");
         let text = match sentencepiece {
@@ -147,22 +149,23 @@ impl Source {
         text.map_err(|e| Error { message: format!("{} (of {self})", e.message), ..e })
     }
 
-    /// The same for a model of so many words.
+    /// The same for a model with a vocabulary of `words`.
     ///
     /// Errors: [`Kind::Model`] for a tokenizer that has more.
     pub fn text_of(&self, words: usize) -> Result<Text> {
         let text = self.text()?;
         match text.vocab_size() {
             more if more > words => {
-                Err(Error::model(format!("the text tokenizer of {self} has {more} words, its model {words}"))
+                Err(Error::model(format!("the text tokenizer of {self} has {more} tokens, its model {words}"))
                     .hint("copy tokenizer.json and config.json from the same origin again"))
             }
             _ => Ok(text),
         }
     }
 
-    /// How a device keeps the weights of `file`: the type of tensors and activations, and matrices. By default those are f32 on
-    /// a CPU and bf16 elsewhere, but GGUF stays what it is, as do bytes with a scale per row on a CPU that multiplies them.
+    /// How the weights of `file` are stored on a device: the type of tensors and activations, and
+    /// of matrices. By default f32 on a CPU and bf16 elsewhere; GGUF keeps its types, and so do
+    /// bytes with a scale per row on a CPU with int8 products.
     pub fn placed(&self, file: &str, weights: Option<WeightType>, device: &Device) -> (DType, Matrices) {
         let weights = weights.filter(|_| !self.is_gguf(file));
         let multiplied = device.is_cpu() && Int8Matrix::supports(1);
@@ -172,9 +175,9 @@ impl Source {
         weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu())
     }
 
-    /// Whether the weights of `file` can be kept as `weights`.
+    /// Checks that the weights of `file` can be loaded as `weights`.
     ///
-    /// Errors: usage, for those of GGUF, which stay as they are.
+    /// Errors: usage, for GGUF, which keeps its types.
     pub fn check_type(&self, file: &str, weights: Option<WeightType>) -> Result<()> {
         if weights.is_some() && self.is_gguf(file) {
             let message = format!("the weights of {self} have their type already");
@@ -190,12 +193,14 @@ impl Source {
         Ok(self.archives(file)?.iter().any(|archive| archive.entry(key).is_some()))
     }
 
-    /// Builds a part of the model from a file of weights or its shards, as `dtype` on `device`. Tensors that nothing asks for are
-    /// ignored.
+    /// Builds a part of the model from a weights file or its shards, as `dtype` on `device`.
+    /// Tensors that `build` does not load are ignored.
     ///
-    /// `build` runs twice: at first without reading a tensor, to compare all keys and shapes with the file's header.
+    /// `build` runs twice, first without reading a tensor, to compare all keys and shapes with the
+    /// file's header.
     ///
-    /// Errors: [`Kind::Model`] if the file is broken or does not fit, [`Kind::Memory`] if it does not fit in memory.
+    /// Errors: [`Kind::Model`] if the file is broken or does not fit, [`Kind::Memory`] if it does
+    /// not fit in memory.
     pub fn load<T>(
         &self,
         file: &str,
@@ -206,20 +211,21 @@ impl Source {
         from_archives(&self.name(file), "config.json", self.archives(file)?, dtype, device, build)
     }
 
-    /// Whether a part of the model could be built from `file`: what [`Source::load`] does before it reads a tensor.
+    /// Checks that a part of the model can be built from `file`, as [`Source::load`] does before it
+    /// reads a tensor.
     ///
     /// Errors: those of [`Source::load`], as far as headers tell.
     pub fn check<T>(&self, file: &str, build: impl Fn(&Weights) -> candle_core::Result<T>) -> Result<()> {
         plan(&self.name(file), "config.json", self.archives(file)?, DType::F32, build).map(drop)
     }
 
-    /// How many times the weights are in memory, beyond those in the binary itself: bytes that were read from a file stay
-    /// beside what is laid out for products.
+    /// How many copies of the weights are in memory, beside the binary itself: int8 weights from a
+    /// file stay beside their packed layout.
     pub fn copies(&self, matrices: Matrices) -> u64 {
         if matrices == Matrices::Bytes && *self != Self::Embedded { 2 } else { 1 }
     }
 
-    /// Whether there is something that [`Source::load`] would read for `file`.
+    /// Whether any of the files exists that [`Source::load`] reads for `file`.
     pub fn has(&self, file: &str) -> bool {
         match self {
             Self::Embedded => embedded::file(file).is_some(),
@@ -232,14 +238,14 @@ impl Source {
         self.has_file("tokenizer.json") || self.has_file("tokenizer.model")
     }
 
-    /// Whether every file that [`Source::load`] would read for `file` is there.
+    /// Checks that every file exists that [`Source::load`] reads for `file`.
     ///
-    /// Errors: those of [`Source::load`], for a file that is not.
+    /// Errors: those of [`Source::load`] for a missing file.
     pub fn find(&self, file: &str) -> Result<()> {
         self.files(file)?.iter().try_for_each(|f| archive::open(f).map(drop))
     }
 
-    /// Whether what [`Source::load`] would read for `file` is GGUF, whose weights stay in the type that they have there.
+    /// Whether [`Source::load`] reads GGUF for `file`, whose weights keep their types.
     pub fn is_gguf(&self, file: &str) -> bool {
         self.gguf(file).is_some()
     }
@@ -276,7 +282,7 @@ impl Source {
         Ok(())
     }
 
-    /// What stands for `file`, opened: itself or its shards.
+    /// The files or shards of `file`, opened.
     pub(super) fn archives(&self, file: &str) -> Result<Vec<Archive>> {
         match self {
             Self::Embedded => Ok(vec![Archive::from_bytes(self.name(file), self.embedded(file)?)?]),
@@ -319,7 +325,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
     })
 }
 
-/// Copies a file of weights into a folder as `name`, with the extension of what is in it.
+/// Copies a weights file into a folder as `name`, with the extension of its format.
 ///
 /// Errors: [`Kind::Model`] if it cannot be read, [`Kind::Failure`] if it cannot be written.
 pub fn copy_weights(file: &Path, name: &str, folder: &Path) -> Result<()> {

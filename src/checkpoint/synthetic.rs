@@ -1,4 +1,4 @@
-//! Weights of random numbers, for measuring a model that is not at hand.
+//! Random weights, for measuring a model without its files.
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Shape, Tensor};
@@ -21,12 +21,12 @@ fn draw(count: usize, init: Init) -> Vec<f32> {
     (0..count as u64).map(|i| value(i) as f32).collect()
 }
 
-/// A tensor that begins as `init` says and repeats itself.
+/// A tensor of `init`'s numbers, which repeat.
 pub(super) fn tensor(shape: &Shape, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
     let count = shape.elem_count();
     let period = shape.dims().last().map_or(1, |columns| columns * DRAWN).clamp(1, count.max(1));
     let few = Tensor::from_vec(draw(period, init), period, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
-    // Repeated where it is to be, for what a GPU gets takes long to send.
+    // Repeated on the device: copying all of it to a GPU would take long.
     let whole = few.broadcast_as((count / period, period))?.flatten_all()?;
     Tensor::cat(&[whole, few.narrow(0, 0, count % period)?], 0)?.reshape(shape)
 }

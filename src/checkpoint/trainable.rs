@@ -1,4 +1,4 @@
-//! Weights that are trained: they are made when they are asked for, and kept.
+//! Trainable weights: created and stored at first use.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use super::header::Fault;
 use super::init::Init;
 use crate::rng::{Rng, Stream, fnv1a};
 
-/// What was asked for so far, and what it begins with where that is known.
+/// The weights so far, with their initial values where known.
 #[derive(Debug)]
 pub(super) struct Trainable {
     pub(super) known: BTreeMap<String, Tensor>,
@@ -18,7 +18,7 @@ pub(super) struct Trainable {
 impl Trainable {
     /// One of them.
     ///
-    /// Errors: what is known of it has another shape. To begin anew in its place would lose what it has learnt.
+    /// Errors: the known value has another shape. A new one in its place would lose its training.
     pub(super) fn get(&mut self, key: String, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
         if let Some(var) = self.vars.get(&key) {
             return Ok(var.as_tensor().clone());
@@ -37,7 +37,8 @@ impl Trainable {
     }
 }
 
-/// Initial values are a function of seed and key alone, so the order in which layers are built does not matter.
+/// Initial values are a function of seed and key alone, so the order in which layers are built does
+/// not matter.
 pub(super) fn initial(key: &str, shape: Shape, init: Init, seed: u64, device: &Device) -> Result<Tensor> {
     let rng = Rng::new(seed, fnv1a(key), Stream::Train, 0);
     let draw = |f: &dyn Fn(u64) -> f64| (0..shape.elem_count() as u64).map(|i| f(i) as f32).collect::<Vec<f32>>();

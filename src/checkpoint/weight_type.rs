@@ -1,4 +1,4 @@
-//! In which type the bulk of a model is kept.
+//! Types of a model's matrices.
 
 use std::fmt;
 
@@ -7,8 +7,9 @@ use candle_core::quantized::GgmlDType;
 use clap::ValueEnum;
 use serde::Serialize;
 
-/// Type of the linear layers' weights and of the table of tokens. Norms, biases and small tables stay in the type of the
-/// activations: f32 on a CPU, bf16 on a GPU beside quantised weights, else this type.
+/// Type of the linear layers' weights and of the table of tokens. Norms, biases and small tables
+/// stay in the type of the activations: f32 on a CPU, bf16 on a GPU beside quantised weights, else
+/// this type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightType {
@@ -46,13 +47,13 @@ impl WeightType {
         }
     }
 
-    /// What is used if nothing is asked for.
+    /// The default.
     pub fn usual(cpu: bool) -> Self {
         if cpu { Self::F32 } else { Self::Bf16 }
     }
 
-    /// How a device keeps it: the type of tensors and activations, and matrices. A GPU computes in half precision by itself;
-    /// a CPU computes in f32 from whatever the blocks are.
+    /// How it is stored on a device: the type of tensors and activations, and of matrices. A GPU
+    /// computes in half precision itself; a CPU computes in f32 from whatever the blocks are.
     pub(crate) fn placed(self, cpu: bool) -> (DType, Matrices) {
         let matrices = self.blocks().map_or(Matrices::Tensors, Matrices::Blocks);
         match self {
@@ -64,14 +65,14 @@ impl WeightType {
     }
 }
 
-/// How matrices are kept. What a file has in blocks stays in them.
+/// How matrices are stored. Blocks of a file stay blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Matrices {
     /// As tensors, of the type of the others.
     #[default]
     Tensors,
-    /// What is stored as bytes with a scale per row stays so where that is [supported](crate::ops::Int8Matrix::supports); the
-    /// others are tensors.
+    /// Int8 with a scale per row as in the file, where that is
+    /// [supported](crate::ops::Int8Matrix::supports); others are tensors.
     Bytes,
     /// In blocks.
     Blocks(GgmlDType),

@@ -1,4 +1,4 @@
-//! The weights of a model under construction: every layer asks for its tensors by key and shape.
+//! The weights of a model under construction: every layer loads its tensors by key and shape.
 
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashSet};
@@ -45,25 +45,25 @@ enum Store {
     },
     /// Random numbers.
     Synthetic(DType),
-    /// No file at all: what is asked for is noted.
+    /// No file: the tensors that are loaded are recorded.
     Inventory(Mutex<BTreeMap<String, Asked>>),
 }
 
-/// A tensor that a model asks for.
+/// A tensor that a model loads.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Asked {
     pub(super) shape: Vec<usize>,
     /// Not [unused](Weights::unused).
     pub(super) required: bool,
-    /// Asked for as a [matrix](Weights::matrix).
+    /// Loaded as a [matrix](Weights::matrix).
     pub(super) matrix: bool,
-    /// What it would begin with.
+    /// Its initial values in training.
     pub(super) init: Init,
     /// Its type, whatever that of the others is.
     pub(super) dtype: Option<DType>,
 }
 
-/// Faults by key, in the order in which the model asks for them.
+/// Faults by key, in the order of loading.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     pub(super) list: Vec<(String, Fault)>,
@@ -94,14 +94,14 @@ impl Weights {
         Self::new(Store::Files(archives, dtype), device)
     }
 
-    /// Weights that read nothing: tensors are a zero broadcast to their shape, and [`Self::problems`] tells what a
-    /// model that was built of them found wrong with the file.
+    /// Weights that read nothing: tensors are a zero broadcast to their shape, and
+    /// [`Self::problems`] lists the faults that building a model on them found in the file.
     pub(super) fn plan(archives: Vec<Arc<Archive>>, dtype: DType) -> Self {
         Self::new(Store::Plan(archives, dtype, Mutex::default()), &Device::Cpu)
     }
 
-    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::asked`] then tells the keys
-    /// and shapes of a model without its memory.
+    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::asked`]
+    /// then lists the keys and shapes of a model without its memory.
     pub fn inventory() -> Self {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
     }
@@ -118,7 +118,7 @@ impl Weights {
         if self.has_numbers() { compute() } else { placeholder(shape) }
     }
 
-    /// Random weights as `dtype` that are made when they are asked for, in next to no time.
+    /// Random weights as `dtype`, made quickly when they are loaded.
     pub fn synthetic(dtype: DType, device: &Device) -> Self {
         Self::new(Store::Synthetic(dtype), device)
     }
@@ -133,14 +133,15 @@ impl Weights {
         Self { prefix: self.key(name), ..self.clone() }
     }
 
-    /// The same place, for tensors that public checkpoints hold but the model does without: they are never read, and
-    /// may be missing.
+    /// The same place, for tensors that public checkpoints hold but the model does without: they
+    /// are never read, and may be missing.
     pub fn unused(&self) -> Self {
         Self { unused: true, ..self.clone() }
     }
 
-    /// The same place, with [matrices](Self::matrix) kept in some way, at first as tensors. Trainable weights stay f32 tensors,
-    /// but with blocks of BF16 they are trained in mixed precision.
+    /// The same weights, with [matrices](Self::matrix) stored in another way than tensors.
+    /// Trainable weights stay f32 tensors, but with blocks of BF16 they are trained in mixed
+    /// precision.
     pub fn with_matrices(&self, matrices: Matrices) -> Self {
         Self { matrices, ..self.clone() }
     }
@@ -159,7 +160,7 @@ impl Weights {
         &self.device
     }
 
-    /// The type of tensors that are asked for here.
+    /// The type of loaded tensors.
     pub fn dtype(&self) -> DType {
         let stored = match &*self.store {
             Store::Files(_, dtype) | Store::Plan(_, dtype, _) | Store::Synthetic(dtype) => *dtype,
@@ -168,7 +169,7 @@ impl Weights {
         self.dtype.unwrap_or(stored)
     }
 
-    /// Every trainable tensor that was asked for so far; none unless the weights are trainable.
+    /// Every trainable tensor so far; none unless the weights are trainable.
     pub fn vars(&self) -> BTreeMap<String, Var> {
         match &*self.store {
             Store::Trainable { state, .. } => lock(state).vars.clone(),
@@ -176,13 +177,13 @@ impl Weights {
         }
     }
 
-    /// Every key that was asked of an [inventory](Self::inventory) so far, [unused](Self::unused) ones too, with its
-    /// shape; none of other weights.
+    /// Keys and shapes loaded from an [inventory](Self::inventory) so far, [unused](Self::unused)
+    /// ones included; none of other weights.
     pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
         self.wishes().into_iter().map(|(key, asked)| (key, asked.shape)).collect()
     }
 
-    /// As [`Self::asked`], with what is required.
+    /// As [`Self::asked`], with whether each is required.
     pub(super) fn wishes(&self) -> BTreeMap<String, Asked> {
         match &*self.store {
             Store::Inventory(asked) => lock(asked).clone(),
@@ -190,7 +191,8 @@ impl Weights {
         }
     }
 
-    /// Bytes of everything that was asked of an [inventory](Self::inventory), as `dtype`, with matrices kept as they are.
+    /// Bytes of everything that was loaded from an [inventory](Self::inventory), as `dtype`, with
+    /// matrices stored as `matrices`.
     pub fn bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let bytes = |asked: &Asked| {
             let elements: usize = asked.shape.iter().product();
@@ -220,10 +222,10 @@ impl Weights {
         }
     }
 
-    /// One tensor. `init` gives the values that a trainable tensor starts from if they are not known.
+    /// One tensor. `init` is the initial value of a trainable tensor that is not known.
     ///
-    /// Errors: a key that is not there, unless the weights are trainable, or has another shape; none of unused ones and of an
-    /// inventory.
+    /// Errors: a key that is not there, unless the weights are trainable, or has another shape;
+    /// none of unused ones and of an inventory.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
@@ -248,8 +250,9 @@ impl Weights {
         }
     }
 
-    /// As [`Self::get`], for the weights (rows, columns) of a linear layer or a table of rows. What a file holds in blocks
-    /// stays in them; blocks that the columns do not divide into are those of Q8_0, or none.
+    /// As [`Self::get`], for the weights (rows, columns) of a linear layer or an embedding table.
+    /// Blocks of a file stay blocks; where the columns do not divide into blocks of the type, Q8_0
+    /// or none are used.
     pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<WeightMatrix> {
         match &*self.store {
             Store::Inventory(asked) => {
@@ -273,7 +276,7 @@ impl Weights {
                     Some(Stored::Blocks(blocks)) => Some(blocks),
                     _ => self.blocks(shape.1),
                 };
-                // What has 16 bits or more is no block to a GPU.
+                // On a GPU, types of 16 bits or more are tensors.
                 let plain = |blocks: &GgmlDType| blocks.block_size() == 1 && !self.device.is_cpu();
                 match stored.filter(|blocks| !plain(blocks)) {
                     Some(blocks) => archive.read_blocks(&key, blocks, &self.device),
@@ -291,8 +294,8 @@ impl Weights {
         }
     }
 
-    /// Every tensor that was asked of an [inventory](Self::inventory), as a GGUF file holds it: matrices in the blocks of these
-    /// weights, others in f32.
+    /// Every tensor that was loaded from an [inventory](Self::inventory), as a GGUF file stores it:
+    /// matrices in the blocks of these weights, others in f32.
     pub fn all_blocks(&self, asked: &Self) -> Result<Vec<(String, QTensor)>> {
         let tensor = |(key, Asked { shape, matrix, init, .. }): (String, Asked)| {
             if let (true, &[rows, columns]) = (matrix, &shape[..])
@@ -329,12 +332,12 @@ impl Weights {
         self.get(shape.to_vec(), name, init).map(Filters::Dense)
     }
 
-    /// Whether what is stored as bytes stays so: a GPU has no kernel for them.
+    /// Whether int8 weights stay int8: a GPU has no kernel for them.
     fn keeps_bytes(&self) -> bool {
         self.matrices == Matrices::Bytes && self.device.is_cpu()
     }
 
-    /// The blocks that matrices of so many columns are to be in.
+    /// The block type of matrices with `columns` columns.
     fn blocks(&self, columns: usize) -> Option<GgmlDType> {
         if let Matrices::Blocks(blocks) = self.matrices { fitting(blocks, columns) } else { None }
     }
@@ -359,7 +362,8 @@ fn find<'a>(archives: &'a [Arc<Archive>], key: &str, shape: &Shape) -> Result<&'
     check(archives, key, shape.dims()).map_err(|(key, fault)| Error::Msg(format!("{key}: {fault}")))
 }
 
-/// The same, or what is wrong, with the key of the tensor that it is wrong with: that of its scales, maybe.
+/// The same, or what is wrong, with the key of the tensor that it is wrong with: that of its
+/// scales, maybe.
 pub(super) fn check<'a, A: Borrow<Archive>>(
     archives: &'a [A],
     key: &str,

@@ -58,23 +58,26 @@ pub struct SamplingArgs {
     /// Images per prompt and seed, with seeds SEED, SEED+1, ...
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub count: u64,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: square, or the ratio of the edited image
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto: square, or the ratio of the edited
+    /// image
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Guidance: how closely to follow the prompt. 0 is off (as in VAR); for Infinity and OneCAT 1 is off, and a list sets every scale:
-    /// 4,4,3,... [default: the model's]
+    /// Guidance: how closely to follow the prompt. 0 is off (as in VAR); for Infinity and OneCAT 1
+    /// is off, and a list sets every scale: 4,4,3,... [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub cfg: Option<PerScale>,
     /// Guide the first N scales only; the others then take half the time [default: all]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub cfg_until: Option<usize>,
-    /// Sampling temperature, or a list for every scale; 0 takes the most likely code [default: the model's]
+    /// Sampling temperature, or a list for every scale; 0 takes the most likely code [default: the
+    /// model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<PerScale>,
     /// Sample from the K most likely codes [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Sample from the most likely codes whose probabilities sum to P; 1 is off [default: the model's]
+    /// Sample from the most likely codes whose probabilities sum to P; 1 is off [default: the
+    /// model's]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
 }
@@ -85,7 +88,8 @@ fn seed(text: &str) -> Result<u64, String> {
 }
 
 impl SamplingArgs {
-    /// Checks these flags, and the `sampling` that they result in, against an image of so many scales.
+    /// Checks these flags, and the `sampling` that they result in, against an image of `scales`
+    /// scales.
     ///
     /// Errors: usage, for more scales than there are, and for scales to guide without guidance.
     pub fn check_scales(&self, sampling: &Sampling, scales: usize) -> Result<()> {
@@ -110,7 +114,8 @@ pub struct OutputArgs {
     /// Write the image to FILE; `-` writes the PNG to standard output
     #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
     pub output: Option<PathBuf>,
-    /// Write images into FOLDER, under unused names unless --force is given [default: the current folder]
+    /// Write images into FOLDER, under unused names unless --force is given [default: the current
+    /// folder]
     #[arg(long, value_name = "FOLDER")]
     pub out_dir: Option<PathBuf>,
     /// Overwrite existing files
@@ -122,7 +127,7 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// The terminal's preview, if one was asked for.
+    /// The terminal's preview, with `--preview`.
     ///
     /// Errors: usage, for a terminal that cannot show images.
     pub fn preview(&self, verbose: bool) -> Result<Option<Preview>> {
@@ -172,8 +177,8 @@ pub struct LoadArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Type of the transformer's weights: f32, bf16, f16, q8_0 (8.5 bits) or q4_K (4.5 bits) [default: int8 and GGUF as stored,
-    /// else f32 on a CPU and bf16 on a GPU]
+    /// Type of the transformer's weights: f32, bf16, f16, q8_0 (8.5 bits) or q4_K (4.5 bits)
+    /// [default: int8 and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum, hide_possible_values = true)]
     pub quant: Option<WeightType>,
     /// The device.
@@ -185,8 +190,8 @@ pub struct LoadArgs {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Model folder, or OWNER/NAME on the Hugging Face hub; a colon picks one of several models there:
-    /// FoundationVision/Infinity:2b [default: the built-in model]
+    /// Model folder, or OWNER/NAME on the Hugging Face hub; a colon picks one of several models
+    /// there: FoundationVision/Infinity:2b [default: the built-in model]
     #[arg(long, value_name = "FOLDER|ID", env = "NEXTFLOW_MODEL", hide_env_values = true)]
     pub model: Option<String>,
     /// Download nothing: use the cache only

@@ -1,4 +1,5 @@
-//! `nextflow assemble`: NextFlow before its training, of a public transformer and a public image tokenizer.
+//! `nextflow assemble`: NextFlow before its training, of a public transformer and a public image
+//! tokenizer.
 
 use std::path::{Path, PathBuf};
 

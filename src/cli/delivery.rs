@@ -54,8 +54,8 @@ impl<'a> Delivery<'a> {
         Self { request, console, stop, json, preview, sources, free, saved }
     }
 
-    /// Reports a step, and previews the first of the images with the pixels that `decode` makes of its codes. `Break` if the
-    /// user interrupts.
+    /// Reports a step, and previews the first of the images with the pixels that `decode` makes of
+    /// its codes. `Break` if the user interrupts.
     pub fn event(
         &mut self,
         event: &Event,
@@ -75,7 +75,8 @@ impl<'a> Delivery<'a> {
         self.stop.check()
     }
 
-    /// Draws jobs that differ in prompt and seed only as one batch. Returns their images, and the time per image.
+    /// Draws jobs that differ in prompt and seed only as one batch. Returns their images, and the
+    /// time per image.
     pub fn draw(&mut self, model: &Generator, jobs: &[&Job]) -> Result<(Vec<RgbImage>, Duration)> {
         let Some(first) = jobs.first() else { return Ok(Default::default()) };
         let started = Instant::now();
@@ -88,7 +89,8 @@ impl<'a> Delivery<'a> {
         Ok((images, started.elapsed() / jobs.len() as u32))
     }
 
-    /// Saves an image and prints its path, PNG or JSON, with the time that it `took`. `Break` if the reader of stdout is gone.
+    /// Saves an image and prints its path, PNG or JSON, with the time that it `took`. `Break` if
+    /// the reader of stdout is gone.
     pub fn emit(
         &mut self,
         job: &Job,

@@ -35,7 +35,8 @@ pub struct EditArgs {
     /// Follow the instruction more freely: guidance does not hold on to the source images
     #[arg(long, help_heading = "Sampling")]
     pub free: bool,
-    /// OneCAT only: how much the instruction alone, without the image, counts beside both; 0 is off [default: 1]
+    /// OneCAT only: how much the instruction alone, without the image, counts beside both; 0 is off
+    /// [default: 1]
     #[arg(long, help_heading = "Sampling", value_name = "X", allow_negative_numbers = true)]
     pub image_cfg: Option<f64>,
     /// What `gen` and `edit` share.

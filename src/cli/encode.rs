@@ -23,13 +23,15 @@ pub struct EncodeArgs {
     /// PNG, JPEG or WebP; `-` reads standard input
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
-    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); the image is cropped to it
+    /// WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (the image's ratio); the image is
+    /// cropped to it
     #[arg(long, default_value = "auto")]
     pub size: String,
     /// Token grids ROWSxCOLUMNS, coarse to fine, instead of --size (Infinity tokenizers)
     #[arg(long, value_name = "1x1,2x2,...", conflicts_with = "size")]
     pub scales: Option<String>,
-    /// Write the codes to FILE: safetensors if its name ends in .safetensors, else JSON [default: JSON to standard output]
+    /// Write the codes to FILE: safetensors if its name ends in .safetensors, else JSON [default:
+    /// JSON to standard output]
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Overwrite an existing file
@@ -67,7 +69,7 @@ pub(super) fn run(args: &EncodeArgs) -> Result<()> {
     let bytes =
         match args.output.as_ref().and_then(|p| p.extension()).is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
             true => codes.to_safetensors()?,
-            // The name of a model is anybody's.
+            // A model's name comes from outside.
             false => terminal::escaped(&String::from_utf8_lossy(&codes.to_json()?)).into_bytes(),
         };
     let _ = match destination.save(&bytes, "", 0)? {

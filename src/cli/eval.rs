@@ -34,7 +34,8 @@ pub enum Suite {
 /// Flags of `nextflow eval`.
 #[derive(Args, Debug)]
 pub struct EvalArgs {
-    /// Picture library for recognition and reconstruction [default: data/library.safetensors if it exists]
+    /// Picture library for recognition and reconstruction [default: data/library.safetensors if it
+    /// exists]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Suite to run; repeat for several [default: all that the model and the picture library allow]

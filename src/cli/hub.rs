@@ -1,4 +1,5 @@
-//! Downloads from the hub: their progress, and Infinity, of whose files only those of one model are needed.
+//! Downloads from the hub: their progress, and Infinity, of whose files only those of one model are
+//! needed.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,7 +14,8 @@ use crate::terminal;
 /// Of the text encoder, beside its weights.
 const TEXT_FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors.index.json"];
 
-/// The chosen model, or the only one that is in the cache. What is missing is downloaded, after its size has been told.
+/// The chosen model, or the only one in the cache. Missing files are downloaded, after a line with
+/// their size.
 ///
 /// Errors: usage, without a choice; those of a download.
 pub(super) fn fetch_infinity(id: &Id, choice: Option<&'static Variant>, offline: bool) -> Result<Source> {
@@ -85,7 +87,7 @@ fn text(offline: bool, progress: hub::Observer) -> Result<std::path::PathBuf> {
 
 /// Puts the image tokenizer of a model that was published without one into the model's folder.
 ///
-/// Errors: those of a download. Offline OneCAT does without: it reads and answers all the same.
+/// Errors: those of a download. Offline, OneCAT loads without it: chat needs none.
 pub(super) fn borrow_tokenizer(folder: &Path, offline: bool, progress: hub::Observer) -> Result<()> {
     if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&Source::Folder(folder.into())) {
         hub::borrow(folder, &other.parse()?, file, offline, progress)?;
@@ -97,7 +99,8 @@ pub(super) fn borrow_tokenizer(folder: &Path, offline: bool, progress: hub::Obse
     Ok(())
 }
 
-/// Prints the progress of a download to stderr: what it waits for, and a line per tenth of a file. Ctrl-C stops it.
+/// Prints the progress of a download to stderr: what it waits for, and a line per tenth of a file.
+/// Ctrl-C stops it.
 pub(super) fn progress(quiet: bool) -> Result<impl FnMut(Event) -> Result<()>> {
     let stop = terminal::interrupts()?;
     let mut last = (String::new(), 0);

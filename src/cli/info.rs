@@ -25,7 +25,8 @@ const SHOWN: usize = 5;
 /// Flags of `nextflow info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
-    /// Model folder, or weights file (.safetensors, .pt, .pth or .gguf) [default: NEXTFLOW_MODEL, else the built-in model]
+    /// Model folder, or weights file (.safetensors, .pt, .pth or .gguf) [default: NEXTFLOW_MODEL,
+    /// else the built-in model]
     #[arg(value_name = "FOLDER|FILE")]
     pub path: Option<PathBuf>,
     /// Print JSON instead of text
@@ -33,19 +34,20 @@ pub struct InfoArgs {
     pub json: bool,
 }
 
-/// What was found.
+/// A model or file, described.
 #[derive(Debug, Serialize)]
 struct Info {
-    /// What the weights are.
+    /// Family of the weights.
     family: String,
     /// The checkpoint's config, or the public one that its keys belong to.
     #[serde(skip_serializing_if = "Option::is_none")]
     config: Option<serde_json::Value>,
     files: Vec<FileSummary>,
-    /// Words of a whole model's text tokenizer, null where there is none.
+    /// Vocabulary of a whole model's text tokenizer, null where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     words: Option<Option<usize>>,
-    /// How the files compare with what the family's modules ask for; nothing for a family without any here.
+    /// How the files compare with the tensors that the family's modules load; nothing for families
+    /// without modules here.
     #[serde(skip_serializing_if = "Option::is_none")]
     fit: Option<Fit>,
 }
@@ -88,7 +90,8 @@ fn of_folder(path: &Path) -> Result<Info> {
     }
 }
 
-/// The model of Infinity at a path, which may name one of several behind a colon; nothing if there is none.
+/// The model of Infinity at a path, which may name one of several behind a colon; nothing if there
+/// is none.
 fn infinity_at(path: &Path) -> Result<Option<Source>> {
     let text = path.to_string_lossy();
     let (folder, choice) = if path.exists() {
@@ -137,13 +140,13 @@ fn of_family(folder: &Path, config: &serde_json::Value) -> Result<Info> {
     Ok(Info { family, config: None, files: inventory.files(), words: None, fit: None })
 }
 
-/// Words of a model's text tokenizer, if it has one, at most so many.
+/// Vocabulary of a model's text tokenizer, if it has one, limited to `most`.
 fn words(source: &Source, most: usize) -> Result<Option<Option<usize>>> {
     let words = || source.text_of(most).map(|text| text.vocab_size());
     source.has_text().then(words).transpose().map(Some)
 }
 
-/// Whether a config is ours, or stands for one.
+/// Whether a config is ours, or a public one that is read as ours.
 fn is_model(config: &serde_json::Value) -> bool {
     tokenflow::is_public(config) || config.get("backbone").is_some() && config.get("tokenizer").is_some()
 }
@@ -152,7 +155,7 @@ fn is_model(config: &serde_json::Value) -> bool {
 fn of_qwen(source: &Source) -> Result<Info> {
     let config = ChatConfig::read(source)?;
     let (files, fit) = config.compare(source)?;
-    // Other names than those asked for say less than whose names they are.
+    // The family of the names says more than a list of unexpected ones.
     if !fit.is_complete()
         && let Some(error) = Inventory::of(source, TRANSFORMER)?.unread()
     {
@@ -280,7 +283,7 @@ impl Info {
         if let Some(backbone) = self.config.as_ref().and_then(|c| c.get("backbone")) {
             let number = |key: &str| backbone.get(key).map(ToString::to_string).unwrap_or_default();
             line(format!(
-                "  transformer: {} layers, {} wide, {} heads over {}, {} words, {} codes",
+                "  transformer: {} layers, {} wide, {} heads over {}, vocabulary {}, {} codes",
                 number("num_hidden_layers"),
                 number("hidden_size"),
                 number("num_attention_heads"),

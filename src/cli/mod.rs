@@ -1,9 +1,9 @@
 //! The command line: clap types and one file per command.
 //!
-//! A new command is a file with its `XArgs` and `run(&XArgs) -> Result<()>`, and a line each in the list of modules, in
-//! [`Command`] and in [`run`]. Results go out through `terminal::emit`, `emit_path` or `emit_json`, all else through a
-//! [`terminal::Console`]; what is refused is an [`Error`] of one sentence with a hint that is an exact command. It is tested on
-//! the real program, in tests/.
+//! A new command is a file with its `XArgs` and `run(&XArgs) -> Result<()>`, and a line each in the
+//! list of modules, in [`Command`] and in [`run`]. Results go out through `terminal::emit`,
+//! `emit_path` or `emit_json`, all else through a [`terminal::Console`]; refusals are an [`Error`]
+//! of one sentence with a hint that is an exact command. Tests run the real binary, in tests/.
 
 mod args;
 mod assemble;
@@ -87,7 +87,8 @@ pub enum Command {
     Train(train::TrainArgs),
 }
 
-/// Parses `args`, the program's name first. `None` if they ask for help or the version, which is printed.
+/// Parses `args`, the program's name first. `None` if they ask for help or the version, which is
+/// printed.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Cli>> {
     let args = with_dashes(args.collect());
     match Cli::try_parse_from(&args) {
@@ -103,7 +104,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Cli>> {
     }
 }
 
-/// Options whose value is words.
+/// Options whose value is free text, by their long names.
 const WORDS: [(&str, &str); 5] = [
     ("-p", "--prompt"),
     ("--prompt", "--prompt"),
@@ -112,8 +113,8 @@ const WORDS: [(&str, &str); 5] = [
     ("--system", "--system"),
 ];
 
-/// Arguments with words that begin with a dash (`-p "-a cat"`, `"-a cat"`) written so that clap takes them for words.
-/// What is the name of a flag stays one.
+/// Rewrites text that begins with a dash (`-p "-a cat"`, `"-a cat"`), so that clap does not parse
+/// it as flags. Names of flags stay flags.
 fn with_dashes(args: Vec<OsString>) -> Vec<OsString> {
     let name = args.get(1).and_then(|name| name.to_str()).filter(|name| ["gen", "edit", "chat"].contains(name));
     let mut cli = Cli::command();
@@ -156,7 +157,7 @@ fn with_dashes(args: Vec<OsString>) -> Vec<OsString> {
                 }
                 takes = false;
             }
-            // An option has its value, or is told that it has none.
+            // The option has its value, or clap reports that it has none.
             Some(_) => (takes, _) = (flag(text).unwrap_or(false), out.push(arg)),
             None if is_words(text) && spaced && flag(text).is_none() => held = Some(arg),
             None => (takes, _) = (flag(text).unwrap_or(false), out.push(arg)),
@@ -202,10 +203,10 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// clap's paragraphs about what was typed as one sentence and one hint, which names the command and its own command.
+/// clap's paragraphs as one sentence and one hint, which names the command and its subcommand.
 fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
     let text = error.render().to_string();
-    // The other tips tell how to say what was not meant.
+    // The other tips explain how to pass what was not meant.
     let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: ")).filter(|tip| tip.contains("similar"));
     let (mut at, mut command) = (Cli::command(), String::from("nextflow"));
     for name in typed {
@@ -226,7 +227,7 @@ fn one_sentence(error: &clap::Error, typed: &[&str]) -> Error {
         match (tip, unknown.and_then(|arg| typed.iter().find(|typed| typed.len() > 2 && typed.starts_with(&arg)))) {
             (Some(tip), _) => tip.into(),
             (None, Some(words)) => {
-                format!("{command} --help, or if these are words: {command} -- {}", input::quoted_words(words))
+                format!("{command} --help, or if this is text: {command} -- {}", input::quoted_words(words))
             }
             (None, None) => format!("{command} --help"),
         };

@@ -12,7 +12,7 @@ use crate::hub;
 use crate::onecat;
 
 impl ModelArgs {
-    /// What was asked for; nothing stands for the built-in model.
+    /// The value of `--model`; none means the built-in model.
     fn name(&self) -> Option<&str> {
         self.model.as_deref().filter(|m| !m.is_empty())
     }
@@ -34,7 +34,7 @@ impl ModelArgs {
         }
         let source = Source::parse(Some(base))?;
         let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
-        // Ours says what it is; the public ones have none, or one that says nothing.
+        // Our config.json names the family; public ones are missing, or name none.
         if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
             return match onecat::is_config(&source.read_config()?) {
                 true => generate::onecat::in_folder(folder, infinity_cache()),
@@ -48,8 +48,7 @@ impl ModelArgs {
         }
     }
 
-    /// The image tokenizer of the model, or the one in a file of its own, or the only one of
-    /// Infinity in a folder.
+    /// The image tokenizer of a model, of a file, or the only one of Infinity in a folder.
     ///
     /// Errors: as [`Self::source`].
     pub fn tokenizer(&self) -> Result<TokenizerSource> {
@@ -79,10 +78,11 @@ impl ModelArgs {
 
 /// The error of a model that is none of several.
 fn no_choice(name: &str) -> Error {
-    Error::usage(format!("{name} holds one model: what is behind its colon names none")).hint(format!("--model {name}"))
+    Error::usage(format!("{name} holds one model, and none by the name after the colon"))
+        .hint(format!("--model {name}"))
 }
 
-/// Infinity's text encoder in the cache of the hub, if it is there.
+/// Infinity's text encoder in the hub's cache, if it is there.
 pub(super) fn text_encoder() -> Option<PathBuf> {
     #[cfg(feature = "hub")]
     return hub::Cache::from_env().ok()?.snapshot(&infinity::TEXT_HUB.parse().ok()?);
@@ -90,7 +90,7 @@ pub(super) fn text_encoder() -> Option<PathBuf> {
     None
 }
 
-/// What is in the cache of the hub of Infinity, whose image tokenizer OneCAT draws with.
+/// The cached hub folder of Infinity, whose image tokenizer OneCAT draws with.
 pub(super) fn infinity_cache() -> Option<PathBuf> {
     #[cfg(feature = "hub")]
     return hub::Cache::from_env().ok()?.snapshot(&infinity::HUB.parse().ok()?);
@@ -98,10 +98,11 @@ pub(super) fn infinity_cache() -> Option<PathBuf> {
     None
 }
 
-/// The model of the hub that `name` is, if it is nothing on the disk: OWNER/NAME, or an address of the hub.
+/// The hub model that `name` means, if it is no file or folder: OWNER/NAME, or an address on the
+/// hub.
 ///
-/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`] for a name in a folder
-/// that is there and has no such model.
+/// Errors: usage, for an address that is not of a model on the hub; [`crate::error::Kind::Model`]
+/// for a name in a folder that is there and has no such model.
 #[cfg(feature = "hub")]
 fn hub_id(name: &str) -> Result<Option<hub::Id>> {
     if Path::new(name).exists() {
@@ -113,7 +114,7 @@ fn hub_id(name: &str) -> Result<Option<hub::Id>> {
     let Ok(id) = name.parse::<hub::Id>() else { return Ok(None) };
     match Path::new(name).parent().filter(|p| !p.as_os_str().is_empty() && p.is_dir()) {
         Some(folder) => Err(Error::model(format!("the folder {} has no model {name}", folder.display()))
-            .hint(format!("--model hf://{id} takes the one of the hub; nextflow models list shows what is here"))),
+            .hint(format!("--model hf://{id} means the one on the hub; nextflow models list shows local models"))),
         None => Ok(Some(id)),
     }
 }

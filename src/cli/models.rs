@@ -27,7 +27,8 @@ enum Action {
     },
     /// Download a model, or resume its download
     Pull {
-        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page; FoundationVision/Infinity:2b for one of several
+        /// OWNER/NAME, OWNER/NAME@REVISION, or the address of its page;
+        /// FoundationVision/Infinity:2b for one of several
         #[arg(value_name = "ID")]
         model: String,
         /// Download only these files, and the small ones beside them
@@ -76,7 +77,7 @@ fn pull(cache: &Cache, model: &str, files: &[String], offline: bool, quiet: bool
             .hint(format!("HF_HUB_OFFLINE=0 nextflow models pull {id}")));
     }
     let files: Vec<String> = files.iter().cloned().chain(file).collect();
-    // It holds several models, of which nobody wants all.
+    // It holds several models.
     if id.is(infinity::HUB) && files.is_empty() {
         return super::hub::fetch_infinity(&id, choice, false).map(drop);
     }
@@ -119,7 +120,7 @@ fn verify(cache: &Cache, id: &Id) -> Result<()> {
     if verdict.sound == 0 {
         let why = match verdict.unhashed {
             0 => "the cache has no files of it".to_string(),
-            n => format!("{n} files lie in the cache without the hash that the hub states of them"),
+            n => format!("{n} files in the cache have no hash from the hub"),
         };
         return Err(Error::new(Kind::Failure, format!("nothing of {id} could be checked: {why}"))
             .hint(format!("nextflow models rm {id} && nextflow models pull {id}")));

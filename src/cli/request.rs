@@ -19,7 +19,7 @@ use crate::text;
 pub struct Request {
     /// Every one of them is drawn with every seed; none where jobs have their own.
     pub prompts: Vec<String>,
-    /// What guidance leads away from, if that is not the model's own.
+    /// The negative prompt, if it is not the model's own.
     pub negative: Option<String>,
     /// Counts the tokens of prompts.
     pub counter: PromptCounter,
@@ -31,7 +31,7 @@ pub struct Request {
     pub count: u64,
     /// How large they are to be.
     pub size: Size,
-    /// How codes are drawn.
+    /// How codes are sampled.
     pub sampling: Sampling,
     /// Where images go.
     pub destination: Destination,
@@ -39,16 +39,17 @@ pub struct Request {
     pub source: Source,
     /// The model's config.
     pub config: GeneratorConfig,
-    /// The name of the model, and its weights' type if one was asked for.
+    /// The model's name, with the weight type of `--quant`.
     pub model: String,
-    /// The weights' type, if one was asked for.
+    /// The weight type of `--quant`.
     pub weights: Option<WeightType>,
     /// What computes.
     pub device: Device,
 }
 
 impl Request {
-    /// Checks the flags of `nextflow gen` or `nextflow edit`, and the files and folders that they name.
+    /// Checks the flags of `nextflow gen` or `nextflow edit`, and the files and folders that they
+    /// name.
     pub fn new(words: &PromptArgs, args: &DrawArgs) -> Result<Self> {
         Self::of(args, || prompts(words))
     }
@@ -136,7 +137,8 @@ impl Request {
 /// Tokens around a prompt or an instruction in a model's chat template, for forecasts.
 pub(super) const TEMPLATE_TOKENS: usize = 48;
 
-/// A seed from the operating system's entropy (through the keys of std's hasher); 32 bits are easily typed again.
+/// A seed from the operating system's entropy (through the keys of std's hasher); 32 bits are
+/// easily typed again.
 pub fn any_seed() -> u64 {
     RandomState::new().hash_one(0) >> 32
 }
@@ -170,7 +172,7 @@ fn longest(prompts: &[String], counter: &PromptCounter) -> Result<usize> {
 pub(crate) fn without_effect(top_k: Option<usize>, top_p: Option<f64>, sampling: &Sampling) -> Option<&'static str> {
     match sampling.temperature == 0.0 {
         true if top_k.is_some() => Some("top-k"),
-        // 1 asks for nothing.
+        // 1 is off.
         true if top_p.is_some_and(|p| p < 1.0) => Some("top-p"),
         _ => None,
     }
@@ -182,9 +184,9 @@ pub(super) fn no_effect(flag: &str) -> Error {
         .hint(format!("leave out --{flag}, or --temperature 1"))
 }
 
-/// What guidance leads away from, and its tokens.
+/// Checks a negative prompt; returns it with its number of tokens.
 ///
-/// Errors: usage, for what is no prompt or too long, and where none of so many scales is guided.
+/// Errors: usage, for a bad or too long prompt, and if none of the `scales` scales is guided.
 pub(crate) fn negative(
     text: Option<&[u8]>,
     counter: &PromptCounter,

@@ -1,5 +1,5 @@
-//! From a checked request to a loading model: the plan of `--dry-run`, and what has to be checked before weights are read,
-//! in the same order for every command.
+//! From a checked request to a loading model: the plan of `--dry-run`, and what has to be checked
+//! before weights are read, in the same order for every command.
 
 use candle_core::Device;
 use serde::Serialize;
@@ -11,7 +11,7 @@ use crate::generate::schedule;
 use crate::memory;
 use crate::terminal::{self, Console, Level, Stop};
 
-/// What a command is about to load.
+/// A model about to be loaded.
 pub(super) struct Load<'a> {
     /// Nothing for random weights.
     pub source: Option<&'a Source>,
@@ -29,10 +29,11 @@ pub(super) struct Run {
 }
 
 impl Load<'_> {
-    /// Checks files, then memory, and installs the handler of Ctrl-C. A missing file comes first: whoever lacks the model cannot
-    /// do anything about the memory that it would take.
+    /// Checks files, then memory, and installs the handler of Ctrl-C. A missing file is reported
+    /// first: it matters more than the memory that the model would need.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a missing file, [`crate::error::Kind::Memory`] for too little memory.
+    /// Errors: [`crate::error::Kind::Model`] for a missing file, [`crate::error::Kind::Memory`] for
+    /// too little memory.
     pub fn start(&self, level: Level, images: u64) -> Result<Run> {
         if let Some(source) = self.source {
             source.find(TRANSFORMER)?;

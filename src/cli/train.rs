@@ -39,12 +39,14 @@ pub struct TrainArgs {
 
 #[derive(Debug, Subcommand)]
 enum Step {
-    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from images of your own
+    /// Build the picture library: from the packages that src/train/fetch-data.sh fetched, or from
+    /// images of your own
     Data {
         /// Folder of the unpacked packages
         #[arg(default_value = "data", conflicts_with = "folder")]
         packages: PathBuf,
-        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any language
+        /// Folder of PNG, JPEG or WebP images; the lines of x.txt are the captions of x.png, in any
+        /// language
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
     },
@@ -156,7 +158,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let model = run.file(TRANSFORMER);
     if matches!(args.step, Step::Text) && model.exists() {
         return Err(Error::usage(format!(
-            "{} has learnt the words of tokenizer.json, which this would replace",
+            "{} was trained with tokenizer.json, which this would replace",
             model.display()
         ))
         .hint("nextflow train text --run FOLDER, with a folder that has no model yet"));
@@ -236,7 +238,7 @@ fn data(path: &Path, packages: &Path, folder: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// A CPU or an NVIDIA GPU, and a line that says which: for others there are no kernels with a backward pass.
+/// A CPU or an NVIDIA GPU, reported in a line: other devices have no kernels with a backward pass.
 fn trainer(name: &str) -> Result<Device> {
     let device = match device::parse(name)? {
         Device::Metal(_) if name == "auto" => Device::Cpu,
@@ -248,7 +250,8 @@ fn trainer(name: &str) -> Result<Device> {
     Ok(device)
 }
 
-/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer sees.
+/// The run's tokenizer as its second stage left it: the third changes nothing that the transformer
+/// sees.
 fn tokenizer(run: &Run) -> Result<ImageTokenizer> {
     let weights = Weights::from_safetensors(&[run.file("image_tokenizer.safetensors")], DType::F32, &run.device)?;
     Ok(ImageTokenizer::load(&weights, &run.recipe.tokenizer)?)

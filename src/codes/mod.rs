@@ -130,7 +130,7 @@ fn space(codebook_size: Option<usize>, bits: Option<usize>) -> Result<CodeSpace,
 impl CodeFile {
     /// Reads a file of either format, or standard input.
     ///
-    /// Errors: usage, whatever is wrong with it. Whether the codes fit a model is told by [`CodeFile::check`].
+    /// Errors: usage, for a broken file. [`CodeFile::check`] checks that the codes fit a model.
     pub fn read(path: &Path) -> Result<Self> {
         const HINT: &str = "nextflow encode IMAGE -o codes.json makes one";
         let bad = |what: String| Error::usage(format!("{} {what}", input::shown(path))).hint(HINT);
@@ -138,7 +138,8 @@ impl CodeFile {
             return Err(bad("is a folder".into()));
         }
         let mut bytes = input::piped(path, MAX_BYTES, HINT)?;
-        // PowerShell writes what it redirects as UTF-16. Without the mark it could be a safetensors file.
+        // PowerShell redirects as UTF-16. Without the byte order mark it could be a safetensors
+        // file.
         if bytes.starts_with(b"\xff\xfe") {
             bytes = input::utf8(bytes);
         }

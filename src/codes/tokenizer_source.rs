@@ -1,4 +1,5 @@
-//! Image tokenizers and the grids that they are used with: a model's own, or a public one in a file of its own.
+//! The source of an image tokenizer, and its grids: a model's own, or a public one in a separate
+//! file.
 
 use std::path::{Path, PathBuf};
 
@@ -16,13 +17,14 @@ use crate::tokenizer::{
 };
 use crate::{memory, pixels};
 
-/// Scales of the levels that stand-alone encoding uses: squares of 256, 512 and 1024 pixels.
+/// Scales of the levels for encoding with a separate tokenizer: squares of 256, 512 and 1024
+/// pixels.
 const BIT_LEVELS: [usize; 3] = [7, 10, 13];
 /// The largest grid side and the most scales of an explicit schedule.
 const MAX_SIDE: usize = 128;
 const MAX_SCALES: usize = 64;
 
-/// A tokenizer that is known, but not loaded.
+/// An image tokenizer that is found, but not loaded.
 pub struct TokenizerSource {
     /// Of the model, or of the public tokenizer.
     pub name: String,
@@ -203,7 +205,7 @@ impl TokenizerSource {
     }
 }
 
-/// Checks that memory has room for the weights that `build` asks for and for an image of `scales`
+/// Checks that memory has room for the weights of `build` and for an image of `scales`
 /// in one `half` of the tokenizer.
 ///
 /// Errors: [`crate::error::Kind::Memory`] if it does not.
@@ -221,7 +223,7 @@ fn room(
     memory::check(needed, device, "nextflow encode IMAGE --size 256x256 makes codes of a smaller image")
 }
 
-/// What a file of Infinity's is compared with.
+/// The layout that an Infinity file is compared with.
 const LAYOUT: &str = "Infinity's image tokenizer";
 
 fn of_tokenflow<T>(
@@ -263,7 +265,7 @@ fn bit_name(config: &BitTokenizerConfig, path: &Path) -> String {
 pub fn nearest(inventory: &Inventory) -> Result<(Preset, Fit)> {
     if !inventory.has("quantize.embedding_vqgan.weight") {
         return Err(Error::model("the file holds no image tokenizer of TokenFlow or Infinity")
-            .hint("nextflow info FILE tells what it holds; a whole model is named by its folder"));
+            .hint("nextflow info FILE shows its content; a whole model is named by its folder"));
     }
     let fit = |preset: Preset| {
         let asked = Weights::inventory();

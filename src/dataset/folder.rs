@@ -16,12 +16,13 @@ use crate::pixels;
 const IMAGES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 
 impl Dataset {
-    /// The PNG, JPEG and WebP files in `folder`, in the order of their names; the captions of `x.png` are the lines of `x.txt`
-    /// that are not blank. Images with the same captions are pictures of one concept, which is [held out](held_out) by the
-    /// first of them. Pictures are opaque, what was transparent is white; folders in the folder are left alone.
+    /// The PNG, JPEG and WebP files in `folder`, in the order of their names; the captions of
+    /// `x.png` are the lines of `x.txt` that are not blank. Images with the same captions are
+    /// pictures of one concept, which is [held out](held_out) by the first of them. Pictures are
+    /// opaque, what was transparent is white; folders in the folder are left alone.
     ///
-    /// Errors: usage, for a folder that cannot be read or has no images, and the first image by name that cannot be read or has
-    /// no captions.
+    /// Errors: usage, for a folder that cannot be read or has no images, and the first image by
+    /// name that cannot be read or has no captions.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let paths = images(folder)?;
         let mut rgba = vec![0; paths.len() * BYTES];
@@ -32,7 +33,7 @@ impl Dataset {
             pixels.for_each(|(to, pixel)| to.copy_from_slice(&pixel.to_rgba().0));
             Ok(captions)
         };
-        // Threads come to faults in any order; the first by name is told.
+        // Threads find errors in any order; the first by name is reported.
         let read: Vec<Result<Vec<String>>> = rgba.par_chunks_exact_mut(BYTES).zip(&paths).map(read).collect();
         let (mut concepts, mut pictures, mut known) = (Vec::new(), Vec::new(), HashMap::new());
         for captions in read {

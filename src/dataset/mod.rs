@@ -1,7 +1,9 @@
-//! The picture library: concepts ("red apple") with their words and their pictures, the material of training and evaluation.
+//! The picture library: concepts ("red apple") with captions and pictures, for training and
+//! evaluation.
 //!
-//! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the metadata under `library`
-//! the JSON of [`Concept`]s and [`CaptionedImage`]s. `nextflow train data` writes it; what else an older one has put there is ignored.
+//! One safetensors file: the tensor `rgba`, u8, (pictures, 128, 128, 4), straight alpha, and in the
+//! metadata under `library` the JSON of [`Concept`]s and [`CaptionedImage`]s. `nextflow train data`
+//! writes it; other fields of older versions are ignored.
 
 mod folder;
 mod words;
@@ -24,13 +26,16 @@ pub const BYTES: usize = SIDE * SIDE * 4;
 const HINT: &str = "in a checkout: sh src/train/fetch-data.sh data && cargo run --release --features train -- train data, \
     or of images of your own: train data --folder DIR";
 
-/// What pictures show, in words: a thing with names, from which its captions are made, or whatever captions of its own say.
+/// A concept that pictures show: a thing with names, from which captions are made, or with its own
+/// captions.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Concept {
-    /// What the concept is called here: the English label of emojibase, "red apple", or the first of its own captions.
+    /// Name of the concept: the English label of emojibase, "red apple", or the first of its own
+    /// captions.
     pub label: String,
-    /// Names that a person would type, the canonical one first ("car" for the label "automobile"), then synonyms;
-    /// no two everyday concepts share a name. There may be none where there are captions.
+    /// Names that a person would type, the canonical one first ("car" for the label "automobile"),
+    /// then synonyms; no two everyday concepts share a name. There may be none where there are
+    /// captions.
     #[serde(default)]
     pub names: Vec<String>,
     /// Chinese label, "红苹果", or nothing.
@@ -41,11 +46,11 @@ pub struct Concept {
     pub captions: Vec<String>,
     /// Whether models learn to draw it; the other concepts only train the image tokenizer.
     pub everyday: bool,
-    /// Whether it is kept out of training, for evaluation: see [`held_out`].
+    /// Whether it is excluded from training, for evaluation: see [`held_out`].
     pub held_out: bool,
 }
 
-/// The hand a picture is drawn in.
+/// Drawing style of a picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Style {
     /// Fluent Emoji, 3D.
@@ -64,19 +69,19 @@ pub enum Style {
 pub struct CaptionedImage {
     /// Index into [`Dataset::concepts`].
     pub concept: usize,
-    /// The hand it is drawn in, if it is one of these.
+    /// Its drawing style, if it is one of these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub style: Option<Style>,
 }
 
 impl CaptionedImage {
-    /// Whether models learn to draw it: what is in the 3D hand, and what is in none of them.
+    /// Whether models learn to draw it: pictures in the 3D style, and those without a style.
     pub fn is_drawn(&self) -> bool {
         matches!(self.style, None | Some(Style::ThreeD))
     }
 }
 
-/// The words of the file: what its metadata holds.
+/// The metadata of the file.
 #[derive(Serialize, Deserialize)]
 struct Index {
     concepts: Vec<Concept>,
@@ -146,7 +151,8 @@ impl Dataset {
 
     /// Reads the library at `path` into memory.
     ///
-    /// Errors: there is no such file, or it is truncated or not a picture library; the hint says how to build one.
+    /// Errors: there is no such file, or it is truncated or not a picture library; the hint says
+    /// how to build one.
     pub fn load(path: &Path) -> Result<Self> {
         let bad = |why: String| Error::model(format!("{} is not a picture library: {why}", path.display())).hint(HINT);
         let bytes = std::fs::read(path).map_err(|e| {
@@ -202,8 +208,8 @@ impl Dataset {
         pixels.flat_map(|p| [0, 1, 2].map(|c| blend(p[c].into(), background[c], p[3] as f32 / 255.0))).collect()
     }
 
-    /// Pastes a picture, scaled to `size` x `size` pixels by area, with its top left corner at (`x`, `y`);
-    /// what lies outside the canvas is cut off.
+    /// Pastes a picture, scaled to `size` x `size` pixels by area, with its top left corner at
+    /// (`x`, `y`); parts outside the canvas are clipped.
     pub fn compose(&self, canvas: &mut Canvas, picture: usize, (x, y): (i32, i32), size: usize) {
         let pixels = resize(self.rgba(picture), size);
         for (row, line) in pixels.chunks_exact(size.max(1)).enumerate() {
@@ -244,14 +250,15 @@ impl Dataset {
         self.concepts.iter().enumerate().filter(move |(_, c)| kept(c)).map(|(i, _)| i)
     }
 
-    /// The canonical caption of a concept, which is also a noun phrase where the concept has a name: "a red apple".
+    /// The canonical caption of a concept, which is also a noun phrase where the concept has a
+    /// name: "a red apple".
     pub fn caption(&self, concept: usize) -> String {
         let Concept { captions, names, .. } = &self.concepts[concept];
         captions.first().cloned().unwrap_or_else(|| with_article(&names[0]))
     }
 
-    /// What a person might type for a concept: the captions of its own as they are; else the canonical caption first ("a red
-    /// apple"), then other forms, synonyms and Chinese.
+    /// Captions that a person might type for a concept: its own captions; else the canonical
+    /// caption first ("a red apple"), then other forms, synonyms and Chinese.
     pub fn captions(&self, concept: usize) -> Vec<String> {
         let concept = &self.concepts[concept];
         if !concept.captions.is_empty() {
@@ -279,8 +286,8 @@ impl Dataset {
     }
 }
 
-/// Whether the concept of this identity, an emoji's hexcode or the first of its own captions, is kept out of training: one in
-/// ten, by its hash, for ever the same.
+/// Whether the concept of this identity, an emoji's hexcode or the first of its own captions, is
+/// excluded from training: one in ten, by a fixed hash.
 pub fn held_out(identity: &str) -> bool {
     fnv1a(identity).is_multiple_of(10)
 }
@@ -290,7 +297,7 @@ fn blend(colour: f32, below: u8, alpha: f32) -> u8 {
     (below as f32 + (colour - below as f32) * alpha).round() as u8
 }
 
-/// `origin + offset` where it lies within `0..limit`.
+/// `origin + offset` if it is within `0..limit`.
 fn inside(origin: i32, offset: usize, limit: usize) -> Option<usize> {
     usize::try_from(origin as i64 + offset as i64).ok().filter(|&at| at < limit)
 }
@@ -306,7 +313,8 @@ fn shares(size: usize) -> Vec<Vec<(usize, f32)>> {
     (0..size).map(share).collect()
 }
 
-/// A picture of straight alpha scaled by area to (size, size), alpha premultiplied, all channels on 0 to 255.
+/// A picture of straight alpha scaled by area to (size, size), alpha premultiplied, all channels on
+/// 0 to 255.
 fn resize(rgba: &[u8], size: usize) -> Vec<[f32; 4]> {
     let add = |sum: &mut [f32; 4], p: &[f32; 4], w: f32| (0..4).for_each(|c| sum[c] += w * p[c]);
     let premultiply = |p: &[u8]| {

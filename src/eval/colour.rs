@@ -1,4 +1,4 @@
-//! Colours as people tell them apart.
+//! Named colours, and the nearest name of a colour.
 
 use std::sync::LazyLock;
 

@@ -17,9 +17,9 @@ pub struct Category {
     pub kind: Kind,
     /// Among those the model drew, 0 to 1.
     pub score: f64,
-    /// Among the rendered scenes of the same prompts after encoding and decoding: what the tokenizer alone allows.
+    /// Score of the rendered scenes of the same prompts after encoding and decoding: the limit of the tokenizer.
     pub ceiling: f64,
-    /// Among the rendered scenes of the same prompts: what the detector alone achieves.
+    /// Score of the rendered scenes of the same prompts: the limit of the detector.
     pub ground_truth: f64,
 }
 

@@ -1,5 +1,5 @@
-//! Dialogues that no model was trained on: edits, questions, several turns and reasoning, each beside what a trivial
-//! answer scores.
+//! Dialogues that no model was trained on: edits, questions, several turns and reasoning, each with the score of a trivial
+//! answer.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -46,7 +46,7 @@ pub struct Questions {
     pub common: f64,
 }
 
-/// Drawing, then an edit of what was drawn.
+/// Drawing, then an edit of the drawn image.
 #[derive(Clone, Debug, Serialize)]
 pub struct Turns {
     /// Dialogues.
@@ -68,7 +68,7 @@ pub struct Reasoning {
     pub prompt: f64,
     /// Share whose image is right.
     pub image: f64,
-    /// The same for an answer that always draws the commonest of the images asked for.
+    /// The same for an answer that always draws the most common target image.
     pub common: f64,
     /// Of as many riddles about things, by a clue that is not trained: share whose final prompt is exactly right.
     pub things: f64,
@@ -92,7 +92,7 @@ pub type Watch<'a> = &'a mut dyn FnMut() -> ControlFlow<()>;
 
 /// A model under examination.
 pub struct Examiner<'a> {
-    /// Who answers.
+    /// The model.
     pub model: &'a ChatModel,
     /// Cases of each kind.
     pub per_kind: usize,
@@ -139,7 +139,7 @@ impl Examiner<'_> {
         self.model.encode("scene", &render(scene)?, &self.model.usual_scales()?)
     }
 
-    /// What the model makes of an image.
+    /// The model's edit of an image.
     pub(super) fn edit(&self, image: &RgbImage, text: &str, case: usize) -> Result<RgbImage> {
         self.edit_picture(self.model.encode("source", image, &self.model.usual_scales()?)?, text, case)
     }
@@ -169,7 +169,7 @@ impl Examiner<'_> {
             redrawn += succeeded(&self.model.decode(&self.scene(&edit.target)?)?);
         }
         let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
-        // Of squared errors: one image that is kept to the pixel makes up for none that is not.
+        // Mean of squared errors: one perfectly preserved image does not make up for others.
         let mean = |values: &[f64]| {
             let errors: f64 = values.iter().map(|psnr| 10f64.powf(-psnr / 10.0)).sum();
             -10.0 * (errors / values.len() as f64).log10()
@@ -212,7 +212,7 @@ impl Examiner<'_> {
         let (mut drawn, mut edited, mut copied) = (0, 0, 0);
         for case in 0..self.per_kind {
             let rng = self.rng(case, 400);
-            // What the judge cannot tell from its source is no case.
+            // Targets that the judge cannot distinguish from their source are no cases.
             let edits = (0..).map(|i| Edit::of_kind(&rng.fork(2 + i), EDIT_KINDS[case % EDIT_KINDS.len()], self.split));
             let told = |edit: &Edit| Ok::<_, Error>(!as_asked(edit, &detect(&render(&edit.source)?)));
             let Some(edit) = edits.take(100).find(|edit| told(edit).unwrap_or(true)) else { continue };
@@ -226,7 +226,7 @@ impl Examiner<'_> {
             let second = detect(&draw(&edit.instruction(&rng.fork(1), self.split))?);
             if judge(&edit.source, &first) {
                 drawn += 1;
-                // What was drawn need not stand exactly where the scene has it.
+                // Drawn objects need not be exactly where the scene has them.
                 edited += usize::from(as_asked(&edit, &second));
                 copied += usize::from(as_asked(&edit, &first));
             }
@@ -287,7 +287,7 @@ fn render(scene: &Scene) -> Result<RgbImage> {
     RgbImage::from_raw(128, 128, scene.render(128, 128)).ok_or_else(wrong)
 }
 
-/// Whether an image shows what the words of an edit ask for: what was drawn before need not stand where its scene has it.
+/// Whether an image shows the target of an edit: objects drawn before need not be where their scene has them.
 fn as_asked(edit: &Edit, found: &Detection) -> bool {
     judge(&edit.target, found) && on_its_background(&edit.target, found)
 }

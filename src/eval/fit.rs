@@ -17,7 +17,7 @@ pub struct Fit {
     pub iou: f64,
 }
 
-/// A silhouette of radius 1: its area, and how far below its centre the centroid lies.
+/// A silhouette of radius 1: its area, and the distance of the centroid below its centre.
 struct Moments {
     shape: Shape,
     area: f64,

@@ -1,4 +1,4 @@
-//! Whether an image shows what was asked for, by the rules of GenEval.
+//! Checks that an image shows its prompt, by the rules of GenEval.
 
 use super::colour;
 use super::detector::{Detection, Found};
@@ -14,7 +14,7 @@ const LARGER: f64 = 1.2;
 /// Whether the objects of an image are those that `scene` names, each in its shape and colour, and nothing else; where
 /// the prompt says so, on the right side of each other or of the image, large or small, and on the named background.
 ///
-/// Stricter than GenEval, whose prompts name colours in two categories only and which overlooks what nobody asked for.
+/// Stricter than GenEval, whose prompts name colours in two categories only and which ignores extra objects.
 pub fn judge(scene: &Scene, found: &Detection) -> bool {
     let Some(order) = in_order(&scene.objects, &found.objects) else { return false };
     if scene.background.is_some() && !on_its_background(scene, found) {
@@ -47,7 +47,7 @@ pub fn on_its_background(scene: &Scene, found: &Detection) -> bool {
     nearest == Some(scene.background.map_or([255; 3], |b| BACKGROUNDS[b].rgb))
 }
 
-/// What was found, in the order of what was asked for, if one matches the other entirely.
+/// The objects found, in the order of those expected, if they match entirely.
 fn in_order<'a>(asked: &[Object], found: &'a [Found]) -> Option<Vec<&'a Found>> {
     let mut rest: Vec<&Found> = found.iter().collect();
     let order = asked.iter().map(|o| {
@@ -58,7 +58,7 @@ fn in_order<'a>(asked: &[Object], found: &'a [Found]) -> Option<Vec<&'a Found>> 
     rest.is_empty().then_some(order)
 }
 
-/// Whether `a` lies by more than `margin` on that side of `b`.
+/// Whether `a` is on that side of `b` by more than `margin`.
 fn relation(place: Place, a: (f64, f64), b: (f64, f64), margin: f64) -> bool {
     match place {
         Place::Unsaid => true,

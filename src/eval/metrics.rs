@@ -62,7 +62,7 @@ pub fn nearest(query: &[f32], gallery: &[Vec<f32>]) -> Option<usize> {
     distances.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
 }
 
-/// What plain pixels say about an image: its areas' means on a grid of 32 x 32, (32 * 32 * 3), without their overall mean.
+/// Pixel features of an image: means of its areas on a grid of 32 x 32, (32 * 32 * 3), minus their overall mean.
 pub fn pixel_feature(image: &RgbImage) -> Vec<f32> {
     let rgb: Vec<f32> = image.iter().map(|&v| f32::from(v) / 255.0).collect();
     let size = (image.height() as usize, image.width() as usize);

@@ -61,7 +61,7 @@ pub struct Recognition {
 /// How close images come back from the tokenizer.
 #[derive(Clone, Debug, Serialize)]
 pub struct Fidelity {
-    /// So many images.
+    /// Number of images.
     pub pictures: usize,
     /// Mean of the images' PSNR, dB.
     pub psnr: f64,
@@ -72,9 +72,9 @@ pub struct Fidelity {
 /// Pictures of held-out concepts, which the tokenizer was not trained on, through encoding and decoding.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reconstruction {
-    /// In the hand that the model draws in.
+    /// In the style that the model draws in.
     pub three_d: Fidelity,
-    /// In every hand.
+    /// In every style.
     pub all_styles: Fidelity,
 }
 
@@ -109,7 +109,7 @@ impl Subject<'_> {
     }
 }
 
-/// The everyday concepts that have a picture in the model's hand, with it, in order.
+/// The everyday concepts with a picture in the model's style, and the picture, in order.
 fn drawable(library: &Dataset) -> Vec<(usize, usize)> {
     let mut concepts: Vec<usize> = library.everyday(false).chain(library.everyday(true)).collect();
     concepts.sort_unstable();

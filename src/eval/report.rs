@@ -31,7 +31,7 @@ pub struct Report {
     pub reconstruction: Option<Reconstruction>,
 }
 
-/// What a kind is called in JSON, with spaces.
+/// The JSON name of a kind, with spaces.
 fn name(kind: impl Serialize) -> String {
     let json = serde_json::to_value(kind).ok();
     json.as_ref().and_then(|name| name.as_str()).unwrap_or_default().replace('_', " ")

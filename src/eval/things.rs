@@ -11,15 +11,15 @@ use crate::error::{Error, Kind as Failure, Result};
 use crate::rng::Rng;
 use crate::scenes::BACKGROUNDS;
 
-/// What is asked for.
+/// The target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ThingEdit {
     /// Another background, of all that have names.
     Background,
-    /// The mirror image, of what is not nearly its own.
+    /// The mirror image, of pictures that are not nearly symmetric.
     Flip,
-    /// Another hand, of three.
+    /// Another style, of three.
     Style,
     /// Another thing, of ten.
     Replace,
@@ -45,14 +45,14 @@ struct Case {
 }
 
 const WHITE: [u8; 3] = [255; 3];
-/// Root mean square, of 255, by which a picture and its mirror image are hardly told apart.
+/// Root mean square difference, of 255, below which a picture counts as symmetric.
 const ALIKE: f64 = 24.0;
 
 fn canvas(library: &Dataset, picture: usize, background: [u8; 3]) -> Canvas {
     Canvas { width: SIDE, height: SIDE, rgb: library.over(picture, background) }
 }
 
-/// Concepts of which no edit was trained, with a name: what goes by captions of its own cannot be told by an instruction.
+/// Concepts without trained edits, with a name: concepts with their own captions cannot be named in an instruction.
 fn things(library: &Dataset) -> Vec<usize> {
     library.everyday(true).filter(|&c| !library.concepts[c].names.is_empty()).collect()
 }
@@ -115,7 +115,7 @@ fn feature(image: &RgbImage) -> Vec<f32> {
     pixel_feature(image).into_iter().chain(corner).collect()
 }
 
-/// Edits of every kind; none if the library has no things of which to tell.
+/// Edits of every kind; none if the library has no named things.
 pub fn thing_edits(examiner: &Examiner, library: &Dataset, watch: Watch) -> Result<Vec<ThingEdits>> {
     if things(library).is_empty() {
         return Ok(Vec::new());

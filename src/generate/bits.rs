@@ -54,8 +54,8 @@ pub fn guided(logits: &Tensor, params: &SampleParams) -> Result<Tensor> {
     }
 }
 
-/// A bit is 1 if the logit of 1 exceeds that of 0 by more than this, where `u` is uniform on (0, 1). Its probability is then what
-/// `kept` leaves of the two: the rarer value goes if its own is at most 1 - top_p.
+/// A bit is 1 if the logit of 1 exceeds that of 0 by more than this, where `u` is uniform on (0, 1). The filter `kept` applies to
+/// the two values: the rarer one is dropped if its probability is at most 1 - top_p.
 fn threshold(u: f64, kept: Filter) -> f32 {
     if kept.top_k == Some(1) {
         return 0.0;
@@ -114,7 +114,8 @@ mod tests {
         for ((pair, want), keep) in pairs.iter().zip(&probabilities).zip(&keep) {
             let one = |u: f64| pair[1] - pair[0] > threshold(u, kept);
             for (value, keep) in keep.iter().enumerate() {
-                // Whatever the noise, a value that goes is never drawn, and one that stays is, now and then.
+                // Whatever the noise, a value that goes is never drawn, and one that stays is, now
+                // and then.
                 let drawn = [1e-9, 1.0 - 1e-9].iter().any(|&u| usize::from(one(u)) == value);
                 assert_eq!(u8::from(drawn), *keep, "{pair:?}");
             }

@@ -1,4 +1,4 @@
-//! A checkpoint's `config.json`: what a model draws, converses with and is built of.
+//! A checkpoint's `config.json`: shapes of the networks, schedules, sampling, prompts and conversation.
 
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
@@ -18,16 +18,16 @@ const MAX_GRID: usize = 256;
 const MAX_SCALES: usize = 1000;
 const MAX_PADDED: usize = 1 << 16;
 
-/// What the model is told if the user tells nothing (Qwen2.5-VL's chat template).
+/// The default system prompt (Qwen2.5-VL's chat template).
 pub const SYSTEM: &str = "You are a helpful assistant.";
 
 /// How a model converses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConversationConfig {
-    /// What it is told about itself if the user tells nothing.
+    /// The default system prompt.
     pub system: String,
-    /// It may answer with an image of its own accord. Without it, it draws when the user says so.
+    /// It may answer with an image of its own accord. Otherwise it draws on command only.
     pub draws: bool,
     /// The most tokens of a conversation, those of images among them.
     pub context: usize,
@@ -56,7 +56,7 @@ pub struct ModelConfig {
     /// Grids (height, width) of the only size that it draws, in place of the paper's table.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub grids: Vec<(usize, usize)>,
-    /// Sampling when the user asks for nothing else.
+    /// The default sampling.
     pub sampling: Sampling,
     /// How it converses.
     #[serde(default, skip_serializing_if = "ConversationConfig::is_default")]
@@ -71,7 +71,7 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// What would keep the model from being built or from drawing, as one sentence.
+    /// Errors: a value with which the model cannot be built or cannot draw, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         self.backbone.check()?;
         self.tokenizer.check().map_err(|e| told(&e))?;
@@ -133,8 +133,8 @@ impl ModelConfig {
         }
     }
 
-    /// The image tokenizer without the transformer: in f32, but for the pixel decoder on a GPU and, unless `weights` asks for
-    /// f32, filters that are stored as bytes and stay so.
+    /// The image tokenizer without the transformer: in f32, except the pixel decoder on a GPU, and int8 filters, which stay int8
+    /// unless `weights` is f32.
     pub fn load_tokenizer(
         &self,
         source: &Source,
@@ -157,7 +157,7 @@ impl ModelConfig {
         source.load(self.tokenizer_file(source), DType::F32, device, build)
     }
 
-    /// How the image tokenizer's filters are kept beside a transformer of `weights`: as they are stored, unless all is to be f32.
+    /// How the image tokenizer's filters are stored beside a transformer of `weights`: as in the file, unless everything is f32.
     pub(crate) fn filters(&self, source: &Source, device: &Device, weights: Option<WeightType>) -> Matrices {
         source.placed(self.tokenizer_file(source), weights.filter(|weights| *weights == WeightType::F32), device).1
     }
@@ -169,7 +169,7 @@ impl ModelConfig {
         if public && !source.has(IMAGE_TOKENIZER) { PUBLIC } else { IMAGE_TOKENIZER }
     }
 
-    /// The files of a checkpoint in numbers, and how their tensors compare with what this config's modules ask for.
+    /// Summaries of a checkpoint's files, and how their tensors compare with those that this config's modules load.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -190,7 +190,7 @@ impl ModelConfig {
         Ok((files, fit))
     }
 
-    /// What would keep the transformer from drawing an image, as one sentence.
+    /// Errors: a value with which the transformer cannot draw an image, as one sentence.
     fn check_image(&self) -> std::result::Result<(), String> {
         let (backbone, count) = (&self.backbone, self.grids.len());
         if backbone.vocabulary == Vocabulary::Plain && self.prompt.image_start.is_empty() {

@@ -13,20 +13,20 @@ use crate::tokenizer::{CnnConfig, ImageDecoder};
 /// Bytes that a process needs for the images that it draws at once.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Memory {
-    /// What encoding the prompts takes, where a network of its own does: it is gone before the others are there.
+    /// Encoding the prompts, by a separate network that is dropped before the others are loaded.
     #[serde(skip_serializing_if = "is_zero")]
     pub text: u64,
     /// Weights of the transformer.
     pub transformer: u64,
     /// Keys and values.
     pub cache: u64,
-    /// What a pass over the largest scale holds at once.
+    /// Peak of a pass over the largest scale.
     pub activations: u64,
     /// Weights of the image tokenizer's half that draws.
     pub tokenizer: u64,
     /// What decoding pixels holds at once.
     pub decode: u64,
-    /// The program itself, with what is embedded in it, its threads and vocabulary.
+    /// The program itself, with embedded files, threads and vocabulary.
     pub program: u64,
 }
 
@@ -50,7 +50,7 @@ impl Memory {
         let loaded = self.transformer + self.tokenizer + self.program;
         let drawing = loaded + self.cache;
         let decoding = match self.text {
-            // The cache is there until all images are decoded, but for those that are drawn apart.
+            // The cache lives until all images are decoded, except where batches are drawn one by one.
             0 => drawing + self.decode,
             _ => loaded + self.decode,
         };
@@ -58,7 +58,7 @@ impl Memory {
         [("text", text), ("drawing", drawing + self.activations), ("decoding", decoding)]
     }
 
-    /// What the peak is made of, in words; or the phases, where a network of its own reads the text.
+    /// The parts of the peak by name; or the phases, where a separate network encodes the text.
     pub fn parts(&self) -> Vec<(&'static str, u64)> {
         if self.text > 0 {
             return self.phases().to_vec();
@@ -76,10 +76,10 @@ impl Memory {
 /// The program with its libraries, buffers and threads, as measured.
 pub const PROGRAM: u64 = 20 << 20;
 
-/// Bytes of the vocabulary by word: the tables of the `tokenizers` library, as measured.
+/// Bytes of the vocabulary per token: the tables of the `tokenizers` library, as measured.
 pub const WORD: u64 = 400;
 
-/// What is drawn at once.
+/// The images that are drawn at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Work<'a> {
     /// Grids (height, width) of every image, coarse to fine.
@@ -88,7 +88,7 @@ pub struct Work<'a> {
     pub images: usize,
     /// Tokens of the longest prompt.
     pub words: usize,
-    /// How codes are drawn.
+    /// How codes are sampled.
     pub sampling: &'a Sampling,
     /// Different prompts in all, for a model that reads them beforehand.
     pub prompts: usize,
@@ -115,7 +115,7 @@ pub fn memory(
     Ok(memory)
 }
 
-/// As [`memory`], for weights that are in no file, with the transformer's matrices and the tokenizer's filters kept in some way.
+/// As [`memory`], for random weights, with the storage of the transformer's matrices and of the tokenizer's filters.
 pub fn synthetic_memory(
     config: &ModelConfig,
     dtype: DType,
@@ -146,14 +146,13 @@ pub fn synthetic_memory(
     })
 }
 
-/// Bytes that a block of the transformer holds at once for so many `tokens`, with numbers of `width` bytes: gate and up, each
-/// as it is computed and as it is laid out, beside the residual stream and its norm.
+/// Peak bytes of a transformer block for `tokens` tokens, with numbers of `width` bytes: gate and up, each with its packed copy,
+/// beside the residual stream and its norm.
 pub fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
     (tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * width) as u64
 }
 
-/// Bytes that a pass over a grid of so many `codes` holds at once, in every one of so many images, guided or not, with numbers
-/// of `width` bytes.
+/// Peak bytes of a pass over a grid of `codes` codes in each of `images` images, guided or not, with numbers of `width` bytes.
 pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool), width: usize) -> u64 {
     let rows = if guided { 2 * images } else { images };
     // Logits of both rows, the guided ones, and the copy that is filtered.
@@ -161,8 +160,7 @@ pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool)
     pass(c, rows * codes, width).max((copies * images * at_once * c.codebook_size * 4) as u64)
 }
 
-/// Bytes that decoding the pixels of a grid of so many cells holds at once, with numbers of `width`
-/// bytes; encoding them as well.
+/// Peak bytes of decoding, or encoding, the pixels of a grid of `cells` cells, with numbers of `width` bytes.
 pub fn decoding(cnn: &CnnConfig, cells: usize, width: usize) -> u64 {
     let side = cnn.stride() / cnn.patch;
     let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);

@@ -1,4 +1,4 @@
-//! A model that draws, of any family: what the commands that draw work with.
+//! A model that draws, of any family: the interface of the commands that draw.
 
 use std::path::Path;
 
@@ -28,7 +28,7 @@ pub enum GeneratorConfig {
 }
 
 impl GeneratorConfig {
-    /// Reads and checks the config of a checkpoint, and where that says nothing the headers of its weights.
+    /// Reads and checks the config of a checkpoint, and the headers of its weights where it has none.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not draw.
     pub fn read(source: &Source) -> Result<Self> {
@@ -79,7 +79,7 @@ impl GeneratorConfig {
         }
     }
 
-    /// Sampling when the user asks for nothing else.
+    /// The default sampling.
     pub fn sampling(&self) -> &Sampling {
         match self {
             Self::NextFlow(config) => &config.sampling,
@@ -117,7 +117,8 @@ impl GeneratorConfig {
         }
     }
 
-    /// Whether the model can be loaded, as far as words and headers tell; `features` are those of prompts.
+    /// Checks that the model can be loaded, by its text tokenizer and the headers of its weights; `features` are stored features of
+    /// prompts.
     ///
     /// Errors: those of [`Generator::load`].
     pub fn check(&self, source: &Source, features: Option<&Path>) -> Result<()> {
@@ -128,7 +129,7 @@ impl GeneratorConfig {
         }
     }
 
-    /// The files of a checkpoint in numbers, and how their tensors compare with what the model asks for.
+    /// Summaries of a checkpoint's files, and how their tensors compare with those that the model loads.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -163,8 +164,9 @@ pub enum Generator {
 }
 
 impl Generator {
-    /// Loads what drawing needs onto `device`, in `weights` or as usual. What reads text alone does so now, for
-    /// these `prompts`, and is gone before others are loaded; `features` are what it has read before.
+    /// Loads everything for drawing onto `device`, as `weights` or by default. What reads text
+    /// alone encodes the `prompts` now and is dropped before the other networks are loaded;
+    /// `features` are stored features of prompts.
     ///
     /// Errors: files that are missing, broken or do not fit.
     pub fn load(

@@ -1,4 +1,4 @@
-//! What is to be drawn, and the events of drawing it.
+//! Jobs, batches, and the events of drawing them.
 
 use std::ops::ControlFlow;
 
@@ -12,13 +12,13 @@ use crate::tokenizer::Code;
 pub struct Job {
     /// What to draw, as plain text.
     pub prompt: String,
-    /// What guidance leads away from, if that is not the model's own.
+    /// The negative prompt, if it is not the model's own.
     pub negative: Option<String>,
     /// Grids (height, width) coarse to fine.
     pub scales: Vec<(usize, usize)>,
-    /// How codes are drawn.
+    /// How codes are sampled.
     pub sampling: Sampling,
-    /// Decides all randomness of the image.
+    /// Seed of all randomness of the image.
     pub seed: u64,
 }
 
@@ -27,9 +27,9 @@ pub struct Job {
 pub struct Batch<'a> {
     /// Grids (height, width) coarse to fine.
     pub scales: &'a [(usize, usize)],
-    /// How codes are drawn.
+    /// How codes are sampled.
     pub sampling: &'a Sampling,
-    /// One for every image, which decides all its randomness.
+    /// The seed of every image.
     pub seeds: &'a [u64],
 }
 
@@ -41,14 +41,14 @@ pub enum Event<'a> {
         /// Tokens in all of them, but for the last one of each, which opens the image.
         tokens: usize,
     },
-    /// One more scale was drawn or, on a GPU, has been asked for.
+    /// One more scale was drawn or, on a GPU, queued.
     Scale {
         /// Codes of every scale so far, coarse to fine: (images, h * w) u32, or (images, h * w,
         /// bits) u8 for bitwise codes. Reading them ([`super::sampler::to_host`]) waits for the device.
         codes: &'a [Tensor],
         /// All grids of the image.
         scales: &'a [(usize, usize)],
-        /// How many of them are drawn: a draft leaves out the last ones.
+        /// How many of them are drawn: a draft skips the last ones.
         drawn: usize,
     },
     /// All codes were drawn; pixels come next.

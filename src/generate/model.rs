@@ -12,7 +12,7 @@ use crate::text::Text;
 use crate::tokenizer::{Code, ImageDecoder};
 
 impl ModelConfig {
-    /// Reads and checks the config of a checkpoint, without its weights. That of the public TokenFlow-t2i stands for
+    /// Reads and checks the config of a checkpoint, without its weights. The config of the public TokenFlow-t2i is replaced by
     /// [`tokenflow::config`].
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
@@ -54,7 +54,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Whether [`Model::load`] can load a checkpoint, as far as its words and the headers of its weights tell.
+    /// Checks that [`Model::load`] can load a checkpoint, by its text tokenizer and the headers of its weights.
     ///
     /// Errors: those of [`Model::load`].
     pub fn check(source: &Source, config: &ModelConfig) -> Result<()> {
@@ -103,8 +103,8 @@ impl Model {
         images.pop().ok_or_else(|| Error::new(Kind::Failure, "one seed draws one image"))
     }
 
-    /// Draws an image from each of the prompts, with the seed in its place, in one pass over every scale, guided away from
-    /// `negative` or what the config has in its place: their pixels are those that they have alone, but for what the order of additions in larger products changes.
+    /// Draws an image of each prompt, with the seed at its index, in one pass over every scale, guided away from `negative` or the
+    /// config's negative prompt. Each image equals the one drawn alone, up to the order of floating-point sums.
     ///
     /// Errors: as [`Model::draw`].
     pub fn draw_batch(

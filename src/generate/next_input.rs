@@ -1,4 +1,4 @@
-//! What the transformer sees of the scales drawn so far.
+//! The transformer's input for the next scale, from the codes of the scales so far.
 
 use candle_core::{Result, Tensor};
 
@@ -83,7 +83,7 @@ impl<'a> NextInput<'a> {
         }
     }
 
-    /// Entries of the codes of the current scale, on what was before.
+    /// Codebook entries of the current scale, added to the sum of the scales before.
     fn entries(&self, q: &Quantizer, codes: &Tensor) -> Result<Tensor> {
         let entries = q.lookup(codes)?;
         match &self.sum {

@@ -13,9 +13,9 @@ use crate::generate::{Guidance, Job};
 /// Everything that decided an image; the `nextflow` text chunk of its PNG, as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PngInfo {
-    /// What was asked for.
+    /// The prompt.
     pub prompt: String,
-    /// What guidance led away from, if that was not the model's own.
+    /// The negative prompt, if it was not the model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub negative: Option<String>,
     /// Decides all randomness.
@@ -28,7 +28,7 @@ pub struct PngInfo {
     pub cfg: f64,
     /// 0 means argmax.
     pub temperature: f64,
-    /// What `cfg` says, if not what VAR's does.
+    /// The meaning of `cfg`, if it is not VAR's.
     #[serde(default, skip_serializing_if = "is_default")]
     pub guidance: Guidance,
     /// Guidance of every scale, in place of `cfg`.
@@ -37,10 +37,10 @@ pub struct PngInfo {
     /// The temperature of every scale, in place of `temperature`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temperature_scales: Vec<f64>,
-    /// Guidance of an edit by its picture, beside `cfg`, if the model has that.
+    /// Weight of an edit's words without its image, beside `cfg`, if the model has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_cfg: Option<f64>,
-    /// Where within the network guidance took place, if it did: so many blocks before the end.
+    /// Blocks before the end at which guidance was applied inside the network, if it was.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
     /// `None` keeps all codes.
@@ -56,7 +56,7 @@ pub struct PngInfo {
     /// Passes over every scale but the first, if more than one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passes: Option<u8>,
-    /// What the model said first.
+    /// The model's text before the image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thought: Option<String>,
     /// The files of the images that it changes.
@@ -65,7 +65,7 @@ pub struct PngInfo {
     /// Guidance led away from any image, not from one with the same sources.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub free: bool,
-    /// It belongs to a conversation, which is not told.
+    /// Drawn in a conversation, which is not stored.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub conversation: bool,
     /// The model's name.
@@ -108,7 +108,7 @@ impl PngInfo {
         }
     }
 
-    /// Those in the bytes of a PNG that [`encode`] made; nothing in others.
+    /// The settings in a PNG of [`encode`]; none in others.
     pub fn of_png(png: &[u8]) -> Option<Self> {
         serde_json::from_str(&text(&info(png)?, "nextflow")?).ok()
     }
@@ -157,7 +157,7 @@ pub fn encode(image: &RgbImage, settings: &PngInfo) -> Result<Vec<u8>> {
         let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
-        // The usual level takes 94 ms in place of 3 for 768x512 pixels, and makes no smaller files of what we draw.
+        // The default level takes 94 ms instead of 3 for 768x512 pixels, and does not make drawn images smaller.
         encoder.set_compression(png::Compression::Fast);
         for (key, text) in [("parameters", settings.parameters()), ("nextflow", json.clone())] {
             match is_latin1(&text) {
@@ -181,10 +181,10 @@ fn is_latin1(text: &str) -> bool {
 /// The most bytes of a text.
 const MAX_TEXT: usize = 1 << 20;
 
-/// What stands in a PNG beside its pixels, before or behind them; nothing of what is no PNG.
+/// The header of a PNG with its text chunks, before or after the pixels; none if it is no PNG.
 fn info(png: &[u8]) -> Option<png::Info<'static>> {
     let mut reader = png::Decoder::new(io::Cursor::new(png)).read_info().ok()?;
-    // A file that is cut off further on has what was found until there.
+    // A file that is cut off still has the chunks before the cut.
     let _ = reader.finish();
     Some(reader.info().clone())
 }
@@ -205,7 +205,7 @@ fn text(info: &png::Info, keyword: &str) -> Option<String> {
     info.uncompressed_latin1_text.iter().rfind(|chunk| chunk.keyword == keyword).map(|chunk| chunk.text.clone())
 }
 
-/// What is to be said of a file without [`PngInfo`], if it tells whose it is.
+/// A description of a file without [`PngInfo`], if it names its software.
 pub fn stranger(file: &[u8]) -> Option<String> {
     let Some(info) = info(file) else { return Some("is no PNG, or a damaged one".into()) };
     let has = |keyword: &str| text(&info, keyword).is_some();
@@ -232,7 +232,7 @@ pub fn stranger(file: &[u8]) -> Option<String> {
     Some(format!("was written by another program, {software}, and holds no nextflow settings"))
 }
 
-/// The largest PNG of which [`is_whole_png`] is asked, in bytes.
+/// The largest PNG that [`is_whole_png`] reads, in bytes.
 const MAX_PNG: u64 = 1 << 30;
 
 /// Whether a file is a PNG from its first chunk to its last, with the right check sums.

@@ -1,4 +1,4 @@
-//! What a model reads before the first code of an image.
+//! Prompts: the tokens before the first code of an image.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +7,7 @@ use crate::text::{self, Text};
 
 /// Before a request that the model is to think about first.
 pub const THINK: &str = "think, then draw ";
-/// Between its reasoning and what it draws (the paper's chain of thought).
+/// Separates reasoning and prompt (the paper's chain of thought).
 pub const FINAL: &str = "the final prompt is: ";
 
 /// How a prompt becomes tokens. The default is NextFlow's: the text, then `<boi>`; nothing but `<boi>` for the
@@ -17,9 +17,9 @@ pub const FINAL: &str = "the final prompt is: ";
 pub struct PromptConfig {
     /// Token before the text.
     pub bos: Option<u32>,
-    /// Words that open an image in place of `<boi>`.
+    /// Text that opens an image in place of `<boi>`.
     pub image_start: String,
-    /// Positions count as if text and `bos` were padded on the left to so many tokens; longer prompts are cut to it.
+    /// Positions count as if text and `bos` were padded on the left to this many tokens; longer prompts are cut to it.
     pub padded_to: Option<usize>,
     /// Text of the unconditional row.
     pub negative: String,
@@ -37,7 +37,7 @@ pub struct PromptCounter {
 }
 
 impl PromptCounter {
-    /// Counts with the tokenizer of a model that reads so many tokens at most.
+    /// Counts with the tokenizer of a model whose context holds `most` tokens.
     pub fn new(text: Text, context: usize) -> Self {
         Self { text: Some(text), limit: context.min(MAX_TOKENS) }
     }
@@ -67,7 +67,7 @@ impl PromptCounter {
 pub struct Prefix {
     /// Token ids; never empty.
     pub ids: Vec<u32>,
-    /// Left pads before them. Nobody sees a pad, so none is ever read: the positions begin after them.
+    /// Left pads before them. Pads are masked, so they are never computed: the positions begin after them.
     pub pads: usize,
 }
 
@@ -77,7 +77,7 @@ impl PromptConfig {
         *self == Self::default()
     }
 
-    /// The tokens that open an image: those of the words in the config, or `boi`.
+    /// The tokens that open an image: those of the text in the config, or `boi`.
     pub(super) fn opening(&self, text: &Text, boi: u32) -> Result<Vec<u32>> {
         match self.image_start.as_str() {
             "" => Ok(vec![boi]),

@@ -14,7 +14,7 @@ pub struct Ratio {
     /// Token grids (height, width) of all 13 scales, 1x1 first.
     #[serde(rename = "scales_hw")]
     pub scales: Vec<(usize, usize)>,
-    /// Of every scale, where its rows stand on the last grid of all 13, whatever the level (RoPE).
+    /// Per scale, the positions of its rows on the last grid of all 13, at every level (RoPE).
     pub rope_rows: Vec<Vec<usize>>,
     /// The same for its columns.
     #[serde(rename = "rope_cols")]

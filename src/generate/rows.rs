@@ -1,4 +1,4 @@
-//! The sequences that images are drawn in: the prompt's of every image and, for guidance, an unconditional one for each.
+//! The KV-cached sequences of a batch: a conditional one per image and, for guidance, an unconditional one per image.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -7,18 +7,18 @@ use super::sampler::{self, Fault, SampleParams};
 use super::{Prefix, Sequences, schedule};
 use crate::backbone::{Backbone, Cache, Context, Layout, Position, Rope, Step};
 
-/// Tokens whose logits are held at a time: 1 GB for all of a 64x64 grid would be too much.
+/// Tokens whose logits are in memory at a time: those of a whole 64x64 grid would take 1 GB.
 pub const POSITIONS: usize = 1024;
 
-/// A batch of rows, each with a beginning of its own: one of every image and, with guidance, another one of every image,
-/// which sees the same codes.
+/// A batch of rows with separate prefixes and caches: a conditional one per image and, with guidance, an unconditional one per
+/// image, which gets the same codes.
 #[derive(Debug)]
 pub struct Rows<'a> {
     backbone: &'a Backbone,
     scales: &'a [(usize, usize)],
-    /// Of every scale, in all rows: they are sent to a GPU before it has work to do.
+    /// Per scale, for all rows: copied to a GPU before it has work to do.
     ropes: Vec<Rope>,
-    /// Of every row that is still read.
+    /// Of every row that is still in the batch.
     caches: &'a mut [Cache],
 }
 
@@ -32,8 +32,8 @@ impl<'a> Rows<'a> {
         prefixes.iter().map(|_| cache()).collect()
     }
 
-    /// Reads the prefixes of an image of the grids `scales` into empty caches. Gives the hidden states that predict the first
-    /// code as well, (R, 1, hidden). Errors when a prefix is empty.
+    /// Prefills empty caches with the prefixes of images of the grids `scales`. Also returns the hidden states that predict the
+    /// first code, (R, 1, hidden). Errors: an empty prefix.
     pub fn start(
         backbone: &'a Backbone,
         caches: &'a mut [Cache],
@@ -54,14 +54,14 @@ impl<'a> Rows<'a> {
         Ok((Self::resume(backbone, caches, layouts, scales)?, hidden))
     }
 
-    /// Rows that have been read up to what opens the image, one for each of the layouts, which hold the image too.
+    /// Rows that are prefilled up to the token that opens the image, one per layout; the layouts include the image.
     pub fn resume(
         backbone: &'a Backbone,
         caches: &'a mut [Cache],
         layouts: Vec<Layout>,
         scales: &'a [(usize, usize)],
     ) -> Result<Self> {
-        // The first scale is predicted by what has been read.
+        // The first scale is predicted by the prefix, and never an input.
         let mut behind = 0;
         let rope = |(h, w): &(usize, usize)| {
             let rows = layouts.iter().zip(&*caches);
@@ -108,7 +108,8 @@ impl Sequences for Rows<'_> {
     }
 }
 
-/// Reads every prefix by itself, on all threads, and equal ones once: the hidden states of their last tokens, (R, 1, hidden).
+/// Prefills every prefix by itself, on all threads, and equal ones once. Returns the hidden states of the last tokens,
+/// (R, 1, hidden).
 fn prefill_apart(
     backbone: &Backbone,
     caches: &mut [Cache],
@@ -134,8 +135,8 @@ fn prefill_apart(
     Tensor::cat(&hidden.into_iter().flatten().collect::<Vec<_>>(), 0)
 }
 
-/// The same in one pass, for which the weights are read once: what is short is followed by zeros, which nothing before them
-/// sees and which are forgotten.
+/// The same in one pass, which reads the weights once: shorter prefixes are padded with zeros at the end, which causal attention
+/// ignores and the caches drop.
 fn prefill_together(
     backbone: &Backbone,
     caches: &mut [Cache],

@@ -1,4 +1,4 @@
-//! From logits to codes: temperature, top-k, top-p, and a draw that depends on (seed, scale, position) alone.
+//! From logits to codes: temperature, top-k, top-p, and noise that depends on (seed, scale, position) alone.
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -7,7 +7,7 @@ use super::sampling::{Filter, Sampling};
 use crate::rng::{Rng, Stream};
 use crate::tokenizer::{Code, pack};
 
-/// Why there are no codes.
+/// Why sampling failed.
 #[derive(Debug)]
 pub enum Fault {
     /// A row of logits without a finite maximum, or with a NaN.
@@ -25,7 +25,7 @@ impl From<candle_core::Error> for Fault {
     }
 }
 
-/// What decides the codes of a pass over a scale, beside its logits.
+/// Parameters of sampling one pass over a scale.
 #[derive(Clone, Copy, Debug)]
 pub struct SampleParams<'a> {
     /// Temperature and filters.
@@ -40,7 +40,7 @@ pub struct SampleParams<'a> {
     pub pass: usize,
 }
 
-/// What a GPU draws where the logits are not finite, so that nothing waits for it to tell: no codebook is as large.
+/// The code that a GPU samples where the logits are not finite, so that nothing has to wait for it: no codebook is as large.
 pub const NON_FINITE: u32 = u32::MAX;
 /// The same mark in place of a bit, which is 0 or 1.
 pub const NON_FINITE_BIT: u8 = u8::MAX;
@@ -134,10 +134,11 @@ pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
     Ok(both.map(|(c, u)| c.iter().zip(u).map(|(c, u)| c * more - u * less).collect()).collect())
 }
 
-/// A temperature at which only the likeliest is ever drawn; dividing by less may give what is not finite.
+/// Below this temperature sampling is argmax; dividing the logits by less could overflow.
 pub(super) const COLD: f64 = 1e-6;
 
-/// One of the entries that `kept` leaves of a row with a finite maximum, by `u` of (0, 1); at temperature 0 the largest.
+/// Samples an entry of a row of logits with a finite maximum, filtered by `kept`, with `u` uniform on (0, 1); at temperature 0 the
+/// largest.
 pub fn sample_row(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
     if temperature < COLD || kept.top_k == Some(1) {
         return argmax(&row);

@@ -1,14 +1,14 @@
-//! The settings by which codes are drawn.
+//! Sampling settings of image codes.
 
 use crate::error::{Error, Result};
 
-/// Which codes stay candidates.
+/// Top-k and top-p.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Filter {
-    /// The k likeliest.
+    /// Keep the k most likely.
     pub top_k: Option<usize>,
-    /// Of these the smallest set whose probabilities sum to p; 1 keeps all.
+    /// Of these keep the smallest set whose probabilities sum to p; 1 keeps all.
     pub top_p: f64,
 }
 
@@ -16,7 +16,7 @@ pub struct Filter {
 const MAX_CFG: f64 = 1e3;
 const MAX_TEMPERATURE: f64 = 1e6;
 
-/// What [`Sampling::cfg`] says.
+/// The meaning of [`Sampling::cfg`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Guidance {
@@ -31,24 +31,24 @@ pub enum Guidance {
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sampling {
-    /// Guidance, as `guidance` says.
+    /// Guidance; `guidance` is its meaning.
     pub cfg: f64,
     /// 0 means argmax.
     pub temperature: f64,
-    /// Keep the k likeliest codes.
+    /// Keep the k most likely codes.
     pub top_k: Option<usize>,
     /// Keep the smallest set of codes whose probabilities sum to p; 1 keeps all.
     pub top_p: f64,
-    /// Further passes over every scale but the first, each with a filter of its own.
+    /// TokenFlow-t2i only: further passes over every scale but the first, each with its own filter.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refine: Vec<Filter>,
-    /// The first so many scales are guided; later ones follow the prompt's row alone, in half the time.
+    /// Number of guided scales; later ones use the conditional row alone, in half the time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cfg_until: Option<usize>,
-    /// So many scales are left out at the end: a draft, of full size but without its finest detail.
+    /// Number of scales skipped at the end: a draft of full size, without the finest detail.
     #[serde(default, skip_serializing_if = "is_default")]
     pub draft: usize,
-    /// What `cfg` says.
+    /// The meaning of `cfg`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub guidance: Guidance,
     /// Constant guidance of every scale, in place of `cfg`.
@@ -57,11 +57,12 @@ pub struct Sampling {
     /// The temperature of every scale, in place of `temperature`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temperature_scales: Vec<f64>,
-    /// Guidance takes place within the network, so many blocks before its end, each time; 0 is on the logits, as without any.
-    /// Infinity alone.
+    /// Infinity only: guidance is applied inside the network, each of these numbers of blocks before its end; 0 means on the logits,
+    /// as without any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
-    /// How much the words alone, without the picture that is edited, count beside both in guidance. OneCAT's edits alone.
+    /// How much the words alone, without the picture that is edited, count beside both in guidance.
+    /// OneCAT's edits alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_cfg: Option<f64>,
 }
@@ -71,7 +72,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl Default for Sampling {
-    /// All codes as the model gives them, without guidance.
+    /// Plain sampling from the model, without guidance.
     fn default() -> Self {
         Self {
             cfg: 0.0,
@@ -113,7 +114,7 @@ impl Sampling {
         faults.into_iter().find_map(|(good, fault)| (!good).then_some(fault))
     }
 
-    /// Errors: usage, if the draft leaves none of so many scales, and if there is a value for each of other scales.
+    /// Errors: usage, if the draft leaves none of `scales` scales, or a list has another number of values.
     pub fn check(&self, scales: usize) -> Result<()> {
         if self.guidance == Guidance::Ramp && !self.cfg_scales.is_empty() {
             return Err(Error::usage("--cfg with a value for every scale is for Infinity").hint("--cfg 3"));
@@ -149,7 +150,7 @@ impl Sampling {
         }
     }
 
-    /// Guidance t at the scale of an index, of so many: the logits become (1 + t) conditional - t unconditional.
+    /// Guidance t at scale `scale` of `scales`: logits = (1 + t) conditional - t unconditional.
     pub fn guidance(&self, scale: usize, scales: usize) -> f64 {
         match self.guidance {
             Guidance::Ramp => self.cfg * scale as f64 / scales.saturating_sub(1).max(1) as f64,
@@ -175,12 +176,12 @@ impl Sampling {
         self.temperature_scales.get(scale).copied().unwrap_or(self.temperature)
     }
 
-    /// How many scales of so many are drawn.
+    /// How many of `scales` scales are drawn.
     pub fn drawn(&self, scales: usize) -> usize {
         scales.saturating_sub(self.draft)
     }
 
-    /// Passes over all of so many scales that are drawn.
+    /// Passes over all drawn scales of `scales`.
     pub fn all_passes(&self, scales: usize) -> usize {
         (0..self.drawn(scales)).map(|scale| self.passes(scale)).sum()
     }

@@ -1,4 +1,4 @@
-//! How large an image is to be, and the grids that make it so.
+//! Sizes of images, and their grids.
 
 use std::str::FromStr;
 
@@ -6,14 +6,14 @@ use crate::error::{Error, Result};
 use crate::generate::ratios::{self, Ratio};
 use crate::generate::{ModelConfig, schedule};
 
-/// What `--size` asks for.
+/// The value of `--size`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Size {
-    /// What fits the task; a square for `gen`.
+    /// Decided by the task; a square for `gen`.
     Auto,
     /// Height over width, at the model's full size.
     Ratio(f64),
-    /// Exactly so many pixels.
+    /// Exactly these pixels.
     Pixels {
         /// Columns.
         width: u64,
@@ -49,7 +49,7 @@ impl FromStr for Size {
 }
 
 impl Size {
-    /// This size or, where nothing is said, the ratio of an image of (width, height) pixels, if the model draws several.
+    /// This size or, for `auto`, the ratio of an image of (width, height) pixels, if the model draws several ratios.
     pub fn or_of(self, config: &ModelConfig, (width, height): (u32, u32)) -> Self {
         match self {
             Self::Auto if config.grids.is_empty() => {

@@ -1,4 +1,4 @@
-//! What TokenFlow-t2i's reference draws with: grids, prompt format and sampling.
+//! TokenFlow-t2i: grids, prompt format and sampling of its reference.
 
 use super::{Filter, ModelConfig, PromptConfig, Sampling};
 use crate::backbone::InputMode;
@@ -36,9 +36,9 @@ pub fn takes_passes(config: &ModelConfig) -> bool {
     config.backbone.input_mode == InputMode::Cumulative
 }
 
-/// Draws every scale but the first in so many passes, each with the filter that [`sampling`] has for it.
+/// Draws every scale but the first in `passes` passes, each with its filter of [`sampling`].
 ///
-/// Errors: usage, for more than one where the model [takes](takes_passes) no more.
+/// Errors: usage, for more than one pass where the model [takes](takes_passes) one only.
 pub fn set_passes(config: &mut ModelConfig, passes: usize) -> Result<()> {
     if !takes_passes(config) {
         if passes == 1 {
@@ -66,7 +66,7 @@ pub fn config() -> ModelConfig {
     }
 }
 
-/// Whether a `config.json` is the public checkpoint's: it is of a Llama with this many words and codes, like no other.
+/// Whether a `config.json` is the public checkpoint's: no other Llama has this number of tokens and codes.
 pub fn is_public(config: &serde_json::Value) -> bool {
     let words = (TOKENFLOW_T2I_7B.vocab_size + TOKENFLOW_T2I_7B.codebook_size) as u64;
     config.get("backbone").is_none() && config.get("vocab_size").and_then(|v| v.as_u64()) == Some(words)

@@ -24,14 +24,14 @@ pub struct Cached {
     pub bytes: u64,
 }
 
-/// What a check of a model's files found.
+/// The result of checking a model's files.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Verdict {
     /// Files whose content agrees with the hash that they are named by.
     pub sound: usize,
-    /// Files that no hash is known of: the cache has none for files that lie in a snapshot itself.
+    /// Files without a known hash: the cache has none for files that are in a snapshot itself.
     pub unhashed: usize,
-    /// Files whose content is not what their name says.
+    /// Files whose content does not match their hash.
     pub corrupt: Vec<PathBuf>,
     /// Names in a snapshot that lead to no file.
     pub missing: Vec<PathBuf>,
@@ -69,7 +69,7 @@ impl Cache {
         self.root().join(".locks").join(id.repo().folder_name())
     }
 
-    /// The folder of the snapshot that `id`'s revision stands for, if it is there.
+    /// The folder of the snapshot of `id`'s revision, if it exists.
     pub fn snapshot(&self, id: &Id) -> Option<PathBuf> {
         let commit = match fs::read_to_string(self.folder(id).join("refs").join(&id.revision)) {
             Ok(commit) => commit.trim().to_string(),
@@ -98,7 +98,8 @@ impl Cache {
         let mut files: Vec<PathBuf> = Vec::new();
         walk(&folder.join("blobs"), &mut |path, _| files.push(path.into()));
         walk(&folder.join("snapshots"), &mut |path, kind| {
-            // A link to a blob of this model has been seen already; one to another model's is a file of this one too.
+            // A link to a blob of this model has been seen already; one to another model's is a
+            // file of this one too.
             match path.canonicalize() {
                 Err(_) => verdict.missing.push(path.into()),
                 Ok(target) if kind.is_symlink() => files.push(target),
@@ -157,7 +158,7 @@ fn walk(folder: &Path, seen: &mut dyn FnMut(&Path, fs::FileType)) {
     }
 }
 
-/// What the files of a model take: links to others take nothing.
+/// Bytes of a model's files; links take none.
 fn bytes(folder: &Path) -> u64 {
     let mut bytes = 0;
     for part in ["blobs", "snapshots"] {

@@ -17,7 +17,7 @@ use super::store::{Part, Store};
 use super::{Event, Id, Observer, cannot, hash, retry, select, size};
 use crate::error::{Error, Kind, Result};
 
-/// An attempt that brought so many bytes was worth it: after it, the count begins anew.
+/// An attempt that brought this many bytes resets the count of attempts.
 const WORTH: u64 = 1 << 20;
 /// The longest index that is read, in bytes.
 const MAX_INDEX: u64 = 100_000_000;
@@ -42,14 +42,15 @@ struct Index {
 enum Attempt {
     /// All that there is to have.
     Whole,
-    /// What there is does not fit to what the server has now: begin anew.
+    /// The partial file does not match the server's: start again.
     Anew,
-    /// It broke off, for this reason; the server may have said when to come again.
+    /// The connection broke, for this reason; the server may have said when to retry.
     Cut(String, Option<Duration>),
 }
 
 impl Client {
-    /// For the hub at `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login` if there is one.
+    /// For the hub at `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login` if there is
+    /// one.
     ///
     /// Errors: usage, for variables that cannot be understood.
     pub fn from_env() -> Result<Self> {
@@ -59,10 +60,11 @@ impl Client {
         Ok(Self { http, known: token.is_some() || endpoint.login.is_some(), endpoint: endpoint.url })
     }
 
-    /// Downloads what the program would open of a model, or the named `files` of it and the small ones beside them,
-    /// unless it is there; the snapshot's folder.
+    /// Downloads the files that the program opens of a model, or the named `files` and the small
+    /// ones beside them, unless they are in the cache. Returns the snapshot's folder.
     ///
-    /// Errors: [`Kind::Model`] for what the hub refuses or gets wrong, [`Kind::Failure`] for network and disk.
+    /// Errors: [`Kind::Model`] for refusals and wrong answers of the hub, [`Kind::Failure`] for
+    /// network and disk.
     pub fn pull(&self, id: &Id, files: &[String], cache: &Cache, observer: Observer) -> Result<PathBuf> {
         let (commit, all) = self.list(id, observer)?;
         let store = Store::new(cache, id, &commit);
@@ -115,7 +117,7 @@ impl Client {
         }
     }
 
-    /// The commit that a revision stands for, and all files.
+    /// The commit of a revision, and all files.
     fn list(&self, id: &Id, observer: Observer) -> Result<(String, Vec<Remote>)> {
         let revision = encode(&id.revision).replace('/', "%2F");
         let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.endpoint, id.repo_id());
@@ -186,7 +188,8 @@ impl Client {
         let mut part = store.part(&key, &lock)?;
         let resumed = part.len()? > 0;
         let mut outcome = self.download(id, &url, file, &mut part, observer);
-        // A beginning from another run or another answer may have been wrong, and some file systems only pretend to lock.
+        // A beginning from another run or another answer may have been wrong, and some file systems
+        // only pretend to lock.
         if let Ok(Some(wrong)) = &outcome
             && (resumed || part.mixed)
         {
@@ -238,7 +241,7 @@ impl Client {
         unreachable!("pause gives up")
     }
 
-    /// Downloads what `part` lacks; what is wrong with the file that it is then, if something is.
+    /// Downloads the rest of `part`; returns what is wrong with the complete file, if anything.
     fn download(
         &self,
         id: &Id,
@@ -295,7 +298,7 @@ impl Client {
         match head.status {
             206 if done > 0 && starts_at(&head, done) => part.mixed = true,
             206 | 416 if done > 0 => return Ok(Attempt::Anew),
-            // A server that knows no ranges begins anew.
+            // A server without ranges starts again.
             200 => {
                 part.file.set_len(0).map_err(|e| cannot(&part.path, e))?;
                 done = 0;
@@ -335,7 +338,7 @@ impl Client {
             if done == 0 && listing::is_page(&bytes) && !file.name.ends_with(".html") {
                 return Err(listing::web_page(&head.server, &file.name));
             }
-            // One byte more than it should have tells a file that is too long.
+            // One byte too many shows that the file is too long.
             let room = usize::try_from(total - done).unwrap_or(usize::MAX).saturating_add(1);
             let bytes = &bytes[..bytes.len().min(room)];
             part.file.write_all(bytes).map_err(|e| cannot(&part.path, e))?;
@@ -356,7 +359,7 @@ impl Client {
     }
 }
 
-/// Whether a partial answer begins where the file ends; a server that does not say so is believed.
+/// Whether a partial answer begins where the file ends; assumed if the server does not say.
 fn starts_at(head: &Head, done: u64) -> bool {
     let range = head.headers.get("content-range").and_then(|v| v.to_str().ok());
     range.is_none_or(|r| {

@@ -1,4 +1,4 @@
-//! What a file's content says about itself.
+//! Hashes of files.
 
 use std::fs::File;
 use std::io::Read;

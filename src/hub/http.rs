@@ -1,5 +1,5 @@
-//! Requests to the hub and to where it redirects: each runs on its own thread, so that the main thread can announce the
-//! wait, give up, or be interrupted.
+//! Requests to the hub and to where it redirects: each runs on its own thread, so that the main
+//! thread can announce the wait, give up, or be interrupted.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const MAX_REDIRECTS: usize = 10;
 /// Bytes that are passed on at a time.
 const CHUNK: usize = 1 << 18;
 
-/// What it takes to ask a hub.
+/// A client of one hub.
 pub(super) struct Http {
     agent: Agent,
     proxies: Proxies,
@@ -78,7 +78,7 @@ impl From<Error> for Fault {
 pub(super) struct Answer(Receiver<Result<Piece, Fault>>);
 
 impl Answer {
-    /// The next piece, if it comes before `deadline`; `what` says in messages what is waited for.
+    /// The next piece, if it comes before `deadline`; `what` is what messages wait for.
     pub fn next(&self, deadline: Instant, what: &str, observer: Observer) -> Result<Piece, Fault> {
         let start = Instant::now();
         loop {
@@ -138,7 +138,7 @@ impl Http {
         Ok(Arc::new(Self { agent, proxies: Proxies::from_env()?, hub: Origin::of(&uri), authorization }))
     }
 
-    /// Asks for `url` from byte `from` on.
+    /// Requests `url` from byte `from` on.
     ///
     /// Errors: [`Kind::Failure`] if the process may have no more threads.
     pub fn get(self: &Arc<Self>, url: String, from: u64) -> Result<Answer> {
@@ -249,7 +249,7 @@ fn fault(server: &str, proxy: Option<&str>, e: ureq::Error) -> Fault {
         ureq::Error::Timeout(_) | ureq::Error::BodyStalled => return Fault::Cut(text.into()),
         ureq::Error::Protocol(_) => {
             return Fault::Unreachable(
-                Error::model(format!("{server} does not answer as HTTP asks for: {text}"))
+                Error::model(format!("{server} does not answer in HTTP: {text}"))
                     .hint("HF_ENDPOINT=URL names another hub")
                     .because(e),
             );

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 
 /// A model on the hub: `OWNER/NAME`, or `OWNER/NAME@REVISION`.
 ///
-/// Parses a pasted address too: `https://huggingface.co/OWNER/NAME/tree/REVISION`, `hf://OWNER/NAME@REVISION`.
+/// Parses a pasted address too:
+/// `https://huggingface.co/OWNER/NAME/tree/REVISION`, `hf://OWNER/NAME@REVISION`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Id {
     pub(super) owner: String,
@@ -42,9 +43,11 @@ impl Id {
         self.repo_id() == model
     }
 
-    /// The model that `text` names and, for the address of one file (`.../blob/main/model.gguf`), the file.
+    /// The model that `text` names and, for the address of one file (`.../blob/main/model.gguf`),
+    /// the file.
     ///
-    /// Errors: usage, for text that names no model, and for addresses of another host than the hub's.
+    /// Errors: usage, for text that names no model, and for addresses of another host than the
+    /// hub's.
     pub fn with_file(text: &str) -> Result<(Self, Option<String>)> {
         let trimmed = text.trim();
         let hub = settings::endpoint_address();
@@ -129,7 +132,8 @@ fn path_of_address(text: &str, endpoint: Option<&str>) -> Result<Option<String>,
             _ => continue,
         }
         let rest = &address[host.len()..];
-        // huggingface.co/NAME without a scheme is an address as well: no owner's name has a dot and two parts after it.
+        // huggingface.co/NAME without a scheme is an address as well: no owner's name has a dot and
+        // two parts after it.
         if rest.is_empty() || rest.starts_with('/') {
             return Ok(Some(rest.into()));
         }
@@ -140,13 +144,15 @@ fn path_of_address(text: &str, endpoint: Option<&str>) -> Result<Option<String>,
         .hint(format!("HF_ENDPOINT={scheme}://{host} nextflow models pull OWNER/NAME takes them from there")))
 }
 
-/// Letters, digits, `.`, `_` and `-`, not led by a dot, and without `--`, which stands for `/` in the cache.
+/// Letters, digits, `.`, `_` and `-`, without a leading dot, and without `--`, which means `/` in
+/// the cache.
 fn is_plain(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     !part.is_empty() && part.len() <= 96 && part.chars().all(allowed) && !part.starts_with('.') && !part.contains("--")
 }
 
-/// A branch, a tag, a commit or a reference such as `refs/pr/1`: a plain path, because it names a file of the cache.
+/// A branch, a tag, a commit or a reference such as `refs/pr/1`: a plain path, because it names a
+/// file of the cache.
 fn is_revision(text: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+=".contains(c);
     let plain = |part: &str| !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed);

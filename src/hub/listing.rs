@@ -1,4 +1,4 @@
-//! What a hub says about a model: its files, or why there are none to be had.
+//! A hub's answer about a model: its files, or why it refuses.
 
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
@@ -17,7 +17,7 @@ const MAX_FILES: usize = 50_000;
 /// The longest file that there can be, in bytes.
 const MAX_SIZE: u64 = 1 << 50;
 
-/// What a file's content is checked against; its name among the blobs.
+/// Hash of a file's content; its name among the blobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Hash {
     /// SHA-256 of the content: large files.
@@ -33,7 +33,7 @@ pub(super) struct Remote {
     pub path: PathBuf,
     /// The same as the hub writes it.
     pub name: String,
-    /// Bytes; a mirror may say so only when it is asked for the file.
+    /// Bytes; some mirrors name them only when the file is requested.
     pub size: Option<u64>,
     /// As for the size.
     pub hash: Option<Hash>,
@@ -61,7 +61,7 @@ struct Lfs {
 }
 
 impl Hash {
-    /// From hexadecimal digits, whose number says which it is.
+    /// From hexadecimal digits; their number decides the algorithm.
     pub fn from_hex(digits: &str) -> Option<Self> {
         match digits.len() {
             64 if is_hex(digits, 64) => Some(Self::Sha256(digits.into())),
@@ -98,7 +98,8 @@ pub(super) fn parse(id: &Id, server: &str, body: &[u8]) -> Result<(String, Vec<R
     let mut seen = HashSet::new();
     for Sibling { rfilename: name, size, blob_id, lfs } in listing.siblings {
         let Some(path) = below(&name) else {
-            // Hidden files (.gitattributes) are nobody's weights; anything else that is not plain is an attack.
+            // Hidden files (.gitattributes) hold no weights; any other name that is not plain is an
+            // attack.
             if hidden(&name) {
                 continue;
             }
@@ -136,7 +137,7 @@ pub(super) fn complete(file: &Remote, head: &Head) -> Result<Remote> {
         Error::model(format!("{}: {what}", head.server)).hint("HF_ENDPOINT=URL names another hub or mirror")
     };
     match size {
-        None => Err(wrong(format!("the mirror says how long {name} is neither in its list nor in its answer"))),
+        None => Err(wrong(format!("the mirror gives no length of {name}, neither in its list nor in its answer"))),
         Some(size) if size > MAX_SIZE => Err(wrong(format!("{name} has {size} bytes, and no file is that long"))),
         size => {
             let stated = ["x-linked-etag", "etag"].into_iter().find_map(|h| etag(text(&head.first, h)?));
@@ -168,7 +169,8 @@ pub(super) fn web_page(server: &str, what: &str) -> Error {
     .hint(format!("open {server} in a browser, or see whether HTTPS_PROXY and HF_ENDPOINT are right"))
 }
 
-/// What a status other than success means; `known` says whether the request carried a token or a password.
+/// The error of a status other than success; `known` is whether the request carried a token or a
+/// password.
 pub(super) fn refused(id: &Id, endpoint: &str, head: &Head, file: Option<&str>, known: bool) -> Error {
     let error = |what: &str| Error::model(format!("{id}: {what}"));
     let header = |name: &str| text(&head.first, name).or_else(|| text(&head.headers, name)).unwrap_or_default();

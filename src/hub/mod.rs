@@ -1,18 +1,20 @@
-//! Models of the Hugging Face hub, in the cache that its own tools use. The crate hf-hub says where things lie there; what
-//! arrives from outside is checked here, because neither its 0.5 nor its 1.0 checks length, SHA-256 or names.
+//! Models of the Hugging Face hub, in the cache that its own tools use. The crate hf-hub knows its
+//! layout; downloads are checked here, because neither its 0.5 nor its 1.0 checks length, SHA-256
+//! or names.
 //!
-//! What a server says is checked before it becomes part of a path: commits and hashes are hexadecimal, file names are
-//! plain paths below the snapshot. Files are downloaded under the name of their hash, resumed where a download was cut,
-//! and take their place only when size and hash agree. Nothing is waited for without bound or in silence.
+//! A server's answers are checked before they become part of a path: commits and hashes are
+//! hexadecimal, file names are plain paths below the snapshot. Files are downloaded under the name
+//! of their hash, resumed where a download was cut, and take their place only when size and hash
+//! agree. Every wait is bounded and announced.
 //!
 //! | file | what |
 //! |---|---|
 //! | `id` | names of models, and the addresses that people paste |
 //! | `settings` | the environment: endpoint, token, cache |
-//! | `proxy`, `tls`, `http`, `retry` | requests, redirects, waiting for answers, asking again |
-//! | `listing`, `select` | the hub's list of files, and which of them are needed |
-//! | `cache`, `store`, `hash` | the folder of models; how files get into it; what they are checked against |
-//! | `client` | a download from beginning to end |
+//! || `proxy`, `tls`, `http`, `retry` | requests, redirects, timeouts, retries | |
+//! || `listing`, `select` | the hub's list of files, and the choice of those that are needed | |
+//! || `cache`, `store`, `hash` | the folder of models; storing files in it; checking their hashes | |
+//! || `client` | a whole download | |
 
 mod cache;
 mod client;
@@ -41,7 +43,7 @@ use crate::error::{Error, Kind, Result};
 pub enum Event<'a> {
     /// Nothing new, a few times a second.
     Tick,
-    /// What is being done or waited for; the same words again while that goes on.
+    /// The current step or wait; the same text repeats while it lasts.
     Status(&'a str),
     /// A file has grown.
     Progress {
@@ -85,8 +87,8 @@ fn cannot(path: &Path, e: io::Error) -> Error {
     }
 }
 
-/// The snapshot's folder of a model, or one with at least the file `only` of it: from the cache, if what is there is `whole`,
-/// or downloaded into it unless `offline`.
+/// The snapshot folder of a model, with at least the file `only` of it: from the cache, if its
+/// content is `whole`, or downloaded into it unless `offline`.
 pub fn fetch(
     id: &Id,
     only: Option<&str>,

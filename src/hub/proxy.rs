@@ -1,4 +1,5 @@
-//! Which proxy a request goes through, as curl and the hub's own tools read it from the environment.
+//! Which proxy a request goes through, as curl and the hub's own tools read it from the
+//! environment.
 
 use std::net::IpAddr;
 
@@ -26,9 +27,10 @@ pub(super) struct Named {
 }
 
 impl Proxies {
-    /// Those of `HTTPS_PROXY`, `HTTP_PROXY` and `ALL_PROXY` less `NO_PROXY`, in lower or upper case.
+    /// Those of `HTTPS_PROXY`, `HTTP_PROXY` and `ALL_PROXY` less `NO_PROXY`, in lower or upper
+    /// case.
     ///
-    /// Errors: usage, for what is not the address of a proxy.
+    /// Errors: usage, for a value that is no address of a proxy.
     pub fn from_env() -> Result<Self> {
         Self::from_lookup(var)
     }
@@ -74,7 +76,7 @@ impl Named {
         if !["http", "https", "socks", "socks4", "socks4a", "socks5", "socks5h"].contains(&scheme.as_str()) {
             return Err(refuse(&format!("names a proxy of the unknown kind {scheme}")));
         }
-        // The error of the library may hold what is in the address; this one does not.
+        // The library's error may contain the address, with its password; this one does not.
         let proxy = Proxy::new(&format!("{scheme}://{}", rest.trim_end_matches('/')));
         let proxy = proxy.map_err(|_| refuse("is not the address of a proxy"))?;
         if proxy.host().is_empty() {

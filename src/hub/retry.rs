@@ -6,18 +6,19 @@ use super::http::{Head, TICK};
 use super::{Event, Id, Observer};
 use crate::error::{Error, Kind, Result};
 
-/// So many attempts in a row may bring nothing new.
+/// Most attempts in a row that bring nothing new.
 const ATTEMPTS: u32 = 5;
 /// The longest that a server may ask to wait before an attempt.
 const MAX_WAIT: Duration = Duration::from_secs(300);
 
-/// Whether a server may have an answer later, and when it wants to be asked again.
+/// Whether a server may answer later, and when to retry.
 pub(super) fn wait_for(head: &Head) -> Option<Option<Duration>> {
     if !matches!(head.status, 408 | 425 | 429 | 500 | 502 | 503 | 504) {
         return None;
     }
     let header = |name: &str| head.headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
-    // Seconds, or the time of day; the hub itself says in RateLimit how many seconds are left: "api";r=0;t=55.
+    // Seconds, or the time of day; the hub itself sends the seconds left in RateLimit:
+    // "api";r=0;t=55.
     let retry = header("retry-after").and_then(|v| match v.parse::<u64>() {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
         Err(_) => {
@@ -32,7 +33,7 @@ pub(super) fn wait_for(head: &Head) -> Option<Option<Duration>> {
     Some(retry.or_else(limit))
 }
 
-/// Waits before the next attempt, as long as the server asked for or twice as long each time.
+/// Waits before the next attempt: as long as the server asked for, or twice as long each time.
 ///
 /// Errors: after the last attempt, and if the server asks for too much.
 pub(super) fn pause(
@@ -42,13 +43,13 @@ pub(super) fn pause(
     (why, asked): (String, Option<Duration>),
     observer: Observer,
 ) -> Result<()> {
-    let again = format!("nextflow models pull {id}, later, goes on with what is there");
+    let again = format!("nextflow models pull {id}, later, resumes the download");
     if attempt >= ATTEMPTS {
         let message = format!("{what} could not be downloaded: {why}, {ATTEMPTS} times in a row");
         return Err(Error::new(Kind::Failure, message).hint(again));
     }
     if let Some(long) = asked.filter(|wait| *wait > MAX_WAIT) {
-        let message = format!("{what}: {why} and asks to come again in {} s", long.as_secs());
+        let message = format!("{what}: {why} and asks to retry in {} s", long.as_secs());
         return Err(Error::new(Kind::Failure, message).hint(again));
     }
     let wait = asked.unwrap_or(Duration::from_millis(250) * (1 << attempt));

@@ -1,16 +1,17 @@
-//! Which files of a model are downloaded: those that the program would open.
+//! The files of a model to download: those that the program opens.
 
 use crate::error::{Error, Result};
 
 use super::{Id, listing::Remote, size};
 
-/// Files of weights that a model folder may have; each may be in shards, or of another type by the same stem.
+/// Files of weights that a model folder may have; each may be in shards, or of another type by the
+/// same stem.
 const PARTS: [&str; 2] = ["model.safetensors", "image_tokenizer.safetensors"];
 /// What transformers calls the PyTorch form of `model.safetensors`; it may be in shards as well.
 const PYTORCH: &str = "pytorch_model.bin";
 /// What an image tokenizer's own file is called, wherever it was published beside a transformer.
 const TOKENIZERS: [&str; 2] = ["tokenflow_", "infinity_vae"];
-/// Types by which a file of [`PARTS`] may be replaced, the first that is there.
+/// Types that may replace a file of [`PARTS`]; the first that exists does.
 const OTHER: [&str; 2] = ["gguf", "pt"];
 /// Extensions of weights that the program reads by any name.
 const READ: [&str; 4] = ["safetensors", "gguf", "pt", "pth"];
@@ -31,8 +32,8 @@ pub(super) struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Takes what the program would open as `part`: itself, the shards of its index, shards without an index, or a file of
-    /// one of the `other` types; whether there is any.
+    /// Takes what the program would open as `part`: itself, the shards of its index, shards without
+    /// an index, or a file of one of the `other` types; whether there is any.
     fn take(&mut self, files: &'a [Remote], part: &str, other: &[&str]) -> bool {
         let find = |name: &str| files.iter().find(|f| f.name == name);
         let (stem, kind) = part.rsplit_once('.').unwrap_or((part, ""));
@@ -59,7 +60,7 @@ fn is_shard(name: &str, stem: &str, kind: &str) -> bool {
     numbers.and_then(|n| n.split_once("-of-")).is_some_and(|(i, n)| digits(i) && digits(n))
 }
 
-/// The small files at the top of a repository that say what the weights are and how text is read.
+/// The small files at the top of a repository: configs and text tokenizers.
 pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
     let wanted = |name: &str| match extension(name) {
         // An index is read where its weights are.
@@ -72,7 +73,8 @@ pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
 
 /// The weights of a model.
 ///
-/// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to choose from.
+/// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to
+/// choose from.
 pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
     let mut taken = Weights { files: files.iter().filter(|f| is_tokenizer(&f.name)).collect(), ..Weights::default() };
     let [model, image_tokenizer] = PARTS;
@@ -80,7 +82,7 @@ pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
     if taken.take(files, model, &OTHER) || taken.take(files, PYTORCH, &[]) {
         return Ok(taken);
     }
-    // Nothing has a name that the program knows: one file is what is meant, several are somebody's choice.
+    // No file has a known name: a single one is meant; of several the user has to choose.
     let known = |f: &&Remote| READ.contains(&extension(&f.name)) && !is_training(&f.name) && !f.name.contains('/');
     let others: Vec<&Remote> = files.iter().filter(known).collect();
     match &others[..] {
@@ -96,7 +98,7 @@ pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
     }
 }
 
-/// The files that were asked for by name.
+/// The files named by the user.
 ///
 /// Errors: [`crate::error::Kind::Model`] for a name that is not there.
 pub(super) fn named<'a>(id: &Id, files: &'a [Remote], names: &[String]) -> Result<Vec<&'a Remote>> {

@@ -36,9 +36,9 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    /// That of `HF_ENDPOINT`, or the public hub.
+    /// The hub of `HF_ENDPOINT`, or the public one.
     ///
-    /// Errors: usage, for what is not an address.
+    /// Errors: usage, for a bad address.
     pub fn from_env() -> Result<Self> {
         match var("HF_ENDPOINT")? {
             Some(address) => Self::parse(&address),
@@ -46,7 +46,7 @@ impl Endpoint {
         }
     }
 
-    /// Errors: usage, for what is not an address. The message does not repeat it: it may hold a password.
+    /// Errors: usage, for a bad address. The message does not repeat it: it may hold a password.
     pub fn parse(address: &str) -> Result<Self> {
         let bad = |hint: &str| Error::usage("HF_ENDPOINT is not the address of a hub").hint(hint);
         let address = address.trim().trim_end_matches('/');
@@ -128,7 +128,7 @@ fn folder(name: &str) -> Result<Option<PathBuf>> {
     // A path that is not UTF-8 is taken as it is.
     let Some(text) = value.to_str() else { return Ok(Some(value.into())) };
     expand(text, user_home().as_deref(), |name| env::var(name).ok()).map(Some).ok_or_else(|| {
-        Error::usage(format!("{name}={text} names the home folder of somebody, which is not looked up"))
+        Error::usage(format!("{name}={text} names another user's home folder, which is not looked up"))
             .hint(format!("{name}=/FOLDER, in full"))
     })
 }
@@ -164,10 +164,10 @@ fn expand_variables(text: &str, lookup: impl Fn(&str) -> Option<String>) -> Stri
     out + rest
 }
 
-/// The token: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file `HF_TOKEN_PATH`, or `token` in `HF_HOME`, where `hf auth
-/// login` stores it.
+/// The token: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file `HF_TOKEN_PATH`, or `token` in
+/// `HF_HOME`, where `hf auth login` stores it.
 ///
-/// Errors: usage, for what cannot be a token. The message does not repeat it.
+/// Errors: usage, for a malformed token. The message does not repeat it.
 pub(super) fn token() -> Result<Option<String>> {
     if var("HF_HUB_DISABLE_IMPLICIT_TOKEN")?.is_some_and(|v| matches!(&*v.to_uppercase(), "1" | "ON" | "YES" | "TRUE"))
     {
@@ -213,7 +213,8 @@ pub(super) fn stall_timeout() -> Duration {
     seconds("HF_HUB_DOWNLOAD_TIMEOUT")
 }
 
-/// A minute, or what a variable of the hub's own tools says. They default to 10 s, less than busy mirrors need.
+/// A minute, or the value of a variable of the hub's own tools. They default to 10 s, less than
+/// busy mirrors need.
 fn seconds(name: &str) -> Duration {
     let set =
         var(name).ok().flatten().and_then(|v| v.trim().parse::<f64>().ok()).filter(|s| (0.1..=86_400.0).contains(s));

@@ -1,5 +1,5 @@
-//! How files get into the cache: under a lock where there are locks, by links where there are links, and never through a
-//! link that somebody else has put there.
+//! Storing files in the cache: under a lock and by links where the file system has them, and never
+//! through a link that another user has planted.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -21,8 +21,8 @@ pub(super) struct Store {
     reference: PathBuf,
 }
 
-/// The right to download a file, until it is dropped. Without a file the file system has no locks, and every process
-/// downloads for itself.
+/// The right to download a file, until it is dropped. Without a file the file system has no locks,
+/// and every process downloads for itself.
 pub(super) struct Lock(Option<File>);
 
 impl Store {
@@ -50,7 +50,7 @@ impl Store {
         }
     }
 
-    /// Waits until nobody else downloads what is called `key`.
+    /// Waits until no other process downloads `key`.
     pub fn lock(&self, key: &str, name: &str, observer: Observer) -> Result<Lock> {
         let path = self.locks.join(format!("{key}.lock"));
         if fs::create_dir_all(&self.locks).is_err() {
@@ -78,8 +78,8 @@ impl Store {
         }
     }
 
-    /// The unfinished file called `key` and how long it is; with a lock the one that was left last time, else one of
-    /// this process alone.
+    /// The unfinished file called `key` and how long it is; with a lock the one that was left last
+    /// time, else one of this process alone.
     pub fn part(&self, key: &str, lock: &Lock) -> Result<Part> {
         fs::create_dir_all(&self.blobs).map_err(|e| cannot(&self.blobs, e))?;
         let shared = self.blobs.join(format!("{key}.incomplete"));
@@ -87,7 +87,7 @@ impl Store {
             return Part::open(shared, None);
         }
         let own = self.blobs.join(format!("{key}.{}.incomplete", std::process::id()));
-        // Only one process succeeds, so what was left last time has one heir.
+        // Only one process succeeds, so one process takes over a partial file.
         let _ = fs::rename(&shared, &own);
         Part::open(own, Some(shared))
     }
@@ -107,8 +107,8 @@ impl Store {
         self.put(&blob, &self.snapshot.join(&file.path), true)
     }
 
-    /// Puts a blob into the snapshot: by a relative link or, where there are no links, itself if it is `new`, else as a
-    /// copy.
+    /// Puts a blob into the snapshot: by a relative link or, where there are no links, itself if it
+    /// is `new`, else as a copy.
     fn put(&self, blob: &Path, place: &Path, new: bool) -> Result<()> {
         let below = place.strip_prefix(&self.snapshot).unwrap_or(place);
         // A planted link in place of a folder would lead out of the cache.
@@ -168,8 +168,8 @@ impl Part {
     }
 }
 
-/// Opens a file for writing at its end, or makes it. What is there but is no plain file of one name is a trap, and is
-/// removed: a link would have another file written, a pipe would block.
+/// Opens a file for appending, or creates it. Anything but a plain file with one name is removed:
+/// through a link another file would be written, and a pipe would block.
 fn open_own(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.append(true);
@@ -230,11 +230,12 @@ fn make_parent(path: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| cannot(folder, e))
 }
 
-/// Makes `place` stand for the file `source`, which is at `target` from there. File systems without links (exFAT, SMB) get
-/// the file itself if it may `move` there, else a copy, as the hub's own tools do it on Windows.
+/// Makes `place` a link to the file `source`, which is at `target` from there. File systems without
+/// links (exFAT, SMB) get the file itself if it may `move` there, else a copy, as the hub's own
+/// tools do it on Windows.
 pub(super) fn put(place: &Path, target: &Path, source: &Path, may_move: bool) -> Result<()> {
     make_parent(place)?;
-    // Made beside it and moved there: another process may be doing the same, or reading what is there.
+    // Created beside it and renamed: another process may do the same, or read the old one.
     let name = place.file_name().unwrap_or_default().to_string_lossy();
     let new = place.with_file_name(format!(".{name}.{}", std::process::id()));
     let _ = fs::remove_file(&new);

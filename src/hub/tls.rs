@@ -8,12 +8,12 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use super::settings::var;
 use crate::error::{Error, Kind, Result};
 
-/// The hint for a certificate that nobody vouches for.
+/// The hint for a certificate from an unknown authority.
 pub(super) const HINT: &str =
     "a network that opens TLS has a certificate of its own: SSL_CERT_FILE=CA.pem nextflow ...";
 
-/// Certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`, else of `REQUESTS_CA_BUNDLE` or `CURL_CA_BUNDLE`, which the hub's
-/// own tools read; else those of the system beside Mozilla's.
+/// Certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`, else of `REQUESTS_CA_BUNDLE` or
+/// `CURL_CA_BUNDLE`, which the hub's own tools read; else those of the system beside Mozilla's.
 ///
 /// Errors: [`Kind::Failure`] if a variable names a file without certificates.
 pub(super) fn config() -> Result<TlsConfig> {
@@ -51,6 +51,6 @@ fn some(found: CertificateResult, variable: &str, path: &str) -> Result<Vec<Cert
         return Ok(found.certs.iter().map(|c| Certificate::from_der(c).to_owned()).collect());
     }
     let why = found.errors.first().map_or_else(|| "there is none in it".into(), ToString::to_string);
-    Err(Error::new(Kind::Failure, format!("{variable}={path} gives no certificates: {why}"))
+    Err(Error::new(Kind::Failure, format!("{variable}={path} has no certificates: {why}"))
         .hint(format!("{variable}=CA.pem with a file of PEM certificates, or unset {variable}")))
 }

@@ -1,4 +1,5 @@
-//! The block: self-attention by cosines, cross-attention to the text, and an MLP, with adaptive layer norms (AdaLN).
+//! The block: self-attention by cosines, cross-attention to the text, and an MLP, with adaptive
+//! layer norms (AdaLN).
 
 use candle_core::{DType, Result, Tensor};
 
@@ -17,7 +18,7 @@ const MAX_LOG_SCALE: f64 = 4.605_170_185_988_092; // ln 100
 /// Keys and values of a text, (1, tokens, heads, head_dim) each.
 pub(super) type Text = (Tensor, Tensor);
 
-/// What a block sees beside its input.
+/// Inputs of a block beside its tokens.
 pub(super) struct Seen<'a> {
     /// Angles of the new tokens, the same in all rows.
     pub(super) rope: &'a Rope,
@@ -31,7 +32,7 @@ pub(super) struct Seen<'a> {
 
 #[derive(Debug)]
 pub(super) struct Block {
-    /// Added to what the prompt gives for all blocks: gates, scales and shifts (6, C).
+    /// Added to the prompt's values for all blocks: gates, scales and shifts (6, C).
     ada: Tensor,
     q: Linear,
     k: Linear,
@@ -101,7 +102,8 @@ impl Block {
         Ok((half(0)?, half(1)?))
     }
 
-    /// The block's output for x (R, T, C) in f32; `ada` (R, 6, C) are the gates, scales and shifts of the rows.
+    /// The block's output for x (R, T, C) in f32; `ada` (R, 6, C) are the gates, scales and shifts
+    /// of the rows.
     pub(super) fn forward(&self, x: Tensor, layer: usize, ada: &Tensor, seen: &Seen) -> Result<Tensor> {
         let ada = ada.broadcast_add(&self.ada)?;
         let part = |i: usize| ada.narrow(1, i, 1)?.squeeze(1)?.contiguous();
@@ -121,7 +123,7 @@ impl Block {
         ops::add_gated(&x, &y, &gate_ffn)
     }
 
-    /// What the heads attend to among all scales so far and this one, (R, T, C).
+    /// Self-attention over all scales up to this one, (R, T, C).
     fn attend(&self, x: &Tensor, layer: usize, seen: &Seen) -> Result<Tensor> {
         let (rows, tokens, width) = x.dims3()?;
         let layers = [&self.q, &self.k, &self.v].map(|layer| (layer.weight(), layer.bias()));
@@ -136,11 +138,11 @@ impl Block {
             if seen.keep { cache.append(layer, &k, &v) } else { cache.followed_by(layer, &k, &v) }
         };
         let all: Vec<_> = seen.caches.iter().enumerate().map(of_row).collect::<Result<_>>()?;
-        // The factor of the cosines stands in for the usual one.
+        // The factor of the cosines replaces the usual one.
         ops::attention_rows(&q, &all, Mask::None, 1.0)?.reshape((rows, tokens, width))
     }
 
-    /// What the heads attend to in the row's own text, (R, T, C).
+    /// Cross-attention to the row's own text, (R, T, C).
     fn attend_to_text(&self, x: &Tensor, text: &[Text]) -> Result<Tensor> {
         let (rows, tokens, width) = x.dims3()?;
         let q = self.cross_q.forward(x)?.reshape((rows, tokens, self.heads, ()))?;

@@ -47,11 +47,12 @@ impl InfinityConfig {
 
     /// The shape of the transformer whose `weights` are called `name`.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for tensors that are missing, or of shapes that fit no transformer.
+    /// Errors: [`crate::error::Kind::Model`] for tensors that are missing, or of shapes that fit no
+    /// transformer.
     pub fn of(weights: &Inventory, name: &str) -> Result<Self> {
         let bad = |what: String| {
             Error::model(format!("{name} is no transformer of Infinity: {what}"))
-                .hint("nextflow info FILE shows what it holds; --model FOLDER with infinity_2b_reg.pth in it")
+                .hint("nextflow info FILE shows its content; --model FOLDER with infinity_2b_reg.pth in it")
         };
         let shape = |key: &str| weights.shape(key).ok_or_else(|| bad(format!("{key} is missing")));
         let two = |key: &str| match shape(key)? {
@@ -100,7 +101,7 @@ impl InfinityConfig {
         Ok(config)
     }
 
-    /// What would make the transformer panic, as one sentence.
+    /// Errors: a value that would make the transformer panic, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { width, heads, text_heads, .. } = *self;
         let counts = [self.depth, self.chunk, heads, text_heads, self.max_words, self.levels, self.mlp, self.bits];

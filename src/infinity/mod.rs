@@ -1,5 +1,5 @@
-//! Infinity's transformer: it draws scale by scale as NextFlow's does, but reads the prompt by cross-attention to the features of a
-//! text encoder, and predicts every bit of a token by itself.
+//! Infinity's transformer: it draws scale by scale as NextFlow's does, but reads the prompt by
+//! cross-attention to the features of a text encoder, and predicts every bit of a token by itself.
 
 mod block;
 mod config;
@@ -17,7 +17,7 @@ use crate::ops;
 use block::{Block, EPS, Seen, Text};
 use text::{TextProjections, exact};
 
-/// A loaded transformer. It holds no state: what the rows of a batch have seen is in their [`Cache`]s.
+/// A loaded transformer. It holds no state: the keys and values of a batch are in its [`Cache`]s.
 #[derive(Debug)]
 pub struct Infinity {
     text: TextProjections,
@@ -36,7 +36,7 @@ pub struct Infinity {
     dtype: DType,
 }
 
-/// What the rows of a batch are drawn by: their texts, as the layers see them.
+/// The conditions of a batch's rows: their texts, projected for the layers.
 #[derive(Debug)]
 pub struct Conditions {
     /// A vector for each text, (R, C).
@@ -75,8 +75,9 @@ pub struct Mixture {
 }
 
 impl Infinity {
-    /// The reference's keys: `text_norm`, `text_proj_for_sos`, `text_proj_for_ca`, `cfg_uncond`, `pos_start`, `lvl_embed`,
-    /// `word_embed`, `shared_ada_lin`, `head_nm`, `head` and `block_chunks`. Blocks are in the type of the weights; all else is f32.
+    /// The reference's keys: `text_norm`, `text_proj_for_sos`, `text_proj_for_ca`, `cfg_uncond`,
+    /// `pos_start`, `lvl_embed`, `word_embed`, `shared_ada_lin`, `head_nm`, `head` and
+    /// `block_chunks`. Blocks are in the type of the weights; all else is f32.
     ///
     /// Errors: tensors that are missing or misshapen, and what [`InfinityConfig::check`] refuses.
     pub fn load(w: &Weights, config: &InfinityConfig) -> Result<Self> {
@@ -115,12 +116,13 @@ impl Infinity {
         self.dtype
     }
 
-    /// The learned features of an unconditional row beside a prompt of so many tokens, (tokens, text_width).
+    /// The learned features of an unconditional row beside a prompt of `tokens` tokens,
+    /// (tokens, text_width).
     pub fn unconditional(&self, tokens: usize) -> Result<Tensor> {
         self.text.unconditional(tokens)
     }
 
-    /// What the layers see of texts, one for each row, whose features (tokens, text_width) are given.
+    /// The conditions of texts, one per row, from their features (tokens, text_width).
     pub fn condition(&self, texts: &[Tensor]) -> Result<Conditions> {
         let seen: Vec<(Tensor, Tensor)> = texts
             .iter()
@@ -142,13 +144,14 @@ impl Infinity {
         })
     }
 
-    /// A cache for a row, with room for so many tokens.
+    /// A cache for a row, with room for `tokens` tokens.
     pub fn cache(&self, capacity: usize) -> Result<Cache> {
         let heads = (self.config.heads, self.config.head_dim());
         Cache::of_layers(self.config.depth, heads, capacity, self.dtype, &self.device)
     }
 
-    /// Angles of a grid (height, width) on the lattice of its ratio, the last grid (height, width) of the largest level.
+    /// Angles of a grid (height, width) on the lattice of its ratio, the last grid (height, width)
+    /// of the largest level.
     pub fn angles(&self, grid: (usize, usize), lattice: (usize, usize)) -> Result<Rope> {
         rope::grid(grid, lattice, self.config.head_dim(), &self.device)
     }
@@ -164,8 +167,8 @@ impl Infinity {
         x.broadcast_add(&self.levels.narrow(0, si, 1)?)
     }
 
-    /// Runs a scale's tokens x (R, T, C), in f32, through the blocks, after what the caches hold of the scales before: hidden
-    /// states (R, T, C). The caches take the scale up if it is to `keep`.
+    /// The forward pass of a scale's tokens x (R, T, C), in f32, against the cached scales: hidden
+    /// states (R, T, C). With `keep` the scale is added to the caches.
     pub fn forward(
         &self,
         mut x: Tensor,
@@ -189,8 +192,8 @@ impl Infinity {
         Ok(x)
     }
 
-    /// Logits of every bit of hidden states (R, T, C) of the first rows: (R, T, 2 * bits) in f32, those of 0 and of 1 side by
-    /// side.
+    /// Logits of every bit of hidden states (R, T, C) of the first rows: (R, T, 2 * bits) in f32,
+    /// those of 0 and of 1 side by side.
     pub fn logits(&self, hidden: &Tensor, conditions: &Conditions) -> Result<Tensor> {
         let rows = hidden.dim(0)?;
         let [scale, shift] = &conditions.head;

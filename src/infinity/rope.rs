@@ -1,4 +1,5 @@
-//! Positions on a lattice that all scales share: that of the last grid of the ratio's largest level.
+//! Positions on a lattice that all scales share: that of the last grid of the ratio's largest
+//! level.
 
 use candle_core::{Device, Result, Tensor};
 
@@ -7,7 +8,8 @@ use crate::backbone::Rope;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-/// Where line `i` of `count` stands among the `most` lines of the lattice: `i * most / count`, with halves rounded to even.
+/// The position of line `i` of `count` among the `most` lines of the lattice: `i * most / count`,
+/// with halves rounded to even.
 pub fn coordinate(i: usize, count: usize, most: usize) -> usize {
     let (whole, rest) = (i * most / count, i * most % count);
     let up = match (2 * rest).cmp(&count) {
@@ -18,8 +20,9 @@ pub fn coordinate(i: usize, count: usize, most: usize) -> usize {
     whole + usize::from(up)
 }
 
-/// Angles of a grid (height, width) on a lattice (height, width), row-major: cosines and sines (1, h * w, head_dim / 2). The
-/// first half of the pairs turns by the row, the second by the column.
+/// Angles of a grid (height, width) on a lattice (height, width), row-major: cosines and sines
+/// (1, h * w, head_dim / 2). The first half of the pairs turns by the row, the second by the
+/// column.
 pub fn grid((h, w): (usize, usize), lattice: (usize, usize), head_dim: usize, device: &Device) -> Result<Rope> {
     let each = head_dim / 4;
     let frequencies: Vec<f64> = (0..each).map(|j| THETA.powf(-(j as f64) / each as f64)).collect();
@@ -36,8 +39,9 @@ pub fn grid((h, w): (usize, usize), lattice: (usize, usize), head_dim: usize, de
     Ok(Rope { cos: angles.cos()?, sin: angles.sin()? })
 }
 
-/// In which order the `rows` of a projection to heads of so many channels are to stand, so that the pairs (2j, 2j + 1), which
-/// turn together here, become (j, j + head_dim / 2), as [`crate::ops::rope`] has them.
+/// The order of the rows of a projection to heads of `head_dim` channels in which the pairs
+/// (2j, 2j + 1), which rotate together here, become (j, j + head_dim / 2), as [`crate::ops::rope`]
+/// expects.
 pub fn halves(rows: usize, head_dim: usize) -> impl Iterator<Item = u32> {
     let half = head_dim / 2;
     (0..rows).map(move |row| {

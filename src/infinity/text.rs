@@ -1,4 +1,5 @@
-//! What a prompt is to the transformer: features of its tokens for cross-attention, and one vector for everything else.
+//! The prompt as the transformer's condition: features of its tokens for cross-attention, and one
+//! vector for everything else.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -55,12 +56,13 @@ impl TextProjections {
         })
     }
 
-    /// The learned text of so many tokens, (tokens, text_width).
+    /// The learned text of `tokens` tokens, (tokens, text_width).
     pub(super) fn unconditional(&self, tokens: usize) -> Result<Tensor> {
         self.unconditional.narrow(0, 0, tokens)
     }
 
-    /// The vector of a text (1, C), and what blocks see of it, (1, tokens, C), from its features (tokens, text_width).
+    /// The vector of a text (1, C), and what blocks see of it, (1, tokens, C), from its features
+    /// (tokens, text_width).
     pub(super) fn forward(&self, features: &Tensor) -> Result<(Tensor, Tensor)> {
         let normed = ops::rms_norm(&features.to_dtype(DType::F32)?.unsqueeze(0)?, &self.norm, EPS)?;
         let (_, _, heads, head_dim) = self.query.dims4()?;

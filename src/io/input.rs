@@ -1,4 +1,4 @@
-//! What a user names by a path: a file, or standard input by the name `-`.
+//! Inputs named by a path: a file, or standard input by the name `-`.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read};
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 
-/// Whether something was read from standard input already: what comes second would find it empty.
+/// Whether standard input has been read: a second reader would find it empty.
 static READ: AtomicBool = AtomicBool::new(false);
 
 /// Whether a path names standard input.
@@ -40,12 +40,13 @@ pub fn without_bom(text: &[u8]) -> &[u8] {
     text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text)
 }
 
-/// Whether text that begins so is UTF-16: it has the mark, or zeros beside its first two letters.
+/// Whether text with this beginning is UTF-16: it has the byte order mark, or zeros beside its
+/// first two letters.
 pub fn is_utf16(head: &[u8]) -> bool {
     matches!(head, [0xff, 0xfe, ..] | [0xfe, 0xff, ..]) || zeros(head).is_some()
 }
 
-/// Whether the zeros of UTF-16 stand behind the first two letters, or before them.
+/// Whether the zeros of UTF-16 follow the first two letters, or precede them.
 fn zeros(head: &[u8]) -> Option<bool> {
     match head {
         [a, 0, b, 0, ..] if *a > 0 && *b > 0 => Some(true),
@@ -54,8 +55,8 @@ fn zeros(head: &[u8]) -> Option<bool> {
     }
 }
 
-/// Text as UTF-8 without a mark: as it is or, where a mark or the zeros of its first letters show that it is UTF-16, as
-/// shells and editors of some systems write it, converted.
+/// Text as UTF-8 without a mark: as it is or, where a mark or the zeros of its first letters show
+/// that it is UTF-16, as shells and editors of some systems write it, converted.
 pub fn utf8(text: Vec<u8>) -> Vec<u8> {
     let utf16 = |rest: &[u8], number: fn([u8; 2]) -> u16| {
         let units: Vec<u16> = rest.as_chunks::<2>().0.iter().map(|unit| number(*unit)).collect();
@@ -80,7 +81,7 @@ pub fn utf8(text: Vec<u8>) -> Vec<u8> {
 /// A path as a shell reads it, for commands that are to be copied.
 pub fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
-    // What begins with a hyphen would be a flag.
+    // A leading hyphen would make it a flag.
     quoted_words(&if text.starts_with('-') { format!("./{text}") } else { text })
 }
 
@@ -101,9 +102,9 @@ pub fn quoted_words(text: &str) -> String {
     format!("$'{}'", text.chars().map(spelt).collect::<String>())
 }
 
-/// The files that a line names, as a person types a path or a terminal pastes what is dropped on it: as it is, in
-/// quotes, with backslashes before blanks, with `~` for the home folder, or as `file://` addresses. What names no files
-/// is one path.
+/// The files that a line names, as typed, or as a terminal pastes a dropped file: plain, in quotes,
+/// with backslashes before blanks, with `~` for the home folder, or as `file://` addresses. A line
+/// that names no files is one path.
 pub fn dropped(text: &str) -> Vec<PathBuf> {
     let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
     let bare = ['"', '\''].iter().find_map(|q| text.strip_prefix(*q)?.strip_suffix(*q)).unwrap_or(text);
@@ -119,7 +120,7 @@ pub fn dropped(text: &str) -> Vec<PathBuf> {
     }
 }
 
-/// The path that a word means.
+/// The path of one word of a line.
 fn located(word: &str) -> PathBuf {
     if let Some(rest) = word.strip_prefix("file://") {
         let path = rest.strip_prefix("localhost").unwrap_or(rest).as_bytes();
@@ -179,13 +180,14 @@ fn once() -> Result<()> {
     match READ.swap(true, Ordering::Relaxed) {
         false => Ok(()),
         true => Err(Error::usage("standard input can be read once, but - is named twice")
-            .hint("name a file in the place of one of them")),
+            .hint("name a file instead of one of them")),
     }
 }
 
 /// The bytes of a file, or of standard input, of which there may be `most`.
 ///
-/// Errors: usage, with `hint`: what cannot be read or is longer, and standard input that was read before.
+/// Errors: usage, with `hint`: what cannot be read or is longer, and standard input that was read
+/// before.
 pub fn read(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let failed = |e: io::Error| unreadable(path, e, hint);
@@ -201,7 +203,7 @@ pub fn read(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// As [`read`], of a file that somebody sends: nobody types one.
+/// As [`read`], for content that is never typed, such as images.
 ///
 /// Errors: usage as well for standard input that is a terminal, or empty.
 pub fn piped(path: &Path, most: u64, hint: &str) -> Result<Vec<u8>> {

@@ -21,20 +21,21 @@ pub enum Destination {
     File {
         /// Its path.
         path: PathBuf,
-        /// Replace what is there.
+        /// Replace an existing file.
         force: bool,
     },
-    /// Names made of prompt and seed in a folder, which is made when the first image is there.
+    /// Names made of prompt and seed, in a folder that is created with the first image.
     Folder {
         /// Its path; empty is the current one.
         path: PathBuf,
-        /// Replace a file of the name that was there before the run; otherwise a free name is found.
+        /// Replace a file of the name that was there before the run; otherwise a free name is
+        /// found.
         force: bool,
     },
 }
 
 impl Destination {
-    /// Whether writing can succeed, as far as that can be told before there is something to write.
+    /// Checks, as far as possible in advance, that writing will succeed.
     pub fn check(&self) -> Result<()> {
         match self {
             Self::Stdout => Ok(()),
@@ -43,13 +44,14 @@ impl Destination {
         }
     }
 
-    /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the terminal's to write.
+    /// Writes `png` whole or not at all and returns its path; `None` for stdout, which is the
+    /// terminal's to write.
     pub fn save(&self, png: &[u8], prompt: &str, seed: u64) -> Result<Option<PathBuf>> {
         self.save_beside(png, prompt, seed, &mut HashSet::new())
     }
 
-    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not replaced by force; the
-    /// new one becomes one of them.
+    /// As [`Destination::save`]. Files in `saved`, which this run wrote into a folder, are not
+    /// replaced by force; the new one becomes one of them.
     pub fn save_beside(
         &self,
         png: &[u8],
@@ -88,7 +90,7 @@ impl Destination {
     }
 }
 
-/// Writes a file whole or not at all; what was at `path` is replaced.
+/// Writes a file whole or not at all; an existing file is replaced.
 ///
 /// Errors: a file that cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -120,7 +122,7 @@ pub fn check_inside(folder: &Path, path: &Path) -> Result<()> {
     }
 }
 
-/// What is written: behind a link it is the file that is replaced, not the link.
+/// The file to write: the target of a link that is replaced, not the link.
 fn target(path: &Path, force: bool) -> PathBuf {
     Some(path).filter(|_| force).and_then(|path| fs::canonicalize(path).ok()).unwrap_or_else(|| path.into())
 }
@@ -209,12 +211,13 @@ fn cannot_write(path: &Path, e: io::Error) -> Error {
         .because(e)
 }
 
-/// The error in words; tempfile's would name the temporary file.
+/// The error's text; tempfile's would name the temporary file.
 pub(crate) fn reason(e: &io::Error) -> String {
     if e.raw_os_error().is_some() { e.to_string() } else { e.kind().to_string() }
 }
 
-/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most 48 characters.
+/// The prompt as a file name: its words, ASCII letters in lower case, joined by `-`; at most 48
+/// characters.
 pub fn slug(prompt: &str) -> String {
     let mut slug = String::new();
     let mut length = 0;

@@ -1,5 +1,6 @@
-//! Files that appear whole or not at all: written under a temporary name beside their final place, locked while their
-//! process lives, and renamed when they are complete. What a killed process left is removed by the next one.
+//! Files that appear whole or not at all: written under a temporary name beside their final place,
+//! locked while their process lives, and renamed when they are complete. Leftovers of a killed
+//! process are removed by the next one.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -14,24 +15,27 @@ use super::parent;
 
 const PREFIX: &str = ".nextflow-";
 const SUFFIX: &str = ".tmp";
-/// Locks may not reach across hosts: what another host left is removed when nothing was written to it for this long.
+/// Locks may not reach across hosts: what another host left is removed when nothing was written to
+/// it for this long.
 const LONG: Duration = Duration::from_secs(24 * 3600);
 
-/// A file with a temporary name, which goes with it unless it is given its final one.
+/// A file with a temporary name, removed on drop unless it gets its final one.
 pub(crate) struct Temp(NamedTempFile);
 
 impl Temp {
-    /// `bytes` in the folder of their final place, because only a rename within one file system is atomic.
+    /// `bytes` in the folder of their final place, because only a rename within one file system is
+    /// atomic.
     pub fn in_folder(folder: &Path, bytes: &[u8]) -> io::Result<Self> {
         Self::with_mode(folder, None)?.filled(bytes)
     }
 
-    /// `bytes` beside `path`, with the permissions of the file that they are to replace, if there is one.
+    /// `bytes` beside `path`, with the permissions of the file that they are to replace, if there
+    /// is one.
     pub fn beside(path: &Path, bytes: &[u8]) -> io::Result<Self> {
         let old = fs::metadata(path).ok().map(|old| old.permissions());
         let temp = Self::with_mode(parent(path), old.clone())?;
         if let Some(old) = old.filter(|old| temp.0.as_file().metadata().is_ok_and(|new| new.permissions() != *old)) {
-            // The umask took some. A file system without permissions has none to keep.
+            // The umask cleared some. A file system without permissions has none to preserve.
             let _ = temp.0.as_file().set_permissions(old);
         }
         temp.filled(bytes)
@@ -60,7 +64,7 @@ impl Temp {
         Ok(self)
     }
 
-    /// Gives the file its final name in the place of what has it.
+    /// Renames the file to its final name, replacing an existing one.
     pub fn replace(self, path: &Path) -> io::Result<()> {
         sync(self.0.as_file())?;
         self.0.persist(path).map_err(|e| e.error)?;
@@ -68,7 +72,7 @@ impl Temp {
         Ok(())
     }
 
-    /// Gives the file its final name if nothing has it; or the error and the file back.
+    /// Renames the file to its final name if that is free; else returns the error and the file.
     pub fn persist_new(self, path: &Path) -> Result<(), (io::Error, Self)> {
         if let Err(e) = sync(self.0.as_file()) {
             return Err((e, self));
@@ -76,7 +80,8 @@ impl Temp {
         match self.0.persist_noclobber(path) {
             Ok(_) => {}
             Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => return Err((e.error, Self(e.file))),
-            // Some file systems (network, FUSE, exFAT) know neither a rename that replaces nothing nor hard links.
+            // Some file systems (network, FUSE, exFAT) know neither a rename that replaces nothing
+            // nor hard links.
             Err(e) => claim(e.file, path)?,
         }
         sync_folder(path);
@@ -95,7 +100,7 @@ fn claim(temp: NamedTempFile, path: &Path) -> Result<(), (io::Error, Temp)> {
     })
 }
 
-/// A folder with a temporary name, which goes with it unless it is given its final one.
+/// A folder with a temporary name, removed on drop unless it gets its final one.
 pub(crate) struct TempFolder {
     folder: TempDir,
     /// Holds the lock.
@@ -121,7 +126,7 @@ impl TempFolder {
         self.folder.path()
     }
 
-    /// Gives it its final name.
+    /// Renames it to its final name.
     pub fn rename(self, to: &Path) -> io::Result<()> {
         fs::rename(self.folder.path(), to)?;
         let _ = self.folder.keep();
@@ -130,7 +135,8 @@ impl TempFolder {
     }
 }
 
-/// Locks a new file or folder for as long as it is open; `false` if another process took it for a dead one's meanwhile.
+/// Locks a new file or folder for as long as it is open; `false` if another process took it for a
+/// dead one's meanwhile.
 fn is_held(file: &File, path: &Path) -> bool {
     match file.try_lock() {
         Ok(()) => fs::symlink_metadata(path).is_ok(),
@@ -169,7 +175,7 @@ fn is_abandoned(path: &Path, file: io::Result<File>) -> bool {
     }
 }
 
-/// What temporary names on this host begin with.
+/// The prefix of temporary names on this host.
 fn prefix() -> OsString {
     static HOST: OnceLock<String> = OnceLock::new();
     let host = HOST.get_or_init(|| {
@@ -180,7 +186,8 @@ fn prefix() -> OsString {
     host.into()
 }
 
-/// Puts a file on the disk, where the file system can: after a power cut a name must not lead to an empty file.
+/// Puts a file on the disk, where the file system can: after a power cut a name must not lead to an
+/// empty file.
 fn sync(file: &File) -> io::Result<()> {
     match file.sync_all() {
         Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),

@@ -1,4 +1,5 @@
-//! What the groups of processes that this one is in may still take: a container's limit is less than the machine's memory.
+//! Free memory of the control groups of this process: a container's limit is below the machine's
+//! memory.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +10,8 @@ pub(super) fn left() -> Option<u64> {
     left_in(&groups, Path::new("/sys/fs/cgroup"))
 }
 
-/// The same of the lines `ID:CONTROLLERS:PATH` of the groups, below the folder where they are mounted.
+/// The same of the lines `ID:CONTROLLERS:PATH` of the groups, below the folder where they are
+/// mounted.
 fn left_in(groups: &str, mounted: &Path) -> Option<u64> {
     let group = |line: &str| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -27,8 +29,9 @@ fn left_in(groups: &str, mounted: &Path) -> Option<u64> {
     groups.lines().filter_map(group).min()
 }
 
-/// Of a group and those that it is in, by the names of what holds its limit, its use, and in its statistics the cached files
-/// that it gives back. In a container its own path may not be there: then only the folder where groups are mounted counts.
+/// Of a group and those that it is in, by the names of what holds its limit, its use, and in its
+/// statistics the cached files that it gives back. In a container its own path may not be there:
+/// then only the folder where groups are mounted counts.
 fn tightest(mounted: &Path, path: &Path, [limit, used, cached]: [&str; 3]) -> Option<u64> {
     let left = |group: &Path| {
         let folder = mounted.join(group);

@@ -1,4 +1,5 @@
-//! The memory of an NVIDIA GPU that this process has taken: its pool, which lends to tensors and gets back.
+//! The memory of an NVIDIA GPU that this process has taken: its pool, which lends to tensors and
+//! gets back.
 
 use candle_core::Result;
 use candle_core::cuda_backend::cudarc::driver::result::mem_pool;
@@ -10,7 +11,7 @@ fn pool(gpu: &CudaDevice) -> Result<Option<sys::CUmemoryPool>> {
     let context = gpu.cuda_stream().context().clone();
     context.bind_to_thread().w()?;
     let mut pool = std::ptr::null_mut();
-    // SAFETY: it writes what it is given room for.
+    // SAFETY: the pointers are to variables of the types that it writes.
     #[allow(unsafe_code)]
     let found = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()) };
     if !context.has_async_alloc() {
@@ -28,8 +29,8 @@ fn attribute(gpu: &CudaDevice, attribute: Attribute) -> Option<u64> {
     Some(value)
 }
 
-/// Lets the pool keep memory that was freed for what needs it next: to give it back at every wait and to get it anew takes
-/// longer than a small step.
+/// Lets the pool keep freed memory for the next allocations: returning it at every synchronisation
+/// and getting it again takes longer than a small step.
 pub fn keep(gpu: &CudaDevice) -> Result<()> {
     let Some(pool) = pool(gpu)? else { return Ok(()) };
     let mut all = u64::MAX;

@@ -1,4 +1,5 @@
-//! Shape of the model: read from the shapes of the tensors where they tell, and from `config.json` elsewhere.
+//! Shape of the model: read from the shapes of the tensors where they tell, and from `config.json`
+//! elsewhere.
 
 use serde_json::{Value, json};
 
@@ -43,8 +44,9 @@ pub struct OneCatConfig {
     pub adapter_gain: f64,
     /// Rows of the scale embedding.
     pub levels: usize,
-    /// Round the rotary frequencies to bf16 in generation and editing, as the reference does when it casts the model. The
-    /// reference's tables for understanding are not affected, so theirs are exact whatever this says.
+    /// Round the rotary frequencies to bf16 in generation and editing, as the reference does when
+    /// it casts the model. The reference's tables for understanding are not affected, so theirs are
+    /// exact whatever this says.
     pub bf16_frequencies: bool,
     /// What the model is told about itself.
     pub system: String,
@@ -56,8 +58,8 @@ pub fn is_config(config: &Value) -> bool {
 }
 
 impl OneCatConfig {
-    /// OneCAT-3B as far as it is known: patch width and position grid are inferred from its teacher, the vocabulary from Qwen2.5's
-    /// with 15 added tokens.
+    /// OneCAT-3B as far as it is known: patch width and position grid are inferred from its
+    /// teacher, the vocabulary from Qwen2.5's with 15 added tokens.
     pub fn onecat_3b() -> Self {
         Self {
             transformer: BackboneConfig {
@@ -82,7 +84,8 @@ impl OneCatConfig {
 
     /// Reads `config.json` and the headers of the weights.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for files that are missing, broken, or say different things.
+    /// Errors: [`crate::error::Kind::Model`] for files that are missing, broken, or say different
+    /// things.
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
         let weights = Inventory::of(source, TRANSFORMER)?;
@@ -94,8 +97,8 @@ impl OneCatConfig {
 
     /// The config of `weights` and what `config`, a `config.json`, says beside their shapes.
     ///
-    /// Errors: a tensor that is missing or of a shape that fits no model, and a field that says another thing than the weights, as
-    /// one sentence.
+    /// Errors: a tensor that is missing or of a shape that fits no model, and a field that says
+    /// another thing than the weights, as one sentence.
     pub fn of(weights: &Inventory, config: &Value) -> Result<Self, String> {
         let fields = Fields { config, text: &config["llm_config"], vision: &config["patch_vision_config"] };
         fields.check_choices()?;
@@ -182,7 +185,8 @@ impl OneCatConfig {
         Drawing::load(w, self).map(drop)
     }
 
-    /// Side of the thumbnail that goes with a picture to be understood, in pixels: that of the position grid.
+    /// Side of the thumbnail that goes with a picture to be understood, in pixels: that of the
+    /// position grid.
     pub fn thumbnail(&self) -> usize {
         self.position_grid * self.patch_size
     }
@@ -323,7 +327,8 @@ impl Fields<'_> {
         })
     }
 
-    /// Errors: a size in `config.json` that is not the weights'. Those of the vocabulary may differ: tables are padded.
+    /// Errors: a size in `config.json` that is not the weights'. Those of the vocabulary may
+    /// differ: tables are padded.
     fn check_shapes(&self, read: &OneCatConfig) -> Result<(), String> {
         let t = &read.transformer;
         for (fields, key, found) in [

@@ -1,8 +1,9 @@
-//! OneCAT (arXiv 2509.03498): one Qwen2.5 transformer that reads text and pictures, answers, draws scale by scale and edits. In place
-//! of each SwiGLU it has three experts, for text, for pictures that are read, and for codes; attention and norms are everybody's.
+//! OneCAT (arXiv 2509.03498): one Qwen2.5 transformer that reads text and pictures, answers, draws
+//! scale by scale and edits. In place of each SwiGLU it has three experts, for text, for pictures
+//! that are read, and for codes; attention and norms are everybody's.
 //!
-//! The parts are loaded by what is done with them: [`Trunk`] for everything, [`Reading`] for prompts and conversations, [`Drawing`]
-//! for codes.
+//! The parts are loaded by what is done with them: [`Trunk`] for everything, [`Reading`] for
+//! prompts and conversations, [`Drawing`] for codes.
 
 mod config;
 mod expert;
@@ -60,7 +61,8 @@ enum Kind<'a> {
 }
 
 impl Trunk {
-    /// The keys `patch_language_model.model.{norm, layers.N.{input_layernorm, self_attn, post_attention_layernorm}}`.
+    /// The keys `patch_language_model.model.{norm, layers.N.{input_layernorm, self_attn,
+    /// post_attention_layernorm}}`.
     ///
     /// Errors: tensors that are missing or misshapen, and what [`OneCatConfig::check`] refuses.
     pub fn load(w: &Weights, config: &OneCatConfig) -> Result<Self> {
@@ -142,8 +144,8 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// The keys `patch_language_model.{model.embed_tokens, model.layers.N.mlp_te}` and, by `parts`, `layers.N.mlp_ue`,
-    /// `patch_vision_model`, `mlp` and `lm_head`.
+    /// The keys `patch_language_model.{model.embed_tokens, model.layers.N.mlp_te}` and, by `parts`,
+    /// `layers.N.mlp_ue`, `patch_vision_model`, `mlp` and `lm_head`.
     ///
     /// Errors: tensors that are missing or misshapen.
     pub fn load(w: &Weights, config: &OneCatConfig, parts: ReadingParts) -> Result<Self> {
@@ -207,9 +209,9 @@ impl Reading {
         head.ok_or_else(|| candle_core::Error::Msg("the head was not loaded".into()))?.linear(hidden, None)
     }
 
-    /// Reads tokens x (1, T, hidden) after what a row's cache holds: text, each token of which sees what is before it, or with
-    /// `picture` a picture, which sees all of itself. Rotary frequencies are `rounded` as the config has it for generation. Gives the
-    /// hidden states (1, T, hidden).
+    /// Reads tokens x (1, T, hidden) after what a row's cache holds: text, each token of which sees
+    /// what is before it, or with `picture` a picture, which sees all of itself. Rotary frequencies
+    /// are `rounded` as the config has it for generation. Gives the hidden states (1, T, hidden).
     pub fn read(&self, trunk: &Trunk, x: &Tensor, cache: &mut Cache, picture: bool, rounded: bool) -> Result<Tensor> {
         let rope = rope::sequence(&trunk.config, rounded, cache.len(), x.dim(1)?, &trunk.device)?;
         let (step, expert) = if picture { (Step::Scale, self.pictures()?) } else { (Step::Text, self.text()) };
@@ -217,8 +219,8 @@ impl Reading {
         trunk.forward(x, &rope, context, expert)
     }
 
-    /// Reads what stands before an image that is drawn: a cache of exactly its length. `picture` are the features (tokens, hidden) of
-    /// the one that is edited.
+    /// Reads what stands before an image that is drawn: a cache of exactly its length. `picture`
+    /// are the features (tokens, hidden) of the one that is edited.
     pub fn prefix(&self, trunk: &Trunk, pieces: &[Piece], picture: Option<&Tensor>) -> Result<Cache> {
         let tokens = pieces.iter().map(|piece| match piece {
             Piece::Words(ids) => ids.len(),
@@ -253,8 +255,8 @@ pub struct Drawing {
 }
 
 impl Drawing {
-    /// The keys `patch_language_model.model.layers.N.mlp_ge`, `image_gen_projector`, `image_gen_out_projector`, `sos_embedding` and
-    /// `lvl_embed`.
+    /// The keys `patch_language_model.model.layers.N.mlp_ge`, `image_gen_projector`,
+    /// `image_gen_out_projector`, `sos_embedding` and `lvl_embed`.
     ///
     /// Errors: tensors that are missing or misshapen.
     pub fn load(w: &Weights, config: &OneCatConfig) -> Result<Self> {
@@ -295,7 +297,8 @@ impl Drawing {
         x.broadcast_add(&self.levels.narrow(0, si, 1)?)
     }
 
-    /// Logits of every bit of hidden states (R, T, hidden): (R, T, 2 * bits) in f32, those of 0 and of 1 side by side.
+    /// Logits of every bit of hidden states (R, T, hidden): (R, T, 2 * bits) in f32, those of 0 and
+    /// of 1 side by side.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let [first, second] = &self.out;
         second.forward(&ops::gelu_erf(&first.forward(&hidden.to_dtype(DType::F32)?)?)?)

@@ -1,4 +1,5 @@
-//! Pictures as the model reads them: sizes, patches, and the features that take the places of tokens.
+//! Pictures as the model reads them: sizes, patches, and the features that take the places of
+//! tokens.
 
 use candle_core::{D, Device, Result, Tensor};
 use image::{RgbImage, imageops};
@@ -14,11 +15,13 @@ use crate::vision::{ImageProcessor, Patches};
 pub(super) const MERGE: usize = 2;
 /// Of the layer norm in the connector.
 const EPS: f64 = 1e-5;
-/// Pixels of a token along each side, by which pictures are measured whatever the patch: constants of the reference.
+/// Pixels of a token along each side, by which pictures are measured whatever the patch: constants
+/// of the reference.
 const TOKEN: usize = 28;
 /// The fewest and the most tokens of a picture, its thumbnail aside.
 const TOKENS: [usize; 2] = [576, 4000];
-/// Pixels of the short side of a picture to be edited: for images of up to 512 pixels, and for larger ones.
+/// Pixels of the short side of a picture to be edited: for images of up to 512 pixels, and for
+/// larger ones.
 const SHORT: [f64; 2] = [672.0, 1008.0];
 /// Scales of an image of the 512 pixel level.
 const SMALL_LEVEL: usize = 10;
@@ -33,7 +36,8 @@ pub fn processor() -> ImageProcessor {
     }
 }
 
-/// The grid of tokens (height, width) of a picture of (width, height) pixels that is to be understood.
+/// The grid of tokens (height, width) of a picture of (width, height) pixels that is to be
+/// understood.
 ///
 /// Errors: usage, if one side is more than 200 times the other.
 pub fn understanding_grid(
@@ -59,8 +63,8 @@ pub fn understanding(
     Ok([cut(grid), cut((config.position_grid / MERGE, config.position_grid / MERGE))])
 }
 
-/// What is kept of a picture of (width, height) pixels to be edited: the centre of its own ratio, which rounding makes one row or
-/// column smaller than the picture now and then.
+/// What is kept of a picture of (width, height) pixels to be edited: the centre of its own ratio,
+/// which rounding makes one row or column smaller than the picture now and then.
 pub fn edit_crop((width, height): (u32, u32)) -> (u32, u32) {
     let (w, h) = (f64::from(width), f64::from(height));
     let ratio = h / w;
@@ -70,7 +74,8 @@ pub fn edit_crop((width, height): (u32, u32)) -> (u32, u32) {
     }
 }
 
-/// The grid of tokens (height, width) of a picture of (width, height) pixels that is edited into an image of so many `scales`.
+/// The grid of tokens (height, width) of a picture of (width, height) pixels that is edited into an
+/// image of so many `scales`.
 ///
 /// Errors: as [`understanding_grid`].
 pub fn edit_grid(
@@ -95,7 +100,8 @@ pub fn reference(config: &OneCatConfig, image: &RgbImage, scales: usize) -> crat
     Ok(processor().cut(&cropped, grid, (config.patch_size, MERGE)))
 }
 
-/// A learned grid of positions (1 + side * side, C), row 0 unused, at (height, width) positions: (height * width, C), row-major.
+/// A learned grid of positions (1 + side * side, C), row 0 unused, at (height, width) positions:
+/// (height * width, C), row-major.
 pub fn resized_positions(table: &Tensor, (h, w): (usize, usize)) -> Result<Tensor> {
     let (rows, _) = table.dims2()?;
     let side = (rows - 1).isqrt();
@@ -103,7 +109,8 @@ pub fn resized_positions(table: &Tensor, (h, w): (usize, usize)) -> Result<Tenso
     GridResampling::bicubic((side, side), (h, w)).tokens(&grid)?.squeeze(0)
 }
 
-/// The networks between pixels and tokens: a convolution to patches, their positions, and a connector.
+/// The networks between pixels and tokens: a convolution to patches, their positions, and a
+/// connector.
 #[derive(Debug)]
 pub struct PatchEmbedder {
     /// (C, 3 * patch * patch).
@@ -145,7 +152,8 @@ impl PatchEmbedder {
         self.kernel.linear(&values.to_dtype(self.bias.dtype())?, Some(&self.bias))
     }
 
-    /// Positions of the patches of (height, width) tokens, those of a token together: (patches, C) in f32.
+    /// Positions of the patches of (height, width) tokens, those of a token together: (patches, C)
+    /// in f32.
     pub fn positions(&self, (h, w): (usize, usize)) -> Result<Tensor> {
         let channels = self.positions.dim(D::Minus1)?;
         let rows = resized_positions(&self.positions, (MERGE * h, MERGE * w))?;

@@ -1,5 +1,5 @@
-//! The words and marks around what a user says. Generation has no newline behind `<|im_end|>`, conversations have; both as the
-//! weights were trained with.
+//! The words and marks around what a user says. Generation has no newline behind `<|im_end|>`,
+//! conversations have; both as the weights were trained with.
 
 use crate::error::{Error, Result};
 use crate::text::Text;

@@ -1,5 +1,5 @@
-//! Rotary positions of two axes. Text stands at (i, i); the codes of a grid at rows and columns of the last grid, from the end of
-//! the prefix on, so that all scales cover the same positions.
+//! Rotary positions of two axes. Text stands at (i, i); the codes of a grid at rows and columns of
+//! the last grid, from the end of the prefix on, so that all scales cover the same positions.
 
 use candle_core::{Device, Result, Tensor};
 use half::bf16;
@@ -10,29 +10,32 @@ use crate::backbone::Rope;
 /// Row and column.
 pub type Position = [usize; 2];
 
-/// Where line `i` of `count` stands among the `most` lines of the last grid. The reference computes in f32 and rounds halves to
-/// even; in f64 some lines would stand elsewhere.
+/// Where line `i` of `count` stands among the `most` lines of the last grid. The reference computes
+/// in f32 and rounds halves to even; in f64 some lines would stand elsewhere.
 pub fn coordinate(i: usize, count: usize, most: usize) -> usize {
     (i as f32 * (most as f32 / count as f32)).round_ties_even() as usize
 }
 
-/// Positions of a grid (height, width), row-major, behind `start` tokens; `last` is the last grid of the image.
+/// Positions of a grid (height, width), row-major, behind `start` tokens; `last` is the last grid
+/// of the image.
 pub fn grid(start: usize, (h, w): (usize, usize), last: (usize, usize)) -> impl Iterator<Item = Position> {
     let row = move |i: usize| start + coordinate(i, h, last.0);
     let column = move |j: usize| start + coordinate(j, w, last.1);
     (0..h).flat_map(move |i| (0..w).map(move |j| [row(i), column(j)]))
 }
 
-/// Rotary frequencies of the pairs of a head, in f32 as the reference computes them, or `rounded` to bf16.
+/// Rotary frequencies of the pairs of a head, in f32 as the reference computes them, or `rounded`
+/// to bf16.
 pub fn frequencies(config: &OneCatConfig, rounded: bool) -> Vec<f32> {
     let half = config.transformer.head_dim() / 2;
-    // Rounded as often as in the reference: at position 1,400 that shows in the fourth digit of an angle.
+    // Rounded as often as in the reference: at position 1,400 that shows in the fourth digit of an
+    // angle.
     let exact = |f: usize| 1.0 / config.transformer.rope_theta.powf(f64::from(f as f32 / half as f32)) as f32;
     (0..half).map(exact).map(|f| if rounded { bf16::from_f32(f).to_f32() } else { f }).collect()
 }
 
-/// Angles of positions, one row after the other, of as many tokens each: cosines and sines (rows, tokens, head_dim / 2). Two pairs
-/// turn by the row, the next two by the column, and so on.
+/// Angles of positions, one row after the other, of as many tokens each: cosines and sines (rows,
+/// tokens, head_dim / 2). Two pairs turn by the row, the next two by the column, and so on.
 pub fn angles(config: &OneCatConfig, rounded: bool, rows: &[Vec<Position>], device: &Device) -> Result<Rope> {
     let frequencies = frequencies(config, rounded);
     let tokens = rows.first().map_or(0, Vec::len);

@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Re
 
 use super::cpu::operand::{Borrowed, Operand, are_f32};
 
-/// An operation on N tensors with a forward and a backward pass of its own: it keeps nothing
-/// between the two but its inputs.
+/// An operation on N tensors with its own forward and backward pass, which share nothing but its
+/// inputs.
 pub(crate) trait Op<const N: usize>: CudaOp<N> + Send + Sync + 'static {
     /// For error messages.
     const NAME: &'static str;

@@ -96,7 +96,7 @@ impl WeightMatrix {
     /// Errors: a row that is not there, and int8, which is laid out for products.
     pub fn reordered(&self, order: &[u32]) -> Result<Self> {
         match self {
-            // One number that stands for all, of weights that are only planned.
+            // One broadcast number, of weights that are only planned.
             Self::Dense(tensor) if tensor.stride().iter().all(|&stride| stride == 0) => Ok(self.clone()),
             Self::Dense(tensor) => tensor.index_select(&Tensor::new(order, tensor.device())?, 0).map(Self::Dense),
             Self::Blocks { blocks, first, rows, .. } => {
@@ -116,7 +116,8 @@ impl WeightMatrix {
         }
     }
 
-    /// `count` columns from `start` on, in memory of their own: in the same blocks if these begin and end there, else as f32.
+    /// `count` columns from `start` on, in memory of their own: in the same blocks if these begin
+    /// and end there, else as f32.
     ///
     /// Errors: columns that do not exist.
     pub fn columns(&self, start: usize, count: usize) -> Result<Self> {

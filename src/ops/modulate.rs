@@ -1,5 +1,5 @@
-//! What adaptive layer norms (AdaLN) do to a residual stream: a norm whose scale and shift belong to the row, and a sum with a
-//! gate that does.
+//! What adaptive layer norms (AdaLN) do to a residual stream: a norm whose scale and shift belong
+//! to the row, and a sum with a gate that does.
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -10,8 +10,8 @@ use super::cpu::reduce::{moments, vectorized};
 /// Elements one thread takes at a time, in whole positions: fewer are not worth waking another.
 const CHUNK: usize = 1 << 15;
 
-/// `(x - mean) / sqrt(variance + eps) * (1 + scale) + shift` over the last dimension of x (R, T, C), with a scale and a shift
-/// (R, C) for each row: x's shape, in f32.
+/// `(x - mean) / sqrt(variance + eps) * (1 + scale) + shift` over the last dimension of x
+/// (R, T, C), with a scale and a shift (R, C) for each row: x's shape, in f32.
 ///
 /// Errors when the shapes do not fit.
 pub fn modulated_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f64) -> Result<Tensor> {

@@ -1,4 +1,4 @@
-//! What the tests of operations share: random operands, and comparison with a reference.
+//! Shared by the tests of operations: random operands, and comparison with a reference.
 
 use candle_core::{Device, Result, Shape, Tensor, Var};
 

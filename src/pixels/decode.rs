@@ -1,4 +1,5 @@
-//! Decoding within a bound on all memory that it takes: what the decoders work with, the pixels as the file has them, and RGB.
+//! Image decoding within a bound on its memory: the decoder's buffers, the pixels in the file's
+//! format, and RGB.
 
 use std::io::{self, BufRead, Read, Seek, SeekFrom};
 
@@ -9,9 +10,10 @@ use image::{ColorType, DynamicImage, ImageDecoder, ImageError, ImageReader, Limi
 /// The largest width and height that is read, in pixels.
 pub(super) const MAX_SIDE: u32 = 8192;
 
-/// Decodes an image, turned as its EXIF says, what is transparent on white, with at most so many bytes at once.
+/// Decodes an image with at most `bytes` of memory; rotates it by its EXIF orientation, and blends
+/// transparency with white.
 ///
-/// Errors: what is no image, and [`ImageError::Limits`] for one that is too large.
+/// Errors: a file that is no image, and [`ImageError::Limits`] for one that is too large.
 pub(super) fn decode(mut source: impl BufRead + Seek, bytes: u64) -> Result<RgbImage, ImageError> {
     let work = work(&mut source)?;
     source.rewind()?;
@@ -24,7 +26,7 @@ pub(super) fn decode(mut source: impl BufRead + Seek, bytes: u64) -> Result<RgbI
     let orientation = decoder.orientation()?;
     let (width, height) = decoder.dimensions();
     let rgb = 3 * u64::from(width) * u64::from(height);
-    // What a conversion takes beside the pixels that it reads.
+    // Memory of the conversion beside its input.
     let converted = match decoder.color_type() {
         ColorType::Rgb8 | ColorType::Rgba8 => 0,
         color if color.has_alpha() => rgb / 3 * 4,
@@ -62,8 +64,8 @@ fn on_white(mut bytes: Vec<u8>, (width, height): (u32, u32)) -> RgbImage {
     RgbImage::from_raw(width, height, bytes).unwrap_or_default()
 }
 
-/// Bytes that the decoder of a file takes beside its output, as its headers tell; 0 for PNG, which is decoded row by row, and
-/// for what cannot be read: the decoder says why.
+/// Bytes of a file's decoder beside its output, computed from its headers; 0 for PNG, which is
+/// decoded row by row, and for files that cannot be read: the decoder reports why.
 fn work(source: &mut (impl BufRead + Seek)) -> Result<u64, ImageError> {
     let mut magic = [0; 12];
     let work = match source.read_exact(&mut magic) {
@@ -82,12 +84,12 @@ fn work(source: &mut (impl BufRead + Seek)) -> Result<u64, ImageError> {
     }
 }
 
-/// Of a JPEG, from its second marker on: the coefficients of all blocks, two bytes each, if it is progressive or its components
-/// come one after the other.
+/// Of a JPEG, from its second marker on: the coefficients of all blocks, two bytes each, if it is
+/// progressive or its components come one after the other.
 fn jpeg(source: &mut (impl BufRead + Seek)) -> io::Result<u64> {
     let (mut coefficients, mut components, mut progressive) = (0, 0, false);
     loop {
-        // Between segments may stand anything.
+        // Anything may be between segments.
         source.skip_until(0xff)?;
         let marker = byte(source)?;
         if matches!(marker, 0 | 1 | 0xd0..=0xd8 | 0xff) {
@@ -159,8 +161,9 @@ fn webp(source: &mut (impl BufRead + Seek)) -> io::Result<Result<u64, ImageError
             if width > w || height > h {
                 return Ok(Err(too_large()));
             }
-            // Halves of a byte for each pixel: the planes of a lossy image, or the pixels of a lossless one; of the transparency
-            // as an image and alone; of an animation the canvas and a frame.
+            // Halves of a byte for each pixel: the planes of a lossy image, or the pixels of a
+            // lossless one; of the transparency as an image and alone; of an animation the canvas
+            // and a frame.
             let image = if &name == b"VP8L" { 8 } else { 3 + if transparent { 10 } else { 0 } };
             let halves = image + if animated { 16 } else { 0 };
             return Ok(Ok(u64::from(w).next_multiple_of(16) * u64::from(h).next_multiple_of(16) * halves / 2));
@@ -203,7 +206,8 @@ mod tests {
     fn what_is_made_of_pixels_counts() {
         let (w, h) = (512, 256);
         let pixels = u64::from(w * h);
-        // Bytes a pixel: as decoded, and beside that as RGB, or RGBA where there is transparency of another kind.
+        // Bytes a pixel: as decoded, and beside that as RGB, or RGBA where there is transparency of
+        // another kind.
         for (image, bytes) in [
             (DynamicImage::new_luma8(w, h), 1 + 3),
             (DynamicImage::new_luma_a8(w, h), 2 + 4),

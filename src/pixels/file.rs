@@ -11,12 +11,14 @@ use super::{foreign, jpeg};
 use crate::error::{Error, Result};
 use crate::io::input;
 
-/// The most memory, in bytes, that images take at once: what they are decoded with, and their pixels.
+/// Most memory of images at a time, in bytes: for decoding, and of their pixels.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// Reads a PNG, JPEG or WebP file, or a pipe of one, turned as its EXIF says, what is transparent on white.
+/// Reads a PNG, JPEG or WebP file, or a pipe of one; rotates it by its EXIF orientation, and blends
+/// transparency with white.
 ///
-/// Errors: usage, if it cannot be read, is no such image, is cut off or damaged, or is larger than the limits.
+/// Errors: usage, if it cannot be read, has another format, is cut off or damaged, or is larger
+/// than the limits.
 pub fn open(path: &Path) -> Result<RgbImage> {
     open_file(path, MAX_BYTES)
 }
@@ -37,8 +39,8 @@ fn open_file(path: &Path, bytes: u64) -> Result<RgbImage> {
     }
 }
 
-/// As [`open`], or the same of standard input by the name `-`, of whose errors `hint` is the way out: a pipe into the
-/// command.
+/// As [`open`], or the same of standard input by the name `-`, of whose errors `hint` is the way
+/// out: a pipe into the command.
 pub fn open_or_read(path: &Path, hint: &str) -> Result<RgbImage> {
     open_within(path, MAX_BYTES, hint)
 }
@@ -79,7 +81,7 @@ fn decode(mut source: impl BufRead + Seek, path: &Path, bytes: u64) -> Result<Rg
     }
     let mut file = Vec::new();
     source.take(MAX_BYTES).read_to_end(&mut file).map_err(unreadable)?;
-    // First the decoder, which refuses what is too large.
+    // The decoder comes first, as it refuses images that are too large.
     let image = decode_format(Cursor::new(&file), &shown, bytes)?;
     match jpeg::fault(&file) {
         Some(fault) => Err(Error::usage(format!("cannot read {shown} as an image: {fault}"))
@@ -118,12 +120,12 @@ pub fn cover(image: &RgbImage, width: u32, height: u32) -> RgbImage {
     let (w, h) = (f64::from(image.width()), f64::from(image.height()));
     let scale = (f64::from(width) / w).max(f64::from(height) / h);
     let [w, h] = [(w, width), (h, height)].map(|(from, to)| ((from * scale).round() as u32).max(to));
-    // Of a strip the whole would be gigabytes.
+    // For a narrow strip the whole scaled image would be gigabytes.
     pillow::resize_part(image, (w, h), ResamplingFilter::Bicubic, ((w - width) / 2, (h - height) / 2), (width, height))
 }
 
-/// Where an image of (width, height) pixels lies within `outer` ones if it is scaled until it fits and stands in the middle: left,
-/// top, width, height.
+/// The place of an image of (width, height) pixels, scaled to fit and centred, within `outer` ones:
+/// left, top, width, height.
 pub fn place_within((width, height): (u32, u32), outer: (u32, u32)) -> [u32; 4] {
     let fit = (f64::from(outer.0) / f64::from(width)).min(f64::from(outer.1) / f64::from(height));
     let side = |from: u32, most: u32| ((f64::from(from) * fit).round() as u32).clamp(1, most);
@@ -131,8 +133,8 @@ pub fn place_within((width, height): (u32, u32), outer: (u32, u32)) -> [u32; 4] 
     [(outer.0 - w) / 2, (outer.1 - h) / 2, w, h]
 }
 
-/// The whole image at its [place](place_within) within (width, height) pixels, bicubic, antialiased, its outermost pixels repeated
-/// around it.
+/// The whole image at its [place](place_within) within (width, height) pixels, bicubic,
+/// antialiased, its outermost pixels repeated around it.
 pub fn contain(image: &RgbImage, outer: (u32, u32)) -> RgbImage {
     let [left, top, width, height] = place_within(image.dimensions(), outer);
     let scaled = pillow::resize(image, (width, height), ResamplingFilter::Bicubic);

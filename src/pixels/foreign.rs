@@ -16,7 +16,7 @@ enum Way {
     Lfs,
 }
 
-/// What begins a file of a format: bytes at a place.
+/// Magic bytes of a format: their offset and value.
 const MARKS: [(&str, usize, &[u8], Way); 34] = [
     ("a GIF", 0, b"GIF8", Way::Magick),
     ("a JPEG XL image", 0, b"\xff\x0a", Way::Magick),
@@ -57,7 +57,8 @@ const MARKS: [(&str, usize, &[u8], Way); 34] = [
 /// Endings of raw photos that are TIFFs inside.
 const RAW: [&str; 9] = ["dng", "nef", "nrw", "arw", "sr2", "pef", "srw", "iiq", "3fr"];
 
-/// What a file is that begins with `head`, and a command that makes a PNG of it; nothing if its format is not known.
+/// The format of a file that begins with `head`, and a command that converts it to PNG; none if the
+/// format is unknown.
 pub(super) fn named(head: &[u8], path: &Path) -> Option<(&'static str, String)> {
     let (name, way) = kind(head, path)?;
     let stdin = input::is_stdin(path);
@@ -90,7 +91,7 @@ fn kind(head: &[u8], path: &Path) -> Option<(&'static str, Way)> {
     if head.get(4..8) == Some(b"ftyp") {
         return Some(of_brands(head.get(8..64.min(head.len())).unwrap_or_default()));
     }
-    // After two letters that may begin a text, a header of one of the sizes that there are.
+    // Two letters that could begin a text, so the header's size is checked too.
     if head.starts_with(b"BM") && matches!(head.get(14..18), Some([12 | 40 | 52 | 56 | 64 | 108 | 124, 0, 0, 0])) {
         return Some(("a BMP", Way::Magick));
     }
@@ -115,7 +116,7 @@ fn kind(head: &[u8], path: &Path) -> Option<(&'static str, Way)> {
     }
 }
 
-/// Files of the ISO base format tell what they are by brands of four letters.
+/// Files of the ISO base media format name their kind by brands of four letters.
 fn of_brands(brands: &[u8]) -> (&'static str, Way) {
     let has = |names: &[&[u8; 4]]| brands.as_chunks::<4>().0.iter().any(|brand| names.contains(&brand));
     match () {

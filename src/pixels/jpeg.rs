@@ -1,5 +1,6 @@
-//! Whether the image data of a JPEG are complete. Decoders draw grey for what is missing and say nothing, also in their
-//! strict modes, so the Huffman codes of every scan are counted here (ITU T.81, F and G; no pixels are computed).
+//! Checks that the image data of a JPEG are complete. Decoders draw grey for missing data without
+//! an error, also in their strict modes, so the Huffman codes of every scan are counted here (ITU
+//! T.81, F and G; no pixels are computed).
 
 const CUT: &str = "the file is cut off";
 const DAMAGED: &str = "its image data are damaged or incomplete";
@@ -10,8 +11,9 @@ const MAX_SCANS: usize = 100;
 /// Larger images are refused anyway.
 const MAX_SIDE: usize = 1 << 13;
 
-/// What is wrong with the data of a JPEG file, if anything is. Bytes after its end are not its own: cameras put further
-/// images there. What it cannot judge (arithmetic coding, missing tables) it leaves to the decoder.
+/// What is wrong with the data of a JPEG file, if anything. Bytes after its end are ignored:
+/// cameras put further images there. Files that it cannot check (arithmetic coding, missing tables)
+/// are left to the decoder.
 pub(super) fn fault(bytes: &[u8]) -> Option<&'static str> {
     let mut file = File { bytes, at: 2, ..File::default() };
     file.walk().err()
@@ -52,7 +54,7 @@ struct Component {
     seen: bool,
 }
 
-/// What a scan has of every block.
+/// The coefficients of every block in a scan.
 struct Band {
     start: usize,
     end: usize,
@@ -235,7 +237,7 @@ impl Bits<'_> {
         Some(byte)
     }
 
-    /// Holds at least so many bits, if there are as many.
+    /// Fills the buffer to at least `count` bits, if there are as many.
     fn fill(&mut self, bits: u32) {
         while self.count < bits {
             let Some(byte) = self.byte() else { return };

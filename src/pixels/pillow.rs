@@ -1,4 +1,5 @@
-//! Antialiased resizing of RGB bytes exactly as Pillow does it, and the two ways TokenFlow makes an image square.
+//! Antialiased resizing of RGB bytes exactly as Pillow does it, and the two ways TokenFlow makes an
+//! image square.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -45,8 +46,8 @@ fn sinc(x: f64) -> f64 {
     if x == 0.0 { 1.0 } else { (x * std::f64::consts::PI).sin() / (x * std::f64::consts::PI) }
 }
 
-/// For each of `outputs`, of `to` over `from` inputs: the first input that it sees, and the weights of the inputs from
-/// there.
+/// For each of `outputs`, of `to` over `from` inputs: the first input that it sees, and the weights
+/// of the inputs from there.
 pub(super) fn taps(from: usize, to: usize, filter: ResamplingFilter, outputs: Range<usize>) -> Vec<(usize, Vec<f64>)> {
     let scale = from as f64 / to as f64;
     let stretch = scale.max(1.0);
@@ -84,8 +85,8 @@ pub fn resize(image: &RgbImage, (width, height): (u32, u32), filter: ResamplingF
     resize_part(image, (width, height), filter, (0, 0), (width, height))
 }
 
-/// The part of a resized image, of `size`, that begins at `corner` (left, top) and has `part` (width, height) pixels. It
-/// is rounded to bytes between the two passes, so their order shows.
+/// The part of a resized image, of `size`, that begins at `corner` (left, top) and has `part`
+/// (width, height) pixels. It is rounded to bytes between the two passes, so their order shows.
 pub(super) fn resize_part(
     image: &RgbImage,
     size: (u32, u32),
@@ -100,7 +101,8 @@ pub(super) fn resize_part(
     let outputs = |corner: u32, part: u32| corner as usize..(corner + part) as usize;
     let columns = fixed_taps(w_in, size.0 as usize, filter, outputs(corner.0, part.0));
     let rows = fixed_taps(h_in, size.1 as usize, filter, outputs(corner.1, part.1));
-    // Pillow 13 begins with the height where that loses much more than the width does; earlier ones never do.
+    // Pillow 13 begins with the height where that loses much more than the width does; earlier ones
+    // never do.
     let lost = |from: usize, to: u32| from as i64 - i64::from(to);
     let height_first = lost(h_in, size.1) > (2 * lost(w_in, size.0)).max(0);
     let bytes = match height_first {
@@ -113,7 +115,7 @@ pub(super) fn resize_part(
 /// Weights of the inputs of every output: the first input, and the weights from there.
 type Taps = [(usize, Vec<i32>)];
 
-/// The most bytes of what is between the two passes: a band of the image at a time.
+/// Most bytes of the intermediate image between the two passes, which is made band by band.
 const BAND: usize = 8 << 20;
 
 fn height_first_bands(image: &RgbImage, columns: &Taps, rows: &Taps) -> Vec<u8> {
@@ -154,7 +156,8 @@ fn resize_rows(image: &[u8], width: usize, taps: &Taps) -> Vec<u8> {
     out
 }
 
-/// Every column on its own of an image of `width`, which begins at row `top` of the one that the taps are of.
+/// Resizes every column of an image of `width`, whose first row is row `top` of the image that the
+/// taps belong to.
 fn resize_columns(image: &[u8], width: usize, taps: &Taps, top: usize) -> Vec<u8> {
     let mut out = vec![0u8; taps.len() * width * 3];
     out.par_chunks_mut(width * 3).zip(taps).for_each(|(out, (first, weights))| {
@@ -166,8 +169,8 @@ fn resize_columns(image: &[u8], width: usize, taps: &Taps, top: usize) -> Vec<u8
     out
 }
 
-/// The middle of an image as a square of `side`, for encoding: halved by boxes while it is twice too large, then
-/// bicubic until the shorter side fits, then cropped.
+/// The middle of an image as a square of `side`, for encoding: halved by boxes while it is twice
+/// too large, then bicubic until the shorter side fits, then cropped.
 pub fn centre_crop(image: &RgbImage, side: u32) -> RgbImage {
     let shorter = |image: &RgbImage| image.width().min(image.height());
     let mut halved = Cow::Borrowed(image);

@@ -117,7 +117,8 @@ impl Scene {
         }
     }
 
-    /// Any wording: the canonical one most often, other English ones, and Chinese about once in seven.
+    /// Any wording: the canonical one most often, other English ones, and Chinese about once in
+    /// seven.
     pub fn caption(&self, rng: &Rng) -> String {
         match rng.below(0, 100) {
             0..14 => self.prompt_zh(),

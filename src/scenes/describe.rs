@@ -22,8 +22,8 @@ impl Object {
 }
 
 impl Scene {
-    /// The scene of these objects: one or two that differ, or up to four equal ones, apart from each other and inside the
-    /// drawing square; `None` for any others.
+    /// The scene of these objects: one or two that differ, or up to four equal ones, apart from
+    /// each other and inside the drawing square; `None` for any others.
     pub(super) fn of_objects(mut objects: Vec<Object>, background: Option<usize>) -> Option<Self> {
         let inside = |o: &Object| o.bounds().iter().all(|v| (0.0..=128.0).contains(v));
         let apart = |a: &Object, b: &Object| {

@@ -1,5 +1,6 @@
-//! Compositions of one to four plain coloured shapes, as GenEval has them: what they show, how they are called, how they
-//! look, how they are edited, asked about and hinted at. Everything is a pure function of an [`Rng`].
+//! Compositions of one to four plain coloured shapes, as GenEval has them: what they show, how they
+//! are called, how they look, how they are edited, asked about and hinted at. Everything is a pure
+//! function of an [`Rng`].
 
 mod caption;
 mod describe;
@@ -100,21 +101,21 @@ pub enum Kind {
 pub const KINDS: [Kind; 6] =
     [Kind::SingleObject, Kind::TwoObjects, Kind::Counting, Kind::Colours, Kind::Position, Kind::AttributeBinding];
 
-/// How large an object is said to be.
+/// Size of an object in the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ObjectSize {
-    /// Smaller than when nothing is said.
+    /// Small.
     Small,
-    /// Nothing is said.
+    /// Not mentioned.
     Plain,
-    /// Larger than when nothing is said.
+    /// Large.
     Large,
 }
 
-/// Where the first object is said to be, seen from the second, or from the middle.
+/// Place of the first object in the prompt, relative to the second, or to the middle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
-    /// Nothing is said.
+    /// Not mentioned.
     Unsaid,
     /// To the left.
     Left,
@@ -246,8 +247,8 @@ impl Scene {
         Self { kind, objects: objects.collect(), place, background }
     }
 
-    /// What a scene shows, apart from jitter, sizes and background: the unit that is held out. The category is no part
-    /// of it, for several can ask for the same picture.
+    /// Identity of a scene, without jitter, sizes and background: the unit that is held out. The
+    /// category is no part of it, as several can ask for the same picture.
     pub fn key(&self) -> String {
         let objects: Vec<String> =
             self.objects.iter().map(|o| format!("{} {:?}", COLOURS[o.colour].name, o.shape)).collect();
@@ -277,8 +278,8 @@ fn centre(index: usize, count: usize, place: Place) -> (f64, f64) {
     }
 }
 
-/// Radii between which an object of a size that is told lies, if it stands among so many, at a place: nearer to its own than to
-/// the next one.
+/// Radii between which an object of a size that is told lies, if it stands among so many, at a
+/// place: nearer to its own than to the next one.
 pub fn radii(count: usize, size: ObjectSize, place: Place) -> std::ops::Range<f64> {
     let between = |a, b| (radius(count, a, place) + radius(count, b, place)) / 2.0;
     match size {

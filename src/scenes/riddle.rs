@@ -6,18 +6,18 @@ use crate::dataset::with_article;
 use crate::generate::prompt::FINAL;
 use crate::rng::{Rng, fnv1a};
 
-/// A prompt that does not say what to draw, and what to draw.
+/// A prompt that hints at an image, and the image.
 #[derive(Clone, Debug)]
 pub struct Riddle {
     /// What is asked for: "the shape of a wheel in the colour of the sky".
     pub clue: String,
     /// Why it is that: "the sky is blue and a wheel is a circle".
     pub reasoning: String,
-    /// What it comes to, as a model is asked to draw it: "a blue circle".
+    /// Its solution as a prompt: "a blue circle".
     pub prompt: String,
     /// What to draw, if that is a shape.
     pub scene: Option<Scene>,
-    /// The canonical name of what to draw, if that is a concept of the library.
+    /// The canonical name of the solution, if it is a concept of the library.
     pub name: Option<String>,
 }
 
@@ -62,7 +62,8 @@ fn things() -> impl Iterator<Item = (&'static str, [&'static str; 4], &'static s
 }
 
 impl Riddle {
-    /// As often about a shape as about a thing. Held out are pairs of clues to shapes, and one clue to each thing.
+    /// As often about a shape as about a thing. Held out are pairs of clues to shapes, and one clue
+    /// to each thing.
     pub fn sample(rng: &Rng, split: Split) -> Self {
         if rng.below(0, 2) == 0 { Self::shape(rng, split) } else { Self::thing(rng, split) }
     }
@@ -85,7 +86,7 @@ impl Riddle {
             };
             let scene = Scene { kind: Kind::Colours, objects: vec![object], place: Place::Unsaid, background: None };
             let of_split = match split {
-                // What is not to be drawn in training must not come in by a riddle.
+                // Held-out targets must not enter training by a riddle.
                 Split::Train => !held_out(&format!("{of_colour} {of_shape}")) && !held_out(&scene.key()),
                 Split::HeldOut => held_out(&format!("{of_colour} {of_shape}")),
             };
@@ -122,7 +123,8 @@ impl Riddle {
         }
     }
 
-    /// What a model says before it draws: "the sky is blue and a wheel is a circle. the final prompt is: a blue circle".
+    /// The model's text before the image: "the sky is blue and a wheel is a circle. the final
+    /// prompt is: a blue circle".
     pub fn answer(&self) -> String {
         format!("{}. {FINAL}{}", self.reasoning, self.prompt)
     }

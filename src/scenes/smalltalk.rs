@@ -5,7 +5,7 @@
 pub struct Smalltalk {
     /// Two wordings.
     pub questions: [&'static str; 2],
-    /// What to say to it.
+    /// The answer.
     pub answer: &'static str,
 }
 

@@ -1,4 +1,4 @@
-//! Several ways to say one thing, of which some are kept for evaluation.
+//! Several wordings of one text, some of which are held out for evaluation.
 
 use super::caption::{chinese, english};
 use super::{COLOURS, Object, Place, Scene, Split};
@@ -12,7 +12,8 @@ pub(super) struct Wordings {
     pub chinese: &'static [&'static str],
 }
 
-/// The wording of the largest hash is for evaluation: a few share no threshold that each list of them would meet.
+/// The wording of the largest hash is for evaluation: a few share no threshold that each list of
+/// them would meet.
 fn kept(templates: &'static [&'static str]) -> Option<&'static str> {
     templates.iter().copied().max_by_key(|t| fnv1a(t))
 }
@@ -24,10 +25,10 @@ impl Wordings {
     }
 }
 
-/// In which words a text is put.
+/// A choice of wording.
 #[derive(Clone, Copy)]
 pub(super) struct Voice {
-    /// What draws the words; none for the canonical ones.
+    /// The random choice; none for the canonical wording.
     rng: Option<Rng>,
     split: Split,
     /// The language: Chinese, or English.
@@ -64,8 +65,8 @@ impl Voice {
         gaps.iter().fold(template.to_string(), |text, (gap, words)| text.replace(gap, words))
     }
 
-    /// What an object of a scene is called: by colour and shape, or by less where that is enough; a single one may be
-    /// `it`.
+    /// What an object of a scene is called: by colour and shape, or by less where that is enough; a
+    /// single one may be `it`.
     pub fn name(&self, object: &Object, scene: &Scene, it: bool) -> String {
         let colour = &COLOURS[object.colour];
         let only_shape = scene.objects.iter().filter(|o| o.shape == object.shape).count() == 1;

@@ -20,7 +20,7 @@ pub fn read_config(source: &Source) -> Result<Config> {
     Ok(config)
 }
 
-/// What would make the network panic, as one sentence.
+/// Errors: a value that would make the network panic, as one sentence.
 pub(super) fn check(config: &Config) -> std::result::Result<(), String> {
     const MOST: usize = 1 << 20;
     let sizes = [config.vocab_size, config.d_model, config.d_kv, config.d_ff, config.num_heads];
@@ -35,7 +35,7 @@ pub(super) fn check(config: &Config) -> std::result::Result<(), String> {
         return Err(format!("{buckets} buckets for a distance of {distance}"));
     }
     if config.eos_token_id >= config.vocab_size {
-        return Err(format!("eos_token_id {} of {} words", config.eos_token_id, config.vocab_size));
+        return Err(format!("eos_token_id {} of {} tokens", config.eos_token_id, config.vocab_size));
     }
     Ok(())
 }

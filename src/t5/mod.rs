@@ -1,4 +1,5 @@
-//! T5's encoder, with which Infinity reads prompts: the network is candle-transformers', its weights come from our checked files.
+//! T5's encoder, with which Infinity reads prompts: the network is candle-transformers', its
+//! weights come from our checked files.
 
 mod config;
 mod network;
@@ -18,20 +19,20 @@ use network::{ask_for_blocks, plain};
 pub const TEXT_ENCODER: &str = "text_encoder/model.safetensors";
 /// The file of its shape.
 pub const TEXT_CONFIG: &str = "text_encoder/config.json";
-/// The file of its words.
+/// The file of its text tokenizer.
 pub const TEXT_WORDS: &str = "text_encoder/tokenizer.json";
 
 /// The most tokens of a prompt, `</s>` among them: the rest is cut off, as the reference does.
 pub const MAX_WORDS: usize = 512;
 
-/// A loaded encoder with its words. It is needed before anything is drawn, and can be dropped then.
+/// A loaded encoder with its text tokenizer. It is needed before drawing, and can be dropped then.
 #[derive(Debug)]
 pub struct TextEncoder {
     words: Words,
     encoder: Encoder,
 }
 
-/// The words of a prompt.
+/// The text tokenizer.
 #[derive(Debug)]
 struct Words {
     text: Text,
@@ -45,7 +46,7 @@ impl Words {
             .map_err(|e| Error { message: format!("{} (of {source})", e.message), ..e })?;
         match text.vocab_size() {
             more if more > config.vocab_size => {
-                let message = format!("{TEXT_WORDS} of {source} has {more} words, the encoder {}", config.vocab_size);
+                let message = format!("{TEXT_WORDS} of {source} has {more} tokens, the encoder {}", config.vocab_size);
                 Err(Error::model(message).hint("copy tokenizer.json and config.json of google/flan-t5-xl again"))
             }
             _ => Ok(Self { text, end: config.eos_token_id as u32 }),
@@ -62,7 +63,7 @@ impl Words {
 }
 
 impl TextEncoder {
-    /// Whether [`TextEncoder::load`] can load what is there, as far as words and headers tell.
+    /// Checks that [`TextEncoder::load`] can load the files, by text tokenizer and headers.
     ///
     /// Errors: those of [`TextEncoder::load`].
     pub fn check(source: &Source) -> Result<()> {
@@ -74,22 +75,22 @@ impl TextEncoder {
         }
     }
 
-    /// The words of the encoder at `source`.
+    /// The text tokenizer of the encoder at `source`.
     ///
     /// Errors: files that are missing or broken.
     pub fn text(source: &Source) -> Result<Text> {
         Ok(Words::read(source, &read_config(source)?)?.text)
     }
 
-    /// How many words the encoder at `source` knows.
+    /// Vocabulary of the encoder at `source`.
     ///
     /// Errors: files that are missing or broken.
     pub fn words(source: &Source) -> Result<usize> {
         Ok(Words::read(source, &read_config(source)?)?.text.vocab_size())
     }
 
-    /// Loads the encoder and its words onto `device`, with matrices in f32 or as `weights`; a GGUF file stays what it is. What is
-    /// computed is f32 in any case.
+    /// Loads the encoder and its text tokenizer onto `device`, with matrices in f32 or as
+    /// `weights`; a GGUF file keeps its types. Activations are f32 in any case.
     ///
     /// Errors: files that are missing, broken, or do not fit.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
@@ -104,8 +105,8 @@ impl TextEncoder {
     }
 }
 
-/// Bytes that encoding a prompt of so many tokens takes, with the weights loaded as [`TextEncoder::load`] does; `gguf` says that
-/// they are a GGUF file's.
+/// Memory of encoding a prompt of `words` tokens, with weights as [`TextEncoder::load`] loads them,
+/// in bytes; `gguf` is the size of the weights in a GGUF file.
 pub fn memory(config: &Config, weights: Option<WeightType>, gguf: Option<u64>, words: usize) -> Result<u64> {
     let asked = Weights::inventory();
     plain(&asked, config)?;
@@ -113,7 +114,7 @@ pub fn memory(config: &Config, weights: Option<WeightType>, gguf: Option<u64>, w
     let table = (config.vocab_size * config.d_model * f32s) as u64;
     let kept = match (gguf, weights.and_then(WeightType::blocks).filter(|_| weights.is_some_and(is_small))) {
         (Some(bytes), _) => bytes + table,
-        // The file in memory, and what is made of it.
+        // The file in memory, and the tensors made of it.
         (None, Some(blocks)) => 2 * asked.bytes(DType::F32, Matrices::Blocks(blocks)) + table,
         (None, None) => {
             // Of 16 bits, every matrix becomes f32 when it is needed.

@@ -22,7 +22,7 @@ pub struct Encoder {
 }
 
 enum Network {
-    /// Weights of 16 or 32 bits; what is computed is f32.
+    /// Weights of 16 or 32 bits; activations are f32.
     Plain(Box<T5EncoderModel>),
     /// Weights in blocks: encoder and decoder, of which the decoder has no layers.
     Blocks(Box<quantized_t5::T5ForConditionalGeneration>),
@@ -34,14 +34,15 @@ impl fmt::Debug for Network {
     }
 }
 
-/// Our weights in the place of candle-nn's own files.
+/// Our weights as a backend of candle-nn's.
 struct Checked(Weights);
 
 impl SimpleBackend for Checked {
     fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, _: DType, _: &Device) -> CandleResult<Tensor> {
         let fan_in = |columns: usize| Init::Normal { std: (columns as f64).powf(-0.5) };
         match *shape.dims() {
-            // The table of distances is small and adds to the logits of every block: it is never quantised.
+            // The table of distances is small and adds to the logits of every block: it is never
+            // quantised.
             [rows, columns] if !name.contains(DISTANCES) => {
                 match self.0.matrix((rows, columns), name, fan_in(columns))? {
                     WeightMatrix::Dense(weight) => Ok(weight),
@@ -70,12 +71,12 @@ pub(super) fn plain(w: &Weights, config: &Config) -> CandleResult<T5EncoderModel
     T5EncoderModel::load(VarBuilder::from_backend(Box::new(Checked(w.clone())), DType::F32, device), config)
 }
 
-/// Asks an inventory for the tensors of an encoder, in a GGUF file of ours or in others.
+/// Loads the tensors of an encoder from an inventory, as in our GGUF files or in others.
 pub fn ask(w: &Weights, config: &Config, gguf: bool) -> CandleResult<()> {
     if gguf { ask_for_blocks(w, config) } else { plain(w, config).map(drop) }
 }
 
-/// Asks for what an encoder of blocks has: its decoder, which has no layers here, brings a norm.
+/// Loads the tensors of a quantised encoder: its decoder, which has no layers here, adds a norm.
 pub(super) fn ask_for_blocks(w: &Weights, config: &Config) -> CandleResult<()> {
     plain(w, config)?;
     w.get(config.d_model, &format!("decoder.{LAST_NORM}"), Init::Ones).map(drop)
@@ -83,7 +84,8 @@ pub(super) fn ask_for_blocks(w: &Weights, config: &Config) -> CandleResult<()> {
 
 const LAST_NORM: &str = "final_layer_norm.weight";
 
-/// The network on weights in blocks. candle-transformers has quantised encoders with a decoder only: one without layers.
+/// The network on weights in blocks. candle-transformers has quantised encoders with a decoder
+/// only: one without layers.
 fn quantised(
     weights: quantized_t5::VarBuilder,
     config: &Config,
@@ -116,7 +118,7 @@ pub fn is_small(weights: WeightType) -> bool {
     matches!(weights, WeightType::Q8_0 | WeightType::Q4K)
 }
 
-/// How tensors are kept that are no such blocks.
+/// The type of tensors that are not blocks.
 pub fn dtype(weights: Option<WeightType>) -> DType {
     match weights {
         Some(WeightType::Bf16) => DType::BF16,
@@ -125,7 +127,7 @@ pub fn dtype(weights: Option<WeightType>) -> DType {
     }
 }
 
-/// What a GGUF file of the encoder holds, of which `tensor` makes every tensor that is asked for.
+/// The content of the encoder's GGUF file; `tensors` makes the tensors of an inventory.
 fn gguf_tensors(
     config: &Config,
     tensors: impl FnOnce(&Weights) -> Result<Vec<(String, QTensor)>>,

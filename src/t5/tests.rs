@@ -62,7 +62,8 @@ fn features_equal_the_reference() {
 
 #[test]
 fn smaller_weights_give_nearly_the_same() {
-    // Features are about 1 in size, and so are the largest errors of 8 bits among many at these widths.
+    // Features are about 1 in size, and so are the largest errors of 8 bits among many at these
+    // widths.
     for (weights, most) in [(WeightType::Bf16, 0.05), (WeightType::F16, 0.01), (WeightType::Q8_0, 0.6)] {
         for error in errors(Some(weights)) {
             assert!(error < most, "{weights}: {error}");

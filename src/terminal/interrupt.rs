@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::{clear_line, report};
 use crate::error::{Error, Kind, Result};
 
-/// Whether the user asked to stop.
+/// Whether the user has interrupted.
 #[derive(Clone)]
 pub struct Stop(Arc<AtomicBool>, Arc<AtomicU8>);
 
@@ -42,7 +42,7 @@ impl Stop {
     }
 }
 
-/// What is done before the process ends on Ctrl-C.
+/// Runs before the process ends on Ctrl-C.
 static CLEAN: OnceLock<fn()> = OnceLock::new();
 
 /// As [`interrupts`], and `clean` is called where a process is ended in the middle of its work.
@@ -51,8 +51,9 @@ pub fn interrupts_after(clean: fn()) -> Result<Stop> {
     interrupts()
 }
 
-/// Takes over Ctrl-C, SIGTERM and SIGHUP: work stops at its next step or, where that takes too long, the process ends,
-/// with the terminal as it was. Where the system grants no thread to wait for them, they end the process as usual.
+/// Takes over Ctrl-C, SIGTERM and SIGHUP: work stops at its next step or, where that takes too
+/// long, the process ends, with the terminal as it was. Where the system grants no thread to wait
+/// for them, they end the process as usual.
 pub fn interrupts() -> Result<Stop> {
     static STOP: OnceLock<Stop> = OnceLock::new();
     if let Some(stop) = STOP.get() {
@@ -70,7 +71,8 @@ pub fn interrupts() -> Result<Stop> {
         if meaning == Meaning::End as u8 || !typed && meaning == Meaning::Hush as u8 {
             std::thread::sleep(Duration::from_millis(700));
         }
-        // Still here: loading, or inside a long pass. Files are renamed into place, so none is left half.
+        // Still here: loading, or inside a long pass. Files are renamed into place, so none is left
+        // half.
         if let Some(clean) = CLEAN.get() {
             clean();
         }
@@ -89,7 +91,7 @@ pub fn interrupted() -> Error {
     Error::new(Kind::Interrupted, "interrupted")
 }
 
-/// Calls `handle` on every signal that asks the process to end, with whether it is Ctrl-C's.
+/// Calls `handle` on every signal to terminate; its argument is whether it is Ctrl-C.
 #[cfg(unix)]
 fn watch(mut handle: impl FnMut(bool) + Send + 'static) -> io::Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -116,8 +118,8 @@ fn watch(mut handle: impl FnMut(bool) + Send + 'static) -> io::Result<()> {
     ctrlc::set_handler(move || handle(true)).map_err(io::Error::other)
 }
 
-/// Lets writes beyond a limit of file size (`ulimit -f`) fail as on a full disk; the signal would end the process and
-/// leave its temporary files.
+/// Lets writes beyond a limit of file size (`ulimit -f`) fail as on a full disk; the signal would
+/// end the process and leave its temporary files.
 pub fn ignore_file_size_signal() {
     #[cfg(unix)]
     // SAFETY: ignoring a signal runs no code of ours.
@@ -140,7 +142,7 @@ mod mode {
         // SAFETY: all zeros is a value of this struct of numbers.
         #[allow(unsafe_code)]
         let mut mode = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointer is to a variable of the type that is asked for.
+        // SAFETY: the pointer is to a variable of the type that the call expects.
         #[allow(unsafe_code)]
         let got = unsafe { libc::tcgetattr(libc::STDIN_FILENO, &raw mut mode) };
         (got == 0).then_some(mode)
@@ -165,7 +167,7 @@ mod mode {
         }
         let mut out = io::stdout();
         if out.is_terminal() {
-            // Pasted text is no longer marked, and what follows has a line of its own.
+            // Turns off bracketed paste, and starts a new line.
             let _ = out.write_all(b"\x1b[?2004l\r\n").and_then(|()| out.flush());
         }
     }

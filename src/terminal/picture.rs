@@ -1,4 +1,5 @@
-//! Images on a terminal: kitty's and iTerm2's protocols, sixels, or half blocks, which every terminal has.
+//! Images on a terminal: kitty's and iTerm2's protocols, sixels, or half blocks, which every
+//! terminal has.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -7,7 +8,7 @@ use viuer::Config;
 
 /// Columns of an image, where there are as many.
 const WIDTH: u32 = 32;
-/// Lines of a terminal that are not for an image that grows: what is told below it.
+/// Lines kept free below a growing preview, for the status line.
 const BELOW: u32 = 2;
 
 /// Why stdout shows no images; nothing where it does.
@@ -26,8 +27,8 @@ pub fn show(image: &RgbImage) {
     if cannot_show().is_some() {
         return;
     }
-    // A terminal is asked what it knows only where it is one that answers: the question waits for that. What else runs in one
-    // has its variables, but a TERM of its own.
+    // Only terminals that are known to answer are queried, since the query waits for the answer.
+    // Programs within a terminal inherit its variables, but set their own TERM.
     let term = std::env::var("TERM").unwrap_or_default();
     let is_set = |name| term.starts_with("xterm") && std::env::var_os(name).is_some();
     let named = |names: &[&str]| names.iter().any(|name| term.contains(name));
@@ -43,7 +44,8 @@ fn size() -> (u32, u32) {
     (columns.into(), lines.into())
 }
 
-/// Prints an image where the cursor is; how many lines it takes. The file tells as much, so nothing is lost if that fails.
+/// Prints an image at the cursor; returns its height in lines. Failing is harmless: the image is in
+/// its file.
 fn print(image: &RgbImage, width: u32, way: Config) -> u32 {
     let config = Config { absolute_offset: false, width: Some(width), ..way };
     viuer::print(&DynamicImage::ImageRgb8(image.clone()), &config).map_or(0, |(_, lines)| lines)
@@ -59,13 +61,13 @@ pub struct Preview {
 }
 
 impl Preview {
-    /// One that stays in its place, or goes down with what else is told.
+    /// A preview that is redrawn in place, or printed below the status lines.
     pub fn new(in_place: bool) -> Self {
         Self { in_place, lines: 0 }
     }
 
-    /// Shows how far the image is: in half blocks, which are known to take as many lines as they say; or nothing, where it would
-    /// not fit.
+    /// Shows the image so far in half blocks, whose height in lines is known; or nothing, where it
+    /// would not fit.
     pub fn grow(&mut self, image: &RgbImage) {
         self.clear();
         let ((columns, lines), (w, h)) = (size(), image.dimensions());
@@ -76,7 +78,7 @@ impl Preview {
         self.lines = if self.in_place { lines } else { 0 };
     }
 
-    /// Shows the whole image. The next one has a place of its own.
+    /// Shows the finished image. The next one is printed below it.
     pub fn end(&mut self, image: &RgbImage) {
         self.clear();
         show(image);

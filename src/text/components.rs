@@ -1,9 +1,10 @@
-//! What a tokenizer.json may do to a text before and after its vocabulary: a list of what is allowed.
+//! The steps of a tokenizer.json before and after its vocabulary: an allowlist.
 //!
-//! The library runs whatever a file describes: chains of replacements that double a text 26 times, regular expressions that
-//! backtrack for minutes, tables that claim 8 GB, values that make it panic. Here everything is built from the kinds and
-//! shapes that the tokenizers of our families have (Qwen2.5's, Llama's, T5's and those that this crate trains), within bounds
-//! under which every step is linear and grows a text by a small factor; the rest is refused by name.
+//! The library runs whatever a file describes: chains of replacements that double a text 26 times,
+//! regular expressions that backtrack for minutes, tables that claim 8 GB, values that make it
+//! panic. Here everything is built from the kinds and shapes that the tokenizers of our families
+//! have (Qwen2.5's, Llama's, T5's and those that this crate trains), within bounds under which
+//! every step is linear and grows a text by a small factor; the rest is refused by name.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -30,11 +31,13 @@ const MAX_STEPS: usize = 8;
 const MAX_AFFIX: usize = 16;
 /// The most spaces that a decoder takes away.
 const MAX_STRIP: usize = 16;
-/// The longest table of a `Precompiled` normalizer, in base64 (T5's has 317,000), and the longest text in it (nmt_nfkc: 33).
+/// The longest table of a `Precompiled` normalizer, in base64 (T5's has 317,000), and the longest
+/// text in it (nmt_nfkc: 33).
 const MAX_TABLE: usize = 4 << 20;
 const MAX_ENTRY: usize = 64;
 
-/// The regular expressions that are run: those of known tokenizers. All are linear; others might take minutes.
+/// The regular expressions that are run: those of known tokenizers. All are linear; others might
+/// take minutes.
 const PATTERNS: [&str; 7] = [
     // Qwen2.5; Llama 3; GPT-2.
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -122,7 +125,8 @@ impl Component {
         self.each("decoder", Step::decoder, Step::decoder)
     }
 
-    /// Checks a post-processor. None is ever run: what it adds (control tokens) is added by the chat template or the prompt.
+    /// Checks a post-processor. None is ever run: what it adds (control tokens) is added by the
+    /// chat template or the prompt.
     pub fn check_post_processor(self) -> Result<()> {
         self.each("post-processor", Step::post_processor, Step::post_processor).map(drop)
     }
@@ -200,7 +204,7 @@ impl<Steps> Step<Steps> {
                     let content = self.content.unwrap_or_default();
                     let mut chars = content.chars();
                     let (Some(content), None) = (chars.next(), chars.next()) else {
-                        return Err("takes away what is not one character".into());
+                        return Err("removes more than one character".into());
                     };
                     StripDecoder::new(content, start, 0).into()
                 }
@@ -279,8 +283,8 @@ fn pattern(pattern: Option<Pattern>) -> Result<ReplacePattern> {
     }
 }
 
-/// A table of SentencePiece: the length of a trie (u32, little-endian), the trie, and the texts that it leads to, each with a
-/// zero at its end.
+/// A table of SentencePiece: the length of a trie (u32, little-endian), the trie, and the texts
+/// that it leads to, each with a zero at its end.
 fn precompiled(table: &str) -> Result<Precompiled> {
     let damaged = || "has a damaged table".to_string();
     if table.len() > MAX_TABLE {

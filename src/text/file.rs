@@ -13,7 +13,7 @@ const MAX_FILE: usize = 32 << 20;
 const MAX_ADDED: usize = 1 << 16;
 const MAX_ADDED_LENGTH: usize = 256;
 
-/// What is read of the file. Truncation and padding would silently change prompts.
+/// The parts of the file that are used. Truncation and padding would silently change prompts.
 #[derive(Deserialize)]
 struct File {
     #[serde(default)]
@@ -35,7 +35,8 @@ struct Added {
 
 /// The tokenizer of a file whose model is of the given type.
 ///
-/// Errors: [`crate::error::Kind::Model`] for one that is damaged, too large, or of a kind that is not supported.
+/// Errors: [`crate::error::Kind::Model`] for one that is damaged, too large, or of a kind that is
+/// not supported.
 pub(super) fn read(bytes: &[u8], model: &str) -> Result<Text> {
     if bytes.starts_with(b"version https://git-lfs") {
         return Err(Error::model("tokenizer.json is a git-lfs pointer file: the tokenizer itself was not downloaded")

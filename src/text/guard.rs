@@ -9,8 +9,8 @@ thread_local! {
     static DEPTH: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Runs code of the library on data from anywhere: `None` if it panicked. The panic hook prints nothing meanwhile, on this
-/// thread only; the library starts no others for what is called here.
+/// Runs library code on untrusted data: `None` if it panicked. The panic hook prints nothing
+/// meanwhile, on this thread only; the library starts no others for these calls.
 pub(super) fn guard<T>(run: impl FnOnce() -> T) -> Option<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {

@@ -1,4 +1,4 @@
-//! Words to ids: BPE and Unigram vocabularies, and what a prompt may be.
+//! Text tokenizers: BPE and Unigram vocabularies, and checks of prompts.
 
 mod components;
 mod file;
@@ -23,14 +23,16 @@ pub use train::train_bpe;
 
 /// Longest prompt in bytes.
 pub const MAX_PROMPT: usize = 8192;
-/// The longest text, in bytes, that is cut into tokens, as the normalizer leaves it: all of the longest message, or eleven
-/// times the longest prompt, which is the most that Unicode's compatibility forms make of it.
+/// The longest text, in bytes, that is cut into tokens, as the normalizer leaves it: all of the
+/// longest message, or eleven times the longest prompt, which is the most that Unicode's
+/// compatibility forms make of it.
 const MAX_NORMALIZED: usize = 128 << 10;
-/// A normalizer that makes more of a text than this many times its bytes is not one of a real model.
+/// A normalizer that makes more of a text than this many times its bytes is not one of a real
+/// model.
 const MAX_GROWTH: usize = 16;
 
-/// A text tokenizer whose control tokens are out of reach: whatever a user types, `<boi>` or `<|im_start|>` included, is
-/// plain text.
+/// A text tokenizer whose control tokens are out of reach: whatever a user types, `<boi>` or
+/// `<|im_start|>` included, is plain text.
 #[derive(Debug)]
 pub struct Text {
     normalizers: Vec<NormalizerWrapper>,
@@ -41,21 +43,22 @@ pub struct Text {
     size: usize,
     /// Ids of the control tokens.
     control: BTreeMap<String, u32>,
-    /// Control tokens that are shown in a reply: those that the file does not call special, such as `<tool_call>`.
+    /// Control tokens that are shown in a reply: those that the file does not call special, such as
+    /// `<tool_call>`.
     shown: BTreeMap<u32, String>,
 }
 
 impl Text {
     /// Reads a `tokenizer.json` with a BPE.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or describes anything but what
-    /// the module `components` lists.
+    /// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or describes
+    /// anything but what the module `components` lists.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         file::read(bytes, "BPE")
     }
 
-    /// Reads a `tokenizer.json` with a Unigram, as T5's. The pieces of its vocabulary that are control tokens match no text:
-    /// here they would be the likeliest pieces of all.
+    /// Reads a `tokenizer.json` with a Unigram model, as T5's. Control tokens in its vocabulary
+    /// match no text; otherwise they would be the most likely pieces of all.
     ///
     /// Errors: as [`Text::from_bytes`].
     pub fn from_unigram(bytes: &[u8]) -> Result<Self> {
@@ -84,14 +87,15 @@ impl Text {
 
     /// Ids of a text; never those of control tokens.
     ///
-    /// Errors: usage, for a text that is too long once it is normalised; [`crate::error::Kind::Model`] for a tokenizer that
-    /// cannot be used.
+    /// Errors: usage, for a text that is too long once it is normalised;
+    /// [`crate::error::Kind::Model`] for a tokenizer that cannot be used.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         if text.contains('\0') {
             return Err(Error::usage("the text holds the control character U+0000").hint("leave it out"));
         }
-        // Step by step, not by the library's `encode`: what one step makes is bounded before the next one reads it, and the
-        // tokens of one piece are dropped before those of the next one are made.
+        // Step by step, not by the library's `encode`: what one step makes is bounded before the
+        // next one reads it, and the tokens of one piece are dropped before those of the next one
+        // are made.
         let run = || {
             check_length(text.len(), text.len())?;
             let mut normalized = NormalizedString::from(text);
@@ -129,7 +133,7 @@ impl Text {
     }
 
     fn decode_words(&self, ids: &[u32]) -> Result<String> {
-        // What begins so is a control token of a Unigram: see `ModelFile::unigram`.
+        // The prefix of a Unigram's control tokens: see `ModelFile::unigram`.
         let word = |&id: &u32| self.model.id_to_token(id).filter(|word| !word.starts_with('\0'));
         let mut words: Vec<String> = ids.iter().filter_map(word).collect();
         if self.decoders.is_empty() {
@@ -172,7 +176,8 @@ fn broken(what: &dyn std::fmt::Display) -> Error {
         .hint("copy the file from the checkpoint again, or name another model: --model FOLDER")
 }
 
-/// Bytes that a user gave as a prompt, as text: UTF-8, not blank, at most [`MAX_PROMPT`] bytes, no control characters.
+/// Bytes that a user gave as a prompt, as text: UTF-8, not blank, at most [`MAX_PROMPT`] bytes, no
+/// control characters.
 pub fn check_prompt(bytes: &[u8]) -> Result<String> {
     let say = |message: String| Err(Error::usage(message).hint("-p \"a red apple\""));
     if bytes.len() > MAX_PROMPT {

@@ -1,7 +1,8 @@
 //! `tokenizer.model`: a BPE vocabulary of the SentencePiece library, as Llama's.
 //!
-//! The file is a protocol buffer (SentencePiece's `ModelProto`). SentencePiece merges, again and again, the neighbours
-//! whose union has the best score; a list of merges sorted by the score of what they make does the same.
+//! The file is a protocol buffer (SentencePiece's `ModelProto`). SentencePiece merges, again and
+//! again, the neighbours whose union has the best score; a list of merges sorted by the score of
+//! what they make does the same.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,7 +15,7 @@ use super::Text;
 use super::vocabulary::{MAX_MERGES, MAX_WORDS, Merges, ModelFile, Words};
 use crate::error::{Error, Result};
 
-/// Kinds of pieces that text can become; the others are control words and single bytes.
+/// Kinds of pieces for text; the others are control tokens and single bytes.
 const NORMAL: u64 = 1;
 const UNKNOWN: u64 = 2;
 const USER_DEFINED: u64 = 4;
@@ -22,10 +23,11 @@ const USER_DEFINED: u64 = 4;
 const BPE: u64 = 2;
 /// The longest file, in bytes: Gemma's has 4.2 million.
 const MAX_FILE: usize = 16 << 20;
-/// The longest piece, in bytes: SentencePiece's own limit is 16 characters. Every split of a piece is looked up.
+/// The longest piece, in bytes: SentencePiece's own limit is 16 characters. Every split of a piece
+/// is looked up.
 const MAX_PIECE: usize = 64;
 
-/// What stands for a space.
+/// Replaces a space.
 const SPACE: &str = "\u{2581}";
 
 struct Piece {
@@ -34,9 +36,11 @@ struct Piece {
     kind: u64,
 }
 
-/// The tokenizer of a file: it puts a space in front of a text, and cuts it into pieces or, where there are none, bytes.
+/// The tokenizer of a file: it puts a space in front of a text, and cuts it into pieces or, where
+/// there are none, bytes.
 ///
-/// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or of another kind than Llama's.
+/// Errors: [`crate::error::Kind::Model`] for a file that is damaged, too large, or of another kind
+/// than Llama's.
 pub(super) fn read(bytes: &[u8]) -> Result<Text> {
     if bytes.starts_with(b"version https://git-lfs") {
         return Err(Error::model("tokenizer.model is a git-lfs pointer file: the tokenizer itself was not downloaded")
@@ -80,7 +84,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Text> {
     })
 }
 
-/// Every way to make a piece of two others, the best pieces first; `None` if there are more than [`MAX_MERGES`].
+/// Every way to make a piece of two others, the best pieces first; `None` if there are more than
+/// [`MAX_MERGES`].
 fn merges<'a>(pieces: &'a [Piece], ids: &HashMap<&str, usize>) -> Option<Vec<[&'a str; 2]>> {
     let mut found = Vec::new();
     for piece in pieces.iter().filter(|p| [NORMAL, USER_DEFINED].contains(&p.kind)) {
@@ -103,7 +108,8 @@ fn bad(what: &str) -> Error {
         .hint("copy the file from the checkpoint again, or name another model: --model FOLDER")
 }
 
-/// The pieces of a model that splits text as Llama's does: a BPE that puts a space in front and changes nothing else.
+/// The pieces of a model that splits text as Llama's does: a BPE that puts a space in front and
+/// changes nothing else.
 fn pieces(bytes: &[u8]) -> Option<Vec<Piece>> {
     let (mut pieces, mut bpe, mut plain) = (Vec::new(), false, false);
     for field in Fields(bytes) {
@@ -167,7 +173,7 @@ enum Data<'a> {
     Bytes(&'a [u8]),
 }
 
-/// The fields of a message one by one; `None` as an item says that the message is broken, and is the last.
+/// The fields of a message one by one; an item of `None` means a broken message, and is the last.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -290,7 +296,8 @@ mod tests {
             let error = Text::from_sentencepiece(file).unwrap_err();
             assert!(error.exit_code() == 3 && error.message.contains(part), "{error}");
         };
-        // Every word of up to 15 letters a and b: each of them can be made of two others in all ways.
+        // Every word of up to 15 letters a and b: each of them can be made of two others in all
+        // ways.
         let words = (1..16).flat_map(|n| (0..1 << n).map(move |bits: u32| (bits, n)));
         let words = words.map(|(bits, n)| (0..n).map(|i| if bits >> i & 1 == 0 { 'a' } else { 'b' }).collect());
         refused(&model(words), "more than 524288 merges");

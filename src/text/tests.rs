@@ -160,7 +160,7 @@ fn other_components_are_refused_by_name() {
         ("model.merges", serde_json::json!([["a", "nothing"]]), "\"nothing\""),
         ("model.merges", serde_json::json!(["a b c"]), "merge"),
         ("model.vocab", serde_json::json!({"a": 0, "b": 0}), "same id"),
-        ("model.vocab", serde_json::json!([["a", 0.0]]), "words and ids"),
+        ("model.vocab", serde_json::json!([["a", 0.0]]), "tokens and ids"),
         ("model.vocab", serde_json::json!({"x".repeat(1025): 0}), "1025 bytes"),
         ("added_tokens", serde_json::json!([{"id": 1, "content": "x".repeat(300)}]), "300 bytes"),
     ];
@@ -265,7 +265,8 @@ fn added_tokens_that_are_not_special_stay_in_replies() {
     assert_eq!(tiny.decode(&[start, call, 64]).unwrap(), format!("<tool_call>{}", tiny.decode(&[64]).unwrap()));
 }
 
-/// A Unigram that SentencePiece trained with normalisation rules of its own, and what the reference makes of some texts.
+/// A Unigram that SentencePiece trained with normalisation rules of its own, and what the reference
+/// makes of some texts.
 #[test]
 fn unigram_vocabularies_split_as_the_reference_does() {
     #[derive(serde::Deserialize)]

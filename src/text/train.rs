@@ -11,11 +11,12 @@ use tokenizers::{AddedToken, NormalizerWrapper, SplitDelimiterBehavior, Tokenize
 use super::{Text, bad};
 use crate::error::{Error, Result};
 
-/// Control tokens of a text tokenizer of our own: what begins and ends a message.
+/// Control tokens of our own text tokenizers: the beginning and the end of a message.
 const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 
-/// Trains a BPE of `vocab_size` ids, the control tokens among them, on captions. Upper and lower case are one, spaces belong to the word after them, so
-/// that frequent words become one id; bytes are the fallback for everything else.
+/// Trains a BPE of `vocab_size` ids, the control tokens among them, on captions. Upper and lower
+/// case are one, spaces belong to the word after them, so that frequent words become one id; bytes
+/// are the fallback for everything else.
 pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Text> {
     let fail = |e: tokenizers::Error| Error::model(format!("cannot train the text tokenizer: {e}"));
     let spaces = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ");
@@ -26,7 +27,8 @@ pub fn train_bpe(captions: impl Iterator<Item = String> + Send, vocab_size: usiz
         Strip::new(true, true).into(),
         Prepend::new(" ".into()).into(),
     ];
-    // Every Chinese character is a piece of its own: BPE would else fuse whole phrases, which then do not recombine.
+    // Every Chinese character is a token: BPE would otherwise merge whole phrases, which then do
+    // not recombine.
     let han = Split::new(SplitPattern::Regex(r"\p{Han}".into()), SplitDelimiterBehavior::Isolated, false);
     let pieces = PreTokenizers::new(vec![han.map_err(fail)?.into(), ByteLevel::new(false, true, true).into()]);
     let mut tokenizer = TokenizerBuilder::new()

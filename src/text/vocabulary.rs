@@ -1,4 +1,5 @@
-//! The `model` of a tokenizer.json: a vocabulary and how text is cut into its words, of bounded size.
+//! The `model` of a tokenizer.json: a vocabulary and the merges or scores that split text into its
+//! tokens, of bounded size.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -10,13 +11,14 @@ use tokenizers::models::unigram::Unigram;
 
 use super::guard::guard;
 
-/// The most words of a vocabulary: Gemma's has as many, Qwen2.5's 151,643. Each takes about 400 bytes.
+/// Largest vocabulary: Gemma's size; Qwen2.5's is 151,643. Each token takes about 400 bytes.
 pub(super) const MAX_WORDS: usize = 1 << 18;
-/// The most merges of a BPE: Llama's has two for each of its words.
+/// Most merges of a BPE: Llama's has two per token.
 pub(super) const MAX_MERGES: usize = 1 << 19;
-/// The longest word of a BPE, in bytes.
+/// Longest token of a BPE, in bytes.
 const MAX_WORD: usize = 1024;
-/// The longest word of a Unigram model, in bytes. At each position of a text every word that begins there is compared.
+/// Longest token of a Unigram model, in bytes. At each position of a text every token with that
+/// prefix is compared.
 const MAX_PIECE: usize = 64;
 /// The most nodes of a Unigram model's trie, of about 400 bytes each; T5's has some 80,000.
 const MAX_NODES: usize = 1 << 18;
@@ -48,9 +50,9 @@ pub(super) struct Vocabulary {
 }
 
 impl ModelFile {
-    /// Builds the model. Words of `control` cannot come out of a text, whatever it holds.
+    /// Builds the model. No text can be encoded to tokens of `control`.
     ///
-    /// Errors: what is wrong or not supported, as a sentence.
+    /// Errors: what is wrong or unsupported, as a sentence.
     pub fn build(self, control: &BTreeMap<String, u32>) -> Result<Vocabulary, String> {
         match self.kind.as_str() {
             "BPE" => self.bpe(),
@@ -60,31 +62,31 @@ impl ModelFile {
     }
 
     fn bpe(self) -> Result<Vocabulary, String> {
-        let Words::Ids(words) = self.vocab else { return Err("a BPE needs a vocabulary of words and ids".into()) };
+        let Words::Ids(words) = self.vocab else { return Err("a BPE needs a vocabulary of tokens and ids".into()) };
         if self.dropout.is_some_and(|p| p != 0.0) {
             return Err("it has BPE dropout, which makes other tokens of the same prompt each time".into());
         }
         let affixes = [&self.continuing_subword_prefix, &self.end_of_word_suffix];
         if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
-            return Err("a BPE with a prefix or suffix of words is not supported".into());
+            return Err("a BPE with a prefix or suffix of tokens is not supported".into());
         }
         let count = words.len();
         let size = words.iter().map(|(_, id)| *id as usize + 1).max().unwrap_or(0);
         let ids: HashSet<u32> = words.iter().map(|(_, id)| *id).collect();
         if ids.len() != count {
-            return Err("two words have the same id".into());
+            return Err("two tokens have the same id".into());
         }
         let vocab: Vocab = words.into_iter().collect();
         if vocab.len() != count {
-            return Err("a word is there twice".into());
+            return Err("a token is there twice".into());
         }
-        // The library copies both halves into a buffer that is as long as the longest word.
+        // The library copies both halves into a buffer of the length of the longest token.
         let mut union = String::new();
         for (left, right) in &self.merges.0 {
             union.clear();
             union.extend([left.as_str(), right]);
             if let Some(missing) = [left, right, &union].into_iter().find(|word| !vocab.contains_key(*word)) {
-                return Err(format!("a merge needs the word {missing:?}, which is not in the vocabulary"));
+                return Err(format!("a merge needs the token {missing:?}, which is not in the vocabulary"));
             }
         }
         if let Some(unknown) = self.unk_token.as_ref().filter(|word| !vocab.contains_key(*word)) {
@@ -108,11 +110,11 @@ impl ModelFile {
 
     fn unigram(self, control: &BTreeMap<String, u32>) -> Result<Vocabulary, String> {
         let Words::Scores(mut words) = self.vocab else {
-            return Err("a Unigram model needs a vocabulary of words and scores".into());
+            return Err("a Unigram model needs a vocabulary of tokens and scores".into());
         };
         let unknown = self.unk_id.filter(|&id| id < words.len()).ok_or("it has no unk_id within its vocabulary")?;
         if let Some((word, _)) = words.iter().find(|(word, _)| word.len() > MAX_PIECE) {
-            return Err(format!("a word has {} bytes, more than {MAX_PIECE}", word.len()));
+            return Err(format!("a token has {} bytes, more than {MAX_PIECE}", word.len()));
         }
         let nodes = trie_nodes(words.iter().map(|(word, _)| word.as_str()).collect());
         if nodes > MAX_NODES {
@@ -132,7 +134,7 @@ impl ModelFile {
     }
 }
 
-/// The prefixes, of one byte or more, of some words.
+/// The non-empty prefixes of some tokens.
 fn trie_nodes(mut words: Vec<&str>) -> usize {
     words.sort_unstable();
     let mut last = "";
@@ -158,14 +160,14 @@ impl Default for Words {
     }
 }
 
-/// A word of a vocabulary.
+/// A token of a vocabulary.
 struct Word(String);
 
 impl<'de> Deserialize<'de> for Word {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match String::deserialize(deserializer)? {
             long if long.len() > MAX_WORD => {
-                Err(de::Error::custom(format_args!("a word has {} bytes, more than {MAX_WORD}", long.len())))
+                Err(de::Error::custom(format_args!("a token has {} bytes, more than {MAX_WORD}", long.len())))
             }
             word => Ok(Self(word)),
         }
@@ -212,7 +214,7 @@ impl<'de> Deserialize<'de> for Words {
     }
 }
 
-/// The merges of a BPE, the first of them first: pairs of words, or both in one text with a space between them.
+/// The merges of a BPE in order: pairs of tokens, or both in one text with a space between them.
 #[derive(Debug, Default)]
 pub(super) struct Merges(pub Vec<(String, String)>);
 
@@ -251,7 +253,7 @@ impl<'de> Deserialize<'de> for Merge {
             type Value = Merge;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a merge of two words")
+                f.write_str("a merge of two tokens")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Merge, E> {
@@ -268,7 +270,7 @@ impl<'de> Deserialize<'de> for Merge {
                 let (left, right) = (pair.next_element()?, pair.next_element()?);
                 match (left, right, pair.next_element::<IgnoredAny>()?) {
                     (Some(Word(left)), Some(Word(right)), None) => Ok(Merge(Some((left, right)))),
-                    _ => Err(de::Error::custom("a merge is not of two words")),
+                    _ => Err(de::Error::custom("a merge is not of two tokens")),
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! Infinity's image tokenizer, a convolutional autoencoder whose codes are bits: its shape, and the half
-//! that encodes.
+//! Infinity's image tokenizer, a convolutional autoencoder whose codes are bits: its shape, and the
+//! half that encodes.
 
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
@@ -130,15 +130,16 @@ impl BitEncoder {
         &self.quantizer
     }
 
-    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), where h and w count cells, not
-    /// tokens.
+    /// The features to quantise: (B, 3, H, W) in [-1, 1] -> (B, h, w, dim), where h and w count
+    /// cells, not tokens.
     pub fn features(&self, image: &Tensor) -> Result<Tensor> {
         self.encoder.forward(image)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
     /// Codes of every image of a batch (B, 3, H, W), whose token grid must be the last of `scales`.
     ///
-    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not finite.
+    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not
+    /// finite.
     pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> crate::error::Result<Vec<Vec<Vec<Code>>>> {
         let (cell, (_, _, height, width)) = (self.cell, image.dims4()?);
         if scales.last().map(|(h, w)| (h * cell, w * cell)) != Some((height, width)) {

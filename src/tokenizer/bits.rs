@@ -14,7 +14,7 @@ type Grid = (usize, usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BitConfig {
-    /// Channels of what is quantised, a bit each.
+    /// Channels of the quantised features, a bit each.
     pub dim: usize,
     /// Autoencoder cells per token along each side: 2 in Infinity 8B, else 1.
     pub patch: usize,
@@ -92,7 +92,7 @@ impl BitQuantizer {
         }
     }
 
-    /// What a transformer sees of F (B, H * W, dim) on the grid `to`: (B, T, bits).
+    /// The transformer's input of F (B, H * W, dim) on the grid `to`: (B, T, bits).
     pub fn shrink(&self, sum: &Tensor, last: Grid, to: Grid) -> Result<Tensor> {
         let cells = GridResampling::bilinear(self.config.cells(last), self.config.cells(to)).tokens(sum)?;
         self.join(&cells, to)
@@ -123,7 +123,7 @@ impl BitQuantizer {
     /// The codes of one image's features `f`, (H * W, dim) on the autoencoder's grid of the last of
     /// `scales`.
     ///
-    /// `visit(scale, residual)` sees what is quantised at every scale, (cells, dim).
+    /// `visit(scale, residual)` gets the features to quantise at every scale, (cells, dim).
     pub fn encode(&self, f: &[f32], scales: &[Grid], mut visit: impl FnMut(usize, &[f32])) -> Vec<Vec<Code>> {
         let Some(&last) = scales.last() else { return Vec::new() };
         let (dim, last, unit) = (self.config.dim, self.config.cells(last), self.unit());

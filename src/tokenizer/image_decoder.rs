@@ -60,7 +60,7 @@ impl ImageDecoder {
     }
 }
 
-/// Eight bits a colour need no f32: on a GPU pixels come from bf16. What is quantised is f32
+/// Eight bits per colour do not need f32: on a GPU pixels are decoded in bf16. Quantisation is f32
 /// everywhere.
 fn of_pixels(w: &Weights) -> Weights {
     if w.device().is_cuda() { w.with_dtype(DType::BF16) } else { w.clone() }
@@ -76,7 +76,8 @@ pub struct TableDecoder {
 }
 
 impl TableDecoder {
-    /// The keys `quantize`, `post_quant_conv` and `decoder` of TokenFlow; what else there is is not read.
+    /// The keys `quantize`, `post_quant_conv` and `decoder` of TokenFlow; what else there is is not
+    /// read.
     ///
     /// Errors: tensors that are missing or misshapen, and what [`TokenizerConfig::check`] refuses.
     pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {

@@ -48,7 +48,8 @@ pub struct TokenizerConfig {
     pub decoder: CnnConfig,
     /// Dual codebook.
     pub codebook: CodebookConfig,
-    /// Side of the square images that come out, where the pixel decoder's are resized (`siglip_32k`: 432 to 384).
+    /// Side of the square images that come out, where the pixel decoder's are resized
+    /// (`siglip_32k`: 432 to 384).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
 }
@@ -76,8 +77,8 @@ impl TokenizerConfig {
         Ok(())
     }
 
-    /// Pixels of an image for a code, along each side: a patch of the semantic encoder's where what comes out is resized, else
-    /// what the pixel decoder makes of a code. The branch that sees other cells sees the image resized.
+    /// Pixels per code along each side: the semantic encoder's patch where the output is resized,
+    /// else the pixel decoder's cell. The branch with another cell gets the resized image.
     pub fn cell(&self) -> usize {
         if self.image_size.is_some() { self.semantic.patch_size } else { self.decoder.stride() }
     }
@@ -94,7 +95,7 @@ impl TokenizerConfig {
     }
 }
 
-/// A loaded tokenizer of TokenFlow, for both ways; who only draws needs an [`ImageDecoder`].
+/// A loaded TokenFlow tokenizer: encoder and decoder. To draw, [`ImageDecoder`] is enough.
 #[derive(Debug)]
 pub struct ImageTokenizer {
     semantic: SemanticEncoder,
@@ -108,8 +109,8 @@ pub struct ImageTokenizer {
 }
 
 impl ImageTokenizer {
-    /// TokenFlow's public keys: `encoder_vqkd`, `encode_task_layer`, `encoder`, `quant_conv`, `quantize`,
-    /// `post_quant_conv`, `decoder`, `decoder_vqkd`, `decode_task_layer`.
+    /// TokenFlow's public keys: `encoder_vqkd`, `encode_task_layer`, `encoder`, `quant_conv`,
+    /// `quantize`, `post_quant_conv`, `decoder`, `decoder_vqkd`, `decode_task_layer`.
     ///
     /// Errors: tensors that are missing or misshapen, and what [`TokenizerConfig::check`] refuses.
     pub fn load(w: &Weights, config: &TokenizerConfig) -> Result<Self> {
@@ -163,7 +164,8 @@ impl ImageTokenizer {
         &self.semantic
     }
 
-    /// Semantic half before quantisation: encoder tokens (B, n, D) on `grid` -> (B, h, w, semantic_dim).
+    /// Semantic half before quantisation: encoder tokens (B, n, D) on `grid` ->
+    /// (B, h, w, semantic_dim).
     pub fn semantic_half(&self, tokens: &Tensor, grid: (usize, usize)) -> Result<Tensor> {
         let x = self.encode_task.1.forward(&self.encode_task.0.forward(tokens)?.tanh()?)?;
         x.reshape((tokens.dim(0)?, grid.0, grid.1, self.config.codebook.semantic_dim))
@@ -175,8 +177,8 @@ impl ImageTokenizer {
         self.quant_conv.forward(&self.encoder.forward(&image)?)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
-    /// The image as a branch sees it that has `cell` pixels for a code: resized if others have more or fewer, so that grids
-    /// agree.
+    /// The image as a branch sees it that has `cell` pixels for a code: resized if others have more
+    /// or fewer, so that grids agree.
     fn seen_by(&self, cell: usize, image: &Tensor) -> Result<Tensor> {
         if cell == self.config.cell() {
             return Ok(image.clone());
@@ -186,7 +188,7 @@ impl ImageTokenizer {
         GridResampling::bicubic(size, (h * cell, w * cell)).channels_first(image)
     }
 
-    /// What is quantised: (B, 3, H, W) in [-1, 1] -> (B, h, w, D), semantic channels first.
+    /// The features to quantise: (B, 3, H, W) in [-1, 1] -> (B, h, w, D), semantic channels first.
     pub fn features(&self, image: &Tensor) -> Result<Tensor> {
         let pixel = self.pixel_half(image)?;
         let (_, h, w, _) = pixel.dims4()?;
@@ -194,9 +196,11 @@ impl ImageTokenizer {
         Tensor::cat(&[self.semantic_half(&tokens, (h, w))?, pixel], 3)
     }
 
-    /// Codes of every image of a batch (B, 3, H, W), whose grid must be that of the last of `scales`.
+    /// Codes of every image of a batch (B, 3, H, W), whose grid must be that of the last of
+    /// `scales`.
     ///
-    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not finite.
+    /// Errors: another grid, and [`crate::error::Kind::NonFinite`] for features that are not
+    /// finite.
     pub fn encode(&self, image: &Tensor, scales: &[(usize, usize)]) -> crate::error::Result<Vec<Encoded>> {
         let f = self.features(image)?;
         let (_, h, w, d) = f.dims4()?;
@@ -226,7 +230,8 @@ impl ImageTokenizer {
         self.images.decode_features(f)
     }
 
-    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, out_dim).
+    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) ->
+    /// (B, h * w, out_dim).
     pub fn decode_semantic(&self, f: &Tensor) -> Result<Tensor> {
         let x = self.semantic_decoder.forward(&f.narrow(3, 0, self.config.codebook.semantic_dim)?.contiguous()?)?;
         self.decode_task.1.forward(&self.decode_task.0.forward(&x)?.tanh()?)

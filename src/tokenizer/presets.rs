@@ -6,7 +6,7 @@ use super::{
     TokenizerConfig, VitConfig, VitFeatures, VitLayout,
 };
 
-/// A public tokenizer: its shape, and what its checkpoint does not say.
+/// A public tokenizer: its shape, and settings that its checkpoint lacks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Preset {
     /// The checkpoint's name, without `tokenflow_` and `.pt`.
@@ -25,7 +25,8 @@ impl Preset {
         [Self::clipb_32k_enhanced(), Self::siglip_32k()]
     }
 
-    /// `tokenflow_clipb_32k_enhanced.pt`: CLIP ViT-B/16 at 256 px, the tokenizer of TokenFlow-t2i; 817 codes.
+    /// `tokenflow_clipb_32k_enhanced.pt`: CLIP ViT-B/16 at 256 px, the tokenizer of TokenFlow-t2i;
+    /// 817 codes.
     pub fn clipb_32k_enhanced() -> Self {
         let semantic = VitConfig {
             hidden_size: 768,
@@ -51,7 +52,8 @@ impl Preset {
         Self { name: "clipb_32k_enhanced", config, image_size: 256, scales }
     }
 
-    /// `tokenflow_siglip_32k.pt`: SigLIP so400m patch14 at 384 px, the tokenizer of TokenFlow-XL; 2227 codes.
+    /// `tokenflow_siglip_32k.pt`: SigLIP so400m patch14 at 384 px, the tokenizer of TokenFlow-XL;
+    /// 2227 codes.
     pub fn siglip_32k() -> Self {
         let semantic = VitConfig {
             patch_size: 14,
@@ -88,7 +90,7 @@ pub struct BitPreset {
 }
 
 impl BitPreset {
-    /// Every preset. `d32` and `d32reg` have the same shape, so a file alone cannot tell which it
+    /// Every preset. `d32` and `d32reg` have the same shape, so a file alone does not show which it
     /// is.
     pub fn all() -> [Self; 6] {
         let f16 = |name, dim, transformer| {

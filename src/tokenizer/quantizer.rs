@@ -11,10 +11,11 @@ use crate::rng::Rng;
 
 /// Guards divisions by a norm, as the reference does.
 const EPS: f32 = 1e-12;
-/// Numbers in a codebook; a config that asks for more is nonsense.
+/// Most numbers in a codebook; a larger one is damage.
 const MAX_ELEMENTS: usize = 1 << 27;
 
-/// Features whose distances to all codes are held at a time: those of a 64x64 grid to 32,768 codes are half a gigabyte.
+/// Features whose distances to all codes are held at a time: those of a 64x64 grid to 32,768 codes
+/// are half a gigabyte.
 const AT_ONCE: usize = 256;
 
 /// Shape and metric of the codebook.
@@ -31,8 +32,9 @@ pub struct CodebookConfig {
     pub w_sem: f32,
     /// Weight of the pixel half's squared distance.
     pub w_pix: f32,
-    /// Normalise both halves of features and codes to unit length, as TokenFlow does. Without it a code also holds
-    /// a magnitude, so that a scale that has nothing to add says so with the code nearest zero.
+    /// Normalise both halves of features and codes to unit length, as TokenFlow does. Without it a
+    /// code also holds a magnitude, so that a scale that has nothing to add uses the code nearest
+    /// zero.
     pub l2_norm: bool,
 }
 
@@ -43,8 +45,8 @@ impl CodebookConfig {
     }
 }
 
-/// Self-correction (paper, section on training): some codes of every scale are drawn among the nearest, and the
-/// residual goes on from the drawn ones, while the targets stay the nearest.
+/// Self-correction (paper, section on training): some codes of every scale are drawn among the
+/// nearest, and the residual goes on from the drawn ones, while the targets stay the nearest.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SelfCorrection {
@@ -57,9 +59,10 @@ pub struct SelfCorrection {
 /// The codes of one image, coarse to fine, each scale row-major.
 #[derive(Clone, Debug, Default)]
 pub struct Encoded {
-    /// The nearest code at every position: what a transformer should predict.
+    /// The nearest code at every position: the transformer's targets.
     pub targets: Vec<Vec<Code>>,
-    /// The code the residual went on from: what a transformer sees. Equals `targets` without self-correction.
+    /// The codes that were subtracted from the residual: the transformer's inputs. Equals `targets`
+    /// without self-correction.
     pub codes: Vec<Vec<Code>>,
     /// The sum of all scales on the last grid, (h * w, D).
     pub f_hat: Vec<f32>,
@@ -69,7 +72,7 @@ pub struct Encoded {
 #[derive(Clone, Debug)]
 pub struct Quantizer {
     config: CodebookConfig,
-    /// (size, D), unit halves if `l2_norm`: what is added to F.
+    /// (size, D), unit halves if `l2_norm`: the entries that are added to F.
     table: Vec<f32>,
     /// `table` with each half scaled by the square root of its weight: distances are measured here.
     metric: Vec<f32>,
@@ -119,7 +122,8 @@ impl Quantizer {
         &self.config
     }
 
-    /// F or other features of one image, (h * w, D), as a (1, h, w, D) tensor on the tokenizer's device.
+    /// F or other features of one image, (h * w, D), as a (1, h, w, D) tensor on the tokenizer's
+    /// device.
     pub fn to_tensor(&self, f: Vec<f32>, grid: (usize, usize)) -> Result<Tensor> {
         Tensor::from_vec(f, (1, grid.0, grid.1, self.config.dim()), self.device())
     }
@@ -175,7 +179,8 @@ impl Quantizer {
         }
         let mut out: Vec<f32> = (0..n).flat_map(|_| self.norms.iter().copied()).collect();
         let (s, d) = (size as isize, dim as isize);
-        // SAFETY: out is (n, size), query (n, dim) and metric (size, dim), all row-major and exactly that long.
+        // SAFETY: out is (n, size), query (n, dim) and metric (size, dim), all row-major and
+        // exactly that long.
         #[allow(unsafe_code)]
         unsafe {
             let (a, b) = (query.as_ptr(), self.metric.as_ptr());
@@ -301,7 +306,8 @@ fn argmin(row: &[f32]) -> u32 {
     best.0 as u32
 }
 
-/// One of the `k` nearest codes, with probability inverse to its squared distance; `u` is uniform on (0, 1).
+/// One of the `k` nearest codes, with probability inverse to its squared distance; `u` is uniform
+/// on (0, 1).
 fn draw_near(row: &[f32], energy: f32, k: usize, u: f64) -> u32 {
     let mut order: Vec<u32> = (0..row.len() as u32).collect();
     let k = k.clamp(1, row.len());

@@ -68,7 +68,8 @@ impl Tiny {
         &self.golden[name]
     }
 
-    /// Fails unless `got` is the golden tensor to `tolerance`; (B, h, w, C) is compared as (B, C, h, w).
+    /// Fails unless `got` is the golden tensor to `tolerance`; (B, h, w, C) is compared as
+    /// (B, C, h, w).
     pub(super) fn holds(&self, name: &str, got: &Tensor, tolerance: f32) {
         let want = self.golden(name);
         let got = match got.rank() == 4 && got.dims() != want.dims() {
@@ -102,7 +103,8 @@ fn close(name: &str, got: &Tensor, want: &Tensor, tolerance: f32) {
 const FEATURES: f32 = 2e-4;
 const PIXELS: f32 = 1e-3;
 
-/// Without a size of its own SigLIP's tokenizer takes images of any grid, at the pixel decoder's resolution.
+/// Without a size of its own SigLIP's tokenizer takes images of any grid, at the pixel decoder's
+/// resolution.
 #[test]
 fn any_grid_comes_back_in_its_own_size() {
     let tiny = siglip(None);
@@ -250,7 +252,8 @@ fn siglip_decodes_as_the_reference() {
     tiny.holds("image_recon", &images(&tiny, 0), PIXELS);
     let tiny = siglip(None);
     tiny.holds("pix_dec", &images(&tiny, 0), PIXELS);
-    // The reference always resizes to 384; of that the data has rows 5, 21, ... and columns 3, 19, ...
+    // The reference always resizes to 384; of that the data has rows 5, 21, ... and columns 3, 19,
+    // ...
     let sample = |x: Tensor| {
         let at = |first: u32| Tensor::arange_step(first, 384, 16, &Device::Cpu).unwrap();
         x.index_select(&at(5), 2).unwrap().index_select(&at(3), 3).unwrap()

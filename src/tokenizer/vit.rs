@@ -1,5 +1,5 @@
-//! The semantic branch: a ViT encoder at any grid, in the layouts of CLIP, SigLIP and SigLIP2-NaFlex. Those of
-//! candle-transformers read one size of image, from dense weights.
+//! The semantic branch: a ViT encoder at any grid, in the layouts of CLIP, SigLIP and
+//! SigLIP2-NaFlex. Those of candle-transformers read one size of image, from dense weights.
 
 use candle_core::{Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
@@ -45,7 +45,8 @@ pub enum VitLayout {
     Naflex,
     /// SigLIP: as NaFlex, but patches enter by a convolution, of pixels clamped to [-1, 1].
     Siglip,
-    /// OpenAI's CLIP: a class token, a norm before the blocks, packed projections; QuickGELU, norms with 1e-5.
+    /// OpenAI's CLIP: a class token, a norm before the blocks, packed projections; QuickGELU, norms
+    /// with 1e-5.
     Clip,
 }
 
@@ -56,7 +57,8 @@ pub enum PositionResampling {
     /// Bicubic.
     #[default]
     Bicubic,
-    /// Bicubic by a scale factor of (n + 0.1) / native, which guards against rounding down to n - 1 (DINO, TokenFlow).
+    /// Bicubic by a scale factor of (n + 0.1) / native, which guards against rounding down to n - 1
+    /// (DINO, TokenFlow).
     BicubicOffset,
     /// Bilinear, antialiased where the grid is smaller (SigLIP2-NaFlex).
     Bilinear,
@@ -97,7 +99,7 @@ impl VitConfig {
         Ok(())
     }
 
-    /// Patches along each axis of an image; what is left over at its bottom and right is not seen.
+    /// Patches along each axis of an image; the rest at its bottom and right is dropped.
     ///
     /// Errors: an image smaller than a patch.
     pub fn grid(&self, (height, width): (usize, usize)) -> Result<(usize, usize)> {
@@ -157,7 +159,8 @@ pub struct SemanticEncoder {
 }
 
 impl SemanticEncoder {
-    /// Keys of the layout's public vision model. Tensors that the features do not depend on are not read.
+    /// Keys of the layout's public vision model. Tensors that the features do not depend on are not
+    /// read.
     pub fn load(w: &Weights, config: &VitConfig) -> Result<Self> {
         config.check()?;
         match config.layout {
@@ -239,7 +242,8 @@ impl SemanticEncoder {
         }
     }
 
-    /// What enters the first norm or block: patches, positions added, after the class token if there is one.
+    /// What enters the first norm or block: patches, positions added, after the class token if
+    /// there is one.
     pub(super) fn embeddings(&self, image: &Tensor) -> Result<Tensor> {
         let (b, _, height, width) = image.dims4()?;
         let grid = self.config.grid((height, width))?;
@@ -255,7 +259,8 @@ impl SemanticEncoder {
         Tensor::cat(&[class.unsqueeze(0)?.broadcast_as((b, 1, d))?.contiguous()?, x], 1)
     }
 
-    /// Each patch as one row: (patch row, patch column, channel) for NaFlex, the channel first for a convolution.
+    /// Each patch as one row: (patch row, patch column, channel) for NaFlex, the channel first for
+    /// a convolution.
     fn patches(&self, image: &Tensor, (h, w): (usize, usize)) -> Result<Tensor> {
         let (b, p) = (image.dim(0)?, self.config.patch_size);
         let image = match self.config.layout {

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::rng::Rng;
 use crate::tokenizer::{CodebookConfig, Quantizer};
 
-/// Share of the past that an average keeps at each step.
+/// Decay of the averages per step.
 const DECAY: f32 = 0.97;
 /// An entry that is nearest to fewer residuals than this, on average per step, is given another place.
 const DEAD: f32 = 0.02;
@@ -78,7 +78,7 @@ impl Codebook {
         let mut seen: Vec<&[f32]> = Vec::new();
         for assignments in batch {
             let all = assignments.codes.iter().zip(assignments.residuals.chunks_exact(dim));
-            // The optimizer leaves out a step that is not finite, and so do the averages, which would never forget it.
+            // The optimizer skips a step that is not finite, and so do the averages, which would never recover.
             for (&code, z) in all.filter(|(_, z)| z.iter().all(|x| x.is_finite())) {
                 self.counts[code as usize] += 1.0 - DECAY;
                 let sum = &mut self.sums[code as usize * dim..][..dim];
@@ -99,7 +99,7 @@ impl Codebook {
         }
     }
 
-    /// What it resumes from: the averages.
+    /// Its state to resume from: the averages.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let (size, dim) = (self.config.size, self.config.dim());
         let all = [("table", &self.table, dim), ("sums", &self.sums, dim), ("counts", &self.counts, 1)];

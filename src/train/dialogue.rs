@@ -10,7 +10,7 @@ use crate::scenes::{
     BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, Riddle, Scene, Smalltalk, Split, smalltalk,
 };
 
-/// What is said and shown, in turns.
+/// Text and images, in turns.
 pub type Turns = Vec<(Role, Vec<Part<Canvas>>)>;
 
 /// How many images a dialogue has, which decides how long it is.
@@ -206,7 +206,7 @@ fn copy(dataset: &Samples, rng: &Rng) -> Turns {
     vec![user(vec![canvas.clone()], COPY[rng.below(4, COPY.len())]), model("", Some(canvas))]
 }
 
-/// Instructions that change the hand: to (0) the soft 3D one, (1) the flat one, (2) Noto's.
+/// Instructions that change the style: to (0) soft 3D, (1) flat, (2) Noto's.
 pub const STYLES: [(Style, [&str; 3]); 3] = [
     (Style::ThreeD, ["make it 3d", "in 3d style", "turn it into a 3d picture"]),
     (Style::Flat, ["make it flat", "in flat style", "turn it into a flat picture"]),
@@ -219,7 +219,7 @@ fn thing_edit(dataset: &Samples, rng: &Rng) -> Turns {
     let (second, other, _) = dataset.thing(rng, 2);
     let white = |p| dataset.single(p, None, SIDE, SIDE).canvas;
     let small = |places: &[(usize, i32)]| dataset.row(places);
-    // What is kept goes without a name, so that it need not be known.
+    // Preserved objects are not named, so that they need not be known.
     let same = |change: &str| format!("{}the same{change}", prompt::FINAL);
     let becomes = |name: &str| format!("{}{}", prompt::FINAL, with_article(name));
     let say = |counter, forms: &[&str]| forms[rng.below(counter, forms.len())].to_string();

@@ -1,4 +1,4 @@
-//! Tables: which concepts of emojibase nobody would ask for apart, and what people call the others.
+//! Tables: concepts of emojibase that people do not distinguish, and common names of the others.
 
 /// Everyday concepts are those of `EVERYDAY_GROUPS` except clock faces and these. The rule is use, not ease: of several
 /// concepts that differ only by a phase, state, direction or mark, the one that a person would ask for by name stays.

@@ -30,7 +30,7 @@ impl Item {
 /// Sizes of the pool.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolSizes {
-    /// Everyday things: the first so many.
+    /// Number of everyday things, from the first.
     pub things: usize,
     /// Named backgrounds for every concept, beside white.
     pub backgrounds: usize,
@@ -70,7 +70,7 @@ const BATCH: usize = 64;
 /// Height over width of the other aspect ratios that are trained: what lies between and beyond is left to the
 /// positions, which are relative to the image's extent.
 const RATIOS: [f64; 8] = [0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0];
-/// One batch in so many is not square.
+/// One batch in this many is not square.
 const OBLONG: usize = 8;
 
 impl Pool {

@@ -222,7 +222,7 @@ impl Icons {
     }
 }
 
-/// Left, top, width and height of what is not faint.
+/// Left, top, width and height of the visible part.
 fn bounds(rgba: &[u8], width: usize) -> Option<[u32; 4]> {
     let solid = rgba.chunks_exact(4).enumerate().filter(|(_, p)| p[3] > FAINT);
     let places = solid.map(|(i, _)| ((i % width) as u32, (i / width) as u32));

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use crate::error::Result;
 
-/// Averages what is measured and prints a line every so often to stderr.
+/// Averages measurements, and prints a line to stderr from time to time.
 pub struct Progress {
     stage: String,
     steps: usize,
     step: usize,
     batch: usize,
-    /// Name, sum and count of what was measured; what is NaN was not.
+    /// Name, sum and count of the measurements; NaN is skipped.
     sums: Vec<(String, f64, usize)>,
     since: usize,
     last: Instant,
@@ -24,7 +24,7 @@ const EVERY: usize = 50;
 const BETWEEN: Duration = Duration::from_secs(60);
 
 impl Progress {
-    /// A log for `steps` steps of `batch` samples, of which so many are `done`.
+    /// A log for `steps` steps of `batch` samples, of which `done` are done.
     pub fn new(stage: &str, steps: usize, done: usize, batch: usize) -> Self {
         let now = Instant::now();
         Self {
@@ -49,7 +49,7 @@ impl Progress {
         Ok(())
     }
 
-    /// A line of its own.
+    /// A separate line.
     pub fn say(&self, what: &str) {
         eprintln!("[{}] {what}", self.stage);
     }

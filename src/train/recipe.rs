@@ -1,4 +1,4 @@
-//! What a run trains: shapes and choices of every part, checked before any of it is trained.
+//! The recipe of a run: shapes and choices of every part, checked before training.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::generate::{ConversationConfig, ModelConfig, PromptConfig, Sampling, schedule};
 use crate::tokenizer::{CnnConfig, SelfCorrection, TokenizerConfig};
 
-/// What is trained: shapes and choices of every part.
+/// Shapes and choices of every trained part.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
@@ -50,7 +50,7 @@ const NANO: &str = include_str!("nano.json");
 impl Recipe {
     /// Reads and checks the recipe in the file `path`; where there is none, nano's is written there.
     ///
-    /// Errors: usage, for what is no recipe, and for parts that do not fit each other.
+    /// Errors: usage, for a broken recipe, and for parts that do not fit each other.
     pub fn open(path: &Path) -> Result<Self> {
         if !path.exists() {
             std::fs::write(path, NANO)?;
@@ -89,10 +89,10 @@ impl Recipe {
         }
     }
 
-    /// What would end the training when its part has come, or train for nothing, as one sentence.
+    /// Errors: a value that would stop the training later, or waste it, as one sentence.
     fn check(&self) -> Result<(), String> {
         if self.backbone.code_positions.is_some() {
-            return Err("backbone.code_positions cannot be trained: spatial_extent says where codes stand".into());
+            return Err("backbone.code_positions cannot be trained: spatial_extent gives the positions of codes".into());
         }
         for tokenizer in [self.tokenizer.clone(), self.tokenizer_final()] {
             self.model(tokenizer, Sampling::default()).check()?;

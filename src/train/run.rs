@@ -16,7 +16,7 @@ const PART: &str = "part";
 /// A folder and its recipe.
 pub struct Run {
     folder: PathBuf,
-    /// What is trained.
+    /// The trained parts.
     pub recipe: Recipe,
     /// What trains.
     pub device: Device,
@@ -64,7 +64,7 @@ impl Run {
             e if e.kind == Kind::Failure => {
                 let message =
                     format!("the weights in {} do not fit its recipe.json: {}", self.folder.display(), e.message);
-                Error::model(message).hint("--run FOLDER, with this recipe.json in a folder of its own, begins anew")
+                Error::model(message).hint("--run FOLDER, with this recipe.json in a new folder, starts again")
             }
             e => e,
         };

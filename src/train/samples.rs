@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::rng::{Rng, Stream};
 use crate::scenes::{BACKGROUNDS, Background, Scene, Split};
 
-/// An image and what it shows.
+/// An image and its captions.
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// RGB, (height, width, 3).
@@ -74,12 +74,12 @@ impl<'a> Samples<'a> {
         (picture, &concept.names[0], &concept.label_zh)
     }
 
-    /// What a picture shows, as an index of the library's concepts.
+    /// The concept of a picture, as an index into the library.
     pub fn concept(&self, picture: usize) -> usize {
         self.library.pictures[picture].concept
     }
 
-    /// The picture of a concept in a hand.
+    /// The picture of a concept in a style.
     pub fn in_style(&self, concept: usize, style: Style) -> Option<usize> {
         self.library.picture(concept, style)
     }
@@ -100,7 +100,7 @@ impl<'a> Samples<'a> {
     }
 
     /// A square image for the tokenizer: half of them as the transformer will draw them, else any picture at any size,
-    /// place, background and hand, or a scene.
+    /// place, background and style, or a scene.
     pub fn picture(&self, index: u64) -> Vec<u8> {
         let rng = self.rng(index, 1);
         match rng.below(0, 100) {
@@ -139,7 +139,7 @@ impl<'a> Samples<'a> {
         }
     }
 
-    /// A picture with a caption, for the semantic encoder: any hand, small shifts. Also gives the concept.
+    /// A picture with a caption, for the semantic encoder: any style, small shifts. Also returns the concept.
     pub fn captioned(&self, index: u64) -> (Vec<u8>, String, usize) {
         let rng = self.rng(index, 3);
         let picture = self.pictures[rng.below(0, self.pictures.len())];
@@ -153,7 +153,7 @@ impl<'a> Samples<'a> {
         if rng.uniform(4) < 0.3 {
             canvas = canvas.mirrored();
         }
-        // What a model draws is softer than a picture.
+        // Drawn images are softer than pictures.
         soften(&mut canvas, rng.below(6, 4));
         (canvas.rgb, captions[rng.below(5, captions.len())].clone(), concept)
     }

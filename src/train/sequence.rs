@@ -1,4 +1,4 @@
-//! Sequences of words and images to learn from, and batches of them.
+//! Training sequences of text and images, and batches of them.
 
 use std::cmp::Reverse;
 
@@ -24,11 +24,11 @@ pub(super) struct Target {
     scale: usize,
 }
 
-/// One sequence: where everything stands, what is read, and what is to be predicted.
+/// One sequence: positions, inputs, and targets.
 #[derive(Default)]
 pub struct Sequence {
     layout: Layout,
-    /// (index, id) of words and markers.
+    /// (index, id) of text tokens and markers.
     pub(super) words: Vec<(usize, u32)>,
     /// (index, scale) of codes, and their input features, D each.
     codes: Vec<(usize, usize)>,
@@ -37,7 +37,7 @@ pub struct Sequence {
     pub(super) code_targets: Vec<Target>,
 }
 
-/// How an image stands in a sequence.
+/// An image in a sequence.
 pub struct Picture<'a> {
     /// Grids (height, width), coarse to fine: as many as are read and learnt.
     pub grids: &'a [(usize, usize)],
@@ -50,20 +50,20 @@ pub struct Picture<'a> {
 }
 
 impl Sequence {
-    /// Appends words or markers.
+    /// Appends text tokens or markers.
     pub fn push_words(&mut self, ids: &[u32]) {
         self.words.extend(ids.iter().enumerate().map(|(i, &id)| (self.layout.len() + i, id)));
         self.layout.push_text(ids.len());
     }
 
-    /// The next token is a word, or a marker, that the last one is to predict.
+    /// The next token is text or a marker, and the target of the last one.
     pub fn expect_word(&mut self, id: u32) {
         if let Some(at) = self.layout.len().checked_sub(1) {
             self.word_targets.push(Target { at, id, weight: 0.0, scale: 0 });
         }
     }
 
-    /// Of every word to learn: all answers weigh the same, and so do all words of one.
+    /// Weight of every text target: all answers weigh the same, and so do all tokens of one.
     fn word_weights(&self) -> Vec<f32> {
         let answers = || self.word_targets.chunk_by(|a, b| a.at + 1 == b.at);
         let answer = WORDS / (answers().count() as f32).sqrt();
@@ -112,11 +112,11 @@ impl Sequence {
     }
 }
 
-/// What was measured on one batch.
+/// Measurements of one batch.
 pub struct Measured {
     /// Mean loss of the codes of each scale; NaN where there are none.
     pub scales: Vec<f64>,
-    /// Mean loss of the words; NaN where there are none.
+    /// Mean loss of text; NaN without any.
     pub words: f64,
 }
 
@@ -170,7 +170,7 @@ impl Batch<'_> {
     }
 }
 
-/// Sequences side by side, padded on the right to one length: what nobody attends to and predicts nothing.
+/// A batch of sequences, padded on the right to one length; pads are masked and have no targets.
 struct Part<'a>(&'a [&'a Sequence]);
 
 impl Part<'_> {

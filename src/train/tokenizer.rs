@@ -40,7 +40,7 @@ impl Stage {
         format!("{self:?}").to_lowercase()
     }
 
-    /// What the stage resumes from.
+    /// The state to resume from.
     pub fn state(self, run: &Run) -> PathBuf {
         run.file(&format!("tokenizer-{}.state", self.name()))
     }
@@ -67,7 +67,7 @@ impl Stage {
 enum Purpose {
     /// The scales that are left out of an image.
     ScaleDrop = 1,
-    /// Where the codebook begins.
+    /// Initial codebook.
     Spread,
     /// Where dead entries of the codebook go.
     Revive,
@@ -101,7 +101,7 @@ pub fn train(run: &Run, dataset: &Samples, stage: Stage, batch: usize, plan: &Hy
     if optimizer.step < plan.steps
         && let Some(later) = later.rfind(|state| state.exists())
     {
-        let message = format!("{} goes on from what this stage would change", later.display());
+        let message = format!("{} continues from weights that this stage would change", later.display());
         return Err(Error::usage(message).hint(format!("rm {}", later.display())));
     }
     let mut progress = Progress::new(&format!("tokenizer {}", stage.name()), plan.steps, optimizer.step, batch);

@@ -1,5 +1,5 @@
-//! The transformer learns: cross-entropy over the codes of every scale and over words, with the paper's scale
-//! reweighting and self-correction. First to draw what captions say, then in dialogues, on the model's part only.
+//! Training of the transformer: cross-entropy over the codes of every scale and over text, with the paper's scale reweighting
+//! and self-correction. First on captions, then on dialogues, with targets in the model's turns only.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ use crate::tokenizer::{ImageTokenizer, Quantizer};
 /// Share of the samples that are drawn from an empty prompt, for guidance.
 const CAPTION_DROP: f64 = 0.1;
 
-/// What a part of the training learns from.
+/// Inputs of a part of the training.
 pub struct Lesson<'a> {
     /// The run.
     pub run: &'a Run,
@@ -40,7 +40,7 @@ pub struct Lesson<'a> {
     pub quantizer: &'a Quantizer,
     /// Encoded images with captions.
     pub pool: &'a Pool,
-    /// The first so many scales are learnt.
+    /// Number of scales to train, from the first.
     pub scales: usize,
     /// Where dialogues come from, if they are part of it.
     pub dialogues: Option<(&'a Samples<'a>, &'a Text)>,
@@ -63,7 +63,7 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()
         if optimizer.step < plan.steps
             && let Some(other) = run.last_part(FILE)?.filter(|last| last != part)
         {
-            let message = format!("the part {other} goes on from what the part {part} would change");
+            let message = format!("the part {other} continues from weights that the part {part} would change");
             return Err(Error::usage(message).hint(format!("--part {part}-more goes on from {other}")));
         }
     }
@@ -90,7 +90,7 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()
     Ok(())
 }
 
-/// What the log tells of a step, by name.
+/// Measurements of a step for the log, by name.
 type Told = Vec<(&'static str, f64)>;
 
 /// One step down the loss of all groups of sequences. What was measured, and the mean loss of each scale of the first group.
@@ -112,7 +112,7 @@ fn learn(
     let (mut told, mut means) = (vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)], Vec::new());
     for (i, (name, losses)) in parts.into_iter().enumerate() {
         let of_part = losses.means()?;
-        // Captions alone have no words to learn.
+        // Captions alone have no text targets.
         if groups.len() > 1 {
             told.push((name, of_part.words));
         }
@@ -305,7 +305,7 @@ impl Lesson<'_> {
     }
 }
 
-/// What is to be learnt of an image.
+/// Targets of an image.
 #[derive(Clone, Copy)]
 enum Learn<'a> {
     /// Nothing: the user shows it.

@@ -15,9 +15,9 @@ const MOST_PIXELS: usize = 1 << 28;
 /// How images are made ready; names as in the public preprocessor_config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImageProcessor {
-    /// Smaller images are enlarged to so many pixels.
+    /// Smaller images are enlarged to this many pixels.
     pub min_pixels: usize,
-    /// Larger ones are reduced to so many.
+    /// Larger ones are reduced to this many.
     pub max_pixels: usize,
     /// Mean of each channel, where white is 1.
     pub image_mean: [f32; 3],
@@ -48,7 +48,7 @@ pub struct Patches {
 }
 
 impl ImageProcessor {
-    /// What would make no image, as one sentence.
+    /// Errors: a value with which no image can be made, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { min_pixels: least, max_pixels: most, image_mean, image_std } = self;
         if least > most || *least > MOST_PIXELS || *most == 0 {
@@ -101,8 +101,8 @@ impl ImageProcessor {
         Ok(self.cut(image, tokens, (config.patch_size, config.spatial_merge_size)))
     }
 
-    /// The same for a grid (height, width) of `tokens`, whatever the ratio of the image, with patches of `p` pixels along each side,
-    /// `merge` times `merge` of them in a token.
+    /// The same for a grid (height, width) of `tokens`, whatever the ratio of the image, with
+    /// patches of `p` pixels along each side, `merge` times `merge` of them in a token.
     pub fn cut(&self, image: &RgbImage, (h, w): (usize, usize), (p, merge): (usize, usize)) -> Patches {
         let side = p * merge;
         let image = resize(image, ((w * side) as u32, (h * side) as u32), ResamplingFilter::Bicubic);

@@ -31,7 +31,7 @@ pub struct VisionConfig {
     pub intermediate_size: usize,
     /// Heads.
     pub num_heads: usize,
-    /// Width of what comes out, the transformer's.
+    /// Width of the output, the transformer's.
     pub out_hidden_size: usize,
     /// Pixels per patch along each axis.
     pub patch_size: usize,
@@ -69,7 +69,7 @@ impl VisionConfig {
         }
     }
 
-    /// What would make the encoder panic or mislead, as one sentence.
+    /// Errors: a value that would make the encoder panic or mislead, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { hidden_size, num_heads, patch_size, spatial_merge_size: merge, window_size, .. } = *self;
         check_sizes([

@@ -45,7 +45,7 @@ impl Windows {
         Self { order: windows.concat(), batches }
     }
 
-    /// Where every token stands in that order.
+    /// The index of every token in that order.
     pub fn places(&self) -> Vec<u32> {
         let mut places = vec![0; self.order.len()];
         self.order.iter().enumerate().for_each(|(place, &token)| places[token as usize] = place as u32);

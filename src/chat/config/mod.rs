@@ -1,5 +1,5 @@
 //! Qwen2.5-VL's public files: shape, image limits, stops, sampling and chat template, in every form in which transformers
-//! 4.49 to 5 writes them. What would change results and is not read is refused by name.
+//! 4.49 to 5 writes them. Settings that change results and are not supported are refused by name.
 
 mod generation;
 mod processor;
@@ -22,7 +22,7 @@ pub(super) use generation::{Generation, generation};
 /// The way out of a family or an encoding that is not read.
 const PUBLISHED: &str = "nextflow chat --model Qwen/Qwen2.5-VL-3B-Instruct --quant q8_0";
 
-/// Everything about a public Qwen2.5-VL checkpoint but its weights and words.
+/// Everything about a public Qwen2.5-VL checkpoint but its weights and text tokenizer.
 #[derive(Clone, Debug)]
 pub struct QwenConfig {
     /// Shape of the transformer.
@@ -74,14 +74,16 @@ impl QwenConfig {
         let context = text.max_position_embeddings;
         let mut backbone = text.backbone().map_err(broken)?;
         if public::is_tied(&config) && source.has(TRANSFORMER) {
-            // A head that is there although it is tied is another one: transformers then ties nothing.
+            // A stored head although it is tied is a separate one: transformers then ties nothing.
             backbone.tie_word_embeddings = !source.has_tensor(TRANSFORMER, "lm_head.weight")?;
         } else {
             backbone.tie_word_embeddings = public::is_tied(&config);
         }
         if vision.out_hidden_size != backbone.hidden_size {
             let (out, hidden) = (vision.out_hidden_size, backbone.hidden_size);
-            return Err(broken(format!("the image encoder gives a width of {out}, the transformer takes {hidden}")));
+            return Err(broken(format!(
+                "the image encoder has an output width of {out}, the transformer an input of {hidden}"
+            )));
         }
         let mut notes = Vec::new();
         let processor = processor::read(source, &vision, &mut notes)?;

@@ -83,7 +83,7 @@ pub(super) fn read(source: &Source, vision: &VisionConfig, notes: &mut Vec<Strin
 }
 
 impl Public {
-    /// Errors: what would make other patches of an image, as one sentence.
+    /// Errors: a setting that would make other patches of an image, as one sentence.
     fn check(&self, vision: &VisionConfig) -> Result<(), String> {
         let kind = self.image_processor_type.as_deref().unwrap_or("Qwen2VLImageProcessor");
         if !kind.starts_with("Qwen2VLImageProcessor") && !kind.starts_with("Qwen2_5_VLImageProcessor") {

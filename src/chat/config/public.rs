@@ -40,7 +40,7 @@ pub(super) fn is_tied(config: &Value) -> bool {
     config["tie_word_embeddings"] == true || config["text_config"]["tie_word_embeddings"] == true
 }
 
-/// What config.json says of the transformer.
+/// The transformer in config.json.
 #[derive(Deserialize)]
 #[serde(default)]
 pub(super) struct Text {

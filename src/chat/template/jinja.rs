@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::text::Text;
 use stretches::{Controls, Mark, Said, Stretch, Writer};
 
-/// What one rendering may do: about so many instructions, or 64 times so many bytes.
+/// Limit of one rendering: about this many instructions, or 64 times as many bytes.
 const FUEL: u64 = 1 << 20;
 /// The longest rendering, in bytes.
 const MAX_OUTPUT: usize = 16 << 20;
@@ -32,7 +32,7 @@ const MAX_TEMPLATE: usize = 1 << 20;
 const NAME: &str = "chat";
 /// A text that a template is tried with.
 const PROBE: &str = "zq7";
-/// What stands for an image in the output of a template.
+/// The placeholder of an image in the output of a template.
 const IMAGE: &str = "<|image_pad|>";
 const VISION: (&str, &str) = ("<|vision_start|>", "<|vision_end|>");
 
@@ -179,7 +179,7 @@ impl ChatTemplate {
             if !controls.structure(&marked).eq(controls.structure(&printed)) {
                 let message =
                     format!("the chat template in {} lets the text of a message act as control tokens", self.file);
-                return Err(Error::usage(message).hint("leave out words like <|im_start|> in the message"));
+                return Err(Error::usage(message).hint("leave out text like <|im_start|> in the message"));
             }
             for stretch in printed {
                 match stretch {
@@ -194,7 +194,7 @@ impl ChatTemplate {
         writer.finish(self.file)
     }
 
-    /// The error of a template that prints marks of its own.
+    /// The error of a template that prints marks itself.
     fn forged(&self) -> Error {
         Error::usage(format!("the chat template in {} prints characters of private use", self.file))
             .hint("take the file out of the folder")

@@ -1,5 +1,5 @@
-//! The chat template: from what is said to control tokens, words and images. It is ChatML as Qwen2.5-VL has it, or the
-//! checkpoint's own.
+//! The chat template: from a conversation to control tokens, text and images. It is Qwen2.5-VL's ChatML, or the checkpoint's
+//! own.
 
 mod jinja;
 
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::onecat::prompt::IMAGE;
 use crate::text::Text;
 
-/// Who speaks.
+/// The speaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -26,16 +26,16 @@ pub enum Role {
 /// A part of a message.
 #[derive(Clone, Debug)]
 pub enum Part<I> {
-    /// Words.
+    /// Text.
     Text(String),
-    /// Words as the model drew them; its tokenizer need not choose these ids for the same text.
+    /// Text as the model generated it; its tokenizer may choose other ids for the same text.
     Drawn(String, Vec<u32>),
     /// An image.
     Image(I),
 }
 
 impl<I> Part<I> {
-    /// The words, if it is words.
+    /// The text, if it is text.
     pub fn text(&self) -> Option<&str> {
         match self {
             Part::Text(text) | Part::Drawn(text, _) => Some(text),
@@ -55,13 +55,13 @@ impl<I> Part<I> {
 /// A stretch of a rendered conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece<'a, I> {
-    /// Ids of words and control tokens.
+    /// Ids of text and control tokens.
     Words(Vec<u32>),
     /// An image.
     Image(&'a I),
 }
 
-/// A rendered conversation; `said` tells whether a piece is the model's, the token that ends its message included.
+/// A rendered conversation; `said` is whether a piece is the model's, the token that ends its message included.
 pub type Pieces<'a, I> = Vec<(Piece<'a, I>, bool)>;
 
 /// What stands around an image that is no code.
@@ -88,7 +88,7 @@ pub struct Template {
     start: u32,
     /// Ends a message.
     pub end: u32,
-    /// What stands before and after an image that brings no such tokens itself.
+    /// The tokens before and after an image that has none itself.
     around_images: Option<(u32, u32)>,
     behind_images: &'static str,
     own: Option<Arc<ChatTemplate>>,
@@ -97,11 +97,11 @@ pub struct Template {
 impl Template {
     /// The template of a vocabulary, with images between `marks`.
     ///
-    /// Errors: [`crate::error::Kind::Model`] if its control tokens are missing: then the model does not talk.
+    /// Errors: [`crate::error::Kind::Model`] if its control tokens are missing: then the model does not chat.
     pub fn of(text: &Text, marks: ImageMarks) -> Result<Self> {
         let id = |word: &str| {
             text.control(word).ok_or_else(|| {
-                Error::model(format!("the model does not talk: tokenizer.json has no {word}"))
+                Error::model(format!("the model does not chat: tokenizer.json has no {word}"))
                     .hint("nextflow chat --model Qwen/Qwen2.5-VL-3B-Instruct")
             })
         };
@@ -111,7 +111,7 @@ impl Template {
         Ok(Self { start, end, around_images, behind_images: marks.behind, own: None })
     }
 
-    /// The same, with the checkpoint's own template in the place of ChatML.
+    /// The same, with the checkpoint's own template instead of ChatML.
     pub fn with_own(self, own: ChatTemplate) -> Self {
         Self { own: Some(Arc::new(own)), ..self }
     }
@@ -159,7 +159,7 @@ impl Template {
             Role::User => "user\n",
             Role::Assistant => "assistant\n",
         };
-        // What stands between control tokens is one text, for words may reach across its parts.
+        // Everything between control tokens is one text, as tokens may span its parts.
         let mut open = head.to_string();
         let mut first = true;
         let mut flush = |open: &mut String, pieces: &mut Pieces<'a, I>| {

@@ -46,7 +46,7 @@ impl<'a> Code<'a> {
         if short { self.byte().map(u32::from) } else { self.array().map(u32::from_le_bytes) }
     }
 
-    /// The length that precedes text or bytes, as wide as the instruction says.
+    /// The length before text or bytes, of the instruction's width.
     pub fn length(&mut self, op: u8) -> Result<usize, String> {
         let length = match op {
             SHORT_BINUNICODE | SHORT_BINSTRING | SHORT_BINBYTES => self.byte()?.into(),

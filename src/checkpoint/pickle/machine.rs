@@ -6,8 +6,8 @@ use super::code::{Code, Span};
 use super::opcode::*;
 use super::value::{Class, Id, Tensor, Value};
 
-/// The most instructions that are run; each adds one value, of some 40 bytes with its share of everything else, at most. A
-/// tensor takes about 40 of them, so that 25,000 tensors fit.
+/// The most instructions that are run; each adds one value, of some 40 bytes with its share of
+/// everything else, at most. A tensor takes about 40 of them, so that 25,000 tensors fit.
 const MAX_INSTRUCTIONS: usize = 1 << 20;
 
 /// The entries of a dictionary.
@@ -18,7 +18,7 @@ struct Dict {
     holds_tensors: bool,
 }
 
-/// What has been built, and what is being built.
+/// Values built so far, and those under construction.
 pub(super) struct Machine<'a> {
     code: Code<'a>,
     /// All values that were built.
@@ -41,7 +41,8 @@ impl<'a> Machine<'a> {
 
     /// Runs the pickle, of protocol 2 to 5, and returns its root.
     ///
-    /// Errors: an instruction that checkpoints do not have, or that cannot be run, and too many of them.
+    /// Errors: an instruction that checkpoints do not have, or that cannot be run, and too many of
+    /// them.
     pub fn run(&mut self) -> Result<Id, String> {
         for _ in 0..MAX_INSTRUCTIONS {
             match self.code.byte()? {
@@ -133,7 +134,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// An instruction whose value stands behind it.
+    /// An instruction whose value follows it.
     fn literal(&mut self, op: u8) -> Result<(), String> {
         let value = match op {
             NONE | NEWTRUE | NEWFALSE => Value::Plain,
@@ -184,7 +185,7 @@ impl<'a> Machine<'a> {
         self.stack.pop().ok_or_else(|| "an empty stack".into())
     }
 
-    /// Closes a mark; what stands above it begins here.
+    /// Closes a mark; returns where the values above it begin.
     fn mark(&mut self) -> Result<usize, String> {
         let mark = self.marks.pop().ok_or("no mark")? as usize;
         Ok(mark.min(self.stack.len()))
@@ -249,7 +250,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// What a call would give, without calling anything.
+    /// The result of a call, without calling anything.
     fn reduce(&mut self, callable: Id, arguments: Id) -> Result<(), String> {
         let called = |machine: &Self, callable: Id| match machine.value(callable) {
             Value::Class(class) => class,
@@ -348,7 +349,8 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// The longest name of a tensor or storage, in bytes: every one of a million entries may have the same.
+/// The longest name of a tensor or storage, in bytes: every one of a million entries may have the
+/// same.
 const MAX_TEXT: usize = 1024;
 /// The most dimensions of a tensor.
 const MAX_RANK: usize = 8;

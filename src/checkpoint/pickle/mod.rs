@@ -1,12 +1,13 @@
-//! PyTorch checkpoints (`torch.save` since 1.6): a zip archive of raw storages, and a pickle that says which tensors
-//! lie in them.
+//! PyTorch checkpoints (`torch.save` since 1.6): a zip archive of raw storages, and a pickle that
+//! says which tensors they hold.
 //!
-//! candle's reader would not do: it clones memoised values, which can grow exponentially, allocates what a length in the
-//! file says, and knows neither the newer instructions nor tensors with attributes.
+//! candle's reader would not do: it clones memoised values, which can grow exponentially, allocates
+//! what a length in the file says, and knows neither the newer instructions nor tensors with
+//! attributes.
 //!
-//! A pickle is a program. This machine knows the instructions that build plain values and the names that PyTorch uses for
-//! tensors; whatever else a pickle names becomes a value that nothing can be done with. Nothing is called, and memory is
-//! bounded, whatever the file says.
+//! A pickle is a program. This machine knows the instructions that build plain values and the names
+//! that PyTorch uses for tensors; whatever else a pickle names becomes a value that nothing can be
+//! done with. Nothing is called, and memory is bounded, whatever the file says.
 
 mod code;
 mod machine;
@@ -24,10 +25,11 @@ use crate::error::Result;
 use machine::Machine;
 use value::{Id, Tensor};
 
-/// How a zip archive begins.
+/// The first bytes of a zip archive.
 pub(super) const MAGIC: &[u8] = b"PK\x03\x04";
 
-/// Where trainers put the weights, in the order of preference of TokenFlow's reference; then Infinity's.
+/// Where trainers put the weights, in the order of preference of TokenFlow's reference; then
+/// Infinity's.
 const CONTAINERS: [&[&str]; 5] = [&["ema"], &["model"], &["state_dict"], &["vae"], &["trainer", "gpt_fsdp"]];
 
 /// The longest pickle, in bytes: that of a model of 700 tensors has 100,000.
@@ -95,7 +97,7 @@ fn parse(mut file: impl Read + Seek) -> Result<Header, String> {
     header(&machine, weights(&machine, root)?, &storages)
 }
 
-/// A file of which so many bytes more may be read.
+/// A file with a limit on the bytes that are read.
 struct Bounded<'a, F> {
     file: F,
     left: &'a Cell<u64>,
@@ -117,8 +119,8 @@ impl<F: Seek> Seek for Bounded<'_, F> {
     }
 }
 
-/// The dictionary of the weights: the first of the known containers that has any tensors, or the root, or the only
-/// dictionary in it that has any.
+/// The dictionary of the weights: the first of the known containers that has any tensors, or the
+/// root, or the only dictionary in it that has any.
 fn weights(machine: &Machine, root: Id) -> Result<Id, String> {
     let has_tensors = |id: Id| machine.entries(id).iter().any(|&(_, value)| machine.tensor(value).is_some());
     let named = |id: Id, name: &&str| {

@@ -1,4 +1,5 @@
-//! Instructions of a pickle, by their names in Python's `pickletools`, as far as checkpoints have them.
+//! Instructions of a pickle, by their names in Python's `pickletools`, as far as checkpoints have
+//! them.
 
 pub(super) const MARK: u8 = b'(';
 pub(super) const STOP: u8 = b'.';

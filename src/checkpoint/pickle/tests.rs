@@ -8,7 +8,8 @@ use crate::error::Kind;
 
 const FILE: &str = "model.safetensors";
 
-/// Tensors of every kind that `torch.save` writes, beside things that are none, in `model` of a training checkpoint.
+/// Tensors of every kind that `torch.save` writes, beside things that are none, in `model` of a
+/// training checkpoint.
 const PYTORCH: &[u8] = include_bytes!("../../../tests/data/checkpoint.pt");
 
 #[test]
@@ -53,7 +54,8 @@ fn every_prefix_and_every_changed_byte_of_a_pytorch_checkpoint_is_an_error_or_a_
     assert!(broken > 1000, "{broken}");
 }
 
-/// Infinity's public files have tensors with attributes, and training dumps with the weights in one of several dictionaries.
+/// Infinity's public files have tensors with attributes, and training dumps with the weights in one
+/// of several dictionaries.
 #[test]
 fn infinitys_files_are_read_whole() {
     let expected = include_bytes!("../../../tests/data/infinity/pickle_expected.safetensors");
@@ -141,7 +143,8 @@ fn the_weights_are_the_named_or_the_only_dictionary_of_tensors() {
 #[test]
 fn hostile_pickles_build_nothing() {
     let zip = |pickle: &[u8]| read("x.pt", archive(pickle)).unwrap_err().message;
-    // A tensor in a storage of two floats, at an offset and of a shape with its strides, under the key "a".
+    // A tensor in a storage of two floats, at an offset and of a shape with its strides, under the
+    // key "a".
     let shaped = |offset: &[u8], shape: &[u8]| {
         let parts: [&[u8]; 7] = [
             b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n",

@@ -1,7 +1,7 @@
-//! What a pickle builds.
+//! The values that a pickle builds.
 //!
-//! A value has 16 bytes and holds others by their numbers, never by pointers: memory is bounded by the count of
-//! instructions, and nothing is freed recursively, however deep a pickle nests.
+//! A value has 16 bytes and holds others by their numbers, never by pointers: memory is bounded by
+//! the count of instructions, and nothing is freed recursively, however deep a pickle nests.
 
 use safetensors::Dtype;
 
@@ -72,7 +72,7 @@ impl Class {
     }
 }
 
-/// Where a tensor lies.
+/// Place of a tensor.
 #[derive(Debug)]
 pub(super) struct Tensor<'a> {
     pub storage: &'a str,

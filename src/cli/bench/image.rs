@@ -129,7 +129,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let decode_seconds = seconds.pop().unwrap_or(0.0);
 
     let machine = Machine::measure(&device, dtype, matrices)?;
-    // Of the rows for words an image needs none.
+    // An image needs none of the rows for text tokens.
     let read = config.backbone.parameters_of_images() as f64 / config.backbone.parameters() as f64;
     let read = (needed.transformer as f64 * read) as u64;
     let parts = parts(&config, batch, &prefixes, &seconds, &machine, read);
@@ -219,7 +219,7 @@ fn config(shape: Shape) -> Result<ModelConfig> {
     }
 }
 
-/// A prompt of so many tokens, and what guidance sets against it.
+/// A prompt of `tokens` tokens, and the unconditional one.
 fn prefixes(config: &ModelConfig, tokens: usize) -> [Prefix; 2] {
     let prompt = &config.prompt;
     let opening: Vec<u32> = if prompt.image_start.is_empty() { vec![config.backbone.boi()] } else { vec![1, 2, 3] };

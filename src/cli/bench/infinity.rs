@@ -142,7 +142,8 @@ fn measure(
     Ok((phases, each))
 }
 
-/// Floating-point operations of one pass of `tokens` tokens in each of `rows` rows after `seen` ones, with a text of `words`.
+/// Floating-point operations of a forward pass of `tokens` tokens in each of `rows` rows after
+/// `seen` ones; `words` are the tokens of the text.
 fn flops(c: &InfinityConfig, rows: usize, tokens: usize, seen: usize, words: usize) -> f64 {
     let linear = 6 * c.width * c.width + 2 * c.width * c.mlp;
     let attention = 2 * (seen + tokens + words) * c.width;

@@ -1,4 +1,4 @@
-//! What a machine could do at best, measured in the same run as the model.
+//! The peak of this machine, measured in the same run as the model.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::checkpoint::Matrices;
 use crate::error::Result;
 use crate::ops::{Int8Matrix, WeightMatrix};
 
-/// How fast this machine could be.
+/// Peak throughput of this machine.
 pub struct Machine {
     /// Floating-point operations a second of a large matrix product.
     pub flops: f64,
@@ -17,7 +17,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// With the product of f32, of `dtype` on a GPU, or of bytes where matrices are kept so. Takes about a second.
+    /// Measures matrix products in f32, in `dtype` on a GPU, or in int8 for int8 weights. Takes
+    /// about a second.
     pub fn measure(device: &Device, dtype: DType, matrices: Matrices) -> Result<Self> {
         // Large enough for all of a GPU, and a second's work for a CPU.
         let side = if device.is_cpu() { 2048 } else { 8192 };

@@ -73,17 +73,19 @@ pub struct BenchArgs {
     /// OneCAT only: what to measure [default: gen]
     #[arg(long, value_name = "TASK", value_enum)]
     pub task: Option<Task>,
-    /// Type of the transformer's weights: f32, bf16, f16, q8_0 or q4_K [default: f32 on a CPU, bf16 on a GPU]
+    /// Type of the transformer's weights: f32, bf16, f16, q8_0 or q4_K [default: f32 on a CPU, bf16
+    /// on a GPU]
     #[arg(long, value_name = "TYPE", value_enum, hide_possible_values = true)]
     pub quant: Option<WeightType>,
-    /// Image size: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (largest square; of the image that is read, 448x448 for Qwen2.5-VL
-    /// and 512x512 for OneCAT)
+    /// Image size: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (largest square; of an
+    /// image that is read, 448x448 for Qwen2.5-VL and 512x512 for OneCAT)
     #[arg(long, default_value = "auto")]
     pub size: String,
     /// Length of the prompt, in tokens [default: 16, 512 for Qwen2.5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub prompt: Option<u32>,
-    /// Images to draw one after the other; of several, the first is a warm-up and the median of the others is reported
+    /// Images to draw one after the other; of several, the first is a warm-up and the median of the
+    /// others is reported
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub images: u32,
     /// Images per pass

@@ -1,4 +1,5 @@
-//! OneCAT: a prompt, or a picture and an instruction, then drawing and decoding, one phase after the other.
+//! OneCAT: a prompt, or a picture and an instruction, then drawing and decoding, one phase after
+//! the other.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -178,7 +179,8 @@ fn adapters(c: &OneCatConfig, dtype: DType, matrices: crate::checkpoint::Matrice
     (bytes(c) - bytes(&none)) / (c.adapters as u64 - 1).max(1) * c.adapters as u64
 }
 
-/// Floating-point operations of one pass of `tokens` codes in each of `rows` rows after `seen` tokens.
+/// Floating-point operations of one pass of `tokens` codes in each of `rows` rows after `seen`
+/// tokens.
 fn flops(c: &OneCatConfig, rows: usize, tokens: usize, seen: usize) -> f64 {
     let t = &c.transformer;
     let adapters = t.num_hidden_layers * 3 * c.adapter_rank * (t.hidden_size + t.intermediate_size);

@@ -136,7 +136,8 @@ fn image_size(args: &BenchArgs, model: &str, config: &ChatConfig) -> Result<Opti
     }))
 }
 
-/// Features of a made-up image of a grid (height, width) of tokens, and the operations that they take.
+/// Features of a made-up image of a grid (height, width) of tokens, and the operations that they
+/// take.
 fn encode(reader: &Reader, config: &ChatConfig, grid: (usize, usize)) -> Result<(Tensor, f64)> {
     match (reader, &config.vision) {
         (Reader::Backbone(_, Some(tower)), Some((ImageEncoder::Tower(eyes), _))) => {
@@ -163,8 +164,8 @@ struct Answer<'a> {
 }
 
 impl Answer<'_> {
-    /// Reads an image, if there is one, and a prompt, both (1, T, hidden), then generates `tokens` tokens. Returns the
-    /// seconds of both.
+    /// Reads an image, if there is one, and a prompt, both (1, T, hidden), then generates `tokens`
+    /// tokens. Returns the seconds of both.
     fn generate(&mut self, image: Option<Tensor>, prompt: &Tensor, tokens: usize, stop: &Stop) -> Result<(f64, f64)> {
         let started = Instant::now();
         let mut token = match (image, self.reader) {

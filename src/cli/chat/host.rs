@@ -31,14 +31,14 @@ pub(super) struct Host {
     pub stop: Stop,
 }
 
-/// What is asked of the model.
+/// What the model is to do.
 #[derive(Clone, Copy)]
 pub(super) enum Ask {
     /// An answer as it comes.
     Answer,
     /// An image without text, unrelated to those before.
     Image,
-    /// An image that fits the conversation, and before it what it will be.
+    /// An image that fits the conversation, after text that announces it.
     Edit,
 }
 
@@ -74,7 +74,8 @@ impl Host {
             Ask::Edit => session.draw(pictures, text, &options, scales.as_deref(), observe),
         };
         if let Some(error) = printer.error.take() {
-            // An image that was not saved cannot be shown, edited or saved later: the exchange is taken back.
+            // An image that was not saved cannot be shown, edited or saved later: the exchange is
+            // taken back.
             if reply.is_ok() {
                 session.undo();
             }

@@ -50,7 +50,7 @@ impl Lines {
         matches!(self, Self::Terminal(..))
     }
 
-    /// Remembers what was typed.
+    /// Saves the history.
     pub fn close(&mut self) {
         if let Self::Terminal(editor, Some(path)) = self {
             let _ = path.parent().map(fs::create_dir_all);
@@ -58,7 +58,7 @@ impl Lines {
         }
     }
 
-    /// The next message, with which so many images go; none at the end.
+    /// The next message, to which `images` images are attached; none at the end of input.
     pub fn message(&mut self, images: usize) -> Result<Option<String>> {
         let mut text = Vec::new();
         let mut block = false;
@@ -95,7 +95,7 @@ impl Lines {
         }
         let hint = match input::is_utf16(&text) {
             true => "iconv -f UTF-16 -t UTF-8 FILE | nextflow chat",
-            false => "say it again",
+            false => "send it again",
         };
         let bad = |e: std::str::Utf8Error| {
             Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to())).hint(hint)
@@ -103,7 +103,7 @@ impl Lines {
         Ok(Some(std::str::from_utf8(&text).map_err(bad)?.trim().to_string()))
     }
 
-    /// Reads what is left of a block that is refused.
+    /// Skips the rest of a refused block.
     fn pass_over(&mut self, block: bool) {
         if !block {
             return;
@@ -136,9 +136,9 @@ impl Lines {
             }
             Err(ReadlineError::Interrupted) => Ok(Line::Dropped),
             Err(ReadlineError::Eof) => Ok(Line::End),
-            // What was typed ahead goes with the line.
+            // Input typed ahead is lost with the line.
             Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
-                Err(Error::usage("the line is not UTF-8").hint("say it again, with the terminal set to UTF-8"))
+                Err(Error::usage("the line is not UTF-8").hint("send it again, with the terminal set to UTF-8"))
             }
             Err(e) => Err(Error::new(Kind::Failure, format!("cannot read the terminal: {e}"))),
         }
@@ -172,7 +172,7 @@ fn pipe() -> Result<Line> {
         }
         if length > MAX_MESSAGE {
             let message = format!("the message has {length} bytes, the limit is {MAX_MESSAGE}");
-            return Err(Error::usage(message).hint("say it in several messages"));
+            return Err(Error::usage(message).hint("split it into several messages"));
         }
     }
     let line = line.strip_suffix(b"\n").unwrap_or(&line);
@@ -187,13 +187,13 @@ fn history() -> Option<PathBuf> {
     Some(state.join("nextflow/history"))
 }
 
-/// Bytes that a user gave as a message.
+/// Checks a user's message.
 ///
-/// Errors: usage, for what is empty, too long, or not UTF-8.
+/// Errors: usage, for a message that is empty, too long, or not UTF-8.
 pub(super) fn check(bytes: &[u8]) -> Result<String> {
     if bytes.len() > MAX_MESSAGE {
         let message = format!("the message has {} bytes, the limit is {MAX_MESSAGE}", bytes.len());
-        return Err(Error::usage(message).hint("say it in several messages"));
+        return Err(Error::usage(message).hint("split it into several messages"));
     }
     let text = std::str::from_utf8(input::without_bom(bytes)).map_err(|e| {
         Error::usage(format!("the message is not UTF-8 (byte {})", e.valid_up_to()))

@@ -49,7 +49,8 @@ pub struct ChatArgs {
     /// Scale smaller images up to N pixels [default: the model's]
     #[arg(long, help_heading = "Prompt", value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
     pub min_pixels: Option<u32>,
-    /// Scale larger images down to N pixels: fewer are faster and take less memory [default: the model's]
+    /// Scale larger images down to N pixels: fewer are faster and take less memory [default: the
+    /// model's]
     #[arg(long, help_heading = "Prompt", value_name = "N", value_parser = clap::value_parser!(u32).range(784..))]
     pub max_pixels: Option<u32>,
     /// How text is sampled.
@@ -82,7 +83,8 @@ pub struct TextSamplingArgs {
     /// Sample from the K most likely tokens [default: the model's]
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Sample from the most likely tokens whose probabilities sum to P; 1 is off [default: the model's]
+    /// Sample from the most likely tokens whose probabilities sum to P; 1 is off [default: the
+    /// model's]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Above 1, repeated tokens become less likely [default: the model's]
@@ -168,7 +170,8 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     }
 }
 
-/// Errors: usage, for a message that standard input cannot bring, and for text flags where no text is generated.
+/// Errors: usage, for a message that standard input cannot bring, and for text flags where no text
+/// is generated.
 fn check_message(args: &ChatArgs, text: Option<&str>) -> Result<()> {
     if text.is_none() && args.images.iter().any(|path| input::is_stdin(path)) {
         return Err(Error::usage("standard input holds the image, and there is no question")

@@ -1,4 +1,5 @@
-//! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a slash.
+//! The conversation of `nextflow chat`: lines in, replies out, and commands that begin with a
+//! slash.
 
 use std::path::Path;
 
@@ -33,11 +34,11 @@ pub(super) struct Repl<'a> {
     host: Host,
     /// Images for the next message.
     pictures: Vec<Picture>,
-    /// What the last message asked for; nothing if it is not known, as when it was loaded.
+    /// What the last message asked for; unknown after `/load`.
     asked: Option<Ask>,
     lines: Lines,
     quiet: bool,
-    /// An error was told: the exit code of a pipe.
+    /// An error was reported: decides the exit code if standard input is a pipe.
     failed: bool,
 }
 
@@ -63,7 +64,7 @@ impl<'a> Repl<'a> {
     pub fn run(mut self) -> Result<()> {
         let terminal = self.lines.is_terminal();
         if terminal && !self.quiet {
-            terminal::note("/help tells what there is beside talking; /exit leaves");
+            terminal::note("/help lists the commands; /exit leaves");
         }
         loop {
             self.host.stop.waiting();
@@ -87,7 +88,7 @@ impl<'a> Repl<'a> {
             if let Err(error) = outcome {
                 self.failed = true;
                 match error.kind {
-                    Kind::Interrupted => terminal::note("(stopped before the first word; nothing was kept)"),
+                    Kind::Interrupted => terminal::note("(stopped before the first token; nothing was added)"),
                     _ => terminal::report(&error, self.host.verbose),
                 }
             }
@@ -99,11 +100,11 @@ impl<'a> Repl<'a> {
         }
     }
 
-    /// Says something, with the images that wait and those that the text names.
+    /// Sends a message, with the attached images and those that `$N` names.
     fn say(&mut self, text: &str, ask: Ask) -> Result<()> {
         let (text, named) = self.named(text)?;
         if text.is_empty() && !named.is_empty() {
-            return Err(Error::usage("there are no words beside the image").hint("$1 what is it?"));
+            return Err(Error::usage("there is no text beside the image").hint("$1 what is it?"));
         }
         let text = lines::check(text.as_bytes())?;
         let pictures = self.pictures.iter().cloned().chain(named).collect();
@@ -136,7 +137,7 @@ impl<'a> Repl<'a> {
                             n => format!("there are {n} images"),
                         };
                         Error::usage(format!("{} is not an image: {images}", word.trim()))
-                            .hint("/show lists them; \\$ in the place of $ names none")
+                            .hint("/show lists them; \\$ is a plain $")
                     });
                     pictures.push((*picture?).clone());
                 }
@@ -175,12 +176,12 @@ impl<'a> Repl<'a> {
                 let files = input::dropped(files);
                 let pictures = files.iter().map(|file| host::picture(self.model, file)).collect::<Result<Vec<_>>>()?;
                 for picture in pictures {
-                    tell(&format!("{} goes with the next message: {} tokens", picture.name, picture.tokens()));
+                    tell(&format!("{} is attached to the next message: {} tokens", picture.name, picture.tokens()));
                     self.pictures.push(picture);
                 }
             }
             ("gen" | "edit", "") => {
-                return Err(Error::usage(format!("/{name} needs words")).hint("/gen a blue star, /edit make it red"));
+                return Err(Error::usage(format!("/{name} needs text")).hint("/gen a blue star, /edit make it red"));
             }
             ("gen", text) => self.say(text, Ask::Image)?,
             ("edit", _) if self.pictures.is_empty() && self.session.pictures().next().is_none() => {
@@ -204,14 +205,14 @@ impl<'a> Repl<'a> {
             ("undo", _) => {
                 self.asked = None;
                 match self.session.undo() {
-                    Some(_) => tell("the last question and its answer are gone"),
-                    None => tell("nothing was said yet"),
+                    Some(_) => tell("removed the last question and its answer"),
+                    None => tell("the conversation is empty"),
                 }
             }
             ("clear", _) => {
                 self.session.clear();
                 self.pictures.clear();
-                tell("everything is forgotten");
+                tell("removed everything");
             }
             ("system", "") => terminal::note(self.session.system()),
             ("system", text) => self.session.set_system(text),
@@ -239,7 +240,7 @@ impl<'a> Repl<'a> {
     fn regenerate(&mut self) -> Result<()> {
         let turns = self.session.turns().to_vec();
         let Some(question) = self.session.undo() else {
-            return Err(Error::usage("nothing was said yet").hint("/gen a red apple"));
+            return Err(Error::usage("the conversation is empty").hint("/gen a red apple"));
         };
         let kept = self.session.turns().len();
         let images = turns.last().map_or(0, |answer| answer.pictures().count());
@@ -250,7 +251,7 @@ impl<'a> Repl<'a> {
         let outcome = self.ask(question.pictures().cloned().collect(), &question.text(), ask);
         self.pictures = waiting;
         if self.session.turns().len() == kept {
-            // Nothing new was said: what was there stays.
+            // Nothing was added: the old answer stays.
             turns[kept..].iter().for_each(|turn| self.session.push(turn.role, turn.parts.clone()));
         }
         outcome

@@ -47,7 +47,7 @@ pub(super) fn save(session: &Session, path: &Path) -> Result<()> {
         return Err(Error::usage(message).hint("/save FILE, in a folder that is there"));
     }
     let folder = output::parent(path).canonicalize().unwrap_or_default();
-    // What lies beside the conversation may go elsewhere with it.
+    // Images beside the conversation are named relative to it, so that both can be moved together.
     let file = |name: &str| {
         let file = Path::new(name).canonicalize().unwrap_or_else(|_| name.into());
         file.strip_prefix(&folder).unwrap_or(&file).display().to_string()

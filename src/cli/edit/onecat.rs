@@ -14,7 +14,8 @@ use crate::generate::cost::Work;
 use crate::generate::onecat::{OneCatModel, OneCatSetup};
 use crate::onecat::patches;
 
-/// Edits the one image of `sources` in the ratio that is nearest to its own. Stops at the first error; the images before it stay.
+/// Edits the one image of `sources` in the ratio that is nearest to its own. Stops at the first
+/// error; the images before it stay.
 pub(super) fn run(args: &EditArgs, setup: &OneCatSetup, mut request: Request, sources: &[RgbImage]) -> Result<()> {
     let [image] = sources else {
         return Err(Error::usage(format!("{} edits one image, not {}", setup.name, sources.len()))

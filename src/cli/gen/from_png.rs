@@ -36,9 +36,7 @@ pub(super) fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, PngInfo)> 
         return Err(other("was drawn with --think").hint(again("nextflow gen --think -p TEXT")));
     }
     if old.prompt == "-" && args.words.prompt.is_none() && args.words.words.is_none() {
-        return Err(
-            other("has the prompt -, which stands for standard input").hint("echo - | nextflow gen --from FILE -")
-        );
+        return Err(other("has the prompt -, which means standard input").hint("echo - | nextflow gen --from FILE -"));
     }
     let mut args = args.clone();
     let draw = &mut args.draw.sampling;

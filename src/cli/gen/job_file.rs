@@ -20,26 +20,26 @@ const MAX_LINE: u64 = 1 << 20;
 /// The longest file of UTF-16, in bytes, which is converted as a whole.
 const MAX_UTF16: u64 = 256 << 20;
 
-/// What is there stays.
+/// The hint for a file that exists.
 pub const NO_OVERWRITING: &str =
-    "--resume leaves out what is there, --force draws it anew, --out-dir ANOTHER_FOLDER keeps it";
+    "--resume skips existing images, --force replaces them, --out-dir ANOTHER_FOLDER keeps them";
 
-/// An image to draw, or one that is there.
+/// An image to draw, or one that exists.
 #[derive(Debug)]
 pub struct Task {
     /// Number of its line, from 1 on.
     pub line: usize,
-    /// What the file calls it.
+    /// Its ID in the file.
     pub id: Option<String>,
-    /// Its place below the folder of all images, if the file tells.
+    /// Its path below the folder of all images, if the line has one.
     pub out: Option<PathBuf>,
     /// How it is drawn.
     pub job: Job,
-    /// Tokens of its prompt, or of what guidance leads away from.
+    /// Tokens of its prompt, or of a longer negative prompt.
     pub tokens: usize,
-    /// Its image is there already, and [`Reading::resume`] leaves it out.
+    /// Its image exists, and [`Reading::resume`] skips it.
     pub there: bool,
-    /// What is at its place is replaced.
+    /// An existing file is replaced.
     pub replaces: bool,
 }
 
@@ -52,13 +52,13 @@ impl Task {
     }
 }
 
-/// What is at the place of an image.
+/// What is at the path of an image.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
     Free,
     /// A whole PNG.
     Image,
-    /// Another file, or what is left of one.
+    /// Another file, or an incomplete PNG.
     Other,
 }
 
@@ -67,9 +67,9 @@ enum Place {
 pub struct Fault {
     /// Its number, from 1 on.
     pub line: usize,
-    /// What the file calls it, if that much can be read.
+    /// Its ID in the file, if it can be read.
     pub id: Option<String>,
-    /// What is wrong; it names the line.
+    /// The error; it names the line.
     pub error: Error,
 }
 
@@ -97,17 +97,17 @@ impl FromStr for Shard {
 pub struct Reading<'a> {
     /// How messages call the file.
     pub name: &'a str,
-    /// What the model is, and where images go.
+    /// The model, and where images go.
     pub request: &'a Request,
-    /// Settings of lines that tell none.
+    /// Settings that lines do not have.
     pub flags: &'a SamplingArgs,
-    /// Scales that lines that do not tell leave out, in place of the model's.
+    /// Scales that lines without `draft` skip, in place of the model's.
     pub draft: Option<usize>,
     /// Images go below this folder.
     pub folder: &'a Path,
-    /// Images that are there already are left out, not faults.
+    /// Existing images are skipped, not errors.
     pub resume: bool,
-    /// Images that are there already are replaced.
+    /// Existing images are replaced.
     pub force: bool,
     /// The part of the file that is drawn.
     pub shard: Option<Shard>,
@@ -129,7 +129,7 @@ pub struct Jobs<'a> {
     folders: HashMap<PathBuf, usize>,
     /// Folders that can be written.
     writable: HashSet<PathBuf>,
-    /// Folders with images that are there already, of which leftovers were removed.
+    /// Folders with existing images, whose leftover temporary files were removed.
     swept: HashSet<PathBuf>,
 }
 
@@ -191,7 +191,7 @@ impl<'a> Jobs<'a> {
         }
     }
 
-    /// What a line asks for.
+    /// The task of a line.
     fn task(&mut self, line: Line) -> Result<Task> {
         let Reading { request, flags, draft, folder, resume, force, .. } = self.reading;
         let out = job_path::of(line.out.as_deref(), line.id.as_deref())?;
@@ -199,7 +199,7 @@ impl<'a> Jobs<'a> {
             return Err(Error::usage(format!("the id {id:?} is there twice")).hint("give every line an id of its own"));
         }
         if out.is_none() && resume {
-            return Err(Error::usage("neither id nor out tells whether its image is there already")
+            return Err(Error::usage("without id or out its image cannot be found again")
                 .hint(format!("name it, or leave out --resume: {EXAMPLE}")));
         }
         let place = out.as_ref().map_or(Ok(Place::Free), |out| self.place(out))?;
@@ -246,9 +246,9 @@ impl<'a> Jobs<'a> {
         Ok(Task { line: self.read, id: line.id, out, job, tokens, there, replaces: place != Place::Free && !there })
     }
 
-    /// Takes a place below the folder of all images; what is there already.
+    /// Reserves a path below the folder of all images; returns what is there.
     ///
-    /// Errors: usage, for one that is taken, leads elsewhere or cannot be written.
+    /// Errors: usage, for a path that is taken, leads elsewhere or cannot be written.
     fn place(&mut self, out: &Path) -> Result<Place> {
         let (line, path) = (self.read, self.reading.folder.join(out));
         let taken = |what: &str, by: usize| {
@@ -272,7 +272,7 @@ impl<'a> Jobs<'a> {
         output::check_inside(self.reading.folder, &path)?;
         let place = match path.symlink_metadata() {
             Err(_) => Place::Free,
-            // Without one of these flags it makes no difference what the file is.
+            // Only --resume reads the file.
             Ok(_) if path.is_file() && self.reading.resume && png_info::is_whole_png(&path) => Place::Image,
             Ok(_) if path.is_file() => Place::Other,
             Ok(_) => {
@@ -312,7 +312,7 @@ impl Iterator for Jobs<'_> {
             let id = parsed.as_ref().ok().and_then(|line| line.id.clone());
             let task = parsed.and_then(|line| self.task(line));
             match task {
-                // Those of the other parts are read to know what is named twice.
+                // Lines of other shards are read for names that occur twice.
                 _ if !mine => {}
                 Ok(task) => return Some(Ok(task)),
                 Err(error) => return Some(Err(self.fault(id, error))),
@@ -323,10 +323,10 @@ impl Iterator for Jobs<'_> {
     }
 }
 
-/// A hint about a flag, for what a line says in its place: `"cfg": 3` for `--cfg 3`.
+/// The hint for a flag as a line would have it: `"cfg": 3` for `--cfg 3`.
 fn in_a_line(hint: &str) -> String {
     let Some((flag, value)) = hint.strip_prefix("--").and_then(|hint| hint.split_once(' ')) else {
-        // What `gen -p` is told of.
+        // A hint for `gen -p`.
         return if hint.starts_with("-p ") { format!("one job a line: {EXAMPLE}") } else { hint.into() };
     };
     match flag {

@@ -1,4 +1,4 @@
-//! A line of a file of jobs: what it may say, and what is wrong with it in words.
+//! A line of a file of jobs: its keys, and errors about it in plain words.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -9,10 +9,10 @@ use serde_json::Value;
 use crate::cli::per_scale::PerScale;
 use crate::error::{Error, Result};
 
-/// What a line looks like.
+/// An example of a line.
 pub(super) const EXAMPLE: &str = r#"{"prompt": "a red apple", "out": "apple.png", "seed": 7}"#;
 
-/// What a line says. What it does not is as the flags have it.
+/// The values of a line; flags fill in the others.
 #[derive(Debug, Default)]
 pub(super) struct Line {
     pub prompt: String,
@@ -35,7 +35,7 @@ const KEYS: [&str; 12] =
 impl Line {
     /// The job of a line, without blanks around it.
     ///
-    /// Errors: usage, for what is no JSON object, and for keys and values that there are not.
+    /// Errors: usage, for anything but a JSON object, and for unknown keys and bad values.
     pub fn parse(line: &[u8]) -> Result<Self> {
         let hint = || format!("one job a line: {EXAMPLE}");
         if let Err(e) = std::str::from_utf8(line) {
@@ -64,7 +64,7 @@ impl Line {
         }
     }
 
-    /// Sets what `key` says; what is wrong with it otherwise.
+    /// Sets the value of `key`; returns what is wrong with it otherwise.
     fn set(&mut self, key: &str, value: Value) -> Result<(), String> {
         match key {
             "prompt" => self.prompt = text(key, value)?,
@@ -89,7 +89,7 @@ impl Line {
     }
 }
 
-/// The beginning of a value, as it stands in the line.
+/// The beginning of a value, as in the line.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(40) {

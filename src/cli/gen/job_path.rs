@@ -1,4 +1,5 @@
-//! Where the image of a job goes: `out` and `id` are names from outside, which must not lead out of the folder of all images.
+//! Where the image of a job goes: `out` and `id` are names from outside, which must not lead out of
+//! the folder of all images.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -12,7 +13,7 @@ const MAX_PATH: usize = 4096;
 
 /// The path of an image below the folder of all: `out`, or a name made of `id`.
 ///
-/// Errors: usage, for what is no plain path of a PNG.
+/// Errors: usage, for anything but a plain path of a PNG.
 pub(super) fn of(out: Option<&str>, id: Option<&str>) -> Result<Option<PathBuf>> {
     let Some(out) = out else { return Ok(id.map(|id| format!("{}.png", slug(id)).into())) };
     const HINT: &str = r#""out": "fruit/apple.png""#;

@@ -23,8 +23,9 @@ use crate::terminal;
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Batch")]
 pub struct JobsArgs {
-    /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png", "seed": 7}; also id, negative, size,
-    /// cfg, cfg_until, temperature, top_k, top_p and draft. Flags are the defaults of all lines; `-` reads standard input as it comes
+    /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png",
+    /// "seed": 7}; also id, negative, size, cfg, cfg_until, temperature, top_k, top_p and draft.
+    /// Flags are the defaults of all lines; `-` reads standard input as it comes
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
     pub jsonl: Option<PathBuf>,
     /// With --jsonl: skip jobs whose PNG exists and is complete
@@ -39,7 +40,8 @@ pub struct JobsArgs {
 }
 
 impl JobsArgs {
-    /// Errors: usage, for flags that need `--jsonl`. (clap skips `requires` if the required flag conflicts with another one.)
+    /// Errors: usage, for flags that need `--jsonl`. (clap skips `requires` if the required flag
+    /// conflicts with another one.)
     pub fn check(&self) -> Result<()> {
         let flags = [(self.resume, "--resume"), (self.keep_going, "--keep-going"), (self.shard.is_some(), "--shard")];
         match flags.into_iter().find(|(given, _)| *given && self.jsonl.is_none()) {
@@ -130,12 +132,13 @@ impl Failures {
         match self.count {
             0 => Ok(()),
             n => Err(Error::new(Kind::Failure, format!("{n} of {of} jobs failed"))
-                .hint("see the errors above; --resume draws what is not there yet")),
+                .hint("see the errors above; --resume draws the missing ones")),
         }
     }
 }
 
-/// Draws the jobs of `file`. All of a file is checked before the model loads; standard input is read as it comes.
+/// Draws the jobs of `file`. All of a file is checked before the model loads; standard input is
+/// read as it comes.
 pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     if let [_, second, ..] = args.draw.sampling.seed[..] {
         return Err(Error::usage("--jsonl takes one --seed, for the lines without one")
@@ -149,7 +152,7 @@ pub(super) fn run(args: &GenArgs, file: &Path) -> Result<()> {
     let request = &request;
     let batch = super::batch(args, usize::MAX)?;
     if batch > 1 && input::is_stdin(file) {
-        return Err(Error::usage("--batch would wait for lines of standard input before it answers the first")
+        return Err(Error::usage("--batch would wait for several lines of standard input before it draws the first")
             .hint("--jsonl FILE --batch 4"));
     }
     let JobsArgs { resume, keep_going, shard, .. } = args.jobs;
@@ -226,16 +229,17 @@ fn dry_run(args: &GenArgs, request: &Request, all: &[Result<Task, Fault>], there
 /// Notes how many images exist, and how many files are replaced because they are no whole PNG.
 fn note_existing(all: &[Result<Task, Fault>], there: usize, resume: bool) {
     if there > 0 {
-        terminal::note(&format!("({there} of {} images are there already)", all.len()));
+        terminal::note(&format!("({there} of {} images exist)", all.len()));
     }
     let broken = all.iter().flatten().filter(|task| task.replaces && resume).count();
     if broken > 0 {
         let what = if broken > 1 { format!("{broken} files are") } else { "1 file is".into() };
-        terminal::note(&format!("({what} no whole PNG and drawn anew)"));
+        terminal::note(&format!("({what} no whole PNG and will be replaced)"));
     }
 }
 
-/// Draws jobs as they come, up to `batch` at once. Returns how many there were; nothing if the reader of stdout is gone.
+/// Draws jobs as they come, up to `batch` at once. Returns how many there were; nothing if the
+/// reader of stdout is gone.
 fn draw_all(
     model: &Generator,
     mut tasks: Peekable<impl Iterator<Item = Result<Task, Fault>>>,
@@ -269,7 +273,7 @@ fn draw_all(
     Ok(Some(tried))
 }
 
-/// A job and those after it that are drawn in the same pass, up to so many in all.
+/// A job and the following ones that can be drawn in the same pass, at most `batch`.
 fn together(first: Task, tasks: &mut Peekable<impl Iterator<Item = Result<Task, Fault>>>, batch: usize) -> Vec<Task> {
     let mut group = vec![first];
     while group.len() < batch {

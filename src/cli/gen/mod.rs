@@ -50,10 +50,12 @@ pub struct GenArgs {
     /// What `gen` and `edit` share.
     #[command(flatten)]
     pub draw: DrawArgs,
-    /// Skip the last N scales: a draft of full size without the finest detail [default: the model's]
+    /// Skip the last N scales: a draft of full size without the finest detail [default: the
+    /// model's]
     #[arg(long, help_heading = "Sampling", value_name = "N", conflicts_with = "think", allow_negative_numbers = true)]
     pub draft: Option<usize>,
-    /// TokenFlow-t2i only: draw every scale but the first in N passes, 1 to 3, each refining the one before
+    /// TokenFlow-t2i only: draw every scale but the first in N passes, 1 to 3, each refining the
+    /// one before
     #[arg(
         long,
         help_heading = "Sampling",
@@ -63,10 +65,12 @@ pub struct GenArgs {
         allow_negative_numbers = true
     )]
     pub passes: Option<u8>,
-    /// Infinity only: apply guidance inside the network, before its last K blocks, instead of on the logits
+    /// Infinity only: apply guidance inside the network, before its last K blocks, instead of on
+    /// the logits
     #[arg(long, help_heading = "Sampling", value_name = "K", value_delimiter = ',', conflicts_with = "think")]
     pub cfg_layers: Vec<usize>,
-    /// Infinity only: cache of encoded prompts, a safetensors file or a folder; new prompts are added to it
+    /// Infinity only: cache of encoded prompts, a safetensors file or a folder; new prompts are
+    /// added to it
     #[arg(long, help_heading = "Model", value_name = "FILE", conflicts_with = "think")]
     pub text_features: Option<PathBuf>,
     /// A file of jobs.
@@ -94,7 +98,7 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         None => (typed.clone(), None),
     };
     let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
-        // What is wrong without the PNG as well is not its fault.
+        // Errors that occur without the PNG as well are not about it.
         Some(path) if Request::new(&args.words, &typed.draw).is_ok() => {
             Error { message: format!("as {} has it: {}", input::shown(path), e.message), ..e }
         }
@@ -160,7 +164,7 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
     }
 }
 
-/// Draws what was asked for, so many images at once.
+/// Draws all images, `batch` at once.
 fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, features: Option<&Path>) -> Result<()> {
     let request = delivery.request;
     let prompts: Vec<&str> = request.prompts.iter().chain(&request.negative).map(String::as_str).collect();
@@ -204,7 +208,7 @@ fn takes_passes(config: &GeneratorConfig) -> bool {
 }
 
 impl GenArgs {
-    /// Takes the filters of so many passes where neither flags nor lines tell others.
+    /// Sets the filters of `--passes`, where neither flags nor lines set others.
     pub(super) fn set_passes(&self, request: &mut Request) -> Result<()> {
         let Some(passes) = self.passes else { return Ok(()) };
         match &mut request.config {
@@ -219,7 +223,7 @@ impl GenArgs {
         Ok(())
     }
 
-    /// Takes what is for Infinity alone.
+    /// Sets what Infinity alone has.
     ///
     /// Errors: usage, for another model.
     pub(super) fn set_features(&self, request: &mut Request) -> Result<()> {
@@ -251,7 +255,7 @@ pub(super) fn set_negative(args: &GenArgs, request: &mut Request, scales: usize)
     Ok(())
 }
 
-/// How many of so many images are drawn at once.
+/// How many of `images` images are drawn at once.
 pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
     let what = match args.batch {
         0 => "draws nothing".into(),

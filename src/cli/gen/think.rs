@@ -1,4 +1,5 @@
-//! `nextflow gen --think`: reasoning in words, then the image that it comes to (the paper's chain of thought).
+//! `nextflow gen --think`: reasoning in text, then the image that follows from it (the paper's
+//! chain of thought).
 
 use std::time::Instant;
 

@@ -19,7 +19,7 @@ pub enum FeatureStore {
 }
 
 impl FeatureStore {
-    /// A path: a folder, or a file that is there or is to be.
+    /// A folder, or a file that may not exist yet.
     pub fn at(path: &Path) -> Self {
         match path.is_dir() {
             true => Self::Folder(path.into()),

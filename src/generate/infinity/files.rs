@@ -12,7 +12,7 @@ use crate::io::input::quoted;
 use crate::t5::{TEXT_CONFIG, TEXT_ENCODER, TEXT_WORDS};
 use crate::tokenizer::{BitPreset, BitTokenizerConfig};
 
-/// What `config.json` of a model folder of ours calls the family; the public files have none that says anything.
+/// The family's name in the `config.json` of our model folders; the public files name none.
 const FAMILY: &str = "infinity";
 /// Folders beside the transformer, or in it, where the text encoder may be.
 const TEXT_FOLDERS: [&str; 4] = ["text_encoder", "flan-t5-xl", "../flan-t5-xl", "."];
@@ -91,13 +91,13 @@ fn is_t5(folder: &Path) -> bool {
     folder.join("tokenizer.json").exists() && config().and_then(kind) == Some(true)
 }
 
-/// A transformer of another name: what somebody has trained further.
+/// A transformer by another name, such as a fine-tuned one.
 fn tuned(folder: &Path) -> Result<Option<(PathBuf, Option<&'static Variant>)>> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(None) };
     let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     files.sort();
     for file in files.into_iter().filter(|file| file.extension().is_some_and(|kind| kind == "pth") && file.is_file()) {
-        // What cannot be read at all is somebody else's, or is told of when it is loaded.
+        // Unreadable files are of another kind, or are reported when they are loaded.
         let Ok(weights) = Inventory::open(&file) else { continue };
         if InfinityConfig::is(&weights) {
             let shape = InfinityConfig::of(&weights, &file.display().to_string())?;

@@ -1,4 +1,4 @@
-//! Infinity: what its reference draws with, and the whole model.
+//! Infinity: its variants, setup and whole model.
 
 mod features;
 mod files;
@@ -16,7 +16,7 @@ pub use variants::{HUB, TEXT_HUB, VARIANTS, Variant};
 
 use super::ratios::LEVELS;
 
-/// The grid (height, width) on which all scales of an image stand: the last one of its ratio's largest level.
+/// The grid (height, width) that all scales of an image are placed on (RoPE): the last one of its ratio's largest level.
 pub fn lattice(scales: &[(usize, usize)]) -> Option<(usize, usize)> {
     setup::ratio_of(scales)?.scales.last().copied()
 }

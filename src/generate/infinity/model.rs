@@ -37,7 +37,7 @@ pub struct InfinityModel {
 #[derive(Debug)]
 struct Texts {
     known: BTreeMap<String, Tensor>,
-    /// Loaded again for prompts that come later, and kept.
+    /// Loaded again for later prompts, and kept in memory.
     encoder: Option<TextEncoder>,
     source: Source,
     device: Device,
@@ -91,9 +91,8 @@ impl Texts {
 }
 
 impl InfinityModel {
-    /// Encodes the `prompts`, those of guidance among them, and loads what draws them onto `device`, the blocks of the transformer
-    /// as `weights`, by default f32 on a CPU and bf16 elsewhere. `features` holds some prompts' already, and takes up the
-    /// others'.
+    /// Encodes the `prompts`, negative ones included, and loads the drawing networks onto `device`, the transformer's blocks as
+    /// `weights`, by default f32 on a CPU and bf16 elsewhere. `features` is a cache of encoded prompts, to which new ones are added.
     pub fn load(
         source: &Source,
         setup: &InfinitySetup,

@@ -7,7 +7,7 @@ use crate::generate::sampler::{Fault, SampleParams};
 use crate::generate::{Sampling, Sequences, bits, schedule};
 use crate::infinity::{Conditions, Infinity, Mixture};
 
-/// A batch of rows, each drawn by a text of its own.
+/// A batch of rows, each conditioned on its own text.
 #[derive(Debug)]
 pub struct InfinityRows<'a> {
     model: &'a Infinity,
@@ -42,7 +42,7 @@ impl<'a> InfinityRows<'a> {
         Ok((rows, hidden))
     }
 
-    /// What the rows are drawn by.
+    /// The conditions of the rows.
     pub fn conditions(&self) -> &Conditions {
         &self.conditions
     }
@@ -58,7 +58,7 @@ impl<'a> InfinityRows<'a> {
         let keep = si + 1 < self.sampling.drawn(self.scales);
         let caches = (&mut self.caches[..], keep);
         let hidden = self.model.forward(x, &self.ropes[si], &self.conditions, caches, mixture.as_ref())?;
-        // What is guided already has no use for the other rows.
+        // After guidance inside the network the unconditional rows are not needed.
         let guided = mixture.is_some() && !self.sampling.cfg_layers.contains(&0);
         if guided { hidden.narrow(0, 0, images) } else { Ok(hidden) }
     }

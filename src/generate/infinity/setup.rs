@@ -1,4 +1,4 @@
-//! A model before its weights are loaded: shapes, and what it draws.
+//! An Infinity model before its weights are loaded: shapes, sizes and sampling.
 
 use std::path::Path;
 
@@ -30,13 +30,13 @@ pub struct InfinitySetup {
     pub tokenizer: BitTokenizerConfig,
     /// The text encoder, if there is one.
     pub text: Option<t5::Config>,
-    /// Sampling when the user asks for nothing else.
+    /// The default sampling.
     pub sampling: Sampling,
     /// Scales of an image when the user names a ratio, or nothing.
     pub level: usize,
 }
 
-/// What the authors' sampler leaves of two values of a bit.
+/// The filter that the authors' sampler amounts to for the two values of a bit.
 const TOP_P: f64 = 0.97;
 /// The size of pixels of a token along each side.
 const CELL: usize = 16;
@@ -75,7 +75,7 @@ impl InfinitySetup {
         let tokenizer = Inventory::of(source, IMAGE_TOKENIZER)?;
         let tokenizer = BitTokenizerConfig::of_weights(&tokenizer).ok_or_else(|| {
             Error::model(format!("{} is no image tokenizer of Infinity", source.name(IMAGE_TOKENIZER)))
-                .hint("nextflow info FILE shows what it holds")
+                .hint("nextflow info FILE shows its content")
         })?;
         pair(source, &transformer, &tokenizer, variant)?;
         let text = source.has_file(TEXT_CONFIG).then(|| encoder::read_config(source)).transpose()?;
@@ -105,15 +105,15 @@ impl InfinitySetup {
         scales.last().map_or((0, 0), |&(h, w)| ((w * CELL) as u32, (h * CELL) as u32))
     }
 
-    /// The grids of an image of a size: a ratio's at the level that the model was trained for, or those that end in so many pixels.
+    /// The grids of an image of a size: a ratio at the level that the model was trained for, or the schedule with these pixels.
     ///
-    /// Errors: usage, for pixels of no level.
+    /// Errors: usage, for pixels that no level has.
     pub fn grids(&self, size: Size) -> Result<Vec<(usize, usize)>> {
         let levels: Vec<usize> = self.levels().collect();
         size.of_ratios(1.0, &levels, |_| self.level, CELL)
     }
 
-    /// Whether the model can be loaded, as far as words and headers tell. Prompts whose features are stored need no text encoder.
+    /// Checks that the model can be loaded, by text tokenizer and headers. Prompts with stored features need no text encoder.
     ///
     /// Errors: those of loading.
     pub fn check(&self, source: &Source, features: Option<&FeatureStore>) -> Result<()> {
@@ -126,7 +126,7 @@ impl InfinitySetup {
         }
     }
 
-    /// The files of a model in numbers, and how their tensors compare with what is asked for.
+    /// Summaries of a model's files, and how their tensors compare with those that are loaded.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -152,8 +152,8 @@ impl InfinitySetup {
         Ok((files, fit))
     }
 
-    /// Writes the model at `source` to `folder`, which must not exist: transformer and text encoder in blocks of `weights`, and of the
-    /// image tokenizer's file what is needed.
+    /// Writes the model at `source` to `folder`, which must not exist: transformer and text encoder in blocks of `weights`, and the
+    /// needed part of the image tokenizer's file.
     ///
     /// Errors: those of loading; usage, if the folder exists; [`crate::error::Kind::Failure`] if it cannot be written.
     pub fn quantise(&self, source: &Source, weights: WeightType, folder: &Path) -> Result<()> {
@@ -192,14 +192,14 @@ impl InfinitySetup {
         })
     }
 
-    /// Asks an inventory for both halves of the image tokenizer.
+    /// Loads both halves of the image tokenizer from an inventory.
     fn ask_for_images(&self, w: &Weights) -> Result<()> {
         BitEncoder::load(w, &self.tokenizer)?;
         BitDecoder::load(w, &self.tokenizer)?;
         Ok(())
     }
 
-    /// What a config of ours would say.
+    /// The config that we would write.
     pub fn to_json(&self) -> serde_json::Value {
         let c = &self.transformer;
         json!({
@@ -292,7 +292,7 @@ fn pair(
     Err(Error::model(message).hint(format!("put {right} there: hf download {} {right}", super::HUB)))
 }
 
-/// The ratio whose scales these are, or begin with.
+/// The ratio whose scales begin with these.
 pub(super) fn ratio_of(scales: &[(usize, usize)]) -> Option<&'static Ratio> {
     ratios::table().iter().find(|ratio| ratio.prefix(scales.len()) == scales)
 }

@@ -17,7 +17,7 @@ pub struct Variant {
     pub name: &'static str,
     /// How it is called in full.
     pub title: &'static str,
-    /// The transformer's file, or what stands for its shards.
+    /// The transformer's file, or the name that its shards share.
     pub transformer: &'static str,
     /// The only image tokenizer that it was trained with.
     pub tokenizer: &'static str,
@@ -104,7 +104,7 @@ impl Variant {
         VARIANTS.iter().find(|variant| variant.fits(shape))
     }
 
-    /// What it takes to have it, in words.
+    /// Its download size, for people.
     pub fn sizes(&self) -> String {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         let all = self.bytes + self.tokenizer_bytes + TEXT_BYTES;

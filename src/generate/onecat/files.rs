@@ -1,4 +1,5 @@
-//! Where the files of a model are: the transformer is published by itself, and draws with Infinity's image tokenizer.
+//! Where the files of a model are: the transformer is published by itself, and draws with
+//! Infinity's image tokenizer.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +17,8 @@ pub const TOKENIZER_HUB: &str = infinity::HUB;
 /// The image tokenizer that it was trained with.
 pub const TOKENIZER: &str = "infinity_vae_d32reg.pth";
 
-/// The model in a folder, with an image tokenizer of another name or, if there is none, the one in the folder `cached`.
+/// The model in a folder, with an image tokenizer of another name or, if there is none, the one in
+/// the folder `cached`.
 ///
 /// Errors: those of reading the folder's `config.json`.
 pub fn in_folder(folder: &Path, cached: Option<PathBuf>) -> Result<Source> {

@@ -99,8 +99,9 @@ fn load<T>(
 }
 
 impl OneCatModel {
-    /// Reads `prompts` and loads what draws them onto `device`, the transformer as `weights`, by default f32 on a CPU and bf16
-    /// elsewhere. With an `edit`, a picture that is edited into images of so many scales, the prompts are instructions.
+    /// Reads `prompts` and loads what draws them onto `device`, the transformer as `weights`, by
+    /// default f32 on a CPU and bf16 elsewhere. With an `edit`, a picture that is edited into
+    /// images of so many scales, the prompts are instructions.
     ///
     /// Errors: files that are missing, broken or do not fit, and a picture that is too narrow.
     pub fn load(

@@ -1,5 +1,5 @@
-//! The rows that OneCAT's images are drawn in: one of every image by its prompt; for edits another one of every image by the words
-//! alone; and, with guidance, an unconditional one of every image.
+//! The rows that OneCAT's images are drawn in: one of every image by its prompt; for edits another
+//! one of every image by the words alone; and, with guidance, an unconditional one of every image.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -13,8 +13,8 @@ use crate::onecat::{Drawing, Trunk, rope};
 pub enum Guided {
     /// Text to image: the prompt's row and, with guidance, an unconditional one.
     Text,
-    /// Editing: the row of picture and words, the row of the words alone, of this weight beside it, and an unconditional one. Without
-    /// a weight there is no row of the words alone.
+    /// Editing: the row of picture and words, the row of the words alone, of this weight beside it,
+    /// and an unconditional one. Without a weight there is no row of the words alone.
     Edit(f64),
 }
 
@@ -42,8 +42,9 @@ pub struct OneCatRows<'a> {
 }
 
 impl<'a> OneCatRows<'a> {
-    /// Rows behind `prefixes`, for images of the grids `scales`, and the states that predict the first code, (R, 1, hidden). The
-    /// prefixes are those of one kind of row for every image, then those of the next kind, as [`Guided`] has them in order.
+    /// Rows behind `prefixes`, for images of the grids `scales`, and the states that predict the
+    /// first code, (R, 1, hidden). The prefixes are those of one kind of row for every image, then
+    /// those of the next kind, as [`Guided`] has them in order.
     pub fn start(
         trunk: &'a Trunk,
         drawing: &'a Drawing,
@@ -76,8 +77,9 @@ impl<'a> OneCatRows<'a> {
         Ok((rows, hidden))
     }
 
-    /// Logits of every bit of hidden states (R, T, hidden), the rows of an edit with its picture and without it taken together:
-    /// (images, T, 2 * bits) and, with guidance, as many unconditional ones behind them.
+    /// Logits of every bit of hidden states (R, T, hidden), the rows of an edit with its picture
+    /// and without it taken together: (images, T, 2 * bits) and, with guidance, as many
+    /// unconditional ones behind them.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = self.drawing.logits(hidden)?;
         let weight = match self.guided {

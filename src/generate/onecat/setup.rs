@@ -98,7 +98,8 @@ impl OneCatSetup {
 
     /// The text tokenizer, and the marks that prompts are made of.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a tokenizer that is missing, broken, or of another model.
+    /// Errors: [`crate::error::Kind::Model`] for a tokenizer that is missing, broken, or of another
+    /// model.
     pub fn words(&self, source: &Source) -> Result<(Text, Marks)> {
         let rows = self.transformer.transformer.vocab_size;
         let text = source.text_of(rows)?;
@@ -122,7 +123,8 @@ impl OneCatSetup {
         scales.last().map_or((0, 0), |&(h, w)| ((w * CELL) as u32, (h * CELL) as u32))
     }
 
-    /// The grids of an image of a size: a ratio's at the largest level, or those that end in so many pixels.
+    /// The grids of an image of a size: a ratio's at the largest level, or those that end in so
+    /// many pixels.
     ///
     /// Errors: usage, for pixels of no level.
     pub fn grids(&self, size: Size) -> Result<Vec<(usize, usize)>> {
@@ -137,7 +139,8 @@ impl OneCatSetup {
         size.of_ratios(f64::from(height) / f64::from(width.max(1)), &levels, |_| self.level, CELL)
     }
 
-    /// Whether the model can be loaded to draw, and with `pictures` to edit, as far as words and headers tell.
+    /// Whether the model can be loaded to draw, and with `pictures` to edit, as far as words and
+    /// headers tell.
     ///
     /// Errors: those of loading.
     pub fn check(&self, source: &Source, pictures: bool) -> Result<()> {
@@ -176,10 +179,11 @@ impl OneCatSetup {
         Ok(())
     }
 
-    /// Writes the model at `source` to `folder`, which must not exist: the transformer in blocks of `weights`, and of the image
-    /// tokenizer's file what is needed.
+    /// Writes the model at `source` to `folder`, which must not exist: the transformer in blocks of
+    /// `weights`, and of the image tokenizer's file what is needed.
     ///
-    /// Errors: those of loading; usage, if the folder exists; [`crate::error::Kind::Failure`] if it cannot be written.
+    /// Errors: those of loading; usage, if the folder exists; [`crate::error::Kind::Failure`] if it
+    /// cannot be written.
     pub fn quantise(&self, source: &Source, weights: WeightType, folder: &Path) -> Result<()> {
         self.check(source, true)?;
         source.check_type(TRANSFORMER, Some(weights))?;
@@ -198,8 +202,8 @@ impl OneCatSetup {
         })
     }
 
-    /// What `work` needs, with weights as `source` has them or as `weights`. Without a source they are made up. `picture` are the tokens
-    /// of the picture that is edited.
+    /// What `work` needs, with weights as `source` has them or as `weights`. Without a source they
+    /// are made up. `picture` are the tokens of the picture that is edited.
     ///
     /// Errors: a source whose header cannot be read.
     pub fn memory(

@@ -67,7 +67,7 @@ enum RowsVisible<'a> {
     All,
     /// As many as the index of the query, plus 1, plus this.
     Behind(usize),
-    /// By the rows of a mask with so many keys.
+    /// By the rows of a mask with `keys` keys.
     Mask(&'a [u8], usize),
 }
 
@@ -91,7 +91,7 @@ impl<'a> Visible<'a> {
     }
 }
 
-/// How many of `keys` there are up to the last one that any row of the mask keeps; one at least.
+/// Number of `keys` up to the last one that any row of the mask allows; at least one.
 fn last_kept(mask: &[u8], keys: usize) -> usize {
     let last = |row: &[u8]| row.iter().rposition(|&keep| keep != 0).map_or(1, |last| last + 1);
     mask.chunks_exact(keys).map(last).max().unwrap_or(1)

@@ -11,7 +11,7 @@ pub(crate) const LANES: usize = 16;
 pub(crate) type Pairs = [u16; 2 * LANES];
 
 /// Whether the CPU multiplies bf16, and [`gemm_bf16`](super::gemm_bf16::gemm_bf16) supports weights
-/// of this type in rows of so many columns.
+/// of this type in rows of `columns` columns.
 pub(crate) fn supports_bf16(dtype: GgmlDType, columns: usize) -> bool {
     matches!(dtype, GgmlDType::BF16 | GgmlDType::Q8_0 | GgmlDType::Q4K)
         && columns > 0

@@ -125,7 +125,7 @@ fn unfold(g: &Geometry, x: &[f32], places: Range<usize>, width: usize, strip: &m
         let (channel, i, j) = (tap / (g.k * g.k), tap / g.k % g.k, tap % g.k);
         let (strip, out) = (&strip[(channel * high + i) * pitch + j..], &mut panel[tap * width..]);
         for &(from, to, length) in &stretches {
-            // What is copied beyond a stretch is overwritten by the next one, or by the next tap.
+            // Numbers copied beyond a stretch are overwritten by the next one, or by the next tap.
             for at in (0..length).step_by(COPIED) {
                 let copied: &[f32; COPIED] = strip[from + at..].first_chunk().unwrap_or(&[0.0; COPIED]);
                 out[to + at..][..COPIED].copy_from_slice(copied);

@@ -24,8 +24,8 @@ use super::quants::{dequantize, size_in_bytes};
 const HIGH: usize = 8;
 /// Rows of weights per task, if there are enough for all threads, and if not.
 const TASK: [usize; 2] = [128, 64];
-/// Columns that are summed before the accumulators are spilled: a panel of so many stays in the L2
-/// cache.
+/// Columns that are summed before the accumulators are spilled: a panel of this many stays in the
+/// L2 cache.
 const DEEP: usize = 5120;
 /// The same for blocks, whose rows are rounded to bf16 first.
 const DEEP_BLOCKS: usize = 1024;

@@ -18,7 +18,7 @@ use super::reduce::vectorized;
 
 /// The most rows of activations in a panel.
 pub(crate) const MAX_PANEL: usize = 48;
-/// The most columns: a panel of so many stays in the L2 cache.
+/// Most columns: a panel of this many stays in the L2 cache.
 const MAX_COLUMNS: usize = 4096;
 /// Rows of weights per task, if there are enough for all threads, and if not.
 const TASK: [usize; 2] = [126, 66];
@@ -54,7 +54,7 @@ pub(crate) fn registers() -> (usize, usize) {
     Arch::new().dispatch(Registers)
 }
 
-/// Whether the CPU has vector registers, and [`gemm_f32`] is fast for so many columns.
+/// Whether the CPU has vector registers, and [`gemm_f32`] is fast for `columns` columns.
 pub(crate) fn supports(columns: usize) -> bool {
     (1..=MAX_COLUMNS).contains(&columns) && registers().0 > 1
 }

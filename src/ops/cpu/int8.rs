@@ -71,7 +71,7 @@ struct Activations {
 }
 
 impl Int8Matrix {
-    /// Whether this CPU has a kernel for rows of so many columns.
+    /// Whether this CPU has a kernel for rows of `columns` columns.
     pub fn supports(columns: usize) -> bool {
         (1..=MAX_COLUMNS).contains(&columns) && Kernel::best().is_some()
     }
@@ -178,7 +178,7 @@ fn scale_of(largest: f32, columns: usize) -> (f32, f32) {
 /// `x wᵀ + bias` for x (M, columns) and each of several matrices (rows, columns): (M, rows) of
 /// each.
 ///
-/// Panics unless all have so many `columns`, which are [supported](Int8Matrix::supports).
+/// Panics unless all have `columns` columns, which are [supported](Int8Matrix::supports).
 pub(crate) fn matmul_each(
     x: &[f32],
     layers: &[(&Int8Matrix, Option<&[f32]>)],

@@ -43,7 +43,7 @@ impl<'a> WeightRows<'a> {
     }
 }
 
-/// Bytes of so many numbers.
+/// Bytes of `count` numbers.
 #[inline(always)]
 pub(crate) fn size_in_bytes(dtype: GgmlDType, count: usize) -> usize {
     count / dtype.block_size() * dtype.type_size()

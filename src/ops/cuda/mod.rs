@@ -30,7 +30,7 @@ fn is_bf16(t: &Tensor, device: &Device) -> bool {
     t.dtype() == DType::BF16 && t.elem_count() > 0 && !t.track_op() && t.device().same_device(device)
 }
 
-/// Whether a tensor begins at an address from which 16 bytes can be read at once.
+/// Whether a tensor begins at an address aligned to 16 bytes.
 fn aligned(t: &Tensor) -> bool {
     (t.layout().start_offset() * t.dtype().size_in_bytes()).is_multiple_of(16)
 }

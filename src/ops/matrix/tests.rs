@@ -114,7 +114,8 @@ fn rows_that_do_not_exist_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// Blocks that begin and end with the columns are kept, others become f32; the numbers are the same.
+/// Blocks that begin and end with the columns are kept, others become f32; the numbers are the
+/// same.
 #[test]
 fn columns_are_a_matrix_of_their_own() -> Result<()> {
     let values = random((6, 128), 1);

@@ -28,7 +28,8 @@ fn what_is_missing_in_the_middle_is_found() {
     // The others are of one colour: what is missing there may be padding.
     for (name, whole) in files().take(4) {
         let start = data(&whole);
-        // The end is there, but not what comes before it. Between two scans a progressive file is a coarser one.
+        // The end is there, but not what comes before it. Between two scans a progressive file is a
+        // coarser one.
         let ends = start..whole.len() - 4;
         let found = ends.clone().filter(|end| fault(&[&whole[..*end], &[0xff, 0xd9]].concat()).is_some()).count();
         let expected = if name.contains("progressive") { ends.len() * 9 / 10 } else { ends.len() };

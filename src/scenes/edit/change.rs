@@ -128,7 +128,8 @@ fn jitter(rng: &Rng, counter: u64, by: f64) -> f64 {
     (2.0 * rng.uniform(counter) - 1.0) * by
 }
 
-/// An object opposite to a single one, or on any side of one in the middle, as large as there is room.
+/// An object opposite to a single one, or on any side of one in the middle, as large as there is
+/// room.
 fn added(rng: &Rng, beside: &Object) -> Option<Change> {
     let (to, only) = match side(beside.centre, centre_of(Place::Unsaid)) {
         Place::Left => (Place::Right, true),

@@ -1,4 +1,4 @@
-//! Edits: a scene before and after, and how one asks for it.
+//! Edits: a scene before and after, and the instruction.
 
 mod change;
 #[cfg(test)]
@@ -12,7 +12,7 @@ use crate::generate::prompt::FINAL;
 use crate::rng::Rng;
 use change::Change;
 
-/// What an instruction asks for.
+/// Kind of an edit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EditKind {
@@ -20,7 +20,7 @@ pub enum EditKind {
     Add,
     /// One of two objects less.
     Remove,
-    /// Another shape, sometimes of another colour, in the place of an object.
+    /// Another shape, sometimes of another colour, in place of an object.
     Replace,
     /// Another colour.
     Recolour,
@@ -49,14 +49,14 @@ pub const EDIT_KINDS: [EditKind; 9] = [
     EditKind::Combination,
 ];
 
-/// An instruction and what it makes of a scene.
+/// An instruction and its result on a scene.
 #[derive(Clone, Debug)]
 pub struct Edit {
-    /// What is asked for.
+    /// The target.
     pub kind: EditKind,
     /// Before.
     pub source: Scene,
-    /// After. What the edit does not concern is drawn the same, to the pixel.
+    /// After. Everything that the edit does not concern is identical to the pixel.
     pub target: Scene,
     /// One, or the two of a combination.
     changes: Vec<Change>,
@@ -84,7 +84,8 @@ impl Edit {
         Self::of_kind(rng, kind, split)
     }
 
-    /// An edit of one kind. A held-out one ends at a held-out composition; a training one neither begins nor ends there.
+    /// An edit of one kind. A held-out one ends at a held-out composition; a training one neither
+    /// begins nor ends there.
     pub fn of_kind(rng: &Rng, kind: EditKind, split: Split) -> Self {
         let kinds: &[Kind] = match kind {
             EditKind::Add => &[Kind::SingleObject],
@@ -140,15 +141,15 @@ impl Edit {
         wording::say(&self.changes, &self.source, Voice::canonical())
     }
 
-    /// What a model says before it draws: what it sees, and what that becomes, each as a viewer tells it: "a red circle to the
-    /// left of a blue star. the final prompt is: a blue star".
+    /// What a model says before it draws: what it sees, and what that becomes, each as a viewer
+    /// tells it: "a red circle to the left of a blue star. the final prompt is: a blue star".
     pub fn thought(&self) -> String {
         let seen = |scene: &Scene| scene.seen().as_ref().unwrap_or(scene).prompt();
         format!("{}. {FINAL}{}", seen(&self.source), seen(&self.target))
     }
 
-    /// Boxes (left, top, right, bottom), in 1/128 of the drawing square, outside of which nothing changes; the whole
-    /// square if the background does.
+    /// Boxes (left, top, right, bottom), in 1/128 of the drawing square, outside of which nothing
+    /// changes; the whole square if the background does.
     pub fn changed(&self) -> Vec<[f64; 4]> {
         if self.source.background != self.target.background {
             return vec![[0.0, 0.0, 128.0, 128.0]];

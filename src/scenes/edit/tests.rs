@@ -63,7 +63,8 @@ fn targets_are_judged_right_and_copies_of_the_source_wrong() {
         }
         eprintln!("{kind:?}: {right} targets, {copied} sources of {count}");
         assert!(100 * right >= 98 * count, "{kind:?}: {right} of {count}");
-        // The judge asks for no size that is not told, no white background, and not how far an object is from the middle.
+        // The judge asks for no size that is not told, no white background, and not how far an
+        // object is from the middle.
         if !matches!(kind, EditKind::Move | EditKind::Resize | EditKind::Background) {
             assert_eq!(copied, 0, "{kind:?}");
         }
@@ -143,7 +144,8 @@ fn a_thought_tells_what_is_seen_and_what_it_becomes() {
             let thought = edit.thought();
             let (before, after) = thought.split_once(". the final prompt is: ").unwrap();
             assert_ne!(before, after, "{edit:?}");
-            // As if one knew the pictures alone: what an object was meant to be called does not show in them.
+            // As if one knew the pictures alone: what an object was meant to be called does not
+            // show in them.
             let told = |scene: &Scene| Scene::of_objects(scene.objects.clone(), scene.background).unwrap();
             for (words, scene) in [(before, &edit.source), (after, &edit.target)] {
                 let objects = &told(scene).objects;

@@ -1,7 +1,7 @@
-//! What edits are asked for with, in English and Chinese.
+//! Instructions for edits, in English and Chinese.
 //!
-//! Gaps: {o} the object, {n} a new one, {c} a colour, {p} "on the left", {t} "to the left", {r} "to the left of", {z} larger
-//! or smaller, {v} enlarge or shrink, {b} a background.
+//! Gaps: {o} the object, {n} a new one, {c} a colour, {p} "on the left", {t} "to the left", {r} "to
+//! the left of", {z} larger or smaller, {v} enlarge or shrink, {b} a background.
 
 use crate::scenes::wording::Wordings;
 

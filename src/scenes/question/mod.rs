@@ -10,7 +10,7 @@ use super::wording::{Voice, relation};
 use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, ObjectSize, Place, SHAPES, Scene, Split, held_out};
 use crate::rng::Rng;
 
-/// What a question is about.
+/// Topic of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuestionKind {
@@ -41,7 +41,7 @@ pub const QUESTION_KINDS: [QuestionKind; 6] = [
 /// A question about a scene.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// What it is about.
+    /// The topic.
     pub kind: QuestionKind,
     /// The picture.
     pub scene: Scene,
@@ -57,7 +57,8 @@ impl Question {
         Self::of_kind(rng, QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())], split, split)
     }
 
-    /// A question of one kind about a scene of the split `scenes`, in a wording of the split `words`.
+    /// A question of one kind about a scene of the split `scenes`, in a wording of the split
+    /// `words`.
     pub fn of_kind(rng: &Rng, kind: QuestionKind, scenes: Split, words: Split) -> Self {
         let kinds: &[Kind] = match kind {
             QuestionKind::Count => &[Kind::Counting, Kind::Counting, Kind::Counting, Kind::TwoObjects],
@@ -105,8 +106,8 @@ impl Question {
 }
 
 impl Scene {
-    /// The scene as a viewer tells it who knows the picture alone: the left or upper object first. `None` if there is no
-    /// caption for it.
+    /// The scene as a viewer tells it who knows the picture alone: the left or upper object first.
+    /// `None` if there is no caption for it.
     pub fn seen(&self) -> Option<Self> {
         let mut objects = self.objects.clone();
         if let [first, second] = &objects[..]

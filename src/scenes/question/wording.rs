@@ -1,5 +1,5 @@
-//! Words for questions, in English and Chinese. Gaps: {o} an object, {n} a thing that may be there, {s} things to be counted,
-//! {c} a colour, {p} "on the left", {r} "to the left of".
+//! Words for questions, in English and Chinese. Gaps: {o} an object, {n} a thing that may be there,
+//! {s} things to be counted, {c} a colour, {p} "on the left", {r} "to the left of".
 
 use crate::scenes::wording::Wordings;
 

@@ -20,11 +20,13 @@ pub struct CnnConfig {
     pub ch_mult: Vec<usize>,
     /// Residual blocks a level (the decoder has one more).
     pub num_res_blocks: usize,
-    /// Channels between this half and its 1x1 quantisation convolution or, without one, those of a code.
+    /// Channels between this half and its 1x1 quantisation convolution or, without one, those of a
+    /// code.
     pub z_channels: usize,
     /// Groups of every group norm.
     pub groups: usize,
-    /// Pixels are folded into channels by patches of this side first (1: plain pixels, as TokenFlow).
+    /// Pixels are folded into channels by patches of this side first
+    /// (1: plain pixels, as TokenFlow).
     pub patch: usize,
     /// Whose keys, and whether there is attention.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -32,7 +34,8 @@ pub struct CnnConfig {
 }
 
 impl CnnConfig {
-    /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups do not divide.
+    /// Errors: no levels, more than any image has pixels for, no patches, or channels that groups
+    /// do not divide.
     pub(in crate::tokenizer) fn check(&self) -> Result<()> {
         if self.ch_mult.is_empty() || self.ch_mult.len() > 16 || self.patch == 0 || self.patch > MAX_STRIDE {
             bail!("a pixel branch needs 1 to 16 levels and a patch: {:?}, {}", self.ch_mult, self.patch);
@@ -59,11 +62,13 @@ impl CnnConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CnnLayout {
-    /// TokenFlow: `conv_blocks.N.{res,attn}.B`, numbered as they run; attention at the level with the fewest pixels.
+    /// TokenFlow: `conv_blocks.N.{res,attn}.B`, numbered as they run; attention at the level with
+    /// the fewest pixels.
     #[default]
     Tokenflow,
-    /// Infinity: `down.N.block.B` and `up.N.block.B`, both numbered from the level with the most pixels, and one more part in
-    /// the key of every convolution (`.conv`) and norm (`.norm`); no attention.
+    /// Infinity: `down.N.block.B` and `up.N.block.B`, both numbered from the level with the most
+    /// pixels, and one more part in the key of every convolution (`.conv`) and norm (`.norm`); no
+    /// attention.
     Infinity,
     /// Infinity without that part.
     InfinityPlain,

@@ -62,7 +62,8 @@ fn self_correction_keeps_the_nearest_as_target() {
 
 #[test]
 fn self_correction_draws_its_share_of_every_scale() {
-    // So far from all codes that they are about as near as each other: a draw is another code 31 times of 32.
+    // So far from all codes that they are about as near as each other: a draw is another code 31
+    // times of 32.
     let (q, far) = (quantizer(false), features().iter().map(|x| 1000.0 * x).collect::<Vec<f32>>());
     let how = SelfCorrection { fraction: 0.6, top_k: 32 };
     let mut others = [0; SCALES.len()];

@@ -9,10 +9,10 @@ use super::steps::{adamw_stepped, muon_stepped};
 use super::{BETA1, EPS, Pace, TINY, is_matrix, muon};
 use crate::error;
 
-/// What is stepped alike.
+/// Parameters with the same kind of step.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
-    /// Matrices of so many rows and columns: (parameters, rows, columns).
+    /// Matrices of one size: (parameters, rows, columns).
     Muon(usize, usize),
     /// Numbers one after the other, with weight decay or without.
     AdamW { decays: bool },

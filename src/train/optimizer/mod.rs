@@ -151,7 +151,7 @@ impl Optimizer {
         crate::checkpoint::save(path, tensors, Some(step))
     }
 
-    /// Goes on from what [`Optimizer::save`] wrote, and gives all of it.
+    /// Resumes from a file of [`Optimizer::save`], and returns all of it.
     ///
     /// Errors: [`error::Kind::Model`] for a file that is broken, or of other parameters than these.
     pub fn restore(&mut self, path: &Path) -> error::Result<State> {

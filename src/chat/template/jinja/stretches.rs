@@ -5,13 +5,13 @@ use crate::chat::template::{Piece, Pieces};
 use crate::error::{Error, Result};
 use crate::text::Text;
 
-/// A text, the tokens that it is if they are known, and whether the model has said it.
+/// A text, its tokens if they are known, and whether the model generated it.
 pub(super) type Said<'a> = (&'a str, Option<&'a [u32]>, bool);
 
 /// A stretch of a rendering.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Stretch<'a> {
-    /// Words of the template.
+    /// Text of the template.
     Words(&'a str),
     /// A control token.
     Control(u32),
@@ -19,7 +19,7 @@ pub(super) enum Stretch<'a> {
     Mark(usize),
 }
 
-/// A character of private use around a number: it stands for what a template must not see.
+/// A private-use character around a number: the placeholder for text that a template must not see.
 pub(super) struct Mark(char);
 
 impl Mark {
@@ -43,7 +43,7 @@ impl Mark {
 /// The control tokens of a vocabulary.
 pub(super) struct Controls<'a> {
     text: &'a Text,
-    /// Words and ids, longer words first.
+    /// Control tokens and ids, longer ones first.
     pub(super) words: Vec<(&'a str, u32)>,
 }
 
@@ -54,7 +54,7 @@ impl<'a> Controls<'a> {
         Self { text, words }
     }
 
-    /// The index of the word that a text begins with.
+    /// The index of the control token that a text begins with.
     fn first(&self, text: &str) -> Option<usize> {
         self.words.iter().position(|(word, _)| text.starts_with(word))
     }
@@ -105,7 +105,7 @@ impl<'a> Controls<'a> {
         stretches
     }
 
-    /// The control tokens that begin and end messages and images.
+    /// The control tokens that open and close messages and images.
     pub(super) fn structure<'s>(&'s self, stretches: &'s [Stretch]) -> impl Iterator<Item = u32> + 's {
         stretches.iter().filter_map(|stretch| match stretch {
             Stretch::Control(id) if !self.text.is_shown(*id) => Some(*id),
@@ -114,7 +114,7 @@ impl<'a> Controls<'a> {
     }
 }
 
-/// Puts the pieces together; what stands between control tokens is one text, for words may reach across its parts.
+/// Joins the pieces; everything between control tokens is one text, as tokens may span its parts.
 pub(super) struct Writer<'w, 'a, I> {
     text: &'w Text,
     controls: &'w Controls<'w>,

@@ -19,8 +19,8 @@ const KEYS: usize = 256;
 /// Rows of a tile where a panel is one register wide.
 const HIGH: usize = 12;
 
-/// Whether [`attend`] is fast for so many queries, those of all heads of a group, over so many keys
-/// of size `d`.
+/// Whether [`attend`] is fast for `queries` queries, those of all heads of a group, over `keys`
+/// keys of size `d`.
 pub(super) fn supports(queries: usize, keys: usize, d: usize) -> bool {
     let (lanes, wide) = registers();
     lanes > 1 && (queries <= lanes * wide || 8 * keys * d <= NEAR)

@@ -18,7 +18,7 @@ const BLOCK: usize = 32;
 /// Bytes per block: a scale (f16), and the numbers.
 const BYTES: usize = 2 + BLOCK;
 
-/// Whether weights are Q8_0 and this CPU has a kernel for rows of so many columns.
+/// Whether weights are Q8_0 and this CPU has a kernel for rows of `columns` columns.
 pub(crate) fn supports(dtype: GgmlDType, columns: usize) -> bool {
     dtype == GgmlDType::Q8_0 && columns > 0 && columns.is_multiple_of(BLOCK) && Kernel::best().is_some()
 }

@@ -300,7 +300,8 @@ fn on_a_gpu_layers_of_the_7b_shape() -> Result<()> {
     Ok(())
 }
 
-/// Features of a picture, a prompt around it, and a scale after them: the three experts of OneCAT-3B's shape.
+/// Features of a picture, a prompt around it, and a scale after them: the three experts of
+/// OneCAT-3B's shape.
 #[test]
 #[ignore = "needs a GPU"]
 fn on_a_gpu_experts_of_onecat() -> Result<()> {
