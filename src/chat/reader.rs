@@ -1,4 +1,4 @@
-//! The networks that read a conversation, of every family.
+//! The networks of a conversation, of every family.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -7,7 +7,7 @@ use crate::checkpoint::Weights;
 use crate::onecat::{OneCatConfig, Reading, ReadingParts, Trunk};
 use crate::vision::VisionTower;
 
-/// A transformer and, where it reads pictures by features, what makes them.
+/// A transformer with its image encoder, if it has one.
 #[derive(Debug)]
 pub enum Reader {
     /// NextFlow's transformer, or Qwen2.5-VL's with its image encoder.
@@ -17,7 +17,7 @@ pub enum Reader {
 }
 
 impl Reader {
-    /// OneCAT's, with all that a conversation needs.
+    /// Loads OneCAT's.
     pub(super) fn load_onecat(w: &Weights, config: &OneCatConfig) -> Result<Self> {
         let parts = ReadingParts { pictures: true, head: true };
         Ok(Self::OneCat(Box::new(Trunk::load(w, config)?), Box::new(Reading::load(w, config, parts)?)))
@@ -65,8 +65,8 @@ impl Reader {
         }
     }
 
-    /// Reads tokens x (1, T, hidden) at `positions` after what a row's cache holds: hidden states
-    /// (1, T, hidden). OneCAT's tokens stand at their index, whatever the positions are.
+    /// Hidden states (1, T, hidden) of tokens x (1, T, hidden) at `positions`, behind those in the
+    /// cache. The position of OneCAT's tokens is their index; `positions` is not used.
     pub fn read(&self, x: &Tensor, positions: &[Position], cache: &mut Cache, step: Step) -> Result<Tensor> {
         match self {
             Self::Backbone(backbone, _) => {
@@ -77,7 +77,7 @@ impl Reader {
         }
     }
 
-    /// Logits of words and, with markers, of `<boi>`, for hidden states (..., hidden).
+    /// Logits of text tokens and, with markers, of `<boi>`, for hidden states (..., hidden).
     pub fn text_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match self {
             Self::Backbone(backbone, _) => backbone.text_logits(hidden),

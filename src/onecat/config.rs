@@ -1,5 +1,5 @@
-//! Shape of the model: read from the shapes of the tensors where they tell, and from `config.json`
-//! elsewhere.
+//! Shape of the model: from the shapes of its tensors where they determine it, else from
+//! `config.json`.
 
 use serde_json::{Value, json};
 
@@ -10,18 +10,18 @@ use crate::checkpoint::{Inventory, Source, TRANSFORMER, Weights};
 use crate::error::{Error, Result};
 use crate::nn::{MAX_LAYERS, check_sizes};
 
-/// What `config.json` calls the family.
+/// `model_type` of the family in `config.json`.
 const FAMILY: &str = "onecat";
-/// The system prompt, where `config.json` has none.
+/// The default system prompt.
 const SYSTEM: &str = "你是一个同时能够支持图像理解、图像生成、图像编辑的多模态大语言模型。";
 /// Scales that the generation expert has an adapter for; a constant of the reference's class.
 const ADAPTERS: usize = 13;
 /// The adapters' alpha over their rank; the same.
 const GAIN: f64 = 2.0;
-/// A key that every model of this family has, and no other.
+/// A key that all models of this family have, and no others.
 const EMBEDDING: &str = "patch_language_model.model.embed_tokens.weight";
 
-/// Shape and choices of a OneCAT model.
+/// Shape and settings of a OneCAT model.
 #[derive(Clone, Debug)]
 pub struct OneCatConfig {
     /// Qwen2.5's transformer; each of the three experts has its `intermediate_size`.
@@ -45,10 +45,10 @@ pub struct OneCatConfig {
     /// Rows of the scale embedding.
     pub levels: usize,
     /// Round the rotary frequencies to bf16 in generation and editing, as the reference does when
-    /// it casts the model. The reference's tables for understanding are not affected, so theirs are
-    /// exact whatever this says.
+    /// it casts the model. For understanding the reference keeps them in f32, and so does this
+    /// program.
     pub bf16_frequencies: bool,
-    /// What the model is told about itself.
+    /// The system prompt.
     pub system: String,
 }
 
@@ -84,8 +84,8 @@ impl OneCatConfig {
 
     /// Reads `config.json` and the headers of the weights.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for files that are missing, broken, or say different
-    /// things.
+    /// Errors: [`crate::error::Kind::Model`] for files that are missing, broken, or contradict each
+    /// other.
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
         let weights = Inventory::of(source, TRANSFORMER)?;
@@ -95,10 +95,10 @@ impl OneCatConfig {
         })
     }
 
-    /// The config of `weights` and what `config`, a `config.json`, says beside their shapes.
+    /// The config from the shapes of `weights` and from `config`, a `config.json`.
     ///
-    /// Errors: a tensor that is missing or of a shape that fits no model, and a field that says
-    /// another thing than the weights, as one sentence.
+    /// Errors: a tensor that is missing or of a shape that fits no model, and a field that
+    /// contradicts the weights, as one sentence.
     pub fn of(weights: &Inventory, config: &Value) -> Result<Self, String> {
         let fields = Fields { config, text: &config["llm_config"], vision: &config["patch_vision_config"] };
         fields.check_choices()?;
@@ -148,7 +148,7 @@ impl OneCatConfig {
         Ok(read)
     }
 
-    /// What would keep the model from being built, as one sentence.
+    /// Errors: a reason why the model cannot be built, as one sentence.
     pub fn check(&self) -> Result<(), String> {
         self.transformer.check()?;
         check_sizes([
@@ -166,7 +166,7 @@ impl OneCatConfig {
         if !(1..=1000).contains(&self.adapters) || self.levels < self.adapters {
             return Err(format!("{} rows of lvl_embed are too few for {} scales", self.levels, self.adapters));
         }
-        // Pairs of rotary frequencies belong to rows and columns by twos.
+        // Rotary frequencies alternate between rows and columns in pairs of pairs.
         if !self.transformer.head_dim().is_multiple_of(8) {
             return Err(format!("a head of {} channels is no multiple of 8", self.transformer.head_dim()));
         }
@@ -196,7 +196,7 @@ impl OneCatConfig {
         (self.position_grid / patches::MERGE).pow(2)
     }
 
-    /// Whether its shape is that of OneCAT-3B, whatever the rows of its vocabulary.
+    /// Whether its shape is that of OneCAT-3B; the vocabulary may differ.
     pub fn is_3b(&self) -> bool {
         let (a, b) = (&self.transformer, &Self::onecat_3b().transformer);
         let shape = |c: &BackboneConfig| {
@@ -245,7 +245,7 @@ impl Shapes<'_> {
     }
 }
 
-/// What `config.json` says.
+/// The fields of `config.json`.
 struct Fields<'a> {
     config: &'a Value,
     /// Qwen2's fields.
@@ -254,7 +254,7 @@ struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    /// Errors: a choice that would change results and is not supported.
+    /// Errors: a setting that changes results and is not supported.
     fn check_choices(&self) -> Result<(), String> {
         let Self { config, text, .. } = self;
         let one_of = |name: &str, value: &Value, known: &[&str]| match value {
@@ -297,7 +297,7 @@ impl Fields<'_> {
         let [queries, _] = shapes.dims(&format!("{}.self_attn.q_proj.weight", layer(0)))?;
         let [keys, _] = shapes.dims(&format!("{}.self_attn.k_proj.weight", layer(0)))?;
         let [intermediate_size, _] = shapes.dims(&format!("{}.mlp_te.gate_proj.weight", layer(0)))?;
-        // No shape says how wide a head is.
+        // Shapes do not determine the width of a head.
         let heads = number(self.text, "num_attention_heads")?.unwrap_or(queries / 128);
         if heads == 0 || queries % heads != 0 || hidden_size != queries {
             return Err(format!(

@@ -7,8 +7,8 @@ use crate::checkpoint::{Init, Weights};
 use crate::nn::lecun_normal;
 use crate::ops::{self, WeightMatrix};
 
-/// A projection with low-rank adapters (LoRA): `W x + gain * B_k A_k x` at scale k. They are never
-/// merged into W, for another one is active at every scale.
+/// A projection with low-rank adapters (LoRA): `W x + gain * B_k A_k x` at scale k. They are not
+/// merged into W, because every scale has another one.
 #[derive(Debug)]
 struct Adapted {
     base: WeightMatrix,
@@ -23,8 +23,8 @@ impl Adapted {
         let (rank, scales) = (c.adapter_rank, c.adapters);
         let base = w.pp("base_layer").matrix((outputs, inputs), "weight", lecun_normal(inputs))?;
         let all = rank * scales;
-        // The peft library's names; B begins as zeros there, which would make random weights
-        // without adapters.
+        // The peft library's names; It initialises B as zeros, which would disable the
+        // adapters of random weights.
         let down = w.pp("lora_A.default").matrix((all, inputs), "weight", lecun_normal(inputs))?;
         let small = Init::Normal { std: 0.1 * (rank as f64).powf(-0.5) };
         let up = w.pp("lora_B.default").matrix((outputs, all), "weight", small)?;
@@ -35,8 +35,8 @@ impl Adapted {
         })
     }
 
-    /// `y`, the base's product, with what the adapter of scale `k` adds by way of `low`, the
-    /// product of its first matrix.
+    /// `y`, the base's product, plus the adapter of scale `k`; `low` is the product of its first
+    /// matrix.
     fn add(&self, y: Tensor, low: &Tensor, k: usize, gain: f64) -> Result<Tensor> {
         ops::add_linear(y, &(low * gain)?, &self.up[k], None)
     }

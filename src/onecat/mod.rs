@@ -1,9 +1,9 @@
 //! OneCAT (arXiv 2509.03498): one Qwen2.5 transformer that reads text and pictures, answers, draws
 //! scale by scale and edits. In place of each SwiGLU it has three experts, for text, for pictures
-//! that are read, and for codes; attention and norms are everybody's.
+//! that are read, and for codes; attention and norms are shared.
 //!
-//! The parts are loaded by what is done with them: [`Trunk`] for everything, [`Reading`] for
-//! prompts and conversations, [`Drawing`] for codes.
+//! It is loaded in parts: [`Trunk`] always, [`Reading`] for prompts and conversations, [`Drawing`]
+//! for codes.
 
 mod config;
 mod expert;
@@ -27,12 +27,12 @@ use prompt::Piece;
 /// Initial weights of tables.
 const TABLE: Init = Init::Normal { std: 0.02 };
 
-/// Where the layers are.
+/// The weights of layer `i`.
 fn layer(w: &Weights, i: usize) -> Weights {
     w.pp("patch_language_model.model.layers").pp(i)
 }
 
-/// What all tokens have in common: attention and norms of every layer.
+/// The shared part: attention and norms of every layer.
 #[derive(Debug)]
 pub struct Trunk {
     layers: Vec<Layer>,
@@ -86,7 +86,7 @@ impl Trunk {
         })
     }
 
-    /// Shape and choices.
+    /// The config.
     pub fn config(&self) -> &OneCatConfig {
         &self.config
     }
@@ -128,13 +128,13 @@ impl Trunk {
 /// Which parts of [`Reading`] are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadingParts {
-    /// What pictures take: the patch embedding and the understanding expert.
+    /// For pictures: the patch embedding and the understanding expert.
     pub pictures: bool,
     /// The head over the vocabulary, for answers.
     pub head: bool,
 }
 
-/// What reads text and pictures.
+/// The part that reads text and pictures.
 #[derive(Debug)]
 pub struct Reading {
     embed_tokens: WeightMatrix,
@@ -191,7 +191,9 @@ impl Reading {
     }
 
     fn loaded(&self) -> Result<&(PatchEmbedder, Vec<SwiGlu>)> {
-        self.pictures.as_ref().ok_or_else(|| candle_core::Error::Msg("what reads pictures was not loaded".into()))
+        self.pictures
+            .as_ref()
+            .ok_or_else(|| candle_core::Error::Msg("the part that reads pictures was not loaded".into()))
     }
 
     /// Features of parts of a picture, one after the other: (tokens, hidden).
@@ -201,7 +203,7 @@ impl Reading {
         Tensor::cat(&features, 0)
     }
 
-    /// Logits of the vocabulary, (..., hidden) -> (..., words).
+    /// Logits of the vocabulary, (..., hidden) -> (..., vocabulary).
     ///
     /// Errors: the head was not loaded.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -209,9 +211,9 @@ impl Reading {
         head.ok_or_else(|| candle_core::Error::Msg("the head was not loaded".into()))?.linear(hidden, None)
     }
 
-    /// Reads tokens x (1, T, hidden) after what a row's cache holds: text, each token of which sees
-    /// what is before it, or with `picture` a picture, which sees all of itself. Rotary frequencies
-    /// are `rounded` as the config has it for generation. Gives the hidden states (1, T, hidden).
+    /// Hidden states (1, T, hidden) of tokens x (1, T, hidden) behind those in the cache: of text,
+    /// with a causal mask, or with `picture` of a picture, all of whose tokens attend to each
+    /// other. `rounded` rounds the rotary frequencies to bf16.
     pub fn read(&self, trunk: &Trunk, x: &Tensor, cache: &mut Cache, picture: bool, rounded: bool) -> Result<Tensor> {
         let rope = rope::sequence(&trunk.config, rounded, cache.len(), x.dim(1)?, &trunk.device)?;
         let (step, expert) = if picture { (Step::Scale, self.pictures()?) } else { (Step::Text, self.text()) };
@@ -219,8 +221,8 @@ impl Reading {
         trunk.forward(x, &rope, context, expert)
     }
 
-    /// Reads what stands before an image that is drawn: a cache of exactly its length. `picture`
-    /// are the features (tokens, hidden) of the one that is edited.
+    /// The cache of the prompt of an image, without spare capacity. `picture` holds the features
+    /// (tokens, hidden) of the source of an edit.
     pub fn prefix(&self, trunk: &Trunk, pieces: &[Piece], picture: Option<&Tensor>) -> Result<Cache> {
         let tokens = pieces.iter().map(|piece| match piece {
             Piece::Words(ids) => ids.len(),
@@ -240,12 +242,12 @@ impl Reading {
     }
 }
 
-/// What reads codes and predicts them.
+/// The part that reads codes and predicts them.
 #[derive(Debug)]
 pub struct Drawing {
     experts: Vec<AdaptedSwiGlu>,
     projector: [Linear; 3],
-    /// What the first scale reads, (1, bits).
+    /// Input of the first scale, (1, bits).
     start: Tensor,
     /// A row for every scale, (levels, hidden).
     levels: Tensor,
@@ -284,7 +286,7 @@ impl Drawing {
         Expert(Kind::Adapted(&self.experts, si))
     }
 
-    /// What the first scale reads, (1, 1, bits) in f32.
+    /// Input of the first scale, (1, 1, bits) in f32.
     pub fn start(&self) -> Result<Tensor> {
         self.start.unsqueeze(0)
     }

@@ -1,5 +1,4 @@
-//! Pictures as the model reads them: sizes, patches, and the features that take the places of
-//! tokens.
+//! Pictures as input of the model: sizes, patches, and features in place of token embeddings.
 
 use candle_core::{D, Device, Result, Tensor};
 use image::{RgbImage, imageops};
@@ -15,8 +14,7 @@ use crate::vision::{ImageProcessor, Patches};
 pub(super) const MERGE: usize = 2;
 /// Of the layer norm in the connector.
 const EPS: f64 = 1e-5;
-/// Pixels of a token along each side, by which pictures are measured whatever the patch: constants
-/// of the reference.
+/// Pixels of a token along each side, by which the reference bounds sizes, whatever the patch size.
 const TOKEN: usize = 28;
 /// The fewest and the most tokens of a picture, its thumbnail aside.
 const TOKENS: [usize; 2] = [576, 4000];
@@ -26,7 +24,7 @@ const SHORT: [f64; 2] = [672.0, 1008.0];
 /// Scales of an image of the 512 pixel level.
 const SMALL_LEVEL: usize = 10;
 
-/// How pictures are made ready: the size rule and ImageNet's mean and deviation.
+/// Preprocessing of pictures: the size rule and ImageNet's mean and deviation.
 pub fn processor() -> ImageProcessor {
     ImageProcessor {
         min_pixels: TOKENS[0] * TOKEN * TOKEN,
@@ -36,8 +34,8 @@ pub fn processor() -> ImageProcessor {
     }
 }
 
-/// The grid of tokens (height, width) of a picture of (width, height) pixels that is to be
-/// understood.
+/// The grid of tokens (height, width) of a picture of (width, height) pixels of a
+/// conversation.
 ///
 /// Errors: usage, if one side is more than 200 times the other.
 pub fn understanding_grid(

@@ -1,30 +1,30 @@
-//! The words and marks around what a user says. Generation has no newline behind `<|im_end|>`,
-//! conversations have; both as the weights were trained with.
+//! Prompt templates. Generation has no newline behind `<|im_end|>`, conversations have one; the
+//! weights were trained with both.
 
 use crate::error::{Error, Result};
 use crate::text::Text;
 
-/// A stretch of a prompt.
+/// A piece of a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece {
-    /// Ids of words and marks.
+    /// Ids of text and control tokens.
     Words(Vec<u32>),
-    /// The picture that is edited.
+    /// The source of an edit.
     Picture,
 }
 
 /// The row of a guided image that a prompt is for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Row {
-    /// An image of a text; of no text for what guidance leads away from.
+    /// An image of a text; the unconditional row is that of an empty text.
     Draw(String),
-    /// An edit of the picture by a text.
+    /// An edit by an instruction.
     Edit(String),
-    /// An image of nothing, which edits are led away from.
+    /// The unconditional row of edits.
     Nothing,
 }
 
-/// Marks that prompts are made of. Only some of the model's 15 added tokens are ever read.
+/// Control tokens of prompts. Only some of the model's 15 added tokens are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
     start: u32,
@@ -33,13 +33,13 @@ pub struct Marks {
     picture: [u32; 2],
 }
 
-/// What stands around a picture in a conversation.
+/// The control tokens around a picture in a conversation.
 pub const IMAGE: (&str, &str) = ("<img>", "</img>");
 
 impl Marks {
-    /// Those of a vocabulary, by name, for a model with so many rows for words.
+    /// The ids in a vocabulary, by name, for a model with `rows` embeddings.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a mark that is missing, or whose id has no row.
+    /// Errors: [`crate::error::Kind::Model`] for a token that is missing, or whose id has no row.
     pub fn of(text: &Text, rows: usize) -> Result<Self> {
         const HINT: &str = "copy tokenizer.json from the same checkpoint as the weights again";
         let id = |mark: &str| match text.control(mark) {
@@ -59,7 +59,7 @@ impl Marks {
         })
     }
 
-    /// What a row reads before the first scale, under a `system` prompt.
+    /// The prompt of a row, with the system prompt `system`.
     ///
     /// Errors: a text that cannot be encoded.
     pub fn prompt(&self, text: &Text, system: &str, row: &Row) -> Result<Vec<Piece>> {

@@ -1,5 +1,6 @@
-//! Rotary positions of two axes. Text stands at (i, i); the codes of a grid at rows and columns of
-//! the last grid, from the end of the prefix on, so that all scales cover the same positions.
+//! Rotary positions of two axes. Token i of a text has the position (i, i); the codes of a grid
+//! have rows and columns of the last grid, counted from the end of the prompt, so that all scales
+//! cover the same positions.
 
 use candle_core::{Device, Result, Tensor};
 use half::bf16;
@@ -10,8 +11,8 @@ use crate::backbone::Rope;
 /// Row and column.
 pub type Position = [usize; 2];
 
-/// Where line `i` of `count` stands among the `most` lines of the last grid. The reference computes
-/// in f32 and rounds halves to even; in f64 some lines would stand elsewhere.
+/// Line of the last grid, of `most` lines, for line `i` of `count`. Computed in f32 with halves
+/// rounded to even, as in the reference; f64 gives other lines for some sizes.
 pub fn coordinate(i: usize, count: usize, most: usize) -> usize {
     (i as f32 * (most as f32 / count as f32)).round_ties_even() as usize
 }

@@ -1,4 +1,4 @@
-//! The report of a model that draws in phases, each with weights of its own.
+//! Report of a model that draws in phases, each with its own weights.
 
 use std::fmt::Write;
 
@@ -25,11 +25,11 @@ pub(super) struct Report {
 #[derive(Debug, Serialize)]
 pub(super) struct Phase {
     pub name: &'static str,
-    /// Making the weights; loading them takes as long as reading them.
+    /// For random weights: time to make them.
     pub load_seconds: f64,
     pub seconds: f64,
     pub forecast_bytes: u64,
-    /// The most that was taken up to its end.
+    /// Peak from the start to its end.
     pub peak_bytes: Option<u64>,
 }
 

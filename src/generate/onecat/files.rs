@@ -1,5 +1,4 @@
-//! Where the files of a model are: the transformer is published by itself, and draws with
-//! Infinity's image tokenizer.
+//! The files of a model: its repository has no image tokenizer, which is Infinity's.
 
 use std::path::{Path, PathBuf};
 
@@ -10,9 +9,9 @@ use crate::io::input::quoted;
 use crate::onecat;
 use crate::tokenizer::BitTokenizerConfig;
 
-/// Where the transformer is on the hub.
+/// The model's repository on the hub.
 pub const HUB: &str = "onecat-ai/OneCAT-3B";
-/// Where the image tokenizer is.
+/// The repository of its image tokenizer.
 pub const TOKENIZER_HUB: &str = infinity::HUB;
 /// The image tokenizer that it was trained with.
 pub const TOKENIZER: &str = "infinity_vae_d32reg.pth";

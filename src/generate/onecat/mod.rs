@@ -1,4 +1,4 @@
-//! OneCAT: what its reference draws and edits with, and the whole model.
+//! OneCAT's drawing and editing: files, settings of the reference, rows, and the loaded model.
 
 mod files;
 mod model;

@@ -1,4 +1,4 @@
-//! A loaded model. What reads prompts is loaded for them and dropped before what draws comes.
+//! A loaded model. [`Reading`] is loaded for the prompts and dropped before [`Drawing`] is loaded.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +20,7 @@ use crate::onecat::{Drawing, Reading, ReadingParts, Trunk, patches};
 use crate::text::Text;
 use crate::tokenizer::{Code, ImageDecoder};
 
-/// Transformer and image tokenizer, and the prompts as the transformer has read them.
+/// Transformer and image tokenizer, and the caches of the prompts.
 #[derive(Debug)]
 pub struct OneCatModel {
     setup: OneCatSetup,
@@ -28,19 +28,19 @@ pub struct OneCatModel {
     drawing: Drawing,
     images: ImageDecoder,
     prefixes: Mutex<Prefixes>,
-    /// How long the prompts took, with the loading of what reads them.
+    /// Time of the prompts, with the loading of [`Reading`].
     reading: Duration,
 }
 
-/// Prompts that were read, each with the keys and values of its tokens.
+/// Prompts, each with its KV cache.
 #[derive(Debug)]
 struct Prefixes {
     known: BTreeMap<Row, Cache>,
-    /// Loaded again for prompts that come later, and kept.
+    /// Loaded again for later prompts, and then kept.
     reading: Option<Reading>,
     text: Text,
     marks: Marks,
-    /// Features (tokens, hidden) of the picture that is edited.
+    /// Features (tokens, hidden) of the source of an edit.
     picture: Option<Tensor>,
     source: Source,
     device: Device,
@@ -48,13 +48,13 @@ struct Prefixes {
 }
 
 impl Prefixes {
-    /// Loads what reads prompts and, with `pictures`, the picture that is edited.
+    /// Loads the part that reads prompts and, with `pictures`, the source of an edit.
     fn load(&self, setup: &OneCatSetup, pictures: bool) -> Result<Reading> {
         let parts = ReadingParts { pictures, head: false };
         load(&self.source, &self.device, self.weights, |w| Reading::load(w, &setup.transformer, parts))
     }
 
-    /// Makes sure that rows are known.
+    /// Reads the rows that are not known.
     fn read(&mut self, setup: &OneCatSetup, trunk: &Trunk, rows: &[Row]) -> Result<()> {
         if rows.iter().all(|row| self.known.contains_key(row)) {
             return Ok(());
@@ -76,7 +76,7 @@ impl Prefixes {
         Ok(())
     }
 
-    /// Whether all rows are few enough to be kept.
+    /// Whether the caches of all rows are small enough to be kept.
     fn are_few(&self, rows: &[Row]) -> Result<bool> {
         let mut tokens = 0;
         for row in rows {
@@ -99,8 +99,8 @@ fn load<T>(
 }
 
 impl OneCatModel {
-    /// Reads `prompts` and loads what draws them onto `device`, the transformer as `weights`, by
-    /// default f32 on a CPU and bf16 elsewhere. With an `edit`, a picture that is edited into
+    /// Reads `prompts` and loads the part that draws onto `device`, the transformer as `weights`,
+    /// by default f32 on a CPU and bf16 elsewhere. With an `edit`, a picture that is edited into
     /// images of so many scales, the prompts are instructions.
     ///
     /// Errors: files that are missing, broken or do not fit, and a picture that is too narrow.
@@ -142,7 +142,7 @@ impl OneCatModel {
         Ok(Self { setup: setup.clone(), trunk, drawing, images, prefixes: Mutex::new(prefixes), reading })
     }
 
-    /// How long the prompts took, with the loading of what reads them.
+    /// Time of the prompts, with the loading of [`Reading`].
     pub fn reading(&self) -> Duration {
         self.reading
     }
@@ -167,7 +167,7 @@ impl OneCatModel {
         self.draw(&rows, prompts.len(), Guided::Text, batch, observe)
     }
 
-    /// Edits the picture that was loaded, by each of the instructions, with the seed in its place.
+    /// Edits the loaded picture by each of the instructions, with the seed at its index.
     ///
     /// Errors: as [`crate::generate::Model::draw`], and usage without a picture.
     pub fn edit_batch(&self, instructions: &[&str], batch: Batch, observe: Observer) -> Result<Vec<RgbImage>> {

@@ -1,5 +1,5 @@
-//! The rows that OneCAT's images are drawn in: one of every image by its prompt; for edits another
-//! one of every image by the words alone; and, with guidance, an unconditional one of every image.
+//! The rows of a batch of OneCAT's images: every image has one with its prompt; in edits another
+//! one with the instruction alone; and, with guidance, an unconditional one.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -8,13 +8,13 @@ use crate::generate::sampler::{Fault, SampleParams};
 use crate::generate::{Sequences, bits, schedule};
 use crate::onecat::{Drawing, Trunk, rope};
 
-/// How the rows of an image guide it.
+/// Guidance, by the rows of an image.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Guided {
     /// Text to image: the prompt's row and, with guidance, an unconditional one.
     Text,
-    /// Editing: the row of picture and words, the row of the words alone, of this weight beside it,
-    /// and an unconditional one. Without a weight there is no row of the words alone.
+    /// Editing: a row with source and instruction, a row with the instruction alone, of this
+    /// weight, and an unconditional one. With weight 0 there is no row with the instruction alone.
     Edit(f64),
 }
 
@@ -28,7 +28,7 @@ impl Guided {
     }
 }
 
-/// A batch of rows, each behind a prefix of its own.
+/// A batch of rows, each with its own prefix.
 #[derive(Debug)]
 pub struct OneCatRows<'a> {
     trunk: &'a Trunk,
@@ -37,14 +37,14 @@ pub struct OneCatRows<'a> {
     images: usize,
     /// Of every scale, in all rows.
     ropes: Vec<Rope>,
-    /// Of every row that is still read.
+    /// Of every active row.
     caches: Vec<Cache>,
 }
 
 impl<'a> OneCatRows<'a> {
     /// Rows behind `prefixes`, for images of the grids `scales`, and the states that predict the
-    /// first code, (R, 1, hidden). The prefixes are those of one kind of row for every image, then
-    /// those of the next kind, as [`Guided`] has them in order.
+    /// first code, (R, 1, hidden). The prefixes of one kind of row for all images come before
+    /// those of the next kind, in the order of [`Guided`].
     pub fn start(
         trunk: &'a Trunk,
         drawing: &'a Drawing,
@@ -77,8 +77,8 @@ impl<'a> OneCatRows<'a> {
         Ok((rows, hidden))
     }
 
-    /// Logits of every bit of hidden states (R, T, hidden), the rows of an edit with its picture
-    /// and without it taken together: (images, T, 2 * bits) and, with guidance, as many
+    /// Logits of every bit of hidden states (R, T, hidden), the rows of an edit with its source
+    /// and without it combined: (images, T, 2 * bits) and, with guidance, as many
     /// unconditional ones behind them.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = self.drawing.logits(hidden)?;

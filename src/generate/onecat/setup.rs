@@ -1,4 +1,4 @@
-//! A model before its weights are loaded: shapes, and what it draws and edits with.
+//! A model before its weights are loaded: shapes and default sampling.
 
 use std::path::Path;
 
@@ -25,13 +25,13 @@ const CFG: f64 = 20.0;
 /// Guidance of editing, by the words and by the picture.
 const EDIT_CFG: f64 = 3.0;
 const IMAGE_CFG: f64 = 1.0;
-/// The reference divides logits by it at every scale.
+/// Temperature of every scale.
 const TAU: f64 = 0.5;
-/// What the reference's sampler leaves of two values of a bit.
+/// Top-p of the reference, over the two values of a bit.
 const TOP_P: f64 = 0.97;
-/// Tokens of what stands around a prompt, at most.
+/// The most tokens of a template around a prompt.
 pub(super) const AROUND: usize = 48;
-/// Prompts of more tokens in all are not kept read: what reads them stays loaded in their place.
+/// Prompts of more tokens in all are not kept in caches; [`Reading`] then stays loaded.
 pub(super) const KEPT: usize = 4096;
 
 /// Shapes and settings of a whole model.
@@ -43,9 +43,9 @@ pub struct OneCatSetup {
     pub transformer: OneCatConfig,
     /// The image tokenizer.
     pub tokenizer: BitTokenizerConfig,
-    /// Sampling of text to image when the user asks for nothing else.
+    /// Default sampling of text to image.
     pub sampling: Sampling,
-    /// Scales of an image when the user names a ratio, or nothing.
+    /// Default number of scales.
     pub level: usize,
 }
 
@@ -91,12 +91,12 @@ impl OneCatSetup {
         Ok(Self::new(transformer, tokenizer))
     }
 
-    /// Sampling of edits when the user asks for nothing else.
+    /// Default sampling of edits.
     pub fn edit_sampling(&self) -> Sampling {
         Sampling { cfg: EDIT_CFG, image_cfg: Some(IMAGE_CFG), ..self.sampling.clone() }
     }
 
-    /// The text tokenizer, and the marks that prompts are made of.
+    /// The text tokenizer, and the control tokens of prompts.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a tokenizer that is missing, broken, or of another
     /// model.
@@ -131,7 +131,7 @@ impl OneCatSetup {
         self.grids_like(size, (1, 1))
     }
 
-    /// The same where nothing is said for the ratio of a picture of (width, height) pixels.
+    /// The same, with the ratio of a picture of (width, height) pixels for `auto`.
     ///
     /// Errors: as [`Self::grids`].
     pub fn grids_like(&self, size: Size, (width, height): (u32, u32)) -> Result<Vec<(usize, usize)>> {
@@ -139,8 +139,8 @@ impl OneCatSetup {
         size.of_ratios(f64::from(height) / f64::from(width.max(1)), &levels, |_| self.level, CELL)
     }
 
-    /// Whether the model can be loaded to draw, and with `pictures` to edit, as far as words and
-    /// headers tell.
+    /// Checks that the model can be loaded to draw, and with `pictures` to edit, by its text
+    /// tokenizer and the headers of its weights.
     ///
     /// Errors: those of loading.
     pub fn check(&self, source: &Source, pictures: bool) -> Result<()> {
@@ -149,14 +149,14 @@ impl OneCatSetup {
         source.check(IMAGE_TOKENIZER, |w| ImageDecoder::load_bits(w, &self.tokenizer))
     }
 
-    /// Asks for everything that drawing takes.
+    /// Asks for everything that drawing loads.
     fn ask(&self, w: &Weights, parts: ReadingParts) -> candle_core::Result<()> {
         Trunk::load(w, &self.transformer)?;
         Reading::load(w, &self.transformer, parts)?;
         Drawing::load(w, &self.transformer).map(drop)
     }
 
-    /// The files of a model in numbers, and how their tensors compare with what is asked for.
+    /// Summaries of a model's files, and how their tensors compare with those that are loaded.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -202,8 +202,8 @@ impl OneCatSetup {
         })
     }
 
-    /// What `work` needs, with weights as `source` has them or as `weights`. Without a source they
-    /// are made up. `picture` are the tokens of the picture that is edited.
+    /// Memory of `work`, with weights as `source` stores them or as `weights`; without a source
+    /// they are random. `picture` is the number of tokens of the source of an edit.
     ///
     /// Errors: a source whose header cannot be read.
     pub fn memory(
