@@ -206,7 +206,7 @@ fn what_fails_is_told_and_the_rest_goes_on_and_comes_back_to_it() {
     assert!(code == 2 && stderr.contains("line 3 of jobs.jsonl: out/cat-3.png exists and is not an image"), "{stderr}");
     // An image that nothing names cannot be known again.
     fs::write(here.join("jobs.jsonl"), "{\"prompt\": \"a cat\"}").unwrap();
-    assert!(run(here, &again).2.contains("line 1 of jobs.jsonl: neither id nor out"));
+    assert!(run(here, &again).2.contains("line 1 of jobs.jsonl: without id or out"));
 }
 
 #[test]
@@ -280,7 +280,7 @@ fn what_is_no_whole_png_is_drawn_anew() {
     // Without a flag what is there is a fault; with --force it is drawn over.
     fs::write(here.join("out/text.png"), "mine").unwrap();
     let (code, _, stderr) = run(here, &args);
-    assert!(code == 2 && stderr.contains("already exists") && stderr.contains("--force draws it anew"), "{stderr}");
+    assert!(code == 2 && stderr.contains("already exists") && stderr.contains("--force replaces them"), "{stderr}");
     assert_eq!(read("text.png"), b"mine");
     let (code, told, stderr) = run(here, &[&args[..], &["--force"]].concat());
     assert!(code == 0 && told.len() == 5 && read("text.png") == whole, "{stderr}");

@@ -252,7 +252,7 @@ fn unigram_vocabularies_take_the_best_path_and_never_a_control_token() {
     assert_eq!(Text::from_bytes(unigram().to_string().as_bytes()).unwrap_err().exit_code(), 3);
     refused(&|file| file["model"]["unk_id"] = Value::Null, "unk_id");
     refused(&|file| file["model"]["unk_id"] = 8.into(), "unk_id");
-    refused(&|file| file["model"]["vocab"] = serde_json::json!({}), "words and scores");
+    refused(&|file| file["model"]["vocab"] = serde_json::json!({}), "tokens and scores");
     refused(&|file| file["model"]["vocab"][3][0] = "x".repeat(65).into(), "65 bytes");
     let words: Vec<(String, f64)> = (0..8192).map(|i| (format!("{i:064}").chars().rev().collect(), 0.0)).collect();
     refused(&|file| file["model"]["vocab"] = serde_json::to_value(&words).unwrap(), "nodes");

@@ -32,7 +32,7 @@ fn a_companys_certificates_are_trusted_if_they_are_named() {
     assert!(stderr.contains("hint: ") && stderr.contains("SSL_CERT_FILE=CA.pem nextflow"), "{stderr}");
     for bad in ["nowhere.pem", "Cargo.toml"] {
         let (code, _, stderr) = run(command(home.path(), &hub, &["models", "pull", "o/m"]).env("SSL_CERT_FILE", bad));
-        assert!(code == 1 && stderr.contains(&format!("SSL_CERT_FILE={bad} gives no certificates")), "{stderr}");
+        assert!(code == 1 && stderr.contains(&format!("SSL_CERT_FILE={bad} has no certificates")), "{stderr}");
     }
     // Folders as c_rehash makes them: named by a hash.
     let folder = tempfile::tempdir().unwrap();

@@ -43,8 +43,8 @@ fn a_hub_that_stays_busy_is_left_alone() {
     for (path, answer, requests, said) in [
         (list_path("o/m"), status(429, &[("Retry-After", "0")]), 5, "it answered 429, 5 times in a row"),
         (weights_path(), status(504, &[("Retry-After", "0")]), 5, "answered 504, 5 times in a row"),
-        (list_path("o/m"), status(429, &[("Retry-After", "7200")]), 1, "asks to come again in 7200 s"),
-        (list_path("o/m"), status(503, &[("Retry-After", "18446744073709551615")]), 1, "asks to come again"),
+        (list_path("o/m"), status(429, &[("Retry-After", "7200")]), 1, "asks to retry in 7200 s"),
+        (list_path("o/m"), status(503, &[("Retry-After", "18446744073709551615")]), 1, "asks to retry"),
     ] {
         let mut answers = model("o/m", &usual());
         answers.insert(path.clone(), VecDeque::from([answer]));
@@ -277,7 +277,8 @@ fn mirrors_state_sizes_and_hashes_where_they_like() {
     // Wrong bytes are found by a hash from there, too; what states no length cannot be checked at all.
     let wrong = ok(vec![1; bytes.len()]).with("x-linked-etag", sha256(&bytes));
     let endless = Answer { chunked: true, ..ok(bytes.clone()) };
-    for (answer, said) in [(wrong, "not those of its SHA-256"), (endless, "the mirror says how long model.safetensors")]
+    for (answer, said) in
+        [(wrong, "not those of its SHA-256"), (endless, "the mirror gives no length of model.safetensors")]
     {
         let home = tempfile::tempdir().unwrap();
         let mut answers = model("o/m", &usual());
