@@ -10,7 +10,7 @@
 //! | [`chat`] | conversations: [`chat::Session`] |
 //! | [`codes`] | files of image codes, and the tokenizers that they belong to |
 //! | [`generate`] | drawing: [`generate::Model`]; the next-scale loop is [`generate::draw_codes`] |
-//! | [`backbone`], [`infinity`], [`t5`], [`vision`], [`tokenizer`], [`refiner`] | the networks, of the layers in `nn` |
+//! | [`backbone`], [`infinity`], [`onecat`], [`t5`], [`vision`], [`tokenizer`], [`refiner`] | the networks, of the layers in `nn` |
 //! | [`checkpoint`], `hub` | where weights come from |
 //! | [`text`], [`pixels`], [`io`], [`terminal`] | text tokenizers; images; files; the terminal |
 //! | [`ops`] | operations with kernels of their own: in `ops/cpu` and `ops/cuda` |
@@ -32,6 +32,7 @@ pub mod infinity;
 pub mod io;
 pub mod memory;
 mod nn;
+pub mod onecat;
 pub mod ops;
 pub mod pixels;
 pub mod refiner;

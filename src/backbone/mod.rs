@@ -1,6 +1,7 @@
 //! The decoder-only transformer: its blocks, rotary positions, and the input and output layers for image codes. NextFlow,
 //! TokenFlow-t2i and Qwen2.5-VL are configurations of it.
 
+mod attention;
 mod block;
 mod cache;
 mod code_embedding;
@@ -13,7 +14,9 @@ pub mod rope_scaling;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-pub use block::{Context, Step};
+pub(crate) use attention::SelfAttention;
+pub use attention::{Context, Step};
+pub(crate) use block::SwiGlu;
 pub use cache::Cache;
 pub use config::{BackboneConfig, InputMode, NormPlacement, Vocabulary};
 pub use layout::Layout;

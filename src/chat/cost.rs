@@ -4,11 +4,12 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::session::CHUNK;
-use super::{ChatConfig, ChatModel};
+use super::{ChatConfig, ChatModel, ImageEncoder};
 use crate::chat::Letterbox;
 use crate::checkpoint::{Inventory, Matrices, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::generate::{Size, cost, schedule};
+use crate::onecat::{Reading, ReadingParts, patches};
 use crate::tokenizer::ImageTokenizer;
 use crate::vision::VisionTower;
 
@@ -38,9 +39,6 @@ impl ChatMemory {
     }
 }
 
-/// Bytes of the vocabulary per token: the tables of the `tokenizers` library, as measured.
-const WORD: u64 = 400;
-
 impl ChatConfig {
     /// The grid (height, width) of the largest pass over an image of (width, height) pixels, and all its tokens.
     ///
@@ -53,7 +51,13 @@ impl ChatConfig {
             return Ok((last, 1 + schedule::codes(&scales) + whole));
         }
         let (vision, processor) = self.vision.as_ref().ok_or_else(ChatModel::sees_nothing)?;
-        processor.tokens(size, vision).map(|(h, w)| ((h, w), h * w))
+        match vision {
+            ImageEncoder::Tower(vision) => processor.tokens(size, vision).map(|(h, w)| ((h, w), h * w)),
+            ImageEncoder::Patches(config) => {
+                let (h, w) = patches::understanding_grid(config, processor, size)?;
+                Ok(((h, w), h * w + config.thumbnail_tokens()))
+            }
+        }
     }
 
     /// Memory of a conversation of `tokens` tokens, the largest of whose images is a grid of tokens `image`, with the weights as
@@ -80,11 +84,18 @@ impl ChatConfig {
         // A model that draws has a cache of the unconditional row as well.
         let rows = if self.drawing.is_some() { 2 } else { 1 };
         let cache = rows * 2 * c.num_hidden_layers * tokens.max(CHUNK) * c.num_key_value_heads * c.head_dim() * width;
-        let pass = tokens.min(CHUNK) * (4 * c.intermediate_size + 6 * c.hidden_size) * width;
-        let seen = self.vision.as_ref().zip(image).map_or(0, |((v, _), (h, w))| {
-            let patches = h * w * v.spatial_merge_size * v.spatial_merge_size;
-            patches * (4 * v.intermediate_size).max(9 * v.hidden_size) * width
+        let seen = self.vision.as_ref().zip(image).map_or(0, |((v, _), (h, w))| match v {
+            ImageEncoder::Tower(v) => {
+                let patches = h * w * v.spatial_merge_size * v.spatial_merge_size;
+                patches * (4 * v.intermediate_size).max(9 * v.hidden_size) * width
+            }
+            ImageEncoder::Patches(_) => 0,
         });
+        let together = match (&self.vision, image) {
+            (Some((ImageEncoder::Patches(v), _)), Some((h, w))) => CHUNK.max(h * w + v.thumbnail_tokens()),
+            _ => CHUNK,
+        };
+        let pass = tokens.min(together) * (4 * c.intermediate_size + 6 * c.hidden_size) * width;
         let words = c.vocab_size * 4 * width;
         // Its answer may be an image, as large as the largest or as those that it usually draws.
         let drawn = match &self.drawing {
@@ -106,14 +117,27 @@ impl ChatConfig {
             weights: held + tokenizer,
             cache: cache as u64,
             activations: ((pass + words).max(seen) as u64).max(drawn),
-            program: cost::PROGRAM + WORD * c.vocab_size as u64,
+            program: cost::PROGRAM + cost::WORD * c.vocab_size as u64,
         })
     }
 
-    /// Bytes of the image encoder's weights.
+    /// Bytes of the weights that text is not read with: the image encoder's, or those of OneCAT's
+    /// expert for pictures.
     pub fn vision_bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
         let asked = Weights::inventory();
-        let vision = self.vision.as_ref().map(|(config, _)| VisionTower::load(&asked, config));
-        vision.and_then(|tower| tower.ok()).map_or(0, |_| asked.bytes(dtype, matrices))
+        match &self.vision {
+            Some((ImageEncoder::Tower(config), _)) => {
+                VisionTower::load(&asked, config).map_or(0, |_| asked.bytes(dtype, matrices))
+            }
+            Some((ImageEncoder::Patches(config), _)) => {
+                let bytes = |pictures| {
+                    let asked = Weights::inventory();
+                    let parts = ReadingParts { pictures, head: false };
+                    Reading::load(&asked, config, parts).map_or(0, |_| asked.bytes(dtype, matrices))
+                };
+                bytes(true) - bytes(false)
+            }
+            None => 0,
+        }
     }
 }

@@ -6,7 +6,7 @@ use super::picture::{Script, Token};
 use super::reply::{ReplyEvent, ReplyObserver, ReplyOptions, Talk};
 use super::session::{CHUNK, Row};
 use super::template::{Part, Role};
-use super::{ChatModel, Picture, Session};
+use super::{Picture, Session};
 use crate::error::Result;
 use crate::generate::next_input::NextInput;
 use crate::generate::{Batch, Rows, Sampling, draw_codes, schedule};
@@ -50,7 +50,7 @@ impl Session<'_> {
     ) -> Result<()> {
         let (model, config) = (self.model, &self.model.config.backbone);
         let Some((tokenizer, sampling)) = model.tokenizer.as_ref().zip(options.image.as_ref()) else {
-            return Err(ChatModel::draws_nothing());
+            return Err(model.draws_nothing());
         };
         let guided = sampling.guided_scales(scales.len());
         let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
@@ -70,7 +70,7 @@ impl Session<'_> {
         let sampling = Sampling { draft: 0, ..sampling.clone() };
         let batch = Batch { scales, sampling: &sampling, seeds: &[seed] };
         let input = NextInput::of_table(tokenizer.quantizer(), config.input_mode, scales);
-        let drawing = Rows::resume(&model.backbone, &mut self.caches, layouts, scales)?;
+        let drawing = Rows::resume(model.reader.backbone()?, &mut self.caches, layouts, scales)?;
         let images = draw_codes(drawing, hidden, input, batch, &mut |event| observe(ReplyEvent::Drawing(event)));
         let name = format!("${}", self.gallery().len() + 1);
         let picture = images.and_then(|mut images| {

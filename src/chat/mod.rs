@@ -1,10 +1,11 @@
-//! Conversations about images: Qwen2.5-VL's public weights, or NextFlow's, over the same transformer.
+//! Conversations about images: with Qwen2.5-VL's public weights, OneCAT's, or NextFlow's.
 
 mod config;
 mod cost;
 mod drawing;
 mod letterbox;
 mod picture;
+mod reader;
 mod reply;
 mod sampling;
 mod session;
@@ -21,6 +22,7 @@ pub use config::{QwenConfig, is_qwen, other_family, unknown_family};
 pub use cost::ChatMemory;
 pub use letterbox::Letterbox;
 pub use picture::{Picture, PictureCodes};
+pub use reader::Reader;
 pub use reply::{Ending, Reply, ReplyEvent, ReplyObserver, ReplyOptions};
 pub use sampling::{Detokenizer, TextSampling};
 pub use session::{Session, Turn};
@@ -30,12 +32,22 @@ use crate::backbone::{Backbone, BackboneConfig};
 use crate::checkpoint::{FileSummary, Fit, Inventory, Source, TRANSFORMER, WeightType, Weights};
 use crate::error::{Error, Result};
 use crate::generate::{ModelConfig, SYSTEM, Size, tokenflow};
+use crate::onecat::{self, OneCatConfig, patches};
 use crate::pixels;
 use crate::text::Text;
 use crate::tokenizer::{Code, ImageTokenizer};
 use crate::vision::{ImageProcessor, VisionConfig, VisionTower};
 use config::Generation;
-use template::{ChatTemplate, Template};
+use template::{ChatTemplate, ImageMarks, Template};
+
+/// Shape of what makes features of images.
+#[derive(Clone, Debug)]
+pub enum ImageEncoder {
+    /// Qwen2.5-VL's encoder.
+    Tower(VisionConfig),
+    /// OneCAT's patch embedding, a part of its transformer.
+    Patches(Box<OneCatConfig>),
+}
 
 /// Config of a checkpoint for conversations, read before its weights.
 #[derive(Clone, Debug)]
@@ -43,7 +55,7 @@ pub struct ChatConfig {
     /// Shape of the transformer.
     pub backbone: BackboneConfig,
     /// The image encoder's shape, and how images are made ready for it, if there is one.
-    pub vision: Option<(VisionConfig, ImageProcessor)>,
+    pub vision: Option<(ImageEncoder, ImageProcessor)>,
     /// The whole config of a model that reads images as codes and draws.
     pub drawing: Option<Box<ModelConfig>>,
     /// The default system prompt.
@@ -59,7 +71,8 @@ pub struct ChatConfig {
 }
 
 impl ChatConfig {
-    /// Reads the small files of a checkpoint: Qwen2.5-VL's public one, or NextFlow's.
+    /// Reads the small files of a checkpoint: Qwen2.5-VL's public one, OneCAT's with the headers of
+    /// its weights, or NextFlow's.
     ///
     /// Errors: a file that is missing or broken.
     pub fn read(source: &Source) -> Result<Self> {
@@ -67,8 +80,11 @@ impl ChatConfig {
         if is_qwen(&public) {
             let config = QwenConfig::read(source)?;
             let QwenConfig { backbone, vision, processor, sampling, stops, context, template, notes } = config;
-            let (vision, system) = (Some((vision, processor)), SYSTEM.into());
+            let (vision, system) = (Some((ImageEncoder::Tower(vision), processor)), SYSTEM.into());
             return Ok(Self { backbone, vision, drawing: None, system, sampling, context, notes, stops, template });
+        }
+        if onecat::is_config(&public) {
+            return Ok(Self::onecat(OneCatConfig::read(source)?));
         }
         if let Some(family) = other_family(&public).filter(|_| !tokenflow::is_public(&public)) {
             return Err(unknown_family(source, family));
@@ -81,9 +97,62 @@ impl ChatConfig {
         Ok(Self { backbone, vision: None, drawing, system, sampling, context, notes, stops, template: None })
     }
 
+    /// OneCAT's, which answers greedily as in the reference's script.
+    pub fn onecat(config: OneCatConfig) -> Self {
+        Self {
+            backbone: config.transformer.clone(),
+            drawing: None,
+            system: config.system.clone(),
+            sampling: TextSampling::GREEDY,
+            context: config.context,
+            notes: Vec::new(),
+            stops: Vec::new(),
+            template: None,
+            vision: Some((ImageEncoder::Patches(Box::new(config)), patches::processor())),
+        }
+    }
+
+    /// The config of OneCAT, if it is that.
+    pub fn as_onecat(&self) -> Option<&OneCatConfig> {
+        match &self.vision {
+            Some((ImageEncoder::Patches(config), _)) => Some(config),
+            _ => None,
+        }
+    }
+
+    /// What stands around images.
+    fn marks(&self) -> ImageMarks {
+        match &self.vision {
+            None => ImageMarks::NONE,
+            Some((ImageEncoder::Tower(_), _)) => ImageMarks::QWEN,
+            Some((ImageEncoder::Patches(_), _)) => ImageMarks::ONECAT,
+        }
+    }
+
+    /// Errors: usage, for more images than a conversation may have.
+    pub fn check_images(&self, count: usize) -> Result<()> {
+        match self.as_onecat() {
+            // All tokens of all its images would have to see each other, whatever was said between
+            // them.
+            Some(_) if count > 1 => Err(Error::usage(format!("OneCAT reads one image in a conversation, not {count}"))
+                .hint("nextflow chat -i IMAGE \"...\" for each of them; /clear begins a new conversation")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The text tokenizer, and the template of conversations over it.
+    fn words(&self, source: &Source) -> Result<(Text, Template)> {
+        let text = source.text_of(self.backbone.vocab_size)?;
+        if self.as_onecat().is_some() {
+            onecat::prompt::Marks::of(&text, self.backbone.vocab_size)?;
+        }
+        let template = Template::of(&text, self.marks())?;
+        Ok((text, template))
+    }
+
     /// A model of random weights.
     pub fn synthetic(backbone: BackboneConfig, vision: Option<VisionConfig>) -> Self {
-        let vision = vision.map(|config| (config, ImageProcessor::default()));
+        let vision = vision.map(|config| (ImageEncoder::Tower(config), ImageProcessor::default()));
         let (sampling, system, stops) = (TextSampling::GREEDY, SYSTEM.into(), Vec::new());
         let notes = Vec::new();
         Self { backbone, vision, drawing: None, system, sampling, context: 32_768, notes, stops, template: None }
@@ -110,10 +179,14 @@ impl ChatConfig {
         })
     }
 
-    /// The transformer and, where there is one, the image encoder.
-    pub fn build(&self, w: &Weights) -> candle_core::Result<(Backbone, Option<VisionTower>)> {
-        let vision = self.vision.as_ref().map(|(config, _)| VisionTower::load(&w.pp("visual"), config)).transpose()?;
-        Ok((Backbone::load(w, &self.backbone)?, vision))
+    /// What reads a conversation.
+    pub fn build(&self, w: &Weights) -> candle_core::Result<Reader> {
+        let vision = match &self.vision {
+            Some((ImageEncoder::Patches(config), _)) => return Reader::load_onecat(w, config),
+            Some((ImageEncoder::Tower(config), _)) => Some(Box::new(VisionTower::load(&w.pp("visual"), config)?)),
+            None => None,
+        };
+        Ok(Reader::Backbone(Box::new(Backbone::load(w, &self.backbone)?), vision))
     }
 }
 
@@ -126,8 +199,7 @@ pub struct ChatModel {
     pad: Option<u32>,
     /// Its tokenizer puts a space before the first word of a text.
     spaced: bool,
-    backbone: Backbone,
-    vision: Option<VisionTower>,
+    reader: Reader,
     tokenizer: Option<ImageTokenizer>,
     config: ChatConfig,
 }
@@ -137,7 +209,7 @@ impl ChatModel {
     ///
     /// Errors: those of [`ChatModel::load`].
     pub fn check(source: &Source, config: &ChatConfig) -> Result<()> {
-        Template::of(&source.text_of(config.backbone.vocab_size)?, config.vision.is_some())?;
+        config.words(source)?;
         source.check(TRANSFORMER, |w| config.build(w))?;
         config.drawing.as_ref().map_or(Ok(()), |drawing| {
             source.check(drawing.tokenizer_file(source), |w| ImageTokenizer::load(w, &drawing.tokenizer))
@@ -148,8 +220,7 @@ impl ChatModel {
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not chat.
     pub fn load(source: &Source, mut config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
-        let text = source.text_of(config.backbone.vocab_size)?;
-        let mut template = Template::of(&text, config.vision.is_some())?;
+        let (text, mut template) = config.words(source)?;
         match config.template.take().map(|own| (*own).clone().fitted(&text)) {
             Some(Ok(own)) => {
                 template = template.with_own(own);
@@ -161,12 +232,12 @@ impl ChatModel {
         }
         let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| config.build(&w.with_matrices(matrices));
-        let (backbone, vision) = source.load(TRANSFORMER, dtype, device, build)?;
+        let reader = source.load(TRANSFORMER, dtype, device, build)?;
         let tokenizer =
             config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device, weights)).transpose()?;
         let spaced = text.decode(&text.encode("a")?)?.starts_with(' ');
         let pad = text.control("<|image_pad|>");
-        Ok(Self { text, template, pad, spaced, backbone, vision, tokenizer, config })
+        Ok(Self { text, template, pad, spaced, reader, tokenizer, config })
     }
 
     /// The config.
@@ -182,11 +253,17 @@ impl ChatModel {
             let letterbox = Letterbox::of(config, image.dimensions(), Size::Auto)?;
             return self.encode(name, &letterbox.apply(image), &letterbox.scales);
         }
-        let (Some(tower), Some((config, processor))) = (&self.vision, &self.config.vision) else {
-            return Err(Self::sees_nothing());
-        };
-        let patches = processor.patches(image, config)?;
-        Ok(Picture::of_patches(name, tower.forward(&patches)?, patches.tokens))
+        match (&self.reader, &self.config.vision) {
+            (Reader::Backbone(_, Some(tower)), Some((ImageEncoder::Tower(config), processor))) => {
+                let patches = processor.patches(image, config)?;
+                Ok(Picture::of_patches(name, tower.forward(&patches)?, patches.tokens))
+            }
+            (Reader::OneCat(_, reading), Some((ImageEncoder::Patches(config), processor))) => {
+                let parts = patches::understanding(config, processor, image)?;
+                Ok(Picture::of_features(name, reading.features(&parts)?))
+            }
+            _ => Err(Self::sees_nothing()),
+        }
     }
 
     /// Reads an image of the size of the last of the grids `scales`.
@@ -195,14 +272,14 @@ impl ChatModel {
     pub fn encode(&self, name: &str, image: &RgbImage, scales: &[(usize, usize)]) -> Result<Picture> {
         let tokenizer = self.tokenizer.as_ref().ok_or_else(Self::sees_nothing)?;
         let (width, height) = (image.width() as usize, image.height() as usize);
-        let pixels = pixels::to_tensor(&[image.as_raw()], height, width, self.backbone.device())?;
+        let pixels = pixels::to_tensor(&[image.as_raw()], height, width, self.reader.device())?;
         let codes = tokenizer.encode(&pixels, scales)?.remove(0).codes;
         Picture::of_codes(name, &self.config.backbone, tokenizer.quantizer(), codes, scales)
     }
 
     /// The grids of an image of the default size.
     pub fn usual_scales(&self) -> Result<Vec<(usize, usize)>> {
-        Size::Auto.grids(self.config.drawing.as_ref().ok_or_else(Self::draws_nothing)?)
+        Size::Auto.grids(self.config.drawing.as_ref().ok_or_else(|| self.draws_nothing())?)
     }
 
     /// The pixels of an image in codes.
@@ -219,7 +296,7 @@ impl ChatModel {
     ///
     /// Errors: usage, if the model does not draw.
     pub fn pixels(&self, codes: &[Vec<Code>], scales: &[(usize, usize)]) -> Result<RgbImage> {
-        let tokenizer = self.tokenizer.as_ref().ok_or_else(Self::draws_nothing)?;
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(|| self.draws_nothing())?;
         tokenizer.decode_image(codes, scales)
     }
 
@@ -229,8 +306,14 @@ impl ChatModel {
     }
 
     /// The error of an image to be drawn by a model that draws none.
-    pub fn draws_nothing() -> Error {
-        Error::usage("this model does not draw").hint("nextflow gen -p \"a red apple\"")
+    pub fn draws_nothing(&self) -> Error {
+        match self.config.as_onecat() {
+            // The parts that draw are half of the model, and work from what conversations do not
+            // hold.
+            Some(_) => Error::usage("OneCAT draws and edits by commands of their own, not within a conversation")
+                .hint("nextflow edit --model FOLDER -i IMAGE -p TEXT, or nextflow gen --model FOLDER -p TEXT"),
+            None => Error::usage("this model does not draw").hint("nextflow gen -p \"a red apple\""),
+        }
     }
 
     /// The beginning of generated text, without the space that a tokenizer like Llama's puts before the first word.
@@ -246,7 +329,7 @@ impl ChatModel {
     /// Logits of all text tokens and, where it draws of its own accord, of `<boi>`, for hidden states
     /// (1, 1, hidden).
     fn logits(&self, hidden: &Tensor) -> candle_core::Result<Vec<f32>> {
-        let logits = self.backbone.text_logits(hidden)?.flatten_all()?;
+        let logits = self.reader.text_logits(hidden)?.flatten_all()?;
         let words = self.config.backbone.vocab_size + usize::from(self.draws());
         logits.narrow(0, 0, words)?.to_dtype(candle_core::DType::F32)?.to_vec1()
     }

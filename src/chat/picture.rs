@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
 
+use super::Reader;
 use super::template::{Piece, Pieces};
-use crate::backbone::{Backbone, BackboneConfig, Layout, Step};
+use crate::backbone::{BackboneConfig, Layout, Step};
 use crate::error::{Error, Kind, Result};
 use crate::generate::ImageCodes;
 use crate::generate::next_input::NextInput;
@@ -27,6 +28,8 @@ pub struct Picture {
 enum Seen {
     /// The features of an image encoder, (h * w, hidden), for a grid (height, width).
     Patches(Tensor, (usize, usize)),
+    /// The features (tokens, hidden) of an image whose tokens see each other, one after the other.
+    Features(Tensor),
     /// Codes, scale by scale.
     Codes(Arc<PictureCodes>),
 }
@@ -46,6 +49,11 @@ impl Picture {
     /// Of features (h * w, hidden).
     pub(super) fn of_patches(name: &str, features: Tensor, tokens: (usize, usize)) -> Self {
         Self::new(name, Seen::Patches(features, tokens))
+    }
+
+    /// Of features (tokens, hidden), each of which sees all others.
+    pub(super) fn of_features(name: &str, features: Tensor) -> Self {
+        Self::new(name, Seen::Features(features))
     }
 
     /// Of codes, which fit the quantiser.
@@ -76,7 +84,7 @@ impl Picture {
     pub fn codes(&self) -> Option<&PictureCodes> {
         match &self.seen {
             Seen::Codes(codes) => Some(codes),
-            Seen::Patches(..) => None,
+            Seen::Patches(..) | Seen::Features(_) => None,
         }
     }
 
@@ -84,7 +92,7 @@ impl Picture {
     #[cfg(test)]
     pub(super) fn features(&self) -> &Tensor {
         match &self.seen {
-            Seen::Patches(features, _) => features,
+            Seen::Patches(features, _) | Seen::Features(features) => features,
             Seen::Codes(_) => panic!("{} is read as codes", self.name),
         }
     }
@@ -93,6 +101,7 @@ impl Picture {
     pub fn tokens(&self) -> usize {
         match &self.seen {
             Seen::Patches(_, (h, w)) => h * w,
+            Seen::Features(features) => features.dims()[0],
             Seen::Codes(codes) => 2 + codes.inputs.iter().zip(codes.grids()).map(|(_, (h, w))| h * w).sum::<usize>(),
         }
     }
@@ -111,6 +120,8 @@ pub(super) enum Token {
     Word(u32),
     /// Of an image, by its id: what an encoder made of it.
     Patch(u64, u32),
+    /// Of an image, by its id, whose tokens see each other.
+    Feature(u64, u32),
     /// Of an image, by its id: an input (0 for the second scale), and the place in it.
     Code(u64, u32, u32),
 }
@@ -120,6 +131,7 @@ impl Token {
     fn input(&self) -> Option<(u64, u32)> {
         match *self {
             Token::Code(id, input, _) => Some((id, input)),
+            Token::Feature(id, _) => Some((id, 0)),
             Token::Word(_) | Token::Patch(..) => None,
         }
     }
@@ -127,13 +139,14 @@ impl Token {
     /// The image that a token is of.
     fn image(&self) -> Option<u64> {
         match *self {
-            Token::Code(id, ..) | Token::Patch(id, _) => Some(id),
+            Token::Code(id, ..) | Token::Patch(id, _) | Token::Feature(id, _) => Some(id),
             Token::Word(_) => None,
         }
     }
 }
 
-/// Ranges of tokens for forward passes of at most `most` tokens, with their kind; the codes of one input stay together.
+/// Ranges of tokens for forward passes of at most `most` tokens, with their kind; the codes of one
+/// input, and the features of one image that all see each other, stay together.
 pub(super) fn passes(tokens: &[Token], most: usize) -> impl Iterator<Item = (&[Token], Step)> {
     tokens.chunk_by(|a, b| a.input() == b.input()).flat_map(move |run| {
         let step = if run[0].input().is_some() { Step::Scale } else { Step::Text };
@@ -172,6 +185,11 @@ impl Script {
                 self.tokens.extend((0..(grid.0 * grid.1) as u32).map(|i| Token::Patch(picture.id, i)));
                 self.layout.push_patches(*grid);
             }
+            Seen::Features(features) => {
+                let count = features.dims()[0];
+                self.tokens.extend((0..count as u32).map(|i| Token::Feature(picture.id, i)));
+                self.layout.push_text(count);
+            }
             Seen::Codes(codes) => {
                 self.tokens.push(Token::Word(config.boi()));
                 for (input, (_, (h, w))) in codes.inputs.iter().zip(codes.grids()).enumerate() {
@@ -187,29 +205,31 @@ impl Script {
 
 /// Embeddings of tokens, (1, T, hidden); `find` returns images by their ids.
 pub(super) fn embed<'a>(
-    backbone: &Backbone,
+    reader: &Reader,
     tokens: &[Token],
     find: impl Fn(u64) -> Option<&'a Picture>,
 ) -> Result<Tensor> {
-    let device = backbone.device();
+    let device = reader.device();
     let mut parts = Vec::new();
     for run in tokens.chunk_by(|a, b| (a.image(), a.input()) == (b.image(), b.input())) {
         let Some(id) = run[0].image() else {
             let ids: Vec<u32> =
                 run.iter().filter_map(|t| if let Token::Word(id) = t { Some(*id) } else { None }).collect();
-            parts.push(backbone.embed_text(&Tensor::new(ids, device)?.unsqueeze(0)?)?);
+            parts.push(reader.embed_text(&Tensor::new(ids, device)?.unsqueeze(0)?)?);
             continue;
         };
         let picture = find(id).ok_or_else(|| Error::new(Kind::Failure, "an image is gone"))?;
         parts.push(match (&picture.seen, run[0]) {
             (Seen::Codes(codes), Token::Code(_, input, first)) => {
+                let backbone = reader.backbone()?;
                 let (input, dim) = (input as usize, backbone.config().code_dim);
                 let features = &codes.inputs[input][first as usize * dim..][..run.len() * dim];
                 let features = Tensor::from_slice(features, (1, run.len(), dim), device)?.to_dtype(backbone.dtype())?;
                 backbone.embed_codes(&features, input + 1, &codes.scales)?
             }
-            (Seen::Patches(features, _), Token::Patch(_, first)) => {
-                features.narrow(0, first as usize, run.len())?.unsqueeze(0)?.to_dtype(backbone.dtype())?
+            (Seen::Patches(features, _), Token::Patch(_, first))
+            | (Seen::Features(features), Token::Feature(_, first)) => {
+                features.narrow(0, first as usize, run.len())?.unsqueeze(0)?.to_dtype(reader.dtype())?
             }
             _ => return Err(Error::new(Kind::Failure, "an image is gone")),
         });

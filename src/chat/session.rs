@@ -6,7 +6,7 @@ use super::picture::{self, Script, Token, passes};
 use super::reply::{Ending, Pause, Reply, ReplyEvent, ReplyObserver, ReplyOptions, Talk};
 use super::template::{Part, Role};
 use super::{ChatModel, Detokenizer, Picture};
-use crate::backbone::{Cache, Context, Layout, Rope, Step};
+use crate::backbone::{Cache, Layout, Step};
 use crate::error::{Error, Kind, Result};
 
 /// Images in one reply: what opens more has lost itself.
@@ -59,10 +59,9 @@ pub struct Session<'a> {
 impl<'a> Session<'a> {
     /// An empty conversation.
     pub fn new(model: &'a ChatModel) -> Result<Self> {
-        let (backbone, config) = (&model.backbone, &model.config);
+        let config = &model.config;
         let rows = if config.drawing.is_some() { 2 } else { 1 };
-        let cache = |_| Cache::new(&config.backbone, CHUNK, backbone.dtype(), backbone.device());
-        let caches = (0..rows).map(cache).collect::<candle_core::Result<_>>()?;
+        let caches = (0..rows).map(|_| model.reader.cache(CHUNK)).collect::<candle_core::Result<_>>()?;
         let (turns, reply, read) = (Vec::new(), Vec::new(), vec![Vec::new(); rows]);
         Ok(Self { model, system: config.system.clone(), turns, caches, reply, read })
     }
@@ -152,7 +151,7 @@ impl<'a> Session<'a> {
         observe: ReplyObserver,
     ) -> Result<Reply> {
         if self.model.tokenizer.is_none() || options.image.is_none() {
-            return Err(ChatModel::draws_nothing());
+            return Err(self.model.draws_nothing());
         }
         self.take_turn(pictures, text, |session| {
             let mut talk = session.begin(options, observe)?;
@@ -207,6 +206,7 @@ impl<'a> Session<'a> {
 
     /// Prefills the conversation up to the beginning of the reply.
     fn begin(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<Talk> {
+        self.model.config.check_images(self.pictures().count())?;
         let script = self.render(Row::Said, true)?;
         let prompt_tokens = script.tokens.len();
         let max_tokens = options.max_tokens.min(self.room(prompt_tokens)?);
@@ -221,7 +221,8 @@ impl<'a> Session<'a> {
     /// Errors: usage, if these do not fit.
     pub(super) fn room(&self, tokens: usize) -> Result<usize> {
         self.model.config.room(tokens).map_err(|e| {
-            let smaller = if self.model.vision.is_some() { ", or smaller images: --max-pixels 500000" } else { "" };
+            let smaller =
+                if self.model.config.vision.is_some() { ", or smaller images: --max-pixels 500000" } else { "" };
             e.hint(format!("/undo or /clear{smaller}"))
         })
     }
@@ -312,7 +313,7 @@ impl<'a> Session<'a> {
             let id = match token {
                 Token::Word(id) => Some(*id),
                 Token::Patch(..) => self.model.pad,
-                Token::Code(..) => None,
+                Token::Code(..) | Token::Feature(..) => None,
             };
             if let Some(was) = id.and_then(|id| before.get_mut(id as usize)) {
                 *was = true;
@@ -341,19 +342,18 @@ impl<'a> Session<'a> {
 
     /// Appends tokens to a row's cache. Returns the hidden state of the last one, (1, 1, hidden).
     fn pass(&mut self, row: Row, tokens: &[Token], layout: &Layout, step: Step) -> Result<Tensor> {
-        let (backbone, row) = (&self.model.backbone, row as usize);
+        let row = row as usize;
         let start = self.read[row].len();
         let x = self.embed(tokens)?;
-        let rope = Rope::new(backbone.config(), &[&layout.positions[start..][..tokens.len()]], backbone.device())?;
-        let context = Context::Cached { caches: &mut self.caches[row..=row], step };
-        let hidden = backbone.forward(&x, &rope, context)?;
+        let positions = &layout.positions[start..][..tokens.len()];
+        let hidden = self.model.reader.read(&x, positions, &mut self.caches[row], step)?;
         self.read[row].extend(tokens);
         Ok(hidden.narrow(1, tokens.len() - 1, 1)?.contiguous()?)
     }
 
     /// Tokens as the transformer reads them, (1, T, hidden).
     pub(super) fn embed(&self, tokens: &[Token]) -> Result<Tensor> {
-        picture::embed(&self.model.backbone, tokens, |id| self.pictures().find(|p| p.id() == id))
+        picture::embed(&self.model.reader, tokens, |id| self.pictures().find(|p| p.id() == id))
     }
 
     /// The conversation up to the model's next token, or its images alone.

@@ -132,7 +132,7 @@ fn a_conversation_with_two_images_is_as_the_reference_reads_it() {
 #[test]
 fn images_are_prepared_as_the_reference_does() {
     let (model, golden) = (tiny(), golden());
-    let (config, processor) = model.config.vision.as_ref().unwrap();
+    let Some((ImageEncoder::Tower(config), processor)) = &model.config.vision else { panic!("no image encoder") };
     for (case, names) in [
         ("one", &["shapes.png"][..]),
         ("two", &["drawings_small.png", "photo_tall.png"]),
@@ -213,8 +213,13 @@ fn an_edit_is_what_the_masked_pass_says() {
         let tokens = script.layout.len();
         let rope = Rope::new(config, &[&script.layout.positions], &Device::Cpu).unwrap();
         let mask = Tensor::from_vec(script.layout.mask(), (tokens, tokens), &Device::Cpu).unwrap();
-        let hidden = model.backbone.forward(&x, &rope, Context::Masked(&mask)).unwrap();
-        model.backbone.code_logits(&hidden.get(0).unwrap().narrow(0, first, 1 + inputs).unwrap()).unwrap()
+        let hidden = model.reader.backbone().unwrap().forward(&x, &rope, Context::Masked(&mask)).unwrap();
+        model
+            .reader
+            .backbone()
+            .unwrap()
+            .code_logits(&hidden.get(0).unwrap().narrow(0, first, 1 + inputs).unwrap())
+            .unwrap()
     });
     let mut at = 0;
     for (scale, (codes, (h, w))) in codes.codes.iter().zip(&codes.scales).enumerate() {
@@ -298,7 +303,7 @@ impl Session<'_> {
         self.read[0].clear();
         self.caches[0].truncate(0);
         self.caches[0].reserve(tokens.len()).unwrap();
-        let backbone = &self.model.backbone;
+        let backbone = self.model.reader.backbone().unwrap();
         let rows = passes(tokens, chunk).map(|(part, step)| {
             let positions = &layout.positions[self.caches[0].len()..][..part.len()];
             let rope = Rope::new(backbone.config(), &[positions], backbone.device()).unwrap();

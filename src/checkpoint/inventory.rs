@@ -92,6 +92,12 @@ impl Inventory {
         self.archives.iter().rev().find_map(|archive| archive.entry(key)).map(|entry| &entry.shape[..])
     }
 
+    /// Bytes that are stored of what `model`, an [inventory](Weights::inventory), was asked for.
+    pub fn bytes_of(&self, model: &Weights) -> u64 {
+        let stored = |key: &String| self.archives.iter().rev().find_map(|archive| archive.entry(key));
+        model.wishes().keys().filter_map(stored).map(|entry| entry.length).sum()
+    }
+
     /// Why no config can fit these files: their layout or encoding is not read.
     pub fn unread(&self) -> Option<Error> {
         layout::unread(&self.archives)

@@ -60,6 +60,11 @@ pub(super) fn is_lora(key: &str) -> bool {
     key.contains(".lora_A.") || key.contains(".lora_B.")
 }
 
+/// Names of OneCAT's checkpoints, which have LoRA matrices of their own, for every scale.
+pub(super) fn is_onecat(key: &str) -> bool {
+    key.starts_with("patch_language_model.")
+}
+
 /// Names by which AWQ, GPTQ, compressed-tensors, bitsandbytes and block-wise fp8 store a matrix.
 pub(super) fn is_quantised(key: &str) -> bool {
     const NAMES: [&str; 6] = ["qweight", "qzeros", "weight_packed", "weight.absmax", "SCB", "weight_scale_inv"];

@@ -30,7 +30,8 @@ pub(super) fn unread(archives: &[impl Borrow<Archive>]) -> Option<Error> {
     if let Some(archive) = named(keys::is_llama_cpp) {
         return error(archive, "has llama.cpp's names of tensors (blk.0.attn_q.weight), which are not read", OTHER);
     }
-    if let Some(archive) = named(keys::is_lora) {
+    let whole = archives.iter().any(|archive| archive.borrow().has_key(keys::is_onecat));
+    if let Some(archive) = named(keys::is_lora).filter(|_| !whole) {
         return error(archive, "holds a LoRA adapter, not the weights of a model", keys::MERGE);
     }
     if let Some(archive) = named(keys::is_quantised) {

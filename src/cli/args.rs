@@ -62,8 +62,8 @@ pub struct SamplingArgs {
     /// image
     #[arg(long, default_value = "auto")]
     pub size: String,
-    /// Guidance: how closely to follow the prompt. 0 is off (as in VAR); for Infinity 1 is off, and
-    /// a list sets every scale: 4,4,3,... [default: the model's]
+    /// Guidance: how closely to follow the prompt. 0 is off (as in VAR); for Infinity and OneCAT 1
+    /// is off, and a list sets every scale: 4,4,3,... [default: the model's]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub cfg: Option<PerScale>,
     /// Guide the first N scales only; the others then take half the time [default: all]

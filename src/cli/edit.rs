@@ -1,5 +1,7 @@
 //! `nextflow edit`: change images by saying how.
 
+mod onecat;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -12,7 +14,7 @@ use super::{DrawArgs, PromptArgs};
 use crate::chat::{ChatConfig, ChatModel, Letterbox, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::refinement::{CodeRefiner, Refined};
-use crate::generate::{cost, schedule};
+use crate::generate::{GeneratorConfig, cost, prompt, schedule};
 use crate::pixels;
 use crate::tokenizer::Code;
 
@@ -22,7 +24,8 @@ use crate::tokenizer::Code;
                   nextflow edit -i scene.png \"remove the red circle\" --count 4\n  \
                   echo \"把背景变成浅蓝色\" | nextflow edit -i cat.png -\n  \
                   nextflow gen \"a blue star\" -o - | nextflow edit -i - \"make it red\" -o red.png\n\nThe image is scaled to the model's size and centred; \
-                  the result is cropped to the ratio of the first image, unless --size is given.")]
+                  the result is cropped to the ratio of the first image, unless --size is given.\n\
+                  OneCAT reads the image in its own ratio, and draws in the nearest of 15.")]
 pub struct EditArgs {
     /// Image to edit; repeat for several; `-` reads standard input
     #[arg(short, long = "image", help_heading = "Prompt", value_name = "FILE", required = true)]
@@ -33,6 +36,10 @@ pub struct EditArgs {
     /// Follow the instruction more freely: guidance does not hold on to the source images
     #[arg(long, help_heading = "Sampling")]
     pub free: bool,
+    /// OneCAT only: how much the instruction alone, without the image, counts beside both; 0 is off
+    /// [default: 1]
+    #[arg(long, help_heading = "Sampling", value_name = "X", allow_negative_numbers = true)]
+    pub image_cfg: Option<f64>,
     /// What `gen` and `edit` share.
     #[command(flatten)]
     pub draw: DrawArgs,
@@ -51,7 +58,15 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     if args.draw.sampling.refine.is_none() {
         request.sampling.refine = 0;
     }
+    if let GeneratorConfig::OneCat(setup) = &request.config {
+        let setup = setup.clone();
+        return onecat::run(args, &setup, request, &sources);
+    }
     let model = request.config.nextflow()?;
+    if args.image_cfg.is_some() {
+        return Err(Error::usage(format!("--image-cfg is for OneCAT, this is {}", request.model))
+            .hint("leave it out, or --model onecat-ai/OneCAT-3B"));
+    }
     if args.free && request.sampling.cfg == 0.0 {
         return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
     }
@@ -114,12 +129,11 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
                 _ => delivery.stop.check(),
             }
         })?;
-        let drawn = session.last_image().ok_or_else(ChatModel::draws_nothing)?;
+        let drawn = session.last_image().ok_or_else(|| model.draws_nothing())?;
         let mut image = model.decode(drawn)?;
         if let (Some(refiner), Some(codes)) = (&refiner, drawn.codes()) {
             // The instruction describes no image; what the model says that it will draw does.
-            let caption =
-                reply.text.split_once(crate::generate::prompt::FINAL).map_or("", |(_, caption)| caption.trim());
+            let caption = reply.text.split_once(prompt::FINAL).map_or("", |(_, caption)| caption.trim());
             let refined = Refined { codes: &codes.codes, caption, seed: job.seed };
             image = refiner.refine(image, &codes.scales, refined, job.sampling.refine, &mut |event| {
                 delivery.event(&event, |codes, scales| model.pixels(codes, scales))

@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::checkpoint::{self, Source};
 use crate::error::{Error, Result};
 use crate::generate::infinity::{self, HUB, TEXT_HUB, VARIANTS, Variant};
+use crate::generate::{onecat, tokenflow};
 use crate::hub::{self, Cache, Event, Id, size};
 use crate::terminal;
 
@@ -82,6 +83,20 @@ fn text(offline: bool, progress: hub::Observer) -> Result<std::path::PathBuf> {
         fetch(&shard)?;
     }
     Ok(folder)
+}
+
+/// Puts the image tokenizer of a model that was published without one into the model's folder.
+///
+/// Errors: those of a download. Offline, OneCAT loads without it: chat needs none.
+pub(super) fn borrow_tokenizer(folder: &Path, offline: bool, progress: hub::Observer) -> Result<()> {
+    if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&Source::Folder(folder.into())) {
+        hub::borrow(folder, &other.parse()?, file, offline, progress)?;
+    }
+    if onecat::needs_tokenizer(folder) {
+        let borrowed = hub::borrow(folder, &onecat::TOKENIZER_HUB.parse()?, onecat::TOKENIZER, offline, progress);
+        return if offline { Ok(()) } else { borrowed };
+    }
+    Ok(())
 }
 
 /// Prints the progress of a download to stderr: what it waits for, and a line per tenth of a file.

@@ -10,9 +10,11 @@ use crate::chat::{self, ChatConfig};
 use crate::checkpoint::{FileSummary, Fit, IMAGE_TOKENIZER, Inventory, NANO, Source, TRANSFORMER, Weights};
 use crate::error::{Error, Result};
 use crate::generate::infinity::{self, InfinitySetup, Variant};
-use crate::generate::{ModelConfig, tokenflow};
+use crate::generate::onecat::OneCatSetup;
+use crate::generate::{self, ModelConfig, tokenflow};
 use crate::infinity::{Infinity, InfinityConfig};
 use crate::io::input::quoted;
+use crate::onecat::{self, OneCatConfig, is_onecat};
 use crate::t5::TextEncoder;
 use crate::tokenizer::{BitDecoder, BitEncoder, BitPreset, BitTokenizerConfig};
 use crate::{codes, terminal};
@@ -73,6 +75,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<()> {
 fn of_folder(path: &Path) -> Result<Info> {
     match config(path)? {
         Some(config) if chat::is_qwen(&config) => of_qwen(&Source::Folder(path.into())),
+        Some(config) if onecat::is_config(&config) => of_onecat(path),
         Some(config) if is_model(&config) => of_model(&Source::Folder(path.into())),
         Some(config) if chat::other_family(&config).is_some() => of_family(path, &config),
         None if is_whole(path) => {
@@ -163,6 +166,26 @@ fn of_qwen(source: &Source) -> Result<Info> {
     Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, words, fit: Some(fit) })
 }
 
+/// OneCAT's folder, with or without the image tokenizer that it draws with.
+fn of_onecat(path: &Path) -> Result<Info> {
+    let source = generate::onecat::in_folder(path, super::model::infinity_cache())?;
+    let (config, family, (files, fit)) = match source.has(IMAGE_TOKENIZER) {
+        true => {
+            let setup = OneCatSetup::read(&source)?;
+            let compared = setup.compare(&source)?;
+            (setup.transformer, setup.name, compared)
+        }
+        false => {
+            let config = OneCatConfig::read(&source)?;
+            let compared = generate::onecat::compare_transformer(&source, &config)?;
+            let family = "OneCAT without an image tokenizer: it reads and answers, but does not draw";
+            (config, family.into(), compared)
+        }
+    };
+    let words = words(&source, config.transformer.vocab_size)?;
+    Ok(Info { family, config: Some(serde_json::json!({ "onecat": config.to_json() })), files, words, fit: Some(fit) })
+}
+
 /// A whole model by its config.
 fn of_model(source: &Source) -> Result<Info> {
     let config = ModelConfig::read(source)?;
@@ -191,6 +214,16 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         let name = Variant::of_shape(&shape).map_or("Infinity", |variant| variant.title);
         let (family, fit) = (format!("{name}, the transformer"), Some(inventory.compare(&asked)));
         return Ok(Info { family, config: None, files, words: None, fit });
+    }
+    if is_onecat(inventory) {
+        let family = "OneCAT, the transformer".into();
+        let Ok(config) = OneCatConfig::of(inventory, &serde_json::Value::Null) else {
+            return Ok(Info { family, config: None, files, words: None, fit: None });
+        };
+        let asked = Weights::inventory();
+        config.ask(&asked)?;
+        let (json, fit) = (serde_json::json!({ "onecat": config.to_json() }), Some(inventory.compare(&asked)));
+        return Ok(Info { family, config: Some(json), files, words: None, fit });
     }
     if inventory.has("quantize.embedding_vqgan.weight") {
         let (preset, fit) = codes::nearest(inventory)?;
@@ -267,6 +300,20 @@ impl Info {
                 number("width"),
                 number("heads"),
                 number("bits")
+            ));
+        }
+        if let Some(onecat) = self.config.as_ref().and_then(|c| c.get("onecat")) {
+            let number = |key: &str| onecat.get(key).map(ToString::to_string).unwrap_or_default();
+            line(format!(
+                "  transformer: {} layers, {} wide, {} heads over {}, {} words, {} bits a token, adapters of rank {} for {} scales",
+                number("num_hidden_layers"),
+                number("hidden_size"),
+                number("num_attention_heads"),
+                number("num_key_value_heads"),
+                number("vocab_size"),
+                number("bits"),
+                number("adapter_rank"),
+                number("adapters")
             ));
         }
         for f in &self.files {

@@ -6,11 +6,10 @@ use super::ModelArgs;
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
-use crate::generate::infinity;
-#[cfg(feature = "hub")]
-use crate::generate::tokenflow;
+use crate::generate::{self, infinity};
 #[cfg(feature = "hub")]
 use crate::hub;
+use crate::onecat;
 
 impl ModelArgs {
     /// The value of `--model`; none means the built-in model.
@@ -37,7 +36,10 @@ impl ModelArgs {
         let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
         // Our config.json names the family; public ones are missing, or name none.
         if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
-            return Ok(source);
+            return match onecat::is_config(&source.read_config()?) {
+                true => generate::onecat::in_folder(folder, infinity_cache()),
+                false => Ok(source),
+            };
         }
         match infinity::in_folder(folder, choice, text_encoder().as_deref())? {
             Some(parts) => Ok(parts),
@@ -69,11 +71,8 @@ impl ModelArgs {
         // Others may have fetched a part of it, or a download was cut.
         let whole = |folder: &Path| Source::Folder(folder.into()).find(TRANSFORMER).is_ok();
         let folder = hub::fetch(id, None, whole, self.offline, &mut progress)?;
-        let source = Source::Folder(folder.clone());
-        if let Some((other, file)) = tokenflow::tokenizer_elsewhere(&source) {
-            hub::borrow(&folder, &other.parse()?, file, self.offline, &mut progress)?;
-        }
-        Ok(source)
+        super::hub::borrow_tokenizer(&folder, self.offline, &mut progress)?;
+        Ok(Source::Folder(folder))
     }
 }
 
@@ -87,6 +86,14 @@ fn no_choice(name: &str) -> Error {
 pub(super) fn text_encoder() -> Option<PathBuf> {
     #[cfg(feature = "hub")]
     return hub::Cache::from_env().ok()?.snapshot(&infinity::TEXT_HUB.parse().ok()?);
+    #[cfg(not(feature = "hub"))]
+    None
+}
+
+/// The cached hub folder of Infinity, whose image tokenizer OneCAT draws with.
+pub(super) fn infinity_cache() -> Option<PathBuf> {
+    #[cfg(feature = "hub")]
+    return hub::Cache::from_env().ok()?.snapshot(&infinity::HUB.parse().ok()?);
     #[cfg(not(feature = "hub"))]
     None
 }

@@ -81,7 +81,11 @@ fn pull(cache: &Cache, model: &str, files: &[String], offline: bool, quiet: bool
     if id.is(infinity::HUB) && files.is_empty() {
         return super::hub::fetch_infinity(&id, choice, false).map(drop);
     }
-    let folder = Client::from_env()?.pull(&id, &files, cache, &mut progress(quiet)?)?;
+    let mut progress = progress(quiet)?;
+    let folder = Client::from_env()?.pull(&id, &files, cache, &mut progress)?;
+    if files.is_empty() {
+        super::hub::borrow_tokenizer(&folder, false, &mut progress)?;
+    }
     terminal::emit_path(&folder).map(drop)
 }
 

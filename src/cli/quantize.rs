@@ -10,7 +10,9 @@ use crate::chat::{self, ChatConfig, ChatModel};
 use crate::checkpoint::{self, REFINER, WeightType, Weights};
 use crate::error::Result;
 use crate::generate::infinity::{self, InfinitySetup};
+use crate::generate::onecat::OneCatSetup;
 use crate::generate::{Model, ModelConfig, tokenflow};
+use crate::onecat;
 use crate::terminal;
 
 /// Flags of `nextflow quantize`.
@@ -38,6 +40,10 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let config = source.read_config()?;
     if infinity::is_config(&config) {
         InfinitySetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
+        return terminal::emit_path(&args.output).map(drop);
+    }
+    if onecat::is_config(&config) {
+        OneCatSetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
         return terminal::emit_path(&args.output).map(drop);
     }
     if let Some(family) = chat::other_family(&config).filter(|_| !tokenflow::is_public(&config)) {

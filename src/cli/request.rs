@@ -256,6 +256,7 @@ pub(crate) fn sampling(args: &SamplingArgs, defaults: Sampling) -> Sampling {
         draft: 0,
         guidance: defaults.guidance,
         cfg_layers: defaults.cfg_layers,
+        image_cfg: defaults.image_cfg,
     }
 }
 

@@ -10,6 +10,7 @@ use crate::checkpoint::{Fit, IMAGE_TOKENIZER, Inventory, Matrices, Source, Weigh
 use crate::error::{Error, Result};
 use crate::generate::{ImageCodes, ModelConfig, Size, cost, infinity, ratios};
 use crate::io::input::quoted;
+use crate::onecat;
 use crate::tokenizer::{
     BitEncoder, BitPreset, BitTokenizerConfig, CnnConfig, Code, CodeSpace, ImageDecoder, ImageTokenizer, Preset,
     TokenizerConfig,
@@ -75,7 +76,8 @@ impl TokenizerSource {
 
     /// The tokenizer of a whole model.
     pub fn of_model(source: Source) -> Result<Self> {
-        if infinity::is_config(&source.read_config()?) {
+        let config = source.read_config()?;
+        if infinity::is_config(&config) || onecat::is_config(&config) {
             let files = source.files(IMAGE_TOKENIZER)?;
             return files
                 .first()

@@ -130,7 +130,7 @@ impl Examiner<'_> {
     fn options(&self, case: usize) -> Result<ReplyOptions> {
         let config = self.model.config();
         let image = config.drawing.as_ref().map(|drawing| drawing.sampling.clone());
-        let image = Some(image.ok_or_else(ChatModel::draws_nothing)?);
+        let image = Some(image.ok_or_else(|| self.model.draws_nothing())?);
         let seed = self.seed.wrapping_add(case as u64);
         Ok(ReplyOptions { sampling: config.sampling, max_tokens: LONGEST, image, seed, guide_from_sources: true })
     }

@@ -190,7 +190,7 @@ mod tests {
     fn blur_counts_and_another_draw_of_the_same_does_not() -> Result<()> {
         let truth = noise(1, 1);
         let (same, blurred) = (noise(2, 1).texture(&truth)?, noise(3, 4).texture(&truth)?);
-        assert!(same.wasserstein[0] < 0.1 * blurred.wasserstein[0], "{same:?} {blurred:?}");
+        assert!(same.wasserstein[0] < 0.2 * blurred.wasserstein[0], "{same:?} {blurred:?}");
         assert!((same.edges - 1.0).abs() < 0.05 && blurred.edges < 0.6, "{same:?} {blurred:?}");
         let itself = truth.texture(&truth)?;
         assert!(itself.mean_wasserstein() == 0.0 && itself.frechet.abs() < 1e-3, "{itself:?}");

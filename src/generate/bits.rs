@@ -102,6 +102,32 @@ mod tests {
         assert!(seen >= 4 * 200, "{seen}");
     }
 
+    /// OneCAT's two filters of two values, with what they keep and its probabilities.
+    #[test]
+    fn onecats_filter_equals_the_reference() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/onecat/preprocess.safetensors");
+        let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let of = |name: &str| &golden[&format!("bit_filter.{name}")];
+        let (pairs, probabilities) = (of("in").to_vec2::<f32>().unwrap(), of("probs").to_vec2::<f32>().unwrap());
+        let keep = of("keep").to_vec2::<u8>().unwrap();
+        let kept = Filter { top_k: Some(2), top_p: 0.97 };
+        for ((pair, want), keep) in pairs.iter().zip(&probabilities).zip(&keep) {
+            let one = |u: f64| pair[1] - pair[0] > threshold(u, kept);
+            for (value, keep) in keep.iter().enumerate() {
+                // Whatever the noise, a value that goes is never drawn, and one that stays is, now
+                // and then.
+                let drawn = [1e-9, 1.0 - 1e-9].iter().any(|&u| usize::from(one(u)) == value);
+                assert_eq!(u8::from(drawn), *keep, "{pair:?}");
+            }
+            let share = f64::from(want[1]);
+            for off in [1e-4, 0.01, 0.3] {
+                assert!(share - off <= 0.0 || one(share - off), "{pair:?} should be 1");
+                assert!(share + off >= 1.0 || !one(share + off), "{pair:?} should be 0");
+            }
+        }
+        assert_eq!(pairs.len(), 400);
+    }
+
     #[test]
     fn bits_follow_their_probabilities_and_nothing_else() {
         // 0 with 0.7, and with certainty.

@@ -84,6 +84,9 @@ impl Memory {
 /// The program with its libraries, buffers and threads, as measured.
 pub const PROGRAM: u64 = 20 << 20;
 
+/// Bytes of the vocabulary per token: the tables of the `tokenizers` library, as measured.
+pub const WORD: u64 = 400;
+
 /// The images that are drawn at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Work<'a> {
@@ -95,6 +98,8 @@ pub struct Work<'a> {
     pub words: usize,
     /// How codes are sampled.
     pub sampling: &'a Sampling,
+    /// Different prompts in all, for a model that reads them beforehand.
+    pub prompts: usize,
 }
 
 /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
@@ -144,7 +149,7 @@ pub fn synthetic_memory(
     (matrices, filters): (Matrices, Matrices),
     work: Work,
 ) -> Result<Memory> {
-    let Work { scales, images, words, sampling } = work;
+    let Work { scales, images, words, sampling, .. } = work;
     let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
     Backbone::load(&transformer, &config.backbone)?;
     ImageDecoder::load(&tokenizer, &config.tokenizer)?;
@@ -171,7 +176,7 @@ pub fn synthetic_memory(
 
 /// Peak bytes of a transformer block for `tokens` tokens, with numbers of `width` bytes: gate and up, each with its packed copy,
 /// beside the residual stream and its norm.
-fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
+pub fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
     (tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * width) as u64
 }
 

@@ -7,10 +7,12 @@ use image::RgbImage;
 
 use super::cost::{self, Memory, Work};
 use super::infinity::{self, FeatureStore, InfinityModel, InfinitySetup};
+use super::onecat::{OneCatModel, OneCatSetup};
 use super::{Batch, Model, ModelConfig, Observer, PromptCounter, Sampling};
 use crate::checkpoint::{FileSummary, Fit, Source, WeightType};
 use crate::error::{Error, Result};
 use crate::generate::Size;
+use crate::onecat;
 use crate::t5::{self, TextEncoder};
 use crate::tokenizer::Code;
 
@@ -21,6 +23,8 @@ pub enum GeneratorConfig {
     NextFlow(Box<ModelConfig>),
     /// Infinity: images alone, by a text that another network reads.
     Infinity(Box<InfinitySetup>),
+    /// OneCAT: one transformer, whose parts for reading and drawing are loaded one after the other.
+    OneCat(Box<OneCatSetup>),
 }
 
 impl GeneratorConfig {
@@ -28,13 +32,18 @@ impl GeneratorConfig {
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not draw.
     pub fn read(source: &Source) -> Result<Self> {
-        match infinity::is_config(&source.read_config()?) {
-            true => InfinitySetup::read(source).map(|setup| Self::Infinity(Box::new(setup))),
-            false => ModelConfig::read(source).map(|config| Self::NextFlow(Box::new(config))),
+        match source.read_config()? {
+            config if infinity::is_config(&config) => {
+                InfinitySetup::read(source).map(|setup| Self::Infinity(Box::new(setup)))
+            }
+            config if onecat::is_config(&config) => {
+                OneCatSetup::read(source).map(|setup| Self::OneCat(Box::new(setup)))
+            }
+            _ => ModelConfig::read(source).map(|config| Self::NextFlow(Box::new(config))),
         }
     }
 
-    /// The config of a model that also edits and talks.
+    /// The config of a model that draws within a conversation.
     ///
     /// Errors: usage, for one that does not.
     pub fn nextflow(&self) -> Result<&ModelConfig> {
@@ -42,6 +51,8 @@ impl GeneratorConfig {
             Self::NextFlow(config) => Ok(config),
             Self::Infinity(setup) => Err(Error::usage(format!("{} draws, but neither edits nor talks", setup.name))
                 .hint("nextflow gen --model FOLDER -p TEXT, or leave out --model to use nano")),
+            Self::OneCat(setup) => Err(Error::usage(format!("{} does not think in words before it draws", setup.name))
+                .hint("leave out --think")),
         }
     }
 
@@ -55,6 +66,7 @@ impl GeneratorConfig {
                 let text = setup.text.as_ref().map(|_| TextEncoder::text(source)).transpose()?;
                 Ok(PromptCounter::cutting(text))
             }
+            Self::OneCat(setup) => Ok(PromptCounter::new(setup.words(source)?.0, setup.transformer.context)),
         }
     }
 
@@ -63,6 +75,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => &config.name,
             Self::Infinity(setup) => &setup.name,
+            Self::OneCat(setup) => &setup.name,
         }
     }
 
@@ -71,6 +84,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => &config.sampling,
             Self::Infinity(setup) => &setup.sampling,
+            Self::OneCat(setup) => &setup.sampling,
         }
     }
 
@@ -81,6 +95,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => size.refined_grids(config, config.upscale(sampling)),
             Self::Infinity(setup) => setup.grids(size),
+            Self::OneCat(setup) => setup.grids(size),
         }
     }
 
@@ -89,6 +104,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => config.has_scales(scales),
             Self::Infinity(setup) => setup.has_scales(scales),
+            Self::OneCat(setup) => setup.has_scales(scales),
         }
     }
 
@@ -100,6 +116,7 @@ impl GeneratorConfig {
                 (width * times, height * times)
             }
             Self::Infinity(setup) => setup.pixels(scales),
+            Self::OneCat(setup) => setup.pixels(scales),
         }
     }
 
@@ -109,6 +126,7 @@ impl GeneratorConfig {
             Self::NextFlow(config) => config.prompt.padded_to,
             // The last one is `</s>`.
             Self::Infinity(_) => Some(t5::MAX_WORDS - 1),
+            Self::OneCat(_) => None,
         }
     }
 
@@ -116,7 +134,7 @@ impl GeneratorConfig {
     pub fn refiner_steps(&self) -> Option<usize> {
         match self {
             Self::NextFlow(config) => config.refiner.as_ref().map(|refiner| refiner.steps),
-            Self::Infinity(_) => None,
+            Self::Infinity(_) | Self::OneCat(_) => None,
         }
     }
 
@@ -128,6 +146,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => Model::check(source, config),
             Self::Infinity(setup) => setup.check(source, features.map(FeatureStore::at).as_ref()),
+            Self::OneCat(setup) => setup.check(source, false),
         }
     }
 
@@ -138,6 +157,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => config.compare(source),
             Self::Infinity(setup) => setup.compare(source),
+            Self::OneCat(setup) => setup.compare(source),
         }
     }
 
@@ -148,6 +168,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => cost::memory(config, source, weights, work, device),
             Self::Infinity(setup) => setup.memory(Some(source), weights, work, device),
+            Self::OneCat(setup) => setup.memory(Some(source), weights, work, None, device),
         }
     }
 }
@@ -159,12 +180,14 @@ pub enum Generator {
     NextFlow(Box<Model>),
     /// Infinity.
     Infinity(Box<InfinityModel>),
+    /// OneCAT.
+    OneCat(Box<OneCatModel>),
 }
 
 impl Generator {
-    /// Loads everything for drawing onto `device`, as `weights` or by default. A separate text encoder encodes the `prompts` now and
-    /// is dropped before the other networks are loaded; `features` are stored features of prompts. With `refine` the
-    /// refiner is loaded too.
+    /// Loads everything for drawing onto `device`, as `weights` or by default. What reads text
+    /// alone encodes the `prompts` now and is dropped before the other networks are loaded;
+    /// `features` are stored features of prompts. With `refine` the refiner is loaded too.
     ///
     /// Errors: files that are missing, broken or do not fit.
     pub fn load(
@@ -187,6 +210,10 @@ impl Generator {
                 let model = InfinityModel::load(source, setup, (device, weights), prompts, features)?;
                 Ok(Self::Infinity(Box::new(model)))
             }
+            GeneratorConfig::OneCat(setup) => {
+                let model = OneCatModel::load(source, setup, (device, weights), prompts, None)?;
+                Ok(Self::OneCat(Box::new(model)))
+            }
         }
     }
 
@@ -195,6 +222,7 @@ impl Generator {
         match self {
             Self::NextFlow(model) => model.decode(codes, scales),
             Self::Infinity(model) => model.decode(codes, scales),
+            Self::OneCat(model) => model.decode(codes, scales),
         }
     }
 
@@ -209,6 +237,7 @@ impl Generator {
         match self {
             Self::NextFlow(model) => model.draw_batch(prompts, negative, batch, observe),
             Self::Infinity(model) => model.draw_batch(prompts, negative, batch, observe),
+            Self::OneCat(model) => model.draw_batch(prompts, negative, batch, observe),
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod infinity;
 mod job;
 mod model;
 pub mod next_input;
+pub mod onecat;
 pub mod png_info;
 pub mod prompt;
 pub mod ratios;

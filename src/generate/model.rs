@@ -22,6 +22,10 @@ impl ModelConfig {
             return Err(Error::model(format!("{source} is Infinity, which draws by nextflow gen alone"))
                 .hint("nextflow gen --model FOLDER -p TEXT, or leave out --model to use nano"));
         }
+        if crate::onecat::is_config(&config) {
+            return Err(Error::model(format!("{source} is OneCAT, which this command is not for"))
+                .hint("nextflow gen, edit or chat --model FOLDER"));
+        }
         if tokenflow::is_public(&config) {
             return Ok(tokenflow::config());
         }

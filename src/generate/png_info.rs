@@ -37,6 +37,9 @@ pub struct PngInfo {
     /// The temperature of every scale, in place of `temperature`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temperature_scales: Vec<f64>,
+    /// Weight of an edit's words without its image, beside `cfg`, if the model has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_cfg: Option<f64>,
     /// Blocks before the end at which guidance was applied inside the network, if it was.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
@@ -93,6 +96,7 @@ impl PngInfo {
             cfg_scales: job.sampling.cfg_scales.clone(),
             temperature_scales: job.sampling.temperature_scales.clone(),
             cfg_layers: job.sampling.cfg_layers.clone(),
+            image_cfg: job.sampling.image_cfg,
             top_k: job.sampling.top_k,
             top_p: job.sampling.top_p,
             cfg_until: job.sampling.cfg_until,

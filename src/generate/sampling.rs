@@ -62,6 +62,10 @@ pub struct Sampling {
     /// as without any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
+    /// How much the words alone, without the picture that is edited, count beside both in guidance.
+    /// OneCAT's edits alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_cfg: Option<f64>,
     /// Steps of the refiner; 0 is off.
     #[serde(default, skip_serializing_if = "is_default")]
     pub refine: usize,
@@ -86,6 +90,7 @@ impl Default for Sampling {
             cfg_scales: Vec::new(),
             temperature_scales: Vec::new(),
             cfg_layers: Vec::new(),
+            image_cfg: None,
             refine: 0,
         }
     }
@@ -100,6 +105,9 @@ impl Sampling {
         let mut faults = Vec::new();
         for &cfg in [self.cfg].iter().chain(&self.cfg_scales) {
             faults.push((inside(cfg, MAX_CFG), ("cfg", cfg, "a number from 0 to 1000")));
+        }
+        if let Some(cfg) = self.image_cfg {
+            faults.push((inside(cfg, MAX_CFG), ("image-cfg", cfg, "a number from 0 to 1000")));
         }
         for &temperature in [self.temperature].iter().chain(&self.temperature_scales) {
             let good = inside(temperature, MAX_TEMPERATURE);
@@ -163,6 +171,11 @@ impl Sampling {
             0.0 => 0.0,
             cfg => cfg - 1.0,
         }
+    }
+
+    /// Weight of the words alone in guidance of edits; 0 is none.
+    pub fn image_cfg(&self) -> f64 {
+        self.image_cfg.unwrap_or(0.0)
     }
 
     /// The temperature at the scale of an index.

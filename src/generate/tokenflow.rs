@@ -47,8 +47,8 @@ pub fn set_passes(config: &mut ModelConfig, passes: usize) -> Result<()> {
         let message = format!("{} draws every scale in one pass: --passes is for TokenFlow-t2i", config.name);
         return Err(Error::usage(message).hint("leave out --passes, or --model ByteVisionLab/TokenFlow-t2i"));
     }
-    let Sampling { top_k, top_p, refine, .. } = sampling(passes);
-    config.sampling = Sampling { top_k, top_p, refine, ..config.sampling.clone() };
+    let Sampling { top_k, top_p, later_passes, .. } = sampling(passes);
+    config.sampling = Sampling { top_k, top_p, later_passes, ..config.sampling.clone() };
     Ok(())
 }
 

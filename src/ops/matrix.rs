@@ -116,6 +116,43 @@ impl WeightMatrix {
         }
     }
 
+    /// `count` columns from `start` on, in memory of their own: in the same blocks if these begin
+    /// and end there, else as f32.
+    ///
+    /// Errors: columns that do not exist.
+    pub fn columns(&self, start: usize, count: usize) -> Result<Self> {
+        match self {
+            // One number that stands for all, of weights that are only planned.
+            Self::Dense(tensor) if tensor.stride().iter().all(|&stride| stride == 0) => {
+                tensor.narrow(1, start, count).map(Self::Dense)
+            }
+            Self::Dense(tensor) => tensor.narrow(1, start, count)?.force_contiguous().map(Self::Dense),
+            Self::Mixed(tensor) => tensor.narrow(1, start, count)?.force_contiguous().map(Self::Mixed),
+            Self::Blocks { blocks, first, rows, .. } => {
+                let (_, columns) = blocks.shape().dims2()?;
+                let side = blocks.dtype().block_size();
+                if start.checked_add(count).is_none_or(|end| end > columns) {
+                    bail!("columns {start} to {start} + {count} of {columns}");
+                }
+                if !start.is_multiple_of(side) || !count.is_multiple_of(side) {
+                    return self.dequantized_columns(*rows, start, count);
+                }
+                let bytes = |count: usize| size_in_bytes(blocks.dtype(), count);
+                let data = blocks.data()?;
+                let row = |row: usize| &data[(first + row) * bytes(columns) + bytes(start)..][..bytes(count)];
+                let part: Vec<u8> = (0..*rows).flat_map(row).copied().collect();
+                let storage = QStorage::from_data(part.into(), &blocks.device(), blocks.dtype())?;
+                Ok(QTensor::new(storage, (*rows, count))?.into())
+            }
+            Self::Int8(matrix) => self.dequantized_columns(matrix.shape().0, start, count),
+        }
+    }
+
+    fn dequantized_columns(&self, rows: usize, start: usize, count: usize) -> Result<Self> {
+        let all = self.select(&Tensor::arange(0, rows as u32, &Device::Cpu)?)?;
+        all.narrow(1, start, count)?.force_contiguous().map(Self::Dense)
+    }
+
     /// The rows `ids` (N) u32: (N, columns).
     ///
     /// Errors: an id that is not below the number of rows.

@@ -15,7 +15,7 @@ use super::run::Run;
 use super::samples::Samples;
 use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
-use crate::chat::template::{Part, Piece, Role, Template};
+use crate::chat::template::{ImageMarks, Part, Piece, Role, Template};
 use crate::checkpoint::{Matrices, Weights};
 use crate::dataset::Canvas;
 use crate::error::{Error, Result};
@@ -190,7 +190,7 @@ impl Lesson<'_> {
         let first = (step * size) as u64;
         let dialogues: Vec<Turns> =
             (0..size as u64).into_par_iter().map(|i| dialogue(dataset, first + i, length)).collect();
-        let template = Template::of(text, false)?;
+        let template = Template::of(text, ImageMarks::NONE)?;
         let short = length.ends_at_images();
         let mut features = self.features(&dialogues, short)?.into_iter();
         let dialogues: Vec<_> = dialogues

@@ -1,4 +1,4 @@
-//! What Qwen2.5-VL's encoder is given of an image.
+//! What an image encoder is given of an image: Qwen2.5-VL's, or OneCAT's patch embedding.
 
 use image::RgbImage;
 
@@ -97,8 +97,13 @@ impl ImageProcessor {
     ///
     /// Errors: as [`Self::size`].
     pub fn patches(&self, image: &RgbImage, config: &VisionConfig) -> Result<Patches> {
-        let (p, merge) = (config.patch_size, config.spatial_merge_size);
-        let (h, w) = self.tokens(image.dimensions(), config)?;
+        let tokens = self.tokens(image.dimensions(), config)?;
+        Ok(self.cut(image, tokens, (config.patch_size, config.spatial_merge_size)))
+    }
+
+    /// The same for a grid (height, width) of `tokens`, whatever the ratio of the image, with
+    /// patches of `p` pixels along each side, `merge` times `merge` of them in a token.
+    pub fn cut(&self, image: &RgbImage, (h, w): (usize, usize), (p, merge): (usize, usize)) -> Patches {
         let side = p * merge;
         let image = resize(image, ((w * side) as u32, (h * side) as u32), ResamplingFilter::Bicubic);
         let levels: Vec<[f32; 256]> = (0..3)
@@ -118,7 +123,7 @@ impl ImageProcessor {
                 }
             }
         }
-        Ok(Patches { values, tokens: (h, w) })
+        Patches { values, tokens: (h, w) }
     }
 }
 

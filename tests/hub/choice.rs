@@ -261,3 +261,32 @@ fn one_of_infinitys_models_is_chosen_with_what_it_needs() {
         );
     }
 }
+
+/// OneCAT's repository has no image tokenizer; Infinity's does, and only that file of it is
+/// downloaded.
+#[test]
+fn onecats_image_tokenizer_comes_from_infinitys_repository() {
+    const ID: &str = "onecat-ai/OneCAT-3B";
+    let home = tempfile::tempdir().unwrap();
+    let named = |names: &[&'static str]| names.iter().map(|name| (*name, name.as_bytes().to_vec())).collect::<Vec<_>>();
+    let mut files = named(&["model.safetensors", "tokenizer.json", "generation_config.json"]);
+    files.push(("config.json", br#"{"model_type": "onecat"}"#.to_vec()));
+    let hub = Hub::serve(model(ID, &files));
+    hub.add(model("FoundationVision/Infinity", &named(&["infinity_2b_reg.pth", "infinity_vae_d32reg.pth"])));
+    let downloads = |file: &str| {
+        let of = |path: &str| path.contains("/resolve/") && path.ends_with(&format!("/{file}"));
+        hub.requests(file).iter().filter(|request| of(&request.path)).count()
+    };
+    let (code, stdout, stderr) = nextflow(home.path(), &hub, &["models", "pull", ID]);
+    assert_eq!(code, 0, "{stderr}");
+    let folder = Path::new(stdout.trim_end());
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "infinity_vae_d32reg.pth"] {
+        assert!(folder.join(name).exists(), "{name}: {stderr}");
+        assert_eq!(downloads(name), 1, "{name}");
+    }
+    assert_eq!(downloads("infinity_2b_reg.pth"), 0);
+    // Nothing is downloaded twice.
+    let (code, again, stderr) = nextflow(home.path(), &hub, &["models", "pull", ID]);
+    assert!(code == 0 && again == stdout, "{stderr}");
+    assert_eq!(downloads("infinity_vae_d32reg.pth"), 1);
+}

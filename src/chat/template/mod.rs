@@ -10,6 +10,7 @@ use serde::Serialize;
 pub use jinja::ChatTemplate;
 
 use crate::error::{Error, Result};
+use crate::onecat::prompt::IMAGE;
 use crate::text::Text;
 
 /// The speaker.
@@ -63,6 +64,24 @@ pub enum Piece<'a, I> {
 /// A rendered conversation; `said` is whether a piece is the model's, the token that ends its message included.
 pub type Pieces<'a, I> = Vec<(Piece<'a, I>, bool)>;
 
+/// What stands around an image that is no code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageMarks {
+    /// Control tokens before and after it.
+    around: Option<(&'static str, &'static str)>,
+    /// Words behind these.
+    behind: &'static str,
+}
+
+impl ImageMarks {
+    /// Of images that bring marks of their own.
+    pub const NONE: Self = Self { around: None, behind: "" };
+    /// Of Qwen2.5-VL.
+    pub const QWEN: Self = Self { around: Some(("<|vision_start|>", "<|vision_end|>")), behind: "" };
+    /// Of OneCAT.
+    pub const ONECAT: Self = Self { around: Some(IMAGE), behind: "\n" };
+}
+
 /// Control tokens of ChatML, and the template in its place if the checkpoint has one.
 #[derive(Clone, Debug)]
 pub struct Template {
@@ -71,25 +90,25 @@ pub struct Template {
     pub end: u32,
     /// The tokens before and after an image that has none itself.
     around_images: Option<(u32, u32)>,
+    behind_images: &'static str,
     own: Option<Arc<ChatTemplate>>,
 }
 
 impl Template {
-    /// The template of a vocabulary; images of an encoder apart stand between `<|vision_start|>` and `<|vision_end|>`.
+    /// The template of a vocabulary, with images between `marks`.
     ///
     /// Errors: [`crate::error::Kind::Model`] if its control tokens are missing: then the model does not chat.
-    pub fn of(text: &Text, encoder_apart: bool) -> Result<Self> {
+    pub fn of(text: &Text, marks: ImageMarks) -> Result<Self> {
         let id = |word: &str| {
             text.control(word).ok_or_else(|| {
                 Error::model(format!("the model does not chat: tokenizer.json has no {word}"))
                     .hint("nextflow chat --model Qwen/Qwen2.5-VL-3B-Instruct")
             })
         };
-        let around_images = match encoder_apart {
-            true => Some((id("<|vision_start|>")?, id("<|vision_end|>")?)),
-            false => None,
-        };
-        Ok(Self { start: id("<|im_start|>")?, end: id("<|im_end|>")?, around_images, own: None })
+        let around_images =
+            marks.around.map(|(before, after)| Ok::<_, Error>((id(before)?, id(after)?))).transpose()?;
+        let (start, end) = (id("<|im_start|>")?, id("<|im_end|>")?);
+        Ok(Self { start, end, around_images, behind_images: marks.behind, own: None })
     }
 
     /// The same, with the checkpoint's own template instead of ChatML.
@@ -167,6 +186,7 @@ impl Template {
                     pieces.push(around(self.around_images.map(|marks| marks.0)));
                     pieces.push((Piece::Image(image), said));
                     pieces.push(around(self.around_images.map(|marks| marks.1)));
+                    open += self.behind_images;
                 }
             }
         }

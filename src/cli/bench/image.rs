@@ -97,7 +97,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         }
     };
     let words = args.prompt.unwrap_or(16) as usize;
-    let work = Work { scales: &scales, images: args.batch as usize, words, sampling: &config.sampling };
+    let work = Work { scales: &scales, images: args.batch as usize, words, sampling: &config.sampling, prompts: 1 };
     let needed = cost::synthetic_memory(&config, dtype, (matrices, filters), work)?;
     let load = Load {
         source: None,

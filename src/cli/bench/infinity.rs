@@ -1,13 +1,12 @@
 //! Infinity: text, drawing and decoding of one image, one phase after the other.
 
-use std::fmt::Write;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use serde::Serialize;
 
+use super::BenchArgs;
 use super::machine::Machine;
-use super::{BenchArgs, gb};
+use super::phases::{Phase, Report, Scale};
 use crate::checkpoint::{WeightType, Weights};
 use crate::cli::run::{Load, Run};
 use crate::error::Result;
@@ -20,41 +19,6 @@ use crate::memory;
 use crate::t5::{self, Encoder};
 use crate::terminal::{self, Level};
 use crate::tokenizer::{BitPreset, ImageDecoder};
-
-#[derive(Debug, Serialize)]
-struct Report {
-    model: &'static str,
-    weights: Option<WeightType>,
-    /// Grid of the last scale in pixels.
-    size: String,
-    phases: Vec<Phase>,
-    scales: Vec<Scale>,
-    /// Matrix product in the type of the activations, as measured here.
-    peak_gflops: f64,
-    forecast_bytes: u64,
-    /// Of the process, or of the tensors on a GPU.
-    peak_bytes: Option<u64>,
-}
-
-#[derive(Debug, Serialize)]
-struct Phase {
-    name: &'static str,
-    /// Making the weights; loading them takes as long as reading them.
-    load_seconds: f64,
-    seconds: f64,
-    forecast_bytes: u64,
-    /// The most that was taken up to its end.
-    peak_bytes: Option<u64>,
-}
-
-#[derive(Debug, Serialize)]
-struct Scale {
-    grid: (usize, usize),
-    /// Of all rows.
-    tokens: usize,
-    seconds: f64,
-    floor_seconds: f64,
-}
 
 /// Draws one image of a released shape with random weights.
 pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
@@ -71,7 +35,7 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
     setup.sampling.check(scales.len())?;
     let words = args.prompt.unwrap_or(16) as usize;
     let images = args.batch as usize;
-    let work = Work { scales: &scales, images, words, sampling: &setup.sampling };
+    let work = Work { scales: &scales, images, words, sampling: &setup.sampling, prompts: 1 };
     let needed = setup.memory(None, args.quant, work, &device)?;
     let load = Load {
         source: None,
@@ -184,35 +148,4 @@ fn flops(c: &InfinityConfig, rows: usize, tokens: usize, seen: usize, words: usi
     let linear = 6 * c.width * c.width + 2 * c.width * c.mlp;
     let attention = 2 * (seen + tokens + words) * c.width;
     2.0 * (rows * tokens) as f64 * (c.depth * (linear + attention)) as f64
-}
-
-impl Report {
-    fn table(&self) -> String {
-        let weights = self.weights.map_or(String::new(), |w| format!(" in {w}"));
-        let mut text = format!(
-            "{}{weights}, {}\n\n{:<10} {:>8} {:>9} {:>10} {:>10}\n",
-            self.model, self.size, "", "load s", "s", "forecast", "peak so far"
-        );
-        for Phase { name, load_seconds, seconds, forecast_bytes, peak_bytes } in &self.phases {
-            let peak = peak_bytes.map_or("unknown".into(), gb);
-            let _ =
-                writeln!(text, "{name:<10} {load_seconds:>8.1} {seconds:>9.2} {:>10} {peak:>10}", gb(*forecast_bytes));
-        }
-        let _ = writeln!(text, "\n{:<10} {:>8} {:>9} {:>10}", "scale", "tokens", "ms", "floor ms");
-        for Scale { grid: (h, w), tokens, seconds, floor_seconds } in &self.scales {
-            let (ms, floor) = (1e3 * seconds, 1e3 * floor_seconds);
-            let _ = writeln!(text, "{:<10} {tokens:>8} {ms:>9.1} {floor:>10.1}", format!("{h}x{w}"));
-        }
-        let (spent, floor) = self.scales.iter().fold((0.0, 0.0), |(s, f), x| (s + x.seconds, f + x.floor_seconds));
-        let _ = writeln!(
-            text,
-            "\nimage {:.2} s · drawing at {:.0}% of the floor ({:.0} GFLOP/s here)",
-            self.phases.iter().map(|phase| phase.seconds).sum::<f64>(),
-            100.0 * floor / spent,
-            self.peak_gflops
-        );
-        let peak = self.peak_bytes.map_or("unknown".into(), gb);
-        let _ = writeln!(text, "peak memory {peak}, forecast {}", gb(self.forecast_bytes));
-        text
-    }
 }

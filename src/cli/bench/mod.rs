@@ -3,6 +3,8 @@
 mod image;
 mod infinity;
 mod machine;
+mod onecat;
+mod phases;
 mod refiner;
 mod talk;
 
@@ -10,12 +12,14 @@ use clap::{Args, ValueEnum};
 
 use super::DeviceArgs;
 use crate::backbone::presets;
+use crate::chat::ChatConfig;
 #[cfg(feature = "nano")]
 use crate::checkpoint::Source;
 use crate::checkpoint::WeightType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 #[cfg(feature = "nano")]
 use crate::generate::{ModelConfig, refinement};
+use crate::onecat::OneCatConfig;
 use crate::refiner::RefinerConfig;
 use crate::vision::VisionConfig;
 
@@ -40,6 +44,9 @@ pub enum Shape {
     /// Infinity-8B, 1024 px
     #[value(name = "infinity-8b")]
     Infinity8b,
+    /// OneCAT-3B, 1024 px: by --task an image, an edit or an answer
+    #[value(name = "onecat-3b")]
+    Onecat3b,
     /// Qwen2.5-0.5B, text alone
     #[value(name = "qwen2.5-0.5b")]
     Qwen05b,
@@ -58,6 +65,17 @@ pub enum Shape {
     Refiner1b,
 }
 
+/// What OneCAT does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Task {
+    /// Draw an image
+    Gen,
+    /// Edit an image of 512x512 pixels
+    Edit,
+    /// Answer about an image
+    Chat,
+}
+
 /// Flags of `nextflow bench`.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  nextflow bench --synthetic nextflow-7b --quant q8_0 --size 256x256")]
@@ -65,12 +83,15 @@ pub struct BenchArgs {
     /// Model whose shapes get random weights
     #[arg(long, value_name = "PRESET", value_enum)]
     pub synthetic: Shape,
+    /// OneCAT only: what to measure [default: gen]
+    #[arg(long, value_name = "TASK", value_enum)]
+    pub task: Option<Task>,
     /// Type of the transformer's weights: f32, bf16, f16, q8_0 or q4_K [default: f32 on a CPU, bf16
     /// on a GPU]
     #[arg(long, value_name = "TYPE", value_enum, hide_possible_values = true)]
     pub quant: Option<WeightType>,
-    /// Image size: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (largest square;
-    /// 448x448 for Qwen2.5-VL)
+    /// Image size: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (largest square; of an
+    /// image that is read, 448x448 for Qwen2.5-VL and 512x512 for OneCAT)
     #[arg(long, default_value = "auto")]
     pub size: String,
     /// Length of the prompt, in tokens [default: 16, 512 for Qwen2.5]
@@ -89,7 +110,7 @@ pub struct BenchArgs {
     /// Skip the last N scales
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub draft: usize,
-    /// Tokens that Qwen2.5 generates
+    /// Tokens of an answer
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub words: u32,
     /// Print JSON instead of a table
@@ -102,14 +123,21 @@ pub struct BenchArgs {
 
 /// Runs `nextflow bench`.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
+    let qwen =
+        |transformer, width: Option<usize>| ChatConfig::synthetic(transformer, width.map(VisionConfig::qwen2_5_vl));
+    if args.task.is_some() && args.synthetic != Shape::Onecat3b {
+        return Err(Error::usage("--task is for onecat-3b: other shapes have one task")
+            .hint("leave it out, or nextflow bench --synthetic onecat-3b"));
+    }
     match args.synthetic {
-        Shape::Qwen05b => talk::run(args, "qwen2.5-0.5b", presets::QWEN2_5_0_5B, None),
-        Shape::QwenVl3b => {
-            talk::run(args, "qwen2.5-vl-3b", presets::QWEN2_5_VL_3B, Some(VisionConfig::qwen2_5_vl(2048)))
-        }
-        Shape::QwenVl7b => {
-            talk::run(args, "qwen2.5-vl-7b", presets::QWEN2_5_VL_7B, Some(VisionConfig::qwen2_5_vl(3584)))
-        }
+        Shape::Qwen05b => talk::run(args, "qwen2.5-0.5b", &qwen(presets::QWEN2_5_0_5B, None)),
+        Shape::QwenVl3b => talk::run(args, "qwen2.5-vl-3b", &qwen(presets::QWEN2_5_VL_3B, Some(2048))),
+        Shape::QwenVl7b => talk::run(args, "qwen2.5-vl-7b", &qwen(presets::QWEN2_5_VL_7B, Some(3584))),
+        Shape::Onecat3b => match args.task.unwrap_or(Task::Gen) {
+            Task::Gen => onecat::run(args, false),
+            Task::Edit => onecat::run(args, true),
+            Task::Chat => talk::run(args, "onecat-3b", &ChatConfig::onecat(OneCatConfig::onecat_3b())),
+        },
         #[cfg(feature = "nano")]
         Shape::NanoRefiner => match ModelConfig::read(&Source::Embedded)?.refiner {
             Some(config) => refiner::run(args, "nano-refiner", &config, 256),

@@ -7,16 +7,16 @@ use candle_core::Tensor;
 use serde::Serialize;
 
 use super::machine::Machine;
-use super::{BenchArgs, gb};
-use crate::backbone::{Backbone, BackboneConfig, Cache, Context, Layout, Rope, Step};
-use crate::chat::ChatConfig;
+use super::{BenchArgs, gb, onecat};
+use crate::backbone::{Cache, Layout, Step};
+use crate::chat::{ChatConfig, ImageEncoder, Reader};
 use crate::checkpoint::{WeightType, Weights};
 use crate::cli::run::{Load, Run};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::generate::{Size, cost};
 use crate::memory;
 use crate::terminal::{self, Level, Stop};
-use crate::vision::{Patches, VisionConfig};
+use crate::vision::Patches;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -42,20 +42,14 @@ struct Part {
     floor_seconds: f64,
 }
 
-/// Reads an image, if the model has a vision tower, and a prompt, and generates an answer.
-pub(super) fn run(
-    args: &BenchArgs,
-    model: &'static str,
-    transformer: BackboneConfig,
-    eyes: Option<VisionConfig>,
-) -> Result<()> {
+/// Reads an image, if there is something that reads images, and a prompt, and answers.
+pub(super) fn run(args: &BenchArgs, model: &'static str, config: &ChatConfig) -> Result<()> {
     let device = args.device.get()?;
-    let config = ChatConfig::synthetic(transformer, eyes);
-    let image = image_of(&config, args, model)?;
+    let image = image_size(args, model, config)?.map(|size| config.image_tokens(size)).transpose()?;
     let (prompt, words) = (args.prompt.unwrap_or(512) as usize, args.words as usize);
-    let seen = image.as_ref().map_or(0, |((h, w), _)| h * w);
+    let seen = image.map_or(0, |(_, tokens)| tokens);
     let total = seen + prompt + words;
-    let forecast = config.memory(None, args.quant, total, image.as_ref().map(|(grid, _)| *grid), &device)?;
+    let forecast = config.memory(None, args.quant, total, image.map(|(grid, _)| grid), &device)?;
     let load = Load {
         source: None,
         device: &device,
@@ -65,50 +59,49 @@ pub(super) fn run(
     let Run { stop, .. } = load.start(Level::Quiet, 1)?;
     let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let started = Instant::now();
-    let (backbone, tower) = config.build(&Weights::synthetic(dtype, &device).with_matrices(matrices))?;
+    let reader = config.build(&Weights::synthetic(dtype, &device).with_matrices(matrices))?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let mut parts = Vec::new();
     let (mut layout, mut features) = (Layout::new(), None);
-    if let (Some(tower), Some((grid, eyes))) = (&tower, &image) {
-        let pixels = 3 * (eyes.patch_size * eyes.spatial_merge_size).pow(2);
-        let values = (0..seen * pixels).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+    if let Some((grid, tokens)) = image {
         let started = Instant::now();
-        features = Some(tower.forward(&Patches { values, tokens: *grid })?);
+        let (encoded, flops) = encode(&reader, config, grid)?;
         device.synchronize()?;
-        parts.push(("image", seen, started.elapsed().as_secs_f64(), eyes.flops(*grid)));
-        layout.push_patches(*grid);
+        parts.push(("image", seen, started.elapsed().as_secs_f64(), flops));
+        match &reader {
+            Reader::Backbone(..) => layout.push_patches(grid),
+            Reader::OneCat(..) => layout.push_text(tokens),
+        }
+        features = Some(encoded);
     }
     layout.push_text(prompt + words);
-    let mut reader =
-        Reader { cache: Cache::new(&config.backbone, total, dtype, &device)?, backbone: &backbone, layout };
+    let mut answer = Answer { cache: reader.cache(total)?, reader: &reader, layout };
     let ids: Vec<u32> = (0..prompt as u32).collect();
-    let text = backbone.embed_text(&Tensor::new(ids, &device)?.unsqueeze(0)?)?;
-    let x = match features {
-        Some(features) => Tensor::cat(&[&features.unsqueeze(0)?.to_dtype(dtype)?, &text], 1)?,
-        None => text,
-    };
-    let (read_seconds, words_seconds) = reader.generate(&x, words, &stop)?;
+    let text = reader.embed_text(&Tensor::new(ids, &device)?.unsqueeze(0)?)?;
+    let features = features.map(|features| features.unsqueeze(0)?.to_dtype(dtype)).transpose()?;
+    let (read_seconds, words_seconds) = answer.generate(features, &text, words, &stop)?;
     let flops = cost::flops(&config.backbone, 1, seen + prompt, 0, 0);
     parts.push(("prompt", seen + prompt, read_seconds, flops));
     parts.push(("words", words, words_seconds, 0.0));
     let peak_bytes = memory::peak(&device);
 
     let machine = Machine::measure(&device, dtype, matrices)?;
-    let read = tower.as_ref().map_or(0, |_| config.vision_bytes(dtype, matrices));
+    let unread = config.vision_bytes(dtype, matrices);
     let parts = parts.into_iter().map(|(name, tokens, seconds, flops)| {
         let floor_seconds = match name {
-            // Every token reads all weights.
-            "words" => tokens as f64 * machine.floor(0.0, forecast.weights - read),
+            // Every token reads all weights of text.
+            "words" => tokens as f64 * machine.floor(0.0, forecast.weights - unread),
             _ => machine.floor(flops, 0),
         };
         Part { name, tokens, seconds, floor_seconds }
     });
-    let eyes = config.vision.as_ref().map_or(0, |(eyes, _)| eyes.parameters());
+    let asked = Weights::inventory();
+    config.build(&asked)?;
     let report = Report {
         model,
         weights: args.quant,
-        parameters: (config.backbone.parameters() + eyes) as u64,
+        parameters: asked.asked().values().map(|shape| shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
         weight_bytes: forecast.weights,
         load_seconds,
         parts: parts.collect(),
@@ -124,42 +117,69 @@ pub(super) fn run(
     Ok(())
 }
 
-/// The token grid (height, width) of the image, if the model has a vision tower, and the tower's
-/// shape.
-fn image_of<'a>(
-    config: &'a ChatConfig,
-    args: &BenchArgs,
-    model: &str,
-) -> Result<Option<((usize, usize), &'a VisionConfig)>> {
-    Ok(match (&config.vision, args.size.parse()?) {
-        (None, Size::Auto) => None,
+/// Pixels (width, height) of the image that is read; none for a model of text alone.
+///
+/// Errors: usage, for a size that such a model is given.
+fn image_size(args: &BenchArgs, model: &str, config: &ChatConfig) -> Result<Option<(u32, u32)>> {
+    let usual: u32 = match (&config.vision, args.size.parse()?) {
+        (None, Size::Auto) => return Ok(None),
         (None, _) => return Err(Error::usage(format!("{model} reads no images")).hint("leave out --size")),
-        (Some((eyes, processor)), size) => {
-            let pixels = match size {
-                Size::Auto => (448, 448),
-                Size::Ratio(ratio) => (448, (448.0 * ratio) as u32),
-                Size::Pixels { width, height } => (width.min(8192) as u32, height.min(8192) as u32),
-            };
-            Some((processor.tokens(pixels, eyes)?, eyes))
+        (Some(_), Size::Pixels { width, height }) => {
+            return Ok(Some((width.min(8192) as u32, height.min(8192) as u32)));
         }
-    })
+        (Some((ImageEncoder::Tower(_), _)), _) => 448,
+        (Some((ImageEncoder::Patches(_), _)), _) => 512,
+    };
+    Ok(Some(match args.size.parse()? {
+        Size::Ratio(ratio) => (usual, (f64::from(usual) * ratio) as u32),
+        _ => (usual, usual),
+    }))
 }
 
-struct Reader<'a> {
-    backbone: &'a Backbone,
+/// Features of a made-up image of a grid (height, width) of tokens, and the operations that they
+/// take.
+fn encode(reader: &Reader, config: &ChatConfig, grid: (usize, usize)) -> Result<(Tensor, f64)> {
+    match (reader, &config.vision) {
+        (Reader::Backbone(_, Some(tower)), Some((ImageEncoder::Tower(eyes), _))) => {
+            let pixels = 3 * (eyes.patch_size * eyes.spatial_merge_size).pow(2);
+            let values = (0..grid.0 * grid.1 * pixels).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+            Ok((tower.forward(&Patches { values, tokens: grid })?, eyes.flops(grid)))
+        }
+        (Reader::OneCat(_, reading), Some((ImageEncoder::Patches(config), _))) => {
+            let thumbnail = (config.thumbnail_tokens().isqrt(), config.thumbnail_tokens().isqrt());
+            let parts = [grid, thumbnail].map(|grid| onecat::synthetic(config, grid));
+            let (tokens, hidden) = (grid.0 * grid.1 + config.thumbnail_tokens(), config.transformer.hidden_size);
+            let patch = 4 * config.patch_width * (3 * config.patch_size.pow(2) + hidden);
+            Ok((reading.features(&parts)?, 2.0 * (tokens * (patch + hidden * hidden)) as f64))
+        }
+        _ => Err(Error::new(Kind::Failure, "nothing reads images")),
+    }
+}
+
+/// A conversation that is read and answered.
+struct Answer<'a> {
+    reader: &'a Reader,
     cache: Cache,
     layout: Layout,
 }
 
-impl Reader<'_> {
-    /// Reads a prompt (1, T, hidden), then generates `tokens` tokens. Returns the seconds of both.
-    fn generate(&mut self, prompt: &Tensor, tokens: usize, stop: &Stop) -> Result<(f64, f64)> {
+impl Answer<'_> {
+    /// Reads an image, if there is one, and a prompt, both (1, T, hidden), then generates `tokens`
+    /// tokens. Returns the seconds of both.
+    fn generate(&mut self, image: Option<Tensor>, prompt: &Tensor, tokens: usize, stop: &Stop) -> Result<(f64, f64)> {
         let started = Instant::now();
-        let mut token = self.read(prompt)?;
+        let mut token = match (image, self.reader) {
+            (Some(image), Reader::Backbone(..)) => self.read(&Tensor::cat(&[&image, prompt], 1)?, Step::Text)?,
+            (Some(image), Reader::OneCat(..)) => {
+                self.read(&image, Step::Scale)?;
+                self.read(prompt, Step::Text)?
+            }
+            (None, _) => self.read(prompt, Step::Text)?,
+        };
         let read = started.elapsed();
         for _ in 0..tokens {
             let ids = Tensor::new(&[[token]], prompt.device())?;
-            token = self.read(&self.backbone.embed_text(&ids)?)?;
+            token = self.read(&self.reader.embed_text(&ids)?, Step::Text)?;
             if stop.check().is_break() {
                 return Err(terminal::interrupted());
             }
@@ -168,12 +188,11 @@ impl Reader<'_> {
     }
 
     /// Reads tokens (1, T, hidden). Returns the most likely next token.
-    fn read(&mut self, x: &Tensor) -> Result<u32> {
+    fn read(&mut self, x: &Tensor, step: Step) -> Result<u32> {
         let (start, tokens) = (self.cache.len(), x.dim(1)?);
-        let rope = Rope::new(self.backbone.config(), &[&self.layout.positions[start..start + tokens]], x.device())?;
-        let context = Context::Cached { caches: std::slice::from_mut(&mut self.cache), step: Step::Text };
-        let hidden = self.backbone.forward(x, &rope, context)?.narrow(1, tokens - 1, 1)?.contiguous()?;
-        Ok(self.backbone.text_logits(&hidden)?.flatten_all()?.argmax(0)?.to_scalar()?)
+        let positions = &self.layout.positions[start..start + tokens];
+        let hidden = self.reader.read(x, positions, &mut self.cache, step)?.narrow(1, tokens - 1, 1)?.contiguous()?;
+        Ok(self.reader.text_logits(&hidden)?.flatten_all()?.argmax(0)?.to_scalar()?)
     }
 }
 

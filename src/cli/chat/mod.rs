@@ -119,6 +119,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let source = args.load.model.source()?;
     let mut config = ChatConfig::read(&source)?;
     source.check_type(TRANSFORMER, args.load.quant)?;
+    config.check_images(images.len())?;
     configure(args, &mut config)?;
     let sampling = sampling(&args.sampling, config.sampling)?;
     // Before anything is counted in sizes that the weights may not have.

@@ -195,7 +195,7 @@ impl<'a> Repl<'a> {
             }
             ("size", "") => return Err(Error::usage("/size needs a size").hint("/size 16:9")),
             ("size", text) => {
-                let config = self.model.config().drawing.as_ref().ok_or_else(ChatModel::draws_nothing)?;
+                let config = self.model.config().drawing.as_ref().ok_or_else(|| self.model.draws_nothing())?;
                 let as_typed = |text: String| text.replace("--size", "/size");
                 let here = |e: Error| Error { message: as_typed(e.message), hint: e.hint.map(as_typed), ..e };
                 let size: Size = text.parse().map_err(here)?;

@@ -348,7 +348,7 @@ fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual
     let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided_scales(usual.len()));
     let words = tasks().map(|task| task.tokens).max().unwrap_or(0).max(request.tokens);
     let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
-    let work = Work { scales, images, words, sampling };
+    let work = Work { scales, images, words, sampling, prompts: tasks().count() };
     request.config.memory(&request.source, request.weights, work, &request.device)
 }
 

@@ -184,9 +184,13 @@ fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, feature
     let Request { source, config, device, weights, .. } = request;
     let load = || Generator::load(source, config, (device, *weights), &prompts, features, request.sampling.refine > 0);
     let model = delivery.console.load(&request.model, load)?;
-    if let Generator::Infinity(model) = &model {
-        let seconds = model.encoding().as_secs_f64();
-        delivery.console.detail(&format!("of that, {seconds:.2} s for the text encoder to read the prompts"));
+    let read = match &model {
+        Generator::NextFlow(_) => None,
+        Generator::Infinity(model) => Some(("the text encoder", model.encoding())),
+        Generator::OneCat(model) => Some(("the text expert", model.reading())),
+    };
+    if let Some((who, took)) = read {
+        delivery.console.detail(&format!("of that, {:.2} s for {who} to read the prompts", took.as_secs_f64()));
     }
     if delivery.console.is_verbose() {
         let unknown = request.config.compare(&request.source)?.1.unknown;
@@ -222,9 +226,9 @@ impl GenArgs {
         let Some(passes) = self.passes else { return Ok(()) };
         match &mut request.config {
             GeneratorConfig::NextFlow(config) => tokenflow::set_passes(config, passes.into())?,
-            GeneratorConfig::Infinity(_) if passes == 1 => {}
-            GeneratorConfig::Infinity(setup) => {
-                let message = format!("{} draws every scale in one pass: --passes is for TokenFlow-t2i", setup.name);
+            _ if passes == 1 => {}
+            config => {
+                let message = format!("{} draws every scale in one pass: --passes is for TokenFlow-t2i", config.name());
                 return Err(Error::usage(message).hint("leave out --passes, or --model ByteVisionLab/TokenFlow-t2i"));
             }
         }
@@ -277,6 +281,11 @@ pub(super) fn batch(args: &GenArgs, images: usize) -> Result<usize> {
 }
 
 fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Result<Memory> {
-    let Request { config, source, weights, sampling, device, tokens, .. } = request;
-    config.memory(source, *weights, Work { scales, images: batch, words: *tokens, sampling }, device)
+    let Request { config, source, weights, sampling, device, tokens, prompts, .. } = request;
+    config.memory(
+        source,
+        *weights,
+        Work { scales, images: batch, words: *tokens, sampling, prompts: prompts.len() },
+        device,
+    )
 }

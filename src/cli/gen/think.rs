@@ -38,7 +38,7 @@ pub(super) fn run(mut delivery: Delivery, config: ChatConfig, scales: &[(usize, 
             ReplyEvent::Drawing(event) => delivery.event(&event, |codes, scales| model.pixels(codes, scales)),
             _ => delivery.stop.check(),
         })?;
-        let image = model.decode(session.last_image().ok_or_else(ChatModel::draws_nothing)?)?;
+        let image = model.decode(session.last_image().ok_or_else(|| model.draws_nothing())?)?;
         if delivery.emit(&job, &image, Some(reply.text.trim()), started.elapsed())?.is_break() {
             break;
         }

@@ -226,7 +226,7 @@ impl InfinitySetup {
     ) -> Result<Memory> {
         let usual = || weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
         let (dtype, matrices) = source.map_or_else(usual, |source| source.placed(TRANSFORMER, weights, device));
-        let Work { scales, images, words, sampling } = work;
+        let Work { scales, images, words, sampling, .. } = work;
         let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
         Infinity::load(&transformer, &self.transformer)?;
         ImageDecoder::load_bits(&tokenizer, &self.tokenizer)?;

@@ -113,3 +113,27 @@ fn rows_that_do_not_exist_are_refused() -> Result<()> {
     assert!(w.linear(&random((2, 31), 2), None).is_err());
     Ok(())
 }
+
+/// Blocks that begin and end with the columns are kept, others become f32; the numbers are the
+/// same.
+#[test]
+fn columns_are_a_matrix_of_their_own() -> Result<()> {
+    let values = random((6, 128), 1);
+    let flat = values.flatten_all()?.to_vec1::<f32>()?;
+    let ids = Tensor::arange(0u32, 6, &Device::Cpu)?;
+    let blocks = WeightMatrix::from(quantize(&flat, (6, 128), GgmlDType::Q8_0, &Device::Cpu)?);
+    let half = WeightMatrix::from(quantize(&flat, (6, 128), GgmlDType::BF16, &Device::Cpu)?);
+    for w in [WeightMatrix::Dense(values.as_detached_tensor()), blocks, half] {
+        let all = w.select(&ids)?;
+        for (start, count) in [(0, 32), (64, 64), (20, 40), (0, 128)] {
+            let part = w.columns(start, count)?;
+            assert_eq!(distance(&part.select(&ids)?, &all.narrow(1, start, count)?), 0.0, "{start} {count}");
+            let x = random((3, count), 2);
+            assert!(distance(&part.linear(&x, None)?, &x.matmul(&all.narrow(1, start, count)?.t()?)?) < 0.1);
+        }
+        let rows = w.narrow(2, 3)?.columns(32, 32)?;
+        assert_eq!(distance(&rows.select(&ids.narrow(0, 0, 3)?)?, &all.narrow(0, 2, 3)?.narrow(1, 32, 32)?), 0.0);
+        assert!(w.columns(100, 29).is_err() && w.columns(usize::MAX, 2).is_err());
+    }
+    Ok(())
+}

@@ -45,7 +45,7 @@ fn only_what_the_model_says_and_draws_is_learnt() -> Result<()> {
             (Role::User, vec![said("draw a coin")]),
             (Role::Assistant, vec![said("a coin"), image(2)]),
         ];
-        let template = Template::of(text, false)?;
+        let template = Template::of(text, ImageMarks::NONE)?;
         // One that is not left without words.
         let index = (0..).find(|&i| lesson.rng(i, 3 << 32).uniform(0) >= CAPTION_DROP).unwrap_or_default();
         let (end, boi, eoi) = (template.end, config.boi(), config.eoi());

@@ -7,14 +7,18 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use crate::backbone::presets::QWEN2_5_VL_7B;
 use crate::backbone::{Backbone, BackboneConfig, Cache, Context, InputMode, Position, Rope, Step, rope as positions};
 use crate::checkpoint::Weights;
-use crate::generate::Sampling;
 use crate::generate::next_input::NextInput;
+use crate::generate::onecat::{Guided, OneCatRows};
 use crate::generate::sampler::{self, SampleParams};
+use crate::generate::{Sampling, Sequences};
+use crate::onecat::prompt::Piece;
+use crate::onecat::{Drawing, OneCatConfig, Reading, ReadingParts, Trunk};
 use crate::ops::{
     Mask, WeightMatrix, add_conv2d, add_linear, attention, attention_rows, conv2d, group_norm, linear, project_heads,
     quantize, rms_norm, rope, swiglu, testing, upsampled_conv2d,
 };
 use crate::tokenizer::{CodebookConfig, ImageTokenizer, Quantizer};
+use crate::vision::Patches;
 
 /// The same bf16 numbers: as f32 on the CPU, and on the GPU.
 fn both(shape: impl Into<Shape>, seed: u64) -> Result<[Tensor; 2]> {
@@ -226,9 +230,9 @@ fn on_a_gpu_codes_are_those_of_the_cpu() -> Result<()> {
     {
         let sampling = Sampling { temperature, top_k, top_p, ..Sampling::default() };
         for guidance in [0.0, 2.5] {
-            let draw = SampleParams { sampling: &sampling, guidance, seeds: &[7], scale: 3, pass: 0 };
+            let params = SampleParams { sampling: &sampling, guidance, seeds: &[7], scale: 3, pass: 0 };
             let codes =
-                |logits: &Tensor| sampler::sample(logits, &draw, 11).expect("finite logits").get(0)?.to_vec1::<u32>();
+                |logits: &Tensor| sampler::sample(logits, &params, 11).expect("finite logits").get(0)?.to_vec1::<u32>();
             let (got, want) = (codes(&glogits)?, codes(&logits)?);
             let same = got.iter().zip(&want).filter(|(a, b)| a == b).count();
             eprintln!("temperature {temperature}, top-k {top_k:?}, guidance {guidance}: {same} of {tokens} codes");
@@ -238,8 +242,8 @@ fn on_a_gpu_codes_are_those_of_the_cpu() -> Result<()> {
     }
     let broken = Tensor::full(f32::NAN, (1, 3, 64), glogits.device())?.to_dtype(DType::BF16)?;
     let sampling = Sampling { top_k: Some(5), ..Sampling::default() };
-    let draw = SampleParams { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
-    let marked = sampler::sample(&broken, &draw, 4).expect("codes").to_vec2::<u32>()?;
+    let params = SampleParams { sampling: &sampling, guidance: 0.0, seeds: &[1], scale: 0, pass: 0 };
+    let marked = sampler::sample(&broken, &params, 4).expect("codes").to_vec2::<u32>()?;
     assert_eq!(marked, [[sampler::NON_FINITE; 3]]);
     Ok(())
 }
@@ -292,6 +296,40 @@ fn on_a_gpu_layers_of_the_7b_shape() -> Result<()> {
         for (name, (got, want)) in ["prompt", "scale"].into_iter().zip(got.iter().zip(&want)) {
             close(&format!("{layers} layers, {name}"), got, want)?;
         }
+    }
+    Ok(())
+}
+
+/// Features of a picture, a prompt around it, and a scale after them: the three experts of
+/// OneCAT-3B's shape.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_experts_of_onecat() -> Result<()> {
+    let gpu = gpu()?;
+    let mut config = OneCatConfig::onecat_3b();
+    (config.transformer.num_hidden_layers, config.transformer.vocab_size) = (1, 64);
+    let grid = (8, 12);
+    let pixels = 3 * (2 * config.patch_size).pow(2);
+    let values: Vec<f32> = (0..grid.0 * grid.1 * pixels).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+    let run = |device: &Device, dtype: DType| -> Result<Vec<(&str, Tensor)>> {
+        let weights = Weights::synthetic(dtype, device);
+        let trunk = Trunk::load(&weights, &config)?;
+        let reading = Reading::load(&weights, &config, ReadingParts { pictures: true, head: true })?;
+        let drawing = Drawing::load(&weights, &config)?;
+        let features = reading.features(&[Patches { values: values.clone(), tokens: grid }])?;
+        let words = |from: u32| Piece::Words((from..from + 9).collect());
+        let edit = reading.prefix(&trunk, &[words(0), Piece::Picture, words(20)], Some(&features))?;
+        let text = reading.prefix(&trunk, &[words(0)], None)?;
+        let scales = [(1, 1), (6, 6)];
+        let (mut rows, first) = OneCatRows::start(&trunk, &drawing, &[&edit, &text], 1, Guided::Edit(1.0), &scales)?;
+        let codes = random((1, 36, config.bits), 5).to_device(device)?;
+        let second = rows.forward(1, &codes, Step::Scale)?;
+        let logits = rows.logits(&second)?;
+        Ok(vec![("features", features), ("the first code", first), ("a scale", second), ("its logits", logits)])
+    };
+    let (got, want) = (run(&gpu, DType::BF16)?, run(&Device::Cpu, DType::F32)?);
+    for ((name, got), (_, want)) in got.iter().zip(&want) {
+        close(name, got, want)?;
     }
     Ok(())
 }
