@@ -163,6 +163,10 @@ fn what_cannot_be_refined_is_refused_before_anything_is_drawn() {
     assert_eq!(code(&gen_with), Some(3));
     fs::remove_file(&file).unwrap();
     assert_eq!(code(&gen_with), Some(3));
+    assert_eq!(code(&["gen", "x", "--model", "model", "--refine", "--dry-run"]), Some(3));
+    // Without it the model draws all the same.
+    ok(here, &["gen", "a cat", "--model", "model", "--no-refine", "-o", "plain.png"]);
+    ok(here, &["info", "model"]);
     let config = here.join("model/config.json");
     let text = fs::read_to_string(&config).unwrap();
     fs::write(&config, text.replacen("\"semantic_dim\": 128", "\"semantic_dim\": 64", 1)).unwrap();

@@ -59,7 +59,7 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
         Model::check(&source, &config)?;
         Backbone::load(&asked, &config.backbone)?;
         let mut others = vec![config.tokenizer_file(&source)];
-        others.extend(config.refiner.as_ref().map(|_| REFINER));
+        others.extend(config.refiner.as_ref().filter(|_| source.has(REFINER)).map(|_| REFINER));
         checkpoint::quantise_model(&source, &asked, args.weights, &others, &args.output)?;
     }
     terminal::emit_path(&args.output).map(drop)

@@ -201,7 +201,7 @@ impl ModelConfig {
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
         let (mut files, mut fit) = (Vec::new(), Fit::default());
-        let refiner = self.refiner.as_ref().map(|_| REFINER);
+        let refiner = self.refiner.as_ref().filter(|_| source.has(REFINER)).map(|_| REFINER);
         for file in [TRANSFORMER, self.tokenizer_file(source)].into_iter().chain(refiner) {
             let inventory = Inventory::of(source, file)?;
             let asked = Weights::inventory();

@@ -65,8 +65,9 @@ impl Model {
         source.check(TRANSFORMER, |w| Backbone::load(w, &config.backbone))?;
         source.check(config.tokenizer_file(source), |w| ImageDecoder::load(w, &config.tokenizer))?;
         match &config.refiner {
-            Some(refiner) => source.check(REFINER, |w| Refiner::load(w, refiner)),
-            None => Ok(()),
+            // Without its file the model draws all the same, unrefined.
+            Some(refiner) if source.has(REFINER) => source.check(REFINER, |w| Refiner::load(w, refiner)),
+            _ => Ok(()),
         }
     }
 

@@ -16,7 +16,7 @@ const TEXT: &str = "tokenizer.json";
 /// Writes `config.json`, `tokenizer.json`, `model.safetensors`, `image_tokenizer.safetensors` and, if it was trained,
 /// `refiner.safetensors` (matrices as bytes) to `out`.
 /// The decoder is the third stage's if its weights are there. Of a run that has trained nothing but a refiner, it is added to
-/// the model that is in `out`.
+/// the model that is in `out`. Whether images are refined by default (`sampling.refine`) is not decided here.
 ///
 /// Errors: [`crate::error::Kind::Model`] for a run without one of these files.
 pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
@@ -37,7 +37,7 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
     let tokenizer = if has_last { last } else { run.recipe.tokenizer.clone() };
     let mut config = run.recipe.model(tokenizer, sampling);
     if refines {
-        set_refiner(&mut config, run);
+        config.refiner = Some(run.recipe.refiner.clone());
     }
     write_config(&config, out)?;
     std::fs::copy(run.file(TEXT), out.join(TEXT))?;
@@ -47,14 +47,9 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
 /// Adds the refiner to the model in `out`.
 fn add_refiner(run: &Run, out: &Path) -> Result<()> {
     let mut config = ModelConfig::read(&Source::Folder(out.into()))?;
-    set_refiner(&mut config, run);
+    config.refiner = Some(run.recipe.refiner.clone());
     write_int8(&run.file(REFINER), &out.join(REFINER))?;
     write_config(&config, out)
-}
-
-fn set_refiner(config: &mut ModelConfig, run: &Run) {
-    config.sampling.refine = run.recipe.refiner.steps;
-    config.refiner = Some(run.recipe.refiner.clone());
 }
 
 fn write_config(config: &ModelConfig, out: &Path) -> Result<()> {

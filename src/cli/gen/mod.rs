@@ -17,6 +17,7 @@ use super::request::{self, Request};
 use super::run::{Load, Plan};
 use super::{DrawArgs, PromptArgs};
 use crate::chat::{ChatConfig, ChatModel};
+use crate::checkpoint::REFINER;
 use crate::error::{Error, Result};
 use crate::generate::cost::{Memory, Work};
 use crate::generate::{Generator, GeneratorConfig, Job, tokenflow};
@@ -155,6 +156,9 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
         let size = request.config.pixels(&scales, &request.sampling);
         let Some(config) = &thinking else {
             request.config.check(&request.source, args.text_features.as_deref())?;
+            if request.sampling.refine > 0 {
+                request.source.find(REFINER)?;
+            }
             let memory = forecast(&request, &scales, batch)?;
             return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
         };
