@@ -95,20 +95,20 @@ impl RefinerConfig {
             return Err(format!("refiner: widths {:?} are not from 1 to {}", self.widths, 1 << 14));
         }
         let mut attending = self.widths.iter().zip(&self.attention).filter(|(_, blocks)| **blocks > 0);
-        if let Some((width, _)) = attending.find(|(width, _)| **width % self.head_dim != 0) {
+        if let Some((width, _)) = attending.find(|(width, _)| !width.is_multiple_of(self.head_dim)) {
             return Err(format!("refiner: head_dim {} does not divide a level's {width} channels", self.head_dim));
         }
         if !(self.noise > 0.0 && self.noise <= 1.0) {
             return Err(format!("refiner: noise {} is not above 0 and at most 1", self.noise));
         }
-        if self.head_dim % 4 != 0 || self.kernel % 2 == 0 || self.kernel > 31 {
+        if !self.head_dim.is_multiple_of(4) || self.kernel.is_multiple_of(2) || self.kernel > 31 {
             return Err("refiner: head_dim must be a multiple of 4 and kernel odd, at most 31".into());
         }
         let blocks = self.down_blocks.iter().chain(&self.up_blocks);
         if blocks.chain([&self.caption.blocks]).any(|&blocks| blocks > 1000) {
             return Err("refiner: at most 1000 blocks a level".into());
         }
-        if self.caption.width % self.caption.heads != 0 {
+        if !self.caption.width.is_multiple_of(self.caption.heads) {
             return Err(format!(
                 "refiner: {} heads do not divide caption.width {}",
                 self.caption.heads, self.caption.width
@@ -116,7 +116,9 @@ impl RefinerConfig {
         }
         // Tokens of the finest level for a code, which every level must divide.
         let cells = self.code_cell * self.upscale;
-        if self.patch % self.upscale != 0 || cells % self.patch != 0 || (cells / self.patch) % (1 << (levels - 1)) != 0
+        if !self.patch.is_multiple_of(self.upscale)
+            || !cells.is_multiple_of(self.patch)
+            || !(cells / self.patch).is_multiple_of(1 << (levels - 1))
         {
             return Err(format!(
                 "refiner: patch {} with {levels} levels does not divide a code's {cells} pixels",

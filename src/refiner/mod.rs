@@ -2,9 +2,9 @@
 //! caption to a sharper picture of twice the size.
 //!
 //! The condition has two branches that are never mixed. The visual one is what the tokenizer makes of
-//! the codes: its picture, the code embeddings and the decoded semantic features ([`condition`]). The
-//! text one is the caption, encoded by a small transformer ([`caption`]) that the U-Net ([`unet`])
-//! attends to. Noise becomes the picture along a rectified flow ([`flow`]).
+//! the codes: its picture, the code embeddings and the decoded semantic features (`condition`). The
+//! text one is the caption, encoded by a small transformer (`caption`) that the U-Net (`unet`)
+//! attends to. Noise becomes the picture along a rectified flow (`flow`).
 
 mod caption;
 mod condition;

@@ -80,6 +80,7 @@ pub(super) fn run(args: &BenchArgs, name: &str, config: &RefinerConfig, usual: u
     let step_seconds: Vec<f64> = marks.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
     let mut sorted = step_seconds.clone();
     sorted.sort_by(f64::total_cmp);
+    let peak_bytes = memory::peak(&device);
     let machine = Machine::measure(&device, dtype, matrices)?;
     let step = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
     let report = Report {
@@ -96,7 +97,7 @@ pub(super) fn run(args: &BenchArgs, name: &str, config: &RefinerConfig, usual: u
         peak_gflops: machine.flops / 1e9,
         share_of_peak: config.flops(&[(h, w)], batch) / step / machine.flops,
         forecast_bytes: forecast,
-        peak_bytes: memory::peak(&device),
+        peak_bytes,
     };
     let _ = match args.json {
         true => terminal::emit_json(&report)?,
