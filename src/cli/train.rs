@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use crate::checkpoint::{Source, TRANSFORMER, WeightType, Weights};
 use crate::dataset::{Dataset, SIDE};
 use crate::error::{Error, Result};
-use crate::generate::{Model, Sampling};
+use crate::generate::{Model, ModelConfig, Sampling};
 use crate::io::{input, output};
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
@@ -282,6 +282,11 @@ fn refiner(args: &TrainArgs, run: &Run, model: Option<&str>, sizes: RefinePoolSi
     let source = Source::parse(model)?;
     let model = Model::load(&source, &run.device, None)?;
     let config = model.config();
+    let refined = ModelConfig { refiner: Some(run.recipe.refiner.clone()), ..config.clone() };
+    let unlike = |what: String| {
+        Error::usage(what).hint("correct `refiner` in the recipe.json of --run, or name another --model")
+    };
+    refined.check().map_err(unlike)?;
     let tokenizer = config.load_tokenizer(&source, &run.device, Some(WeightType::F32))?;
     let text = source.text_of(config.backbone.vocab_size)?;
     let pool = RefinePool::build(&dataset, (&model, &tokenizer, &text), &run.recipe.self_correction, sizes, side)?;

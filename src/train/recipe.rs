@@ -117,11 +117,6 @@ impl Recipe {
             }
         }
         self.refiner.check()?;
-        let (codes, features) = (self.tokenizer.codebook.dim(), self.tokenizer.semantic_features());
-        let found = (self.refiner.code_dim, self.refiner.semantic_dim, self.refiner.code_cell);
-        if found != (codes, features, self.tokenizer.cell()) {
-            return Err(format!("refiner: code_dim, semantic_dim and code_cell {found:?} are not the tokenizer's"));
-        }
         match self.self_correction.fraction {
             share if (0.0..=1.0).contains(&share) => Ok(()),
             share => Err(format!("self_correction.fraction {share} is not from 0 to 1")),
