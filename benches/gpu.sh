@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: checks the kernels against the CPU, then times the shapes of the 7B model and of
-# OneCAT-3B, then PyTorch on the 7B shape, and prints one table of each. Needs a CUDA toolkit (nvcc), and for the comparison a Python with torch.
+# On a machine with an NVIDIA GPU: checks the kernels against the CPU, then times the shapes of the 7B model, Infinity and
+# OneCAT-3B, then PyTorch on the 7B shape, and prints a table of each. Needs a CUDA toolkit (nvcc), and for the comparison a Python with torch.
 #
 #   bash benches/gpu.sh [FOLDER FOR LOGS]
 #
@@ -40,18 +40,21 @@ bench 256-batch-8 256 3 --batch 8
 bench 256-q8_0 256 4 --quant q8_0
 bench 256-q4_K 256 4 --quant q4_K
 
-# NAME FLAGS...
-onecat() {
-  local name=$1
-  shift
-  "${NEXTFLOW:-target/release/nextflow}" bench --synthetic onecat-3b --device cuda --json "$@" > "$logs/onecat-$name.json" ||
-    { echo "onecat-$name failed"; failed=1; }
+# SHAPE NAME FLAGS...
+phases() {
+  local shape=$1 name=$2
+  shift 2
+  "${NEXTFLOW:-target/release/nextflow}" bench --synthetic "$shape" --device cuda --json "$@" > "$logs/$name.json" ||
+    { echo "$name failed"; failed=1; }
 }
-onecat 512 --size 512x512 --images 3
-onecat 1024 --size 1024x1024 --images 3
-onecat 1024-edit --size 1024x1024 --images 3 --task edit
-onecat 1024-q4_K --size 1024x1024 --images 3 --quant q4_K
-onecat chat --size 512x512 --task chat
+phases infinity-125m infinity-125m --size 256x256 --images 3
+phases infinity-2b infinity-2b --size 1024x1024 --images 3
+phases infinity-8b infinity-8b --size 1024x1024 --images 3
+phases onecat-3b onecat-512 --size 512x512 --images 3
+phases onecat-3b onecat-1024 --size 1024x1024 --images 3
+phases onecat-3b onecat-1024-edit --size 1024x1024 --images 3 --task edit
+phases onecat-3b onecat-1024-q4_K --size 1024x1024 --images 3 --quant q4_K
+phases onecat-3b onecat-chat --size 512x512 --task chat
 
 if "$python" -c 'import torch' 2> /dev/null; then
   "$python" benches/peer.py 7b --size 256 512 1024 --graphs --compile 2>&1 | tee "$logs/peer.txt" || { echo "PyTorch failed"; failed=1; }
@@ -94,15 +97,17 @@ for name in names:
 
 # The paper gives 2.85 s for an image of 1024 pixels and 4.61 s for an edit, on an H800.
 columns = "prompt", "drawing", "floor", "share", "decoding", "peak GB", "forecast"
-print(f"\n{'OneCAT-3B':20}" + "".join(f"{column:>11}" for column in columns))
-for name in ["512", "1024", "1024-edit", "1024-q4_K"]:
-    text = "\n".join(lines(f"onecat-{name}.json"))
+print(f"\n{'Infinity, OneCAT-3B':20}" + "".join(f"{column:>11}" for column in columns))
+infinity = ["infinity-125m", "infinity-2b", "infinity-8b"]
+for name in infinity + ["onecat-512", "onecat-1024", "onecat-1024-edit", "onecat-1024-q4_K"]:
+    text = "\n".join(lines(f"{name}.json"))
     if not text:
         continue
     r = json.loads(text)
     seconds = {phase["name"]: phase["seconds"] for phase in r["phases"]}
     floor = sum(scale["floor_seconds"] for scale in r["scales"])
-    cells = [f"{seconds['prompt']:.3f}", f"{seconds['drawing']:.3f}", f"{floor:.3f}", f"{floor / seconds['drawing']:.0%}"]
+    # Infinity's text is read by T5.
+    cells = [f"{seconds.get('prompt', seconds.get('text')):.3f}", f"{seconds['drawing']:.3f}", f"{floor:.3f}", f"{floor / seconds['drawing']:.0%}"]
     cells += [f"{seconds['decoding']:.3f}", f"{(r['peak_bytes'] or 0) / 1e9:.1f}", f"{r['forecast_bytes'] / 1e9:.1f}"]
     print(f"{name:20}" + "".join(f"{cell:>11}" for cell in cells))
 text = "\n".join(lines("onecat-chat.json"))
