@@ -11,7 +11,7 @@ use super::{DrawArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
 use crate::checkpoint::{Source, TRANSFORMER, WeightType};
 use crate::error::{Error, Result};
 use crate::generate::refinement;
-use crate::generate::{GeneratorConfig, Job, PromptCounter, Sampling, Size};
+use crate::generate::{GeneratorConfig, Job, MAX_REFINE_STEPS, PromptCounter, Sampling, Size};
 use crate::io::input::{self, shown};
 use crate::io::output::{self, Destination};
 use crate::text;
@@ -169,7 +169,7 @@ pub(super) fn refine(args: &SamplingArgs, config: &GeneratorConfig, size: Size) 
 
 /// Refuses a number of steps that no refinement has.
 pub(super) fn check_refine(steps: Option<usize>) -> Result<()> {
-    const MAX: usize = refinement::MAX_STEPS;
+    const MAX: usize = MAX_REFINE_STEPS;
     match steps.filter(|steps| !(1..=MAX).contains(steps)) {
         None => Ok(()),
         Some(steps) => Err(Error::usage(format!("--refine={steps} is not a number of steps from 1 to {MAX}"))

@@ -30,7 +30,7 @@ pub use job::{Batch, Event, ImageCodes, Job, Observer};
 pub use model::Model;
 pub use prompt::{Prefix, PromptConfig, PromptCounter};
 pub use rows::Rows;
-pub use sampling::{Filter, Guidance, Sampling};
+pub use sampling::{Filter, Guidance, MAX_REFINE_STEPS, Sampling};
 pub use size::Size;
 
 use crate::backbone::{Backbone, Step};

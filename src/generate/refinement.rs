@@ -12,9 +12,6 @@ use crate::rng::{Rng, Stream};
 use crate::text::Text;
 use crate::tokenizer::{Code, SemanticFeatures, TableDecoder};
 
-/// The most steps: beyond them nothing changes.
-pub const MAX_STEPS: usize = 100;
-
 /// A loaded refiner, with the part of the image tokenizer that it reads.
 #[derive(Debug)]
 pub struct Refinement {

@@ -1,7 +1,9 @@
 //! Sampling settings of image codes.
 
-use super::refinement::MAX_STEPS;
 use crate::error::{Error, Result};
+
+/// The most steps of the refiner: beyond them nothing changes.
+pub const MAX_REFINE_STEPS: usize = 100;
 
 /// Top-k and top-p.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -113,7 +115,8 @@ impl Sampling {
             let good = inside(temperature, MAX_TEMPERATURE);
             faults.push((good, ("temperature", temperature, "a number from 0 to 1000000")));
         }
-        faults.push((self.refine <= MAX_STEPS, ("refine", self.refine as f64, "a number of steps from 1 to 100")));
+        faults
+            .push((self.refine <= MAX_REFINE_STEPS, ("refine", self.refine as f64, "a number of steps from 1 to 100")));
         for (top_k, top_p) in filters {
             faults.push((top_k != Some(0), ("top-k", 0.0, "1 or more")));
             faults.push((inside(top_p, 1.0) && top_p > 0.0, ("top-p", top_p, "above 0 and at most 1")));

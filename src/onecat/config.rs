@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Drawing, Reading, ReadingParts, Trunk, patches};
+use super::{Drawing, Reading, ReadingParts, Trunk};
 use crate::backbone::BackboneConfig;
 use crate::backbone::presets::QWEN2_5_VL_3B;
 use crate::checkpoint::{Inventory, Source, TRANSFORMER, Weights};
@@ -12,6 +12,8 @@ use crate::nn::{MAX_LAYERS, check_sizes};
 
 /// `model_type` of the family in `config.json`.
 const FAMILY: &str = "onecat";
+/// Patches of a token along each side.
+pub(super) const MERGE: usize = 2;
 /// The default system prompt.
 const SYSTEM: &str = "你是一个同时能够支持图像理解、图像生成、图像编辑的多模态大语言模型。";
 /// Scales that the generation expert has an adapter for; a constant of the reference's class.
@@ -193,7 +195,7 @@ impl OneCatConfig {
 
     /// Tokens of the thumbnail.
     pub fn thumbnail_tokens(&self) -> usize {
-        (self.position_grid / patches::MERGE).pow(2)
+        (self.position_grid / MERGE).pow(2)
     }
 
     /// Whether its shape is that of OneCAT-3B; the vocabulary may differ.
@@ -346,7 +348,7 @@ impl Fields<'_> {
                 return Err(format!("config.json has {key} {said}, the weights {found}"));
             }
         }
-        match read.thumbnail() % (patches::MERGE * read.patch_size) {
+        match read.thumbnail() % (MERGE * read.patch_size) {
             0 => Ok(()),
             _ => Err(format!("a position grid of {0}x{0} has an odd side", read.position_grid)),
         }

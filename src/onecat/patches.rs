@@ -3,15 +3,13 @@
 use candle_core::{D, Device, Result, Tensor};
 use image::{RgbImage, imageops};
 
-use super::OneCatConfig;
+use super::config::{MERGE, OneCatConfig};
 use crate::checkpoint::{Init, Weights};
 use crate::nn::{LayerNorm, Linear, lecun_normal};
 use crate::ops::{self, WeightMatrix};
 use crate::pixels::GridResampling;
 use crate::vision::{ImageProcessor, Patches};
 
-/// Patches of a token along each side.
-pub(super) const MERGE: usize = 2;
 /// Of the layer norm in the connector.
 const EPS: f64 = 1e-5;
 /// Pixels of a token along each side, by which the reference bounds sizes, whatever the patch size.

@@ -172,7 +172,7 @@ impl<'a> RefinePool<'a> {
             for first in (0..self.items[0].len()).step_by(BATCH) {
                 let chunk = first..(first + BATCH).min(self.items[0].len());
                 let targets: Vec<Target> = self.items[0][chunk.clone()].iter().map(|item| item.target).collect();
-                let prompts: Vec<String> = targets.par_iter().map(|&target| self.prompt(target, round)).collect();
+                let prompts: Vec<String> = targets.iter().map(|&target| self.prompt(target, round)).collect();
                 let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
                 let seeds: Vec<u64> = chunk.clone().map(|i| ((round as u64) << 32) | i as u64).collect();
                 let mut codes = Vec::new();
@@ -203,7 +203,12 @@ impl<'a> RefinePool<'a> {
 
     /// What the transformer draws a single thing from: the canonical caption first, then others.
     fn prompt(&self, target: Target, round: usize) -> String {
-        let captions = self.sample(target).captions;
+        let captions = match target {
+            Target::Single { picture, background } => {
+                self.dataset.captions(picture, background.map(|i| &BACKGROUNDS[i]))
+            }
+            composed => self.sample(composed).captions,
+        };
         captions[round.min(1) * (round * 5) % captions.len()].clone()
     }
 

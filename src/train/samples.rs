@@ -158,12 +158,15 @@ impl<'a> Samples<'a> {
         (canvas.rgb, captions[rng.below(5, captions.len())].clone(), concept)
     }
 
-    /// One picture in the middle of a canvas, white or of a named colour, with every wording. An opaque one has no background to
-    /// be told of.
-    pub fn single(&self, picture: usize, background: Option<&Background>, width: usize, height: usize) -> Sample {
-        let background = background.filter(|_| !self.library.is_opaque(picture));
+    /// The background that shows behind a picture: none behind an opaque one.
+    fn shown<'b>(&self, picture: usize, background: Option<&'b Background>) -> Option<&'b Background> {
+        background.filter(|_| !self.library.is_opaque(picture))
+    }
+
+    /// The captions of [`Self::single`].
+    pub fn captions(&self, picture: usize, background: Option<&Background>) -> Vec<String> {
         let mut captions = self.library.captions(self.concept(picture));
-        if let Some(background) = background {
+        if let Some(background) = self.shown(picture, background) {
             for caption in &mut captions {
                 *caption = match caption.is_ascii() {
                     true => format!("{caption} on a {} background", background.name),
@@ -171,6 +174,14 @@ impl<'a> Samples<'a> {
                 };
             }
         }
+        captions
+    }
+
+    /// One picture in the middle of a canvas, white or of a named colour, with every wording. An opaque one has no background to
+    /// be told of.
+    pub fn single(&self, picture: usize, background: Option<&Background>, width: usize, height: usize) -> Sample {
+        let background = self.shown(picture, background);
+        let captions = self.captions(picture, background);
         let mut canvas = Canvas::new(width, height, background.map_or(WHITE, |b| b.rgb));
         let size = width.min(height);
         let corner = (((width - size) / 2) as i32, ((height - size) / 2) as i32);

@@ -17,7 +17,7 @@ use crate::generate::{Batch, Event, draw_codes};
 use crate::infinity::{Infinity, InfinityConfig};
 use crate::memory;
 use crate::t5::{self, Encoder};
-use crate::terminal::{self, Level};
+use crate::terminal::Level;
 use crate::tokenizer::{BitPreset, ImageDecoder};
 
 /// Draws one image of a released shape with random weights.
@@ -67,11 +67,7 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
         forecast_bytes: needed.peak(),
         peak_bytes: memory::peak(&device),
     };
-    let _ = match args.json {
-        true => terminal::emit_json(&report)?,
-        false => terminal::emit(report.table().as_bytes())?,
-    };
-    Ok(())
+    report.emit(args.json)
 }
 
 /// The phases of the last image, and the seconds of each of its scales.

@@ -20,7 +20,7 @@ use crate::generate::{Batch, Event, draw_codes};
 use crate::memory;
 use crate::onecat::prompt::Piece;
 use crate::onecat::{Drawing, OneCatConfig, Reading, ReadingParts, Trunk, patches};
-use crate::terminal::{self, Level};
+use crate::terminal::Level;
 use crate::tokenizer::ImageDecoder;
 use crate::vision::Patches;
 
@@ -77,11 +77,7 @@ pub(super) fn run(args: &BenchArgs, edit: bool) -> Result<()> {
         forecast_bytes: needed.peak(),
         peak_bytes: memory::peak(&device),
     };
-    let _ = match args.json {
-        true => terminal::emit_json(&report)?,
-        false => terminal::emit(report.table().as_bytes())?,
-    };
-    Ok(())
+    report.emit(args.json)
 }
 
 /// The phases of the last image, the seconds of each of its scales, and the tokens before them.

@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use super::gb;
 use crate::checkpoint::WeightType;
+use crate::error::Result;
+use crate::terminal;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
@@ -43,8 +45,15 @@ pub(super) struct Scale {
 }
 
 impl Report {
-    /// For people.
-    pub fn table(&self) -> String {
+    /// Prints it, as JSON or as a table.
+    pub fn emit(&self, json: bool) -> Result<()> {
+        match json {
+            true => terminal::emit_json(self).map(drop),
+            false => terminal::emit(self.table().as_bytes()).map(drop),
+        }
+    }
+
+    fn table(&self) -> String {
         let weights = self.weights.map_or(String::new(), |w| format!(" in {w}"));
         let mut text = format!(
             "{}{weights}, {}\n\n{:<10} {:>8} {:>9} {:>10} {:>10}\n",
