@@ -1,6 +1,9 @@
 //! Infinity's transformer and its loop against the reference's own numbers. Which models and runs there are, their shapes and
 //! settings, is read from tests/data/infinity/infinity.json.
 
+#[path = "common/headers.rs"]
+mod headers;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
@@ -322,28 +325,7 @@ fn drafts_and_batches_are_parts_of_the_same() {
 
 /// Keys and shapes of a public checkpoint.
 fn keys(name: &str) -> BTreeMap<String, Vec<usize>> {
-    let list = std::fs::read_to_string(path(&format!("keys_infinity_{name}.txt"))).unwrap();
-    let line = |line: &str| {
-        let mut parts = line.split('\t');
-        let (key, shape) = (parts.next()?, parts.next()?);
-        let shape = shape.trim_matches(['(', ')']).split(',').map(str::trim).filter(|n| !n.is_empty());
-        Some((key.to_string(), shape.map(|n| n.parse().unwrap()).collect()))
-    };
-    list.lines().filter(|line| !line.starts_with('#')).filter_map(line).collect()
-}
-
-/// A file of these tensors without any data on the disk.
-fn header_only(keys: &BTreeMap<String, Vec<usize>>, file: &std::path::Path) {
-    let mut end = 0;
-    let mut entry = |(key, shape): (&String, &Vec<usize>)| {
-        let start = end;
-        end += 4 * shape.iter().product::<usize>();
-        format!(r#""{key}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{start},{end}]}}"#)
-    };
-    let header = format!("{{{}}}", keys.iter().map(&mut entry).collect::<Vec<_>>().join(","));
-    std::fs::write(file, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
-    let whole = 8 + header.len() + end;
-    std::fs::File::options().write(true).open(file).unwrap().set_len(whole as u64).unwrap();
+    headers::keys(&path(&format!("keys_infinity_{name}.txt")))
 }
 
 #[test]
@@ -353,7 +335,7 @@ fn the_public_checkpoints_have_exactly_what_is_asked_for() {
         let keys = keys(name);
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("model.safetensors");
-        header_only(&keys, &file);
+        headers::header_only(&keys, DType::F32, &file);
         let inventory = Inventory::open(&file).unwrap();
         assert_eq!(InfinityConfig::of(&inventory, name).unwrap(), shape);
         let asked = Weights::inventory();
@@ -372,7 +354,7 @@ fn the_public_checkpoints_have_exactly_what_is_asked_for() {
                 Some(shape) => drop(wrong.insert(key.clone(), shape)),
                 None => drop(wrong.remove(&key)),
             }
-            header_only(&wrong, &file);
+            headers::header_only(&wrong, DType::F32, &file);
             let source = nextflow::checkpoint::Source::Folder(folder.path().into());
             let config = InfinityConfig::of(&Inventory::open(&file).unwrap(), name).unwrap();
             let error = source.check("model.safetensors", |w| Infinity::load(w, &config)).unwrap_err();

@@ -1,6 +1,9 @@
 //! Infinity on the real program: a tiny model in a folder, with the reference's tiny transformer and tokenizer and a text encoder
 //! of random weights.
 
+#[path = "common/headers.rs"]
+mod headers;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -259,21 +262,5 @@ fn files_of_one_model_are_found_and_others_refused() {
 
 /// A file with the keys and shapes of a list, without any data on the disk.
 fn header_only(list: &Path, file: &Path) {
-    let mut end = 0;
-    let list = std::fs::read_to_string(list).unwrap();
-    let mut entry = |line: &str| {
-        let mut parts = line.split('\t');
-        let (key, shape) = (parts.next()?, parts.next()?);
-        let shape = shape.trim_matches(['(', ')']).split(',').map(str::trim).filter(|n| !n.is_empty());
-        let shape: Vec<usize> = shape.map(|n| n.parse().unwrap()).collect();
-        let (kind, bytes) = if parts.next() == Some("int64") { ("I64", 8) } else { ("F32", 4) };
-        let start = end;
-        end += bytes * shape.iter().product::<usize>();
-        Some(format!(r#""{key}":{{"dtype":"{kind}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#))
-    };
-    let entries: Vec<String> = list.lines().filter(|line| !line.starts_with('#')).filter_map(&mut entry).collect();
-    let header = format!("{{{}}}", entries.join(","));
-    std::fs::write(file, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
-    let whole = 8 + header.len() + end;
-    std::fs::File::options().write(true).open(file).unwrap().set_len(whole as u64).unwrap();
+    headers::header_only(&headers::keys(list), candle_core::DType::F32, file);
 }

@@ -2,10 +2,13 @@
 //! models and runs there are, their shapes and settings, is read from the files of
 //! tests/data/onecat and its tiny.json.
 
+#[path = "common/headers.rs"]
+mod headers;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use nextflow::backbone::{Cache, Step};
@@ -609,28 +612,7 @@ fn masks_of_edits_are_passes() {
 
 /// Keys and shapes of the whole model.
 fn keys() -> BTreeMap<String, Vec<usize>> {
-    let list = std::fs::read_to_string(path("keys_onecat_3b.txt")).unwrap();
-    let line = |line: &str| {
-        let mut parts = line.split('\t');
-        let (key, shape) = (parts.next()?, parts.next()?);
-        let shape = shape.trim_matches(['(', ')']).split(',').map(str::trim).filter(|n| !n.is_empty());
-        Some((key.to_string(), shape.map(|n| n.parse().unwrap()).collect()))
-    };
-    list.lines().filter(|line| !line.starts_with('#')).filter_map(line).collect()
-}
-
-/// A file of these tensors without any data on the disk.
-fn header_only(keys: &BTreeMap<String, Vec<usize>>, file: &Path) {
-    let mut end = 0;
-    let mut entry = |(key, shape): (&String, &Vec<usize>)| {
-        let start = end;
-        end += 2 * shape.iter().product::<usize>();
-        format!(r#""{key}":{{"dtype":"BF16","shape":{shape:?},"data_offsets":[{start},{end}]}}"#)
-    };
-    let header = format!("{{{}}}", keys.iter().map(&mut entry).collect::<Vec<_>>().join(","));
-    std::fs::write(file, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
-    let whole = 8 + header.len() + end;
-    std::fs::File::options().write(true).open(file).unwrap().set_len(whole as u64).unwrap();
+    headers::keys(&path("keys_onecat_3b.txt"))
 }
 
 fn ask(w: &Weights, config: &OneCatConfig) -> candle_core::Result<()> {
@@ -644,7 +626,7 @@ fn the_whole_model_has_exactly_what_is_asked_for() {
     let (keys, folder) = (keys(), tempfile::tempdir().unwrap());
     assert_eq!(keys.len(), 888);
     let file = folder.path().join("model.safetensors");
-    header_only(&keys, &file);
+    headers::header_only(&keys, DType::BF16, &file);
     let inventory = Inventory::open(&file).unwrap();
     let config = OneCatConfig::of(&inventory, &json!({"model_type": "onecat"})).unwrap();
     assert!(config.is_3b());
@@ -722,7 +704,7 @@ fn what_does_not_fit_is_named() {
             Some(shape) => drop(wrong.insert(key.clone(), shape)),
             None => drop(wrong.remove(&key)),
         }
-        header_only(&wrong, &file);
+        headers::header_only(&wrong, DType::BF16, &file);
         let source = nextflow::checkpoint::Source::Folder(folder.path().into());
         std::fs::write(folder.path().join("config.json"), r#"{"model_type": "onecat"}"#).unwrap();
         let checked =
@@ -732,7 +714,7 @@ fn what_does_not_fit_is_named() {
         assert!(error.message.contains(&key) || ["bits", "lvl_embed"].contains(&part), "{key}: {}", error.message);
         assert!(error.exit_code() == 3 && error.hint.is_some());
     }
-    header_only(&keys, &file);
+    headers::header_only(&keys, DType::BF16, &file);
     let inventory = Inventory::open(&file).unwrap();
     for (config, part) in [
         (json!({"llm_config": {"hidden_size": 4096}}), "hidden_size 4096, the weights 2048"),
