@@ -91,10 +91,23 @@ impl ChatConfig {
         }
         let config = ModelConfig::read(source)?;
         let Generation { sampling, stops, ignored } = config::generation(source)?;
-        let (backbone, context) = (config.backbone.clone(), config.conversation.context);
-        let (system, notes) = (config.conversation.system.clone(), ignored.into_iter().collect());
-        let drawing = Some(Box::new(config));
-        Ok(Self { backbone, vision: None, drawing, system, sampling, context, notes, stops, template: None })
+        let notes = ignored.into_iter().collect();
+        Ok(Self { sampling, stops, notes, ..Self::nextflow(config) })
+    }
+
+    /// NextFlow's, which answers greedily.
+    pub fn nextflow(config: ModelConfig) -> Self {
+        Self {
+            backbone: config.backbone.clone(),
+            vision: None,
+            system: config.conversation.system.clone(),
+            sampling: TextSampling::GREEDY,
+            context: config.conversation.context,
+            drawing: Some(Box::new(config)),
+            notes: Vec::new(),
+            stops: Vec::new(),
+            template: None,
+        }
     }
 
     /// OneCAT's, which answers greedily as in the reference's script.
@@ -235,9 +248,47 @@ impl ChatModel {
         let reader = source.load(TRANSFORMER, dtype, device, build)?;
         let tokenizer =
             config.drawing.as_ref().map(|drawing| drawing.load_tokenizer(source, device, weights)).transpose()?;
+        Self::new(config, (text, template), reader, tokenizer)
+    }
+
+    /// NextFlow with weights in memory.
+    ///
+    /// Errors: [`crate::error::Kind::Model`] for a text tokenizer without the tokens of conversations.
+    pub fn nextflow(config: ModelConfig, text: Text, backbone: Backbone, tokenizer: ImageTokenizer) -> Result<Self> {
+        let template = Template::of(&text, ImageMarks::NONE)?;
+        let reader = Reader::Backbone(Box::new(backbone), None);
+        Self::new(ChatConfig::nextflow(config), (text, template), reader, Some(tokenizer))
+    }
+
+    fn new(
+        config: ChatConfig,
+        (text, template): (Text, Template),
+        reader: Reader,
+        tokenizer: Option<ImageTokenizer>,
+    ) -> Result<Self> {
         let spaced = text.decode(&text.encode("a")?)?.starts_with(' ');
         let pad = text.control("<|image_pad|>");
         Ok(Self { text, template, pad, spaced, reader, tokenizer, config })
+    }
+
+    /// The same with another transformer.
+    pub fn with_backbone(self, backbone: Backbone) -> Self {
+        Self { reader: Reader::Backbone(Box::new(backbone), None), ..self }
+    }
+
+    /// The networks that read and answer.
+    pub fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    /// The image tokenizer, in a model that reads images as codes.
+    pub fn tokenizer(&self) -> Option<&ImageTokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The text tokenizer.
+    pub fn text(&self) -> &Text {
+        &self.text
     }
 
     /// The config.

@@ -43,6 +43,8 @@ enum Store {
         seed: u64,
         state: Mutex<Trainable>,
     },
+    /// Tensors in memory.
+    Tensors(BTreeMap<String, Tensor>),
     /// Random numbers.
     Synthetic(DType),
     /// No file: the tensors that are loaded are recorded.
@@ -87,6 +89,11 @@ impl Weights {
     pub fn trainable_from(known: BTreeMap<String, Tensor>, seed: u64, device: &Device) -> Self {
         let state = Mutex::new(Trainable { known, vars: BTreeMap::new() });
         Self::new(Store::Trainable { seed, state }, device)
+    }
+
+    /// Tensors in memory, used as they are: they share their storage with the model.
+    pub fn from_tensors(tensors: BTreeMap<String, Tensor>, device: &Device) -> Self {
+        Self::new(Store::Tensors(tensors), device)
     }
 
     /// Reads from open files; a later file hides keys of an earlier one.
@@ -164,7 +171,7 @@ impl Weights {
     pub fn dtype(&self) -> DType {
         let stored = match &*self.store {
             Store::Files(_, dtype) | Store::Plan(_, dtype, _) | Store::Synthetic(dtype) => *dtype,
-            Store::Trainable { .. } | Store::Inventory(_) => DType::F32,
+            Store::Trainable { .. } | Store::Tensors(_) | Store::Inventory(_) => DType::F32,
         };
         self.dtype.unwrap_or(stored)
     }
@@ -245,6 +252,14 @@ impl Weights {
                 }
                 Tensor::zeros((), *dtype, &Device::Cpu)?.broadcast_as(shape)
             }
+            Store::Tensors(tensors) => match tensors.get(&key) {
+                Some(tensor) if tensor.shape() == &shape => Ok(tensor.clone()),
+                Some(tensor) => {
+                    let (found, expected) = (tensor.dims().to_vec(), shape.dims().to_vec());
+                    Err(Error::Msg(format!("{key}: {}", Fault::Shape { found, expected })))
+                }
+                None => Err(Error::Msg(format!("{key}: {}", Fault::Missing))),
+            },
             Store::Synthetic(dtype) => synthetic::tensor(&shape, init, self.dtype.unwrap_or(*dtype), &self.device),
             Store::Trainable { seed, state } => lock(state).get(key, shape, init, *seed, &self.device),
         }

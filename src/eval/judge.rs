@@ -47,6 +47,16 @@ pub fn on_its_background(scene: &Scene, found: &Detection) -> bool {
     nearest == Some(scene.background.map_or([255; 3], |b| BACKGROUNDS[b].rgb))
 }
 
+/// How many of the expected objects were found in their shape and colour.
+pub fn matched(asked: &[Object], found: &[Found]) -> usize {
+    let mut rest: Vec<&Found> = found.iter().collect();
+    let there = |object: &&Object| {
+        let at = rest.iter().position(|f| f.shape == Some(object.shape) && f.colour == object.colour);
+        at.map(|at| rest.remove(at)).is_some()
+    };
+    asked.iter().filter(there).count()
+}
+
 /// The objects found, in the order of those expected, if they match entirely.
 fn in_order<'a>(asked: &[Object], found: &'a [Found]) -> Option<Vec<&'a Found>> {
     let mut rest: Vec<&Found> = found.iter().collect();

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use candle_core::DType;
+
 use super::run::Run;
 use crate::checkpoint::{IMAGE_TOKENIZER, Inventory, REFINER, Source, TRANSFORMER, Weights, load, quantise};
 use crate::error::{Error, Result};
 use crate::generate::{ModelConfig, Sampling};
 use crate::io::output;
-use crate::tokenizer::ImageTokenizer;
+use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
 
 /// The file of the text tokenizer.
 const TEXT: &str = "tokenizer.json";
@@ -31,17 +33,27 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
     for name in [TRANSFORMER, IMAGE_TOKENIZER].into_iter().chain(refines.then_some(REFINER)) {
         write_int8(&run.file(name), &out.join(name))?;
     }
-    let (last, asked) = (run.recipe.tokenizer_final(), Weights::inventory());
-    ImageTokenizer::load(&asked, &last)?;
-    let has_last = Inventory::open(&run.file(IMAGE_TOKENIZER))?.compare(&asked).is_complete();
-    let tokenizer = if has_last { last } else { run.recipe.tokenizer.clone() };
-    let mut config = run.recipe.model(tokenizer, sampling);
+    let mut config = run.recipe.model(tokenizer_config(run)?, sampling);
     if refines {
         config.refiner = Some(run.recipe.refiner.clone());
     }
     write_config(&config, out)?;
     std::fs::copy(run.file(TEXT), out.join(TEXT))?;
     Ok(())
+}
+
+/// The shape of the run's image tokenizer: with the third stage's decoder if its weights are there.
+fn tokenizer_config(run: &Run) -> Result<TokenizerConfig> {
+    let (last, asked) = (run.recipe.tokenizer_final(), Weights::inventory());
+    ImageTokenizer::load(&asked, &last)?;
+    let has_last = Inventory::open(&run.file(IMAGE_TOKENIZER))?.compare(&asked).is_complete();
+    Ok(if has_last { last } else { run.recipe.tokenizer.clone() })
+}
+
+/// The run's image tokenizer as it is exported.
+pub fn image_tokenizer(run: &Run) -> Result<ImageTokenizer> {
+    let weights = Weights::from_safetensors(&[run.file(IMAGE_TOKENIZER)], DType::F32, &run.device)?;
+    Ok(ImageTokenizer::load(&weights, &tokenizer_config(run)?)?)
 }
 
 /// Adds the refiner to the model in `out`.

@@ -13,6 +13,7 @@ mod progress;
 pub mod recipe;
 pub mod refine_pool;
 pub mod refiner;
+pub mod rl;
 pub mod run;
 pub mod samples;
 pub mod semantic;

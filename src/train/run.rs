@@ -78,6 +78,15 @@ impl Run {
         crate::checkpoint::save(&self.file(name), tensors, Some(HashMap::from([(PART.into(), part.into())])))
     }
 
+    /// Checks that a part of the training may go on from its state, whose values take the place of those in a file of the run.
+    ///
+    /// Errors: usage, if another part has gone on from these since.
+    pub fn check_last_part(&self, name: &str, part: &str) -> Result<()> {
+        let Some(other) = self.last_part(name)?.filter(|last| last != part) else { return Ok(()) };
+        let message = format!("the part {other} continues from weights that the part {part} would change");
+        Err(Error::usage(message).hint(format!("--part {part}-more goes on from {other}")))
+    }
+
     /// The part of the training that last [saved](Self::save) a file of the run, where the file is there and tells.
     pub fn last_part(&self, name: &str) -> Result<Option<String>> {
         let path = self.file(name);

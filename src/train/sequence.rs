@@ -14,6 +14,15 @@ use crate::tokenizer::{Code, Encoded, Quantizer};
 /// weighs this by the root of N.
 const WORDS: f32 = 0.5;
 
+/// What a token to predict is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A code.
+    Code,
+    /// A text token or a marker.
+    Word,
+}
+
 /// A token to predict.
 pub(super) struct Target {
     /// Index in the sequence of the token whose hidden state predicts it.
@@ -60,6 +69,22 @@ impl Sequence {
     pub fn expect_word(&mut self, id: u32) {
         if let Some(at) = self.layout.len().checked_sub(1) {
             self.word_targets.push(Target { at, id, weight: 0.0, scale: 0 });
+        }
+    }
+
+    /// The targets of a kind.
+    pub(super) fn targets(&self, kind: Kind) -> &[Target] {
+        match kind {
+            Kind::Code => &self.code_targets,
+            Kind::Word => &self.word_targets,
+        }
+    }
+
+    /// The weights of the targets of a kind.
+    pub(super) fn weights(&self, kind: Kind) -> Vec<f32> {
+        match kind {
+            Kind::Code => self.code_targets.iter().map(|target| target.weight).collect(),
+            Kind::Word => self.word_weights(),
         }
     }
 
@@ -155,18 +180,44 @@ impl Batch<'_> {
     /// The loss, a scalar, averaged over the sequences, and those of all targets. `count` is the number of scales of a whole
     /// image.
     pub fn loss(&self, backbone: &Backbone, count: usize) -> Result<(Tensor, Losses)> {
-        let mut sequences: Vec<&Sequence> = self.0.iter().collect();
-        sequences.sort_by_key(|s| Reverse(s.layout.len()));
         let mut total = Tensor::zeros((), DType::F32, backbone.device())?;
-        let mut losses = Losses { codes: Vec::new(), words: Vec::new(), count };
-        let mut rest = sequences.as_slice();
-        while let Some(longest) = rest.first().map(|s| s.layout.len() as f64) {
-            let alike = rest.iter().take_while(|s| s.layout.len() as f64 >= ALIKE * longest).count();
-            let (part, others) = rest.split_at(alike);
-            total = (total + Part(part).loss(backbone, &mut losses)?)?;
+        let mut all = Losses { codes: Vec::new(), words: Vec::new(), count };
+        self.cross_entropies(backbone, count, |kind, rows, losses| {
+            let weights: Vec<f32> = rows.iter().flat_map(|&row| self.0[row].weights(kind)).collect();
+            total = (&total + (&losses * Tensor::new(weights, losses.device())?)?.sum_all()?)?;
+            let losses = losses.detach();
+            match kind {
+                Kind::Word => all.words.push(losses),
+                Kind::Code => {
+                    let targets = rows.iter().flat_map(|&row| self.0[row].targets(kind));
+                    all.codes.push((losses, targets.map(|target| target.scale).collect()));
+                }
+            }
+            Ok(())
+        })?;
+        Ok(((total / self.0.len() as f64)?, all))
+    }
+
+    /// The cross-entropies (N) of all targets, in several calls of `visit`, each with the targets of one kind of some of the
+    /// sequences: with the indices of these, in whose order the targets are.
+    pub(super) fn cross_entropies(
+        &self,
+        backbone: &Backbone,
+        count: usize,
+        mut visit: impl FnMut(Kind, &[usize], Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let length = |row: usize| self.0[row].layout.len() as f64;
+        let mut order: Vec<usize> = (0..self.0.len()).collect();
+        order.sort_by_key(|&row| Reverse(self.0[row].layout.len()));
+        let mut rest = order.as_slice();
+        while let Some(&longest) = rest.first() {
+            let alike = rest.iter().take_while(|&&row| length(row) >= ALIKE * length(longest)).count();
+            let (rows, others) = rest.split_at(alike);
+            let sequences: Vec<&Sequence> = rows.iter().map(|&row| &self.0[row]).collect();
+            Part(&sequences).cross_entropies(backbone, count, |kind, losses| visit(kind, rows, losses))?;
             rest = others;
         }
-        Ok(((total / self.0.len() as f64)?, losses))
+        Ok(())
     }
 }
 
@@ -174,37 +225,31 @@ impl Batch<'_> {
 struct Part<'a>(&'a [&'a Sequence]);
 
 impl Part<'_> {
-    /// The sum of the losses of the sequences, a scalar; those of all targets go to `all`.
-    fn loss(&self, backbone: &Backbone, all: &mut Losses) -> Result<Tensor> {
+    /// The cross-entropies of the targets of each kind that there is.
+    fn cross_entropies(
+        &self,
+        backbone: &Backbone,
+        count: usize,
+        mut visit: impl FnMut(Kind, Tensor) -> Result<()>,
+    ) -> Result<()> {
         let length = self.0.iter().map(|s| s.layout.len()).max().unwrap_or(0);
-        let hidden = self.hidden(backbone, all.count, length)?;
-        let select = |targets: &[(usize, &Target)]| {
-            let rows: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
-            ops::select(&hidden, &Tensor::new(rows, hidden.device())?)
-        };
-        let loss = |logits: &Tensor, targets: &[(usize, &Target)], weights: Vec<f32>| {
+        let hidden = self.hidden(backbone, count, length)?;
+        for kind in [Kind::Code, Kind::Word] {
+            let rows = self.0.iter().enumerate();
+            let targets: Vec<_> = rows.flat_map(|(row, s)| s.targets(kind).iter().map(move |t| (row, t))).collect();
+            if targets.is_empty() {
+                continue;
+            }
+            let at: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
+            let hidden = ops::select(&hidden, &Tensor::new(at, hidden.device())?)?;
+            let logits = match kind {
+                Kind::Code => backbone.code_logits(&hidden)?,
+                Kind::Word => backbone.text_logits(&hidden)?,
+            };
             let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
-            let losses = cross_entropy(logits, &ids)?;
-            let weights = Tensor::new(weights, logits.device())?;
-            Ok::<_, candle_core::Error>(((&losses * weights)?.sum_all()?, losses.detach()))
-        };
-        let rows = || self.0.iter().enumerate();
-        let codes: Vec<_> = rows().flat_map(|(row, s)| s.code_targets.iter().map(move |t| (row, t))).collect();
-        let words: Vec<_> = rows().flat_map(|(row, s)| s.word_targets.iter().map(move |t| (row, t))).collect();
-        let mut total = Tensor::zeros((), hidden.dtype(), hidden.device())?;
-        if !codes.is_empty() {
-            let weights = codes.iter().map(|(_, t)| t.weight).collect();
-            let (part, rows) = loss(&backbone.code_logits(&select(&codes)?)?, &codes, weights)?;
-            total = (total + part)?;
-            all.codes.push((rows, codes.iter().map(|(_, t)| t.scale).collect()));
+            visit(kind, cross_entropy(&logits, &ids)?)?;
         }
-        if !words.is_empty() {
-            let weights = self.0.iter().flat_map(|sequence| sequence.word_weights()).collect();
-            let (part, rows) = loss(&backbone.text_logits(&select(&words)?)?, &words, weights)?;
-            total = (total + part)?;
-            all.words.push(rows);
-        }
-        Ok(total)
+        Ok(())
     }
 
     /// Hidden states of all tokens and pads, (size * length, hidden).

@@ -18,7 +18,7 @@ use crate::backbone::Backbone;
 use crate::chat::template::{ImageMarks, Part, Piece, Role, Template};
 use crate::checkpoint::{Matrices, Weights};
 use crate::dataset::Canvas;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::generate::schedule;
 use crate::pixels;
 use crate::rng::{Rng, Stream};
@@ -59,12 +59,8 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()
     let state = run.file(&format!("transformer-{part}.state"));
     if state.exists() {
         optimizer.restore(&state)?;
-        // The values of the state would take the place of what other parts have made of them since.
-        if optimizer.step < plan.steps
-            && let Some(other) = run.last_part(FILE)?.filter(|last| last != part)
-        {
-            let message = format!("the part {other} continues from weights that the part {part} would change");
-            return Err(Error::usage(message).hint(format!("--part {part}-more goes on from {other}")));
+        if optimizer.step < plan.steps {
+            run.check_last_part(FILE, part)?;
         }
     }
     let mut progress = Progress::new(&format!("transformer {part}"), plan.steps, optimizer.step, batch);
