@@ -18,8 +18,9 @@ pub struct Progress {
     due: Instant,
 }
 
-/// Steps between two lines.
+/// Between two lines: as many steps, or as much time where these take long.
 const EVERY: usize = 50;
+const AT_MOST: Duration = Duration::from_secs(120);
 /// Between two checkpoints, but ten times as long as one takes at least: what an end before the next one costs.
 const BETWEEN: Duration = Duration::from_secs(60);
 
@@ -65,7 +66,8 @@ impl Progress {
             *sum += value;
             *count += 1;
         }
-        if !self.step.is_multiple_of(EVERY) && self.step != self.steps {
+        let due = self.step.is_multiple_of(EVERY) || self.last.elapsed() >= AT_MOST;
+        if !due && self.step != self.steps {
             return;
         }
         let rate = self.since as f64 / self.last.elapsed().as_secs_f64();
