@@ -159,7 +159,7 @@ impl Examiner<'_> {
             let copy = self.model.decode(&source)?;
             let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
             for (right, &words) in right.iter_mut().zip(self.wordings()) {
-                let image = self.edit_picture(source.clone(), &edit.instruction(&rng.fork(1), words), case)?;
+                let image = self.edit_picture(source.clone(), &edit.instruction(&rng.fork(1), words).text, case)?;
                 let done = succeeded(&image);
                 *right += done;
                 unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done > 0));
@@ -223,7 +223,7 @@ impl Examiner<'_> {
                 self.last_image(&session)
             };
             let first = detect(&draw(&edit.source.prompt())?);
-            let second = detect(&draw(&edit.instruction(&rng.fork(1), self.split))?);
+            let second = detect(&draw(&edit.instruction(&rng.fork(1), self.split).text)?);
             if judge(&edit.source, &first) {
                 drawn += 1;
                 // Drawn objects need not be exactly where the scene has them.

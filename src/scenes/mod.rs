@@ -5,10 +5,12 @@
 mod caption;
 mod describe;
 mod edit;
+mod grammar;
 mod question;
 mod render;
 mod riddle;
 mod smalltalk;
+mod topics;
 mod wording;
 
 use crate::rng::{Rng, fnv1a};
@@ -17,6 +19,8 @@ pub use question::{QUESTION_KINDS, Question, QuestionKind};
 pub use render::inside;
 pub use riddle::Riddle;
 pub use smalltalk::{Smalltalk, smalltalk};
+pub use topics::Topic;
+pub use wording::Said;
 
 /// A silhouette.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,28 +1,42 @@
-//! Several wordings of one text, some of which are held out for evaluation.
+//! Many wordings of one text, some of which are held out for evaluation.
 
 use super::caption::{chinese, english};
-use super::{COLOURS, Object, Place, Scene, Split};
-use crate::rng::{Rng, fnv1a};
+use super::describe::side;
+use super::grammar::{clause, is_instruction, sentence};
+use super::{COLOURS, Object, ObjectSize, Place, Scene, Split};
+use crate::rng::Rng;
 
-/// Templates; `{x}` is filled in. Of each language at least three.
+/// Wordings of a text, as patterns of the [grammar](super::grammar).
 pub(super) struct Wordings {
-    /// The canonical one first; it is never held out.
+    /// Trained English ones; the first sentence of the first is the canonical one.
     pub english: &'static [&'static str],
-    /// In no particular order.
+    /// Trained Chinese ones.
     pub chinese: &'static [&'static str],
-}
-
-/// The wording of the largest hash is for evaluation: a few share no threshold that each list of
-/// them would meet.
-fn kept(templates: &'static [&'static str]) -> Option<&'static str> {
-    templates.iter().copied().max_by_key(|t| fnv1a(t))
+    /// For evaluation: known words in sentences that are not trained, and a few unknown words.
+    pub held_out: &'static [&'static str],
+    /// The same in Chinese.
+    pub held_out_chinese: &'static [&'static str],
 }
 
 impl Wordings {
-    /// The one that is for evaluation, in a language.
-    fn held_out(&self, chinese: bool) -> Option<&'static str> {
-        kept(if chinese { self.chinese } else { &self.english[1..] })
+    /// The patterns of a language and a split.
+    fn patterns(&self, chinese: bool, split: Split) -> &'static [&'static str] {
+        match (split, chinese) {
+            (Split::Train, false) => self.english,
+            (Split::Train, true) => self.chinese,
+            (Split::HeldOut, false) => self.held_out,
+            (Split::HeldOut, true) => self.held_out_chinese,
+        }
     }
+}
+
+/// A text, and the pattern that it is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// The text.
+    pub text: String,
+    /// The pattern, which names a held-out wording.
+    pub wording: &'static str,
 }
 
 /// A choice of wording.
@@ -33,36 +47,66 @@ pub(super) struct Voice {
     split: Split,
     /// The language: Chinese, or English.
     pub chinese: bool,
+    /// Whether the text is part of a longer instruction.
+    pub clause: bool,
 }
 
 impl Voice {
     /// The canonical one.
     pub fn canonical() -> Self {
-        Self { rng: None, split: Split::Train, chinese: false }
+        Self { rng: None, split: Split::Train, chinese: false, clause: false }
     }
 
     /// Any one of a split: Chinese about once in six.
     pub fn draw(rng: &Rng, split: Split) -> Self {
-        Self { rng: Some(*rng), split, chinese: rng.below(1000, 6) == 0 }
+        Self { rng: Some(*rng), split, chinese: rng.below(1000, 6) == 0, clause: false }
     }
 
-    /// One that draws other words in the same language.
-    pub fn again(self, step: u64) -> Self {
-        Self { rng: self.rng.map(|rng| rng.fork(step)), ..self }
+    /// The same in Chinese, or in English.
+    pub fn in_language(self, chinese: bool) -> Self {
+        Self { chinese, ..self }
+    }
+
+    /// One that draws other words in the same language, in trained wordings, for a part of a longer instruction.
+    pub fn part(self, step: u64) -> Self {
+        Self { rng: self.rng.map(|rng| rng.fork(step)), split: Split::Train, clause: true, ..self }
     }
 
     /// One of several words.
     pub fn pick<T: Copy>(&self, counter: u64, words: &[T]) -> T {
-        words[self.rng.map_or(0, |rng| rng.below(counter, words.len()))]
+        words[self.index(counter, words.len())]
+    }
+
+    fn index(&self, counter: u64, n: usize) -> usize {
+        self.rng.map_or(0, |rng| rng.below(counter, n))
     }
 
     /// A wording with its gaps filled in.
-    pub fn say(&self, wordings: &Wordings, gaps: &[(&str, String)]) -> String {
-        let templates = if self.chinese { wordings.chinese } else { wordings.english };
-        let held_out = wordings.held_out(self.chinese);
-        let of_split = templates.iter().copied().filter(|&t| (Some(t) == held_out) == (self.split == Split::HeldOut));
-        let template = self.pick(1001, &of_split.collect::<Vec<_>>());
-        gaps.iter().fold(template.to_string(), |text, (gap, words)| text.replace(gap, words))
+    pub fn say(&self, wordings: &Wordings, gaps: &[(&str, String)]) -> Said {
+        let patterns = wordings.patterns(self.chinese, self.split).iter().copied();
+        let patterns: Vec<&str> = patterns.filter(|pattern| !self.clause || is_instruction(pattern)).collect();
+        let wording = self.pick(1001, &patterns);
+        let mut counter = 2000;
+        let mut pick = |n| {
+            counter += 1;
+            self.index(counter, n)
+        };
+        let text = if self.clause { clause(wording, &mut pick) } else { sentence(wording, &mut pick) };
+        let text = gaps.iter().fold(text, |text, (gap, words)| text.replace(gap, words)).replace("  ", " ");
+        Said { text: if self.clause { text } else { self.punctuated(text) }, wording }
+    }
+
+    /// As people end sentences: some with no mark where there should be one, and the other way round.
+    fn punctuated(&self, mut text: String) -> String {
+        let end = self.index(1004, 24);
+        match text.chars().last() {
+            Some('?' | '？') if end > 17 => drop(text.pop()),
+            Some('?' | '？') => {}
+            Some(_) if end > 17 => text.push(if self.chinese { '。' } else { '.' }),
+            Some(_) if end == 17 => text.push(if self.chinese { '！' } else { '!' }),
+            _ => {}
+        }
+        text
     }
 
     /// What an object of a scene is called: by colour and shape, or by less where that is enough; a
@@ -79,12 +123,54 @@ impl Voice {
         }
     }
 
+    /// What an object is called by somebody who may point at it by anything that sets it apart: like [`Self::name`], or by its
+    /// colour, place or size alone.
+    pub fn pointed_at(&self, object: &Object, scene: &Scene, it: bool) -> String {
+        let other = scene.objects.iter().find(|o| !o.same(object));
+        let colour = &COLOURS[object.colour];
+        let (noun, noun_zh) = match self.pick(1006, &[0, 1]) {
+            0 => ("one", "那个"),
+            _ if other.is_some_and(|o| o.shape == object.shape) => ("one", "那个"),
+            _ => (english(object.shape), chinese(object.shape)),
+        };
+        let (name, name_zh) = match (self.pick(1005, &[0, 0, 0, 0, 0, 1, 2, 3]), other) {
+            (1, Some(other)) if other.colour != object.colour => {
+                let noun = self.pick(1007, &["one", "shape", "object", "thing"]);
+                (format!("the {} {noun}", colour.name), format!("{}的那个", colour.name_zh))
+            }
+            (2, Some(other)) => match side(object.centre, other.centre) {
+                Place::Unsaid => return self.name(object, scene, it),
+                place => {
+                    let at = self.at(place);
+                    let adjective =
+                        [["", ""], ["left", "left"], ["right", "right"], ["top", "upper"], ["bottom", "lower"]];
+                    let adjective = self.pick(1008, &adjective[place as usize]);
+                    let by_place = self.pick(1009, &[false, true]);
+                    let english = if by_place { format!("the {noun} {at}") } else { format!("the {adjective} {noun}") };
+                    (english, format!("{at}的{noun_zh}"))
+                }
+            },
+            (3, Some(other)) if other.size != object.size => {
+                let large = object.size == ObjectSize::Large;
+                let words =
+                    if large { ["large", "big", "bigger", "larger"] } else { ["small", "small", "smaller", "little"] };
+                (
+                    format!("the {} {noun}", self.pick(1008, &words)),
+                    format!("{}的{noun_zh}", if large { "大" } else { "小" }),
+                )
+            }
+            (1, None) => ("the ".to_string() + self.pick(1007, &["shape", "object"]), "图形".to_string()),
+            _ => return self.name(object, scene, it),
+        };
+        if self.chinese { name_zh } else { name }
+    }
+
     /// "on the left".
     pub fn at(&self, place: Place) -> String {
         let words: &[&str] = match (place, self.chinese) {
-            (Place::Unsaid, false) => &["in the middle", "in the centre"],
-            (Place::Left, false) => &["on the left", "on the left side"],
-            (Place::Right, false) => &["on the right", "on the right side"],
+            (Place::Unsaid, false) => &["in the middle", "in the middle", "in the centre", "in the center"],
+            (Place::Left, false) => &["on the left", "on the left", "on the left side"],
+            (Place::Right, false) => &["on the right", "on the right", "on the right side"],
             (Place::Above, false) => &["at the top"],
             (Place::Below, false) => &["at the bottom"],
             (place, true) => &[["中间", "左边", "右边", "上面", "下面"][place as usize]],
@@ -99,20 +185,49 @@ pub(super) fn relation(place: Place) -> &'static str {
 }
 
 #[cfg(test)]
+impl Wordings {
+    /// Checks that no held-out pattern is a sentence of a trained one, that there are several of them, and many trained
+    /// sentences.
+    pub(super) fn check(&self, name: &str) {
+        use super::grammar::sentences;
+        let plain = |text: String| text.trim_end_matches(['.', '?', '？']).replace("  ", " ");
+        for (trained, held) in [(self.english, self.held_out), (self.chinese, self.held_out_chinese)] {
+            let all = trained.iter().flat_map(|p| sentences(p)).map(plain).collect::<std::collections::HashSet<_>>();
+            assert!(
+                held.len() >= 2 && all.len() >= if held == self.held_out { 100 } else { 30 },
+                "{name}: {}",
+                all.len()
+            );
+            for text in held.iter().flat_map(|p| sentences(p)).map(plain) {
+                assert!(!all.contains(&text), "{name}: {text} is trained");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::rng::Stream;
 
     #[test]
     fn a_wording_belongs_to_one_split() {
-        let wordings = Wordings { english: &["a {x}", "b", "c", "d"], chinese: &["甲", "乙", "丙"] };
-        let said = |split| -> std::collections::BTreeSet<String> {
-            let rng = |i| Rng::new(1, i, Stream::Train, 0);
-            (0..500).map(|i| Voice::draw(&rng(i), split).say(&wordings, &[("{x}", "word".into())])).collect()
+        let wordings = Wordings {
+            english: &["<(a|b) {x}>", "c"],
+            chinese: &["甲", "<乙{x}>"],
+            held_out: &["d {x}", "e"],
+            held_out_chinese: &["丙"],
         };
-        let (train, test) = (said(Split::Train), said(Split::HeldOut));
-        assert!(train.is_disjoint(&test) && train.contains("a word"), "{train:?} {test:?}");
-        assert_eq!((train.len(), test.len()), (5, 2));
-        assert_eq!(Voice::canonical().say(&wordings, &[]), "a {x}");
+        let voice = |i, split| Voice::draw(&Rng::new(1, i, Stream::Train, 0), split);
+        for i in 0..500 {
+            let trained = voice(i, Split::Train).say(&wordings, &[("{x}", "word".into())]);
+            let held_out = voice(i, Split::HeldOut).say(&wordings, &[("{x}", "word".into())]);
+            assert!(["<(a|b) {x}>", "c", "甲", "<乙{x}>"].contains(&trained.wording), "{trained:?}");
+            assert!(["d {x}", "e", "丙"].contains(&held_out.wording), "{held_out:?}");
+            assert!(!trained.text.contains(['{', '(', '<', '~', '|']), "{trained:?}");
+            let part = voice(i, Split::HeldOut).part(1).say(&wordings, &[("{x}", "word".into())]);
+            assert!(["a word", "b word", "乙word"].contains(&part.text.as_str()), "{part:?}");
+        }
+        assert_eq!(Voice::canonical().say(&wordings, &[("{x}", "word".into())]).text, "a word");
     }
 }

@@ -2,12 +2,14 @@
 //! is a pure function of the seed and its index.
 
 use super::samples::Samples;
+use super::thing_edits::{ThingEdit, is_plural};
 use crate::chat::template::{Part, Role};
-use crate::dataset::{Canvas, SIDE, Style, with_article};
+use crate::dataset::{Canvas, SIDE, with_article};
 use crate::generate::prompt;
 use crate::rng::Rng;
 use crate::scenes::{
-    BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, Riddle, Scene, Smalltalk, Split, smalltalk,
+    BACKGROUNDS, EDIT_KINDS, Edit, QUESTION_KINDS, Question, QuestionKind, Riddle, Scene, Smalltalk, Split, Topic,
+    smalltalk,
 };
 
 /// Text and images, in turns.
@@ -42,6 +44,11 @@ fn model(text: &str, image: Option<Canvas>) -> (Role, Vec<Part<Canvas>>) {
     (Role::Assistant, text.into_iter().chain(image.map(Part::Image)).collect())
 }
 
+/// Where a reply ends, in the place of the image that would begin there.
+fn left_out() -> Canvas {
+    Canvas { width: 0, height: 0, rgb: Vec::new() }
+}
+
 fn picture(scene: &Scene) -> Canvas {
     Canvas { width: SIDE, height: SIDE, rgb: scene.render(SIDE, SIDE) }
 }
@@ -56,16 +63,19 @@ pub fn dialogue(dataset: &Samples, index: u64, length: Length) -> Turns {
         (Length::Short, 46..68) => thing_question(dataset, &of(2)),
         (Length::Short, 68..94) => thinking(dataset, &of(3)),
         (Length::Short, _) => talk(&of(4)),
-        (Length::Words, 0..25) => thinking(dataset, &of(10)),
-        (Length::Words, 25..70) => told_edit(&of(11)),
-        (Length::Words, 70..94) => told_questions(&of(12)),
+        (Length::Words, 0..14) => thinking(dataset, &of(10)),
+        (Length::Words, 14..60) => told_edit(&of(11)),
+        (Length::Words, 60..75) => {
+            ThingEdit::told(dataset, &of(13)).map_or_else(|| told_edit(&of(11)), told_thing_edit)
+        }
+        (Length::Words, 75..95) => told_questions(&of(12)),
         (Length::Words, _) => talk(&of(4)),
         (Length::Look, 0..50) => questions(&of(1), MANY),
         (Length::Look, 50..90) => edit(&of(5), rng.below(1, 3)),
         (Length::Look, _) => thing_question(dataset, &of(2)),
         (Length::Long, 0..8) => copy(dataset, &of(9)),
-        (Length::Long, 8..72) => edit(&of(5), 0),
-        (Length::Long, 72..86) => thing_edit(dataset, &of(6)),
+        (Length::Long, 8..64) => edit(&of(5), 0),
+        (Length::Long, 64..86) => thing_edit(dataset, &of(6)),
         (Length::Long, 86..97) => several_turns(&of(7), index),
         (Length::Long, _) => story(&of(8)),
     }
@@ -107,32 +117,50 @@ fn questions(rng: &Rng, count: usize) -> Turns {
 fn more_questions(rng: &Rng, scene: &Scene, count: usize) -> Turns {
     let ask = |step: usize| {
         let rng = rng.fork(2 + step as u64);
-        let kind = QUESTION_KINDS[rng.below(0, QUESTION_KINDS.len())];
-        Question::on(&rng.fork(0), scene, kind, Split::Train)
+        Question::on(&rng.fork(0), scene, QuestionKind::sample(&rng), Split::Train)
     };
     let turns = |q: Question| [user(vec![], &q.text), model(&q.answer, None)];
     (0..count).filter_map(ask).flat_map(turns).collect()
 }
 
-/// Wordings of "what is this?".
-pub const WHAT: [&str; 5] =
-    ["what is this?", "what is it?", "what do you see?", "what does this picture show?", "name this thing"];
-
-/// A question about an everyday thing that is not held out.
+/// A question about an everyday thing that is not held out, or about one of two.
 fn thing_question(dataset: &Samples, rng: &Rng) -> Turns {
     let (picture, name, name_zh) = dataset.thing(rng, 0);
+    let phrase = with_article(name);
+    // Another thing, where it is asked for in vain or stands beside.
+    let (other, other_phrase) = (dataset.thing(rng, 6).0, with_article(dataset.thing(rng, 6).1));
+    let words = rng.fork(1);
+    if rng.uniform(7) < 0.25 && other_phrase != phrase && ![&phrase, &other_phrase].iter().any(|p| is_plural(p)) {
+        let canvas = dataset.row(&[(picture, 0), (other, 64)]);
+        let third = dataset.thing(rng, 8).1;
+        let third = if is_plural(third) { phrase.clone() } else { with_article(third) };
+        let (text, answer) = match rng.below(9, 4) {
+            0 => (Topic::WhatAt.say(&words, false, &[("{p}", "on the left")]), phrase),
+            1 => (Topic::WhatAt.say(&words, false, &[("{p}", "on the right")]), other_phrase),
+            n => {
+                let asked = if n == 2 { [&phrase, &other_phrase][rng.below(10, 2)] } else { &third };
+                let answer = if [&phrase, &other_phrase].contains(&asked) { "yes" } else { "no" };
+                (Topic::Presence.say(&words, false, &[("{n}", asked)]), answer.to_string())
+            }
+        };
+        return vec![user(vec![canvas], &text), model(&answer, None)];
+    }
     let background = (rng.uniform(2) < 0.3).then(|| &BACKGROUNDS[rng.below(3, BACKGROUNDS.len())]);
     let canvas = dataset.single(picture, background, SIDE, SIDE).canvas;
-    let phrase = with_article(name);
+    let is_it = |phrase: &str| match rng.below(11, 2) {
+        _ if is_plural(phrase) => format!("are {} {phrase}?", ["these", "those"][rng.below(12, 2)]),
+        0 => format!("is {} {phrase}?", ["this", "it"][rng.below(12, 2)]),
+        _ => Topic::Presence.say(&words, false, &[("{n}", phrase)]),
+    };
     let (text, answer) = match rng.below(4, 12) {
-        0..6 => (WHAT[rng.below(5, WHAT.len())].to_string(), phrase),
-        6 if !name_zh.is_empty() => ("这是什么？".into(), name_zh.to_string()),
-        7 | 8 => (format!("is this {phrase}?"), "yes".into()),
-        9 | 10 => match dataset.thing(rng, 6).1 {
-            other if other != name => (format!("is this {}?", with_article(other)), "no".into()),
-            _ => (format!("is this {phrase}?"), "yes".into()),
-        },
-        _ => ("what colour is the background?".into(), background.map_or("white", |b| b.name).into()),
+        0..6 => (Topic::What.say(&words, false, &[]), phrase),
+        6 if !name_zh.is_empty() => (Topic::What.say(&words, true, &[]), name_zh.to_string()),
+        7 | 8 => (is_it(&phrase), "yes".into()),
+        9 | 10 => (is_it(&other_phrase), if other_phrase == phrase { "yes" } else { "no" }.into()),
+        _ => {
+            let colour = background.map_or("white", |b| b.name);
+            (Topic::Colour.say(&words, false, &[("{o}", "the background")]), colour.into())
+        }
     };
     vec![user(vec![canvas], &text), model(&answer, None)]
 }
@@ -166,7 +194,7 @@ fn talk(rng: &Rng) -> Turns {
 /// A composition and what an instruction makes of it, after `questions` questions about it at most.
 fn edit(rng: &Rng, questions: usize) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
-    let text = edit.instruction(&rng.fork(2), Split::Train);
+    let text = edit.instruction(&rng.fork(2), Split::Train).text;
     let mut turns = more_questions(&rng.fork(3), &edit.source, questions);
     turns.extend([user(vec![], &text), model(&edit.thought(), Some(picture(&edit.target)))]);
     turns[0].1.insert(0, Part::Image(picture(&edit.source)));
@@ -176,9 +204,14 @@ fn edit(rng: &Rng, questions: usize) -> Turns {
 /// An edit of a composition that is told, not shown: what the words of an instruction make of those of a picture.
 fn told_edit(rng: &Rng) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
-    let text = edit.instruction(&rng.fork(2), Split::Train);
+    let text = edit.instruction(&rng.fork(2), Split::Train).text;
     let seen = edit.source.seen().unwrap_or_else(|| edit.source.clone());
-    vec![user(vec![], &format!("{}. {text}", seen.prompt())), model(&edit.thought(), Some(picture(&edit.target)))]
+    vec![user(vec![], &format!("{}. {text}", seen.prompt())), model(&edit.thought(), Some(left_out()))]
+}
+
+/// The same of everyday things.
+fn told_thing_edit(edit: ThingEdit) -> Turns {
+    vec![user(vec![], &format!("{}. {}", edit.seen, edit.text)), model(&edit.thought(), Some(left_out()))]
 }
 
 /// Questions about a composition that is told, not shown.
@@ -206,80 +239,16 @@ fn copy(dataset: &Samples, rng: &Rng) -> Turns {
     vec![user(vec![canvas.clone()], COPY[rng.below(4, COPY.len())]), model("", Some(canvas))]
 }
 
-/// Instructions that change the style: to (0) soft 3D, (1) flat, (2) Noto's.
-pub const STYLES: [(Style, [&str; 3]); 3] = [
-    (Style::ThreeD, ["make it 3d", "in 3d style", "turn it into a 3d picture"]),
-    (Style::Flat, ["make it flat", "in flat style", "turn it into a flat picture"]),
-    (Style::Noto, ["make it noto", "in noto style", "turn it into a noto picture"]),
-];
-
-/// An everyday thing that is not held out, and what an instruction makes of it.
+/// An everyday thing or two that are not held out, and what an instruction makes of them.
 fn thing_edit(dataset: &Samples, rng: &Rng) -> Turns {
-    let (first, name, _) = dataset.thing(rng, 0);
-    let (second, other, _) = dataset.thing(rng, 2);
-    let white = |p| dataset.single(p, None, SIDE, SIDE).canvas;
-    let small = |places: &[(usize, i32)]| dataset.row(places);
-    // Preserved objects are not named, so that they need not be known.
-    let same = |change: &str| format!("{}the same{change}", prompt::FINAL);
-    let becomes = |name: &str| format!("{}{}", prompt::FINAL, with_article(name));
-    let say = |counter, forms: &[&str]| forms[rng.below(counter, forms.len())].to_string();
-    let (before, text, thought, after) = match rng.below(4, 12) {
-        0..3 => {
-            let background = &BACKGROUNDS[rng.below(5, BACKGROUNDS.len())];
-            let coloured = dataset.single(first, Some(background), SIDE, SIDE).canvas;
-            let on = |name: &str| same(&format!(" on a {name} background"));
-            let forms = ["make the background {}", "change the background to {}", "put it on a {} background"];
-            match rng.below(6, 4) {
-                0 => (coloured, say(7, &forms).replace("{}", "white"), on("white"), white(first)),
-                1 => (white(first), format!("把背景换成{}", background.name_zh), on(background.name), coloured),
-                _ => (white(first), say(7, &forms).replace("{}", background.name), on(background.name), coloured),
-            }
-        }
-        3 | 4 => {
-            let before = white(first);
-            let after = before.clone().mirrored();
-            let text = say(5, &["flip the picture", "mirror it", "flip it from left to right", "左右翻转"]);
-            (before, text, same(" from the other side"), after)
-        }
-        5..8 => {
-            let concept = dataset.concept(first);
-            let (to, forms) = &STYLES[rng.below(5, STYLES.len())];
-            let (from, _) = &STYLES[rng.below(6, STYLES.len())];
-            match (dataset.in_style(concept, *from), dataset.in_style(concept, *to)) {
-                (Some(from), Some(to)) if from != to => {
-                    (white(from), say(7, forms), same(&format!(" {}", forms[1])), white(to))
-                }
-                _ => (white(first), format!("turn it into {}", with_article(other)), becomes(other), white(second)),
-            }
-        }
-        8 => (white(first), format!("turn it into {}", with_article(other)), becomes(other), white(second)),
-        9 => {
-            let forms = ["replace {a} with {b}", "swap {a} for {b}", "turn {a} into {b}"];
-            let text = say(5, &forms).replace("{a}", &format!("the {name}")).replace("{b}", &with_article(other));
-            (white(first), text, becomes(other), white(second))
-        }
-        10 => {
-            let left = rng.below(5, 2) == 0;
-            let (a, b) = if left { (64, 0) } else { (0, 64) };
-            let side = if left { "left" } else { "right" };
-            let text = say(6, &["add {b} on the {s}", "put {b} on the {s}", "add {b} to the {s}"]);
-            let text = text.replace("{b}", &with_article(other)).replace("{s}", side);
-            let thought = same(&format!(" and {} on the {side}", with_article(other)));
-            (small(&[(first, a)]), text, thought, small(&[(first, a), (second, b)]))
-        }
-        _ => {
-            let text = say(6, &["remove {}", "take {} away", "delete {}"]).replace("{}", &format!("the {other}"));
-            let thought = same(&format!(" without {}", with_article(other)));
-            (small(&[(first, 0), (second, 64)]), text, thought, small(&[(first, 0)]))
-        }
-    };
-    vec![user(vec![before], &text), model(&thought, Some(after))]
+    let edit = ThingEdit::sample(dataset, rng);
+    vec![user(vec![(edit.before)(dataset)], &edit.text), model(&edit.thought(), Some((edit.after)(dataset)))]
 }
 
 /// Draw and edit, draw and ask, or look, edit and ask.
 fn several_turns(rng: &Rng, index: u64) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
-    let text = edit.instruction(&rng.fork(2), Split::Train);
+    let text = edit.instruction(&rng.fork(2), Split::Train).text;
     let asked = |scene: &Scene| {
         let kinds = QUESTION_KINDS.len();
         (0..kinds)

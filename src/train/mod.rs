@@ -18,6 +18,7 @@ pub mod run;
 pub mod samples;
 pub mod semantic;
 mod sequence;
+mod thing_edits;
 pub mod tokenizer;
 pub mod transformer;
 

@@ -69,9 +69,11 @@ pub struct Pool {
 const BATCH: usize = 64;
 /// Height over width of the other aspect ratios that are trained: what lies between and beyond is left to the
 /// positions, which are relative to the image's extent.
-const RATIOS: [f64; 8] = [0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0];
-/// One batch in this many is not square.
-const OBLONG: usize = 8;
+const RATIOS: [f64; 10] = [0.25, 0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0, 4.0];
+/// One batch of captioned images in this many is not square.
+const OBLONG: usize = 5;
+/// Share of shapes in such a batch, at least: dialogues, which have many, are square.
+const OBLONG_SHAPES: f64 = 0.6;
 
 impl Pool {
     /// Renders and encodes everything, for images of `scales` scales.
@@ -160,9 +162,11 @@ impl Shelf {
         [&self.plain, &self.coloured, &self.scenes, &self.several].iter().map(|p| p.len()).sum()
     }
 
-    /// One item: a share of `shapes`; of the others single concepts on white 77%, on a colour 11.5%, several things 11.5%; of
+    /// One item: a share of `shapes`, or more where images are oblong; of the others single concepts on white 77%, on a colour 11.5%, several things 11.5%; of
     /// the kinds that there are.
     pub fn sample(&self, rng: &Rng, shapes: f64) -> &Item {
+        let is_square = self.grids.last().is_some_and(|(h, w)| h == w);
+        let shapes = if is_square { shapes } else { shapes.max(OBLONG_SHAPES) };
         let things = |share: f64| share * (1.0 - shapes);
         let kinds = [
             (&self.plain, things(0.77)),

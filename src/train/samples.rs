@@ -68,9 +68,10 @@ impl<'a> Samples<'a> {
 
     /// A thing that may be asked about or edited in training, of those that [there are](Self::has_things): its picture, its name
     /// and its name in Chinese.
-    pub fn thing(&self, rng: &Rng, counter: u64) -> (usize, &str, &str) {
+    pub fn thing(&self, rng: &Rng, counter: u64) -> (usize, &'a str, &'a str) {
         let picture = self.things[rng.below(counter, self.things.len())];
-        let concept = &self.library.concepts[self.concept(picture)];
+        let library: &'a Dataset = self.library;
+        let concept = &library.concepts[self.concept(picture)];
         (picture, &concept.names[0], &concept.label_zh)
     }
 
@@ -189,8 +190,8 @@ impl<'a> Samples<'a> {
         Sample { canvas, captions }
     }
 
-    /// Two things among the given pictures side by side, or two to four of one kind that has a name, and so a plural, in a
-    /// square of `side` pixels.
+    /// Two things among the given pictures side by side, or, of a kind that has a name and so a plural, one at a side or two to
+    /// four, in a square of `side` pixels.
     pub fn several(&self, among: &[usize], index: u64, side: usize) -> Sample {
         let rng = self.rng(index, 5);
         let picture = |counter| among[rng.below(counter, among.len())];
@@ -199,6 +200,12 @@ impl<'a> Samples<'a> {
         // Corners are in quarters of the side.
         let corner = |(x, y): (usize, usize)| ((x * side / 4) as i32, (y * side / 4) as i32);
         let name = self.library.concepts[self.concept(first)].names.first();
+        if name.is_some() && (0.45..0.6).contains(&rng.uniform(2)) {
+            let (left, side) = [(0, "left"), (2, "right")][rng.below(4, 2)];
+            self.library.compose(&mut canvas, first, corner((left, 1)), half);
+            let caption = format!("{} on the {side}", self.library.caption(self.concept(first)));
+            return Sample { canvas, captions: vec![caption] };
+        }
         let Some(name) = name.filter(|_| rng.uniform(2) >= 0.6) else {
             self.library.compose(&mut canvas, first, corner((0, 1)), half);
             self.library.compose(&mut canvas, second, corner((2, 1)), half);
@@ -318,7 +325,13 @@ mod tests {
         let sample = dataset.single(0, Some(&BACKGROUNDS[0]), SIDE, SIDE);
         assert_eq!(sample.captions[0], format!("an owl on a {} background", BACKGROUNDS[0].name));
         let said: Vec<String> = (0..200).flat_map(|i| dataset.several(&[0, 1], i, SIDE).captions).collect();
-        for caption in ["an owl and a bus", "a bus on the left and an owl on the right", "three buses", "two owls"] {
+        for caption in [
+            "an owl and a bus",
+            "a bus on the left and an owl on the right",
+            "three buses",
+            "two owls",
+            "an owl on the left",
+        ] {
             assert!(said.iter().any(|c| c == caption), "{caption} in {said:?}");
         }
     }

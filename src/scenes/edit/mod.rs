@@ -4,9 +4,9 @@ mod change;
 #[cfg(test)]
 mod tests;
 mod wording;
-mod words;
+pub(super) mod words;
 
-use super::wording::Voice;
+use super::wording::{Said, Voice};
 use super::{Kind, Object, Scene, Split, held_out};
 use crate::generate::prompt::FINAL;
 use crate::rng::Rng;
@@ -132,13 +132,13 @@ impl Edit {
     }
 
     /// One wording among those of the split: Chinese about once in six.
-    pub fn instruction(&self, rng: &Rng, split: Split) -> String {
+    pub fn instruction(&self, rng: &Rng, split: Split) -> Said {
         wording::say(&self.changes, &self.source, Voice::draw(rng, split))
     }
 
     /// The canonical English wording, which is always a trained one.
     pub fn canonical(&self) -> String {
-        wording::say(&self.changes, &self.source, Voice::canonical())
+        wording::say(&self.changes, &self.source, Voice::canonical()).text
     }
 
     /// What a model says before it draws: what it sees, and what that becomes, each as a viewer

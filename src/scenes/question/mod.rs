@@ -2,11 +2,11 @@
 
 #[cfg(test)]
 mod tests;
-mod wording;
+pub(super) mod wording;
 
 use super::caption::{chinese, english, phrase, phrase_zh};
 use super::describe::{centre_of, side};
-use super::wording::{Voice, relation};
+use super::wording::{Said, Voice, relation};
 use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, ObjectSize, Place, SHAPES, Scene, Split, held_out};
 use crate::rng::Rng;
 
@@ -38,6 +38,13 @@ pub const QUESTION_KINDS: [QuestionKind; 6] = [
     QuestionKind::Caption,
 ];
 
+impl QuestionKind {
+    /// Any kind: presence, which is learnt most slowly, twice as often as each of the others.
+    pub fn sample(rng: &Rng) -> Self {
+        QUESTION_KINDS.get(rng.below(1000, QUESTION_KINDS.len() + 1)).copied().unwrap_or(Self::Presence)
+    }
+}
+
 /// A question about a scene.
 #[derive(Clone, Debug)]
 pub struct Question {
@@ -47,14 +54,16 @@ pub struct Question {
     pub scene: Scene,
     /// In English, or about once in six in Chinese.
     pub text: String,
+    /// The pattern of the text, which names a held-out wording.
+    pub wording: &'static str,
     /// In the language of the question, short, in lower case, without a final stop.
     pub answer: String,
 }
 
 impl Question {
-    /// Any kind, as often as any other.
+    /// A question of any kind.
     pub fn sample(rng: &Rng, split: Split) -> Self {
-        Self::of_kind(rng, QUESTION_KINDS[rng.below(1000, QUESTION_KINDS.len())], split, split)
+        Self::of_kind(rng, QuestionKind::sample(rng), split, split)
     }
 
     /// A question of one kind about a scene of the split `scenes`, in a wording of the split
@@ -91,7 +100,7 @@ impl Question {
             return None;
         }
         let voice = Voice::draw(rng, words);
-        let (text, answer) = match kind {
+        let (Said { text, wording }, answer) = match kind {
             QuestionKind::What => what(rng, &seen, voice)?,
             QuestionKind::Colour => colour(rng, &seen, voice),
             QuestionKind::Count => count(rng, &seen, voice),
@@ -101,7 +110,7 @@ impl Question {
                 (voice.say(&wording::CAPTION, &[]), if voice.chinese { seen.prompt_zh() } else { seen.prompt() })
             }
         };
-        Some(Self { kind, scene: scene.clone(), text, answer })
+        Some(Self { kind, scene: scene.clone(), text, wording, answer })
     }
 }
 
@@ -135,7 +144,7 @@ fn place_of(object: &Object, scene: &Scene) -> Place {
     side(object.centre, other.map_or(centre_of(Place::Unsaid), |o| o.centre))
 }
 
-fn what(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(String, String)> {
+fn what(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(Said, String)> {
     match &scene.objects[..] {
         [only] => Some((voice.say(&wording::WHAT, &[]), thing(only, voice))),
         [first, second] if scene.kind != Kind::Counting => {
@@ -164,18 +173,19 @@ fn what(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(String, String)> {
     }
 }
 
-fn colour(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
+fn colour(rng: &Rng, scene: &Scene, voice: Voice) -> (Said, String) {
     if rng.below(1, 6) == 0 {
         let colour = scene.background.map(|b| &BACKGROUNDS[b]);
         let (english, chinese) = colour.map_or(("white", "白色"), |c| (c.name, c.name_zh));
         let gap = in_words(voice, "the background", "背景");
-        return (voice.say(&wording::COLOUR, &[("{o}", gap)]), in_words(voice, english, chinese));
+        let said = voice.say(&wording::COLOUR, &[("{o}", gap), ("{are}", "is".into()), ("{do}", "does".into())]);
+        return (said, in_words(voice, english, chinese));
     }
     let object = &scene.objects[rng.below(2, scene.objects.len())];
     let (shape, shape_zh) = (english(object.shape), chinese(object.shape));
     let only = scene.objects.iter().filter(|o| o.shape == object.shape).count() == 1;
-    let wordings =
-        if scene.kind == Kind::Counting && scene.objects.len() > 1 { &wording::COLOUR_ALL } else { &wording::COLOUR };
+    let many = scene.kind == Kind::Counting && scene.objects.len() > 1;
+    let (are, do_) = if many { ("are", "do") } else { ("is", "does") };
     let gap = match (only, scene.kind) {
         (true, _) => in_words(voice, &format!("the {shape}"), shape_zh),
         (_, Kind::Counting) => in_words(voice, &format!("the {shape}s"), shape_zh),
@@ -186,10 +196,11 @@ fn colour(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
         }
     };
     let colour = &COLOURS[object.colour];
-    (voice.say(wordings, &[("{o}", gap)]), in_words(voice, colour.name, colour.name_zh))
+    let gaps = [("{o}", gap), ("{are}", are.to_string()), ("{do}", do_.to_string())];
+    (voice.say(&wording::COLOUR, &gaps), in_words(voice, colour.name, colour.name_zh))
 }
 
-fn count(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
+fn count(rng: &Rng, scene: &Scene, voice: Voice) -> (Said, String) {
     let object = &scene.objects[rng.below(1, scene.objects.len())];
     let (shape, colour) = (object.shape, &COLOURS[object.colour]);
     let count = |counted: &dyn Fn(&Object) -> bool| scene.objects.iter().filter(|o| counted(o)).count();
@@ -211,7 +222,7 @@ fn count(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
     (text, in_words(voice, number, number_zh))
 }
 
-fn place(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(String, String)> {
+fn place(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(Said, String)> {
     if scene.kind == Kind::Counting && scene.objects.len() > 1 {
         return None;
     }
@@ -225,7 +236,8 @@ fn place(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(String, String)> {
     Some((voice.say(&wording::WHERE, &[("{o}", voice.name(object, scene, true))]), in_words(voice, at, at_zh)))
 }
 
-fn presence(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
+/// As often yes as no, and a no is a near miss (what is there but for its colour or its shape) or plainly absent.
+fn presence(rng: &Rng, scene: &Scene, voice: Voice) -> (Said, String) {
     let there = rng.below(1, 2) == 0;
     let by_shape = rng.below(2, 3) == 0;
     let mut asked = scene.objects[rng.below(3, scene.objects.len())].clone();
@@ -233,16 +245,17 @@ fn presence(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
     let found =
         |asked: &Object| scene.objects.iter().any(|o| o.shape == asked.shape && (by_shape || o.colour == asked.colour));
     if !there {
-        // Near misses: what is there but for its colour or its shape.
-        let shapes = by_shape || rng.below(4, 2) == 0;
-        let start = rng.below(5, 60) as u64;
-        asked = (start..)
-            .map(|i| match shapes {
-                true => Object { shape: SHAPES[i as usize % SHAPES.len()], ..asked.clone() },
-                false => Object { colour: i as usize % COLOURS.len(), ..asked.clone() },
-            })
-            .find(|o| !found(o))
-            .unwrap_or(asked);
+        let miss = if by_shape { Miss::Shape } else { [Miss::Shape, Miss::Colour, Miss::Both][rng.below(4, 3)] };
+        let start = rng.below(5, 60);
+        let others = (start..start + 60).map(|i| Object {
+            shape: if miss == Miss::Colour { asked.shape } else { SHAPES[i % SHAPES.len()] },
+            colour: if miss == Miss::Shape { asked.colour } else { (i / SHAPES.len()) % COLOURS.len() },
+            ..asked.clone()
+        });
+        // Nothing in the scene has the shape or the colour of what is plainly absent.
+        let absent = |o: &Object| !scene.objects.iter().any(|s| s.shape == o.shape || s.colour == o.colour);
+        let right = |o: &Object| !found(o) && (miss != Miss::Both || absent(o));
+        asked = others.clone().find(right).unwrap_or(asked);
     }
     let (shape, shape_zh) = (english(asked.shape), chinese(asked.shape));
     let gap = match by_shape {
@@ -251,4 +264,12 @@ fn presence(rng: &Rng, scene: &Scene, voice: Voice) -> (String, String) {
     };
     let answer = if found(&asked) { in_words(voice, "yes", "有") } else { in_words(voice, "no", "没有") };
     (voice.say(&wording::PRESENCE, &[("{n}", gap)]), answer)
+}
+
+/// What is wrong with an object that is not there.
+#[derive(Clone, Copy, PartialEq)]
+enum Miss {
+    Shape,
+    Colour,
+    Both,
 }
