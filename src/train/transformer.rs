@@ -133,15 +133,15 @@ impl Lesson<'_> {
         Ok(groups)
     }
 
-    /// The sequences with images. With dialogues every other step has long ones, half as many, and the others some short ones,
-    /// so that steps take about as long as each other.
+    /// The sequences with images. With dialogues one step in three has long ones, half as many, and the others some short ones:
+    /// what a model draws most often it draws for a caption.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
-        let shelf = self.pool.shelf(step / 2);
         let Some((dataset, text)) = self.dialogues else {
             return self.captioned(self.pool.shelf(step), size, step);
         };
-        match step % 2 {
-            1 => self.dialogues(dataset, text, size / 2, step, Length::Long),
+        let shelf = self.pool.shelf(step - step / 3);
+        match step % 3 {
+            2 => self.dialogues(dataset, text, size / 2, step, Length::Long),
             _ if !self.pool.is_square(shelf) => self.captioned(shelf, size, step),
             _ => {
                 let dialogues = size / 4;

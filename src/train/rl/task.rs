@@ -87,7 +87,7 @@ impl Task {
             }
             2 => {
                 let edit = Edit::sample(&rng.fork(1), Split::Train);
-                let text = edit.instruction(&rng.fork(2), Split::Train);
+                let text = edit.instruction(&rng.fork(2), Split::Train).text;
                 Self::Edit(Box::new(edit), text)
             }
             _ => Self::Question(Question::sample(&rng.fork(1), Split::Train)),
