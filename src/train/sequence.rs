@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use candle_core::{DType, Result, Tensor};
 
 use super::loss::cross_entropy;
-use crate::backbone::{Backbone, BackboneConfig, Context, Layout, Position, Rope};
+use crate::backbone::{Backbone, BackboneConfig, Layout, Position, Rope};
 use crate::generate::next_input::NextInput;
 use crate::ops;
 use crate::tokenizer::{Code, Encoded, Quantizer};
@@ -177,11 +177,6 @@ impl Part<'_> {
     /// The sum of the losses of the sequences, a scalar; those of all targets go to `all`.
     fn loss(&self, backbone: &Backbone, all: &mut Losses) -> Result<Tensor> {
         let length = self.0.iter().map(|s| s.layout.len()).max().unwrap_or(0);
-        let hidden = self.hidden(backbone, all.count, length)?;
-        let select = |targets: &[(usize, &Target)]| {
-            let rows: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
-            ops::select(&hidden, &Tensor::new(rows, hidden.device())?)
-        };
         let loss = |logits: &Tensor, targets: &[(usize, &Target)], weights: Vec<f32>| {
             let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
             let losses = cross_entropy(logits, &ids)?;
@@ -191,24 +186,30 @@ impl Part<'_> {
         let rows = || self.0.iter().enumerate();
         let codes: Vec<_> = rows().flat_map(|(row, s)| s.code_targets.iter().map(move |t| (row, t))).collect();
         let words: Vec<_> = rows().flat_map(|(row, s)| s.word_targets.iter().map(move |t| (row, t))).collect();
-        let mut total = Tensor::zeros((), hidden.dtype(), hidden.device())?;
+        let mut total = Tensor::zeros((), DType::F32, backbone.device())?;
+        let at: Vec<u32> = codes.iter().chain(&words).map(|(row, t)| (row * length + t.at) as u32).collect();
+        if at.is_empty() {
+            return Ok(total);
+        }
+        let hidden = self.hidden(backbone, all.count, length, &at)?;
         if !codes.is_empty() {
             let weights = codes.iter().map(|(_, t)| t.weight).collect();
-            let (part, rows) = loss(&backbone.code_logits(&select(&codes)?)?, &codes, weights)?;
+            let (part, rows) = loss(&backbone.code_logits(&hidden.narrow(0, 0, codes.len())?)?, &codes, weights)?;
             total = (total + part)?;
             all.codes.push((rows, codes.iter().map(|(_, t)| t.scale).collect()));
         }
         if !words.is_empty() {
             let weights = self.0.iter().flat_map(|sequence| sequence.word_weights()).collect();
-            let (part, rows) = loss(&backbone.text_logits(&select(&words)?)?, &words, weights)?;
+            let (part, rows) =
+                loss(&backbone.text_logits(&hidden.narrow(0, codes.len(), words.len())?)?, &words, weights)?;
             total = (total + part)?;
             all.words.push(rows);
         }
         Ok(total)
     }
 
-    /// Hidden states of all tokens and pads, (size * length, hidden).
-    fn hidden(&self, backbone: &Backbone, count: usize, length: usize) -> Result<Tensor> {
+    /// Hidden states of N of the size * length tokens and pads, (N, hidden).
+    fn hidden(&self, backbone: &Backbone, count: usize, length: usize, selected: &[u32]) -> Result<Tensor> {
         let (size, config, device) = (self.0.len(), backbone.config(), backbone.device());
         let words: Vec<u32> = self.0.iter().flat_map(|s| s.words.iter().map(|w| w.1)).collect();
         let scales: Vec<usize> = self.0.iter().flat_map(|s| s.codes.iter().map(|c| c.1)).collect();
@@ -233,7 +234,7 @@ impl Part<'_> {
         let ends = self.0.iter().flat_map(|s| padded(&s.layout.ends, length, 1)).map(|end| end as u32);
         let ends = Tensor::from_iter(ends, device)?.reshape((size, length, 1))?;
         let mask = Tensor::arange(0, length as u32, device)?.broadcast_lt(&ends)?;
-        backbone.forward(&x, &rope, Context::Masked(&mask))?.flatten_to(1)
+        backbone.forward_selected(&x, &rope, &mask, &Tensor::new(selected, device)?)
     }
 }
 
