@@ -92,6 +92,11 @@ impl RmsNorm {
         Ok(Self { weight: w.get(size, "weight", Init::Ones)?, eps: eps as f32 })
     }
 
+    /// Weights (size), and what is added to the mean square.
+    pub fn parts(&self) -> (&Tensor, f32) {
+        (&self.weight, self.eps)
+    }
+
     /// (..., size) -> (..., size).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::rms_norm(x, &self.weight, self.eps)

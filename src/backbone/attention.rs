@@ -170,6 +170,22 @@ impl SelfAttention {
         self.o_proj.forward_add(residual, &self.heads(x, rope, layer, context)?)
     }
 
+    /// x plus [`Self::forward`] of its norm, as one operation that can be trained; None where there is
+    /// none.
+    pub(super) fn trained_branch(
+        &self,
+        x: &Tensor,
+        norm: &RmsNorm,
+        rope: &Rope,
+        context: &Context,
+    ) -> Result<Option<Tensor>> {
+        let (Projections::Apart(layers), None, Context::Masked(mask)) = (&self.qkv_proj, &self.qk_norm, context) else {
+            return Ok(None);
+        };
+        let qkv = layers.each_ref().map(|layer| (layer.weight(), layer.bias()));
+        ops::attention_branch(x, norm.parts(), qkv, self.o_proj.weight(), (&rope.cos, &rope.sin), mask, self.head_dim)
+    }
+
     /// What the heads attend to, (R, T, H D).
     fn heads(&self, x: &Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
         let (rows, tokens, _) = x.dims3()?;

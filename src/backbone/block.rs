@@ -40,6 +40,13 @@ impl SwiGlu {
         self.down_proj.forward_add(residual, &self.gated(x)?)
     }
 
+    /// x plus [`Self::forward`] of its norm, as one operation that can be trained; None where there is
+    /// none.
+    fn trained_branch(&self, x: &Tensor, norm: &RmsNorm) -> Result<Option<Tensor>> {
+        let Projections::Apart([gate, up]) = &self.gate_up_proj else { return Ok(None) };
+        ops::swiglu_branch(x, norm.parts(), [gate.weight(), up.weight(), self.down_proj.weight()])
+    }
+
     fn gated(&self, x: &Tensor) -> Result<Tensor> {
         match &self.gate_up_proj {
             Projections::Apart([gate, up]) => ops::gated_linear(x, gate.weight(), up.weight()),
@@ -75,20 +82,52 @@ impl Block {
 
     /// The layer's output for x (R, T, hidden), which nothing else may need.
     pub(super) fn forward(&self, x: Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
-        let (first, second) = (&self.input_layernorm, &self.post_attention_layernorm);
+        self.feed_forward(self.attend(x, rope, layer, context)?)
+    }
+
+    /// As [`Self::forward`] for some of the R * T tokens only, `rows` (N) u32: (N, hidden).
+    pub(super) fn forward_selected(
+        &self,
+        x: Tensor,
+        rope: &Rope,
+        layer: usize,
+        context: &Context,
+        rows: &Tensor,
+    ) -> Result<Tensor> {
+        let attended = self.attend(x, rope, layer, context)?;
+        self.feed_forward(ops::select(&attended.flatten_to(1)?, rows)?.unsqueeze(0)?)?.squeeze(0)
+    }
+
+    /// The first half, with attention.
+    fn attend(&self, x: Tensor, rope: &Rope, layer: usize, context: &Context) -> Result<Tensor> {
+        let norm = &self.input_layernorm;
         match self.norm_placement {
             NormPlacement::Input => {
-                let normed = first.forward(&x)?;
-                let x = self.self_attn.forward_add(x, &normed, rope, layer, context)?;
-                let normed = second.forward(&x)?;
-                self.mlp.forward_add(x, &normed)
+                if let Some(y) = self.self_attn.trained_branch(&x, norm, rope, context)? {
+                    return Ok(y);
+                }
+                let normed = norm.forward(&x)?;
+                self.self_attn.forward_add(x, &normed, rope, layer, context)
             }
             NormPlacement::Output => {
                 let attended = self.self_attn.forward(&x, rope, layer, context)?;
-                let x = ops::add(&x, &first.forward(&attended)?)?;
-                let y = self.mlp.forward(&x)?;
-                ops::add(&x, &second.forward(&y)?)
+                ops::add(&x, &norm.forward(&attended)?)
             }
+        }
+    }
+
+    /// The second half, for every token by itself.
+    fn feed_forward(&self, x: Tensor) -> Result<Tensor> {
+        let norm = &self.post_attention_layernorm;
+        match self.norm_placement {
+            NormPlacement::Input => {
+                if let Some(y) = self.mlp.trained_branch(&x, norm)? {
+                    return Ok(y);
+                }
+                let normed = norm.forward(&x)?;
+                self.mlp.forward_add(x, &normed)
+            }
+            NormPlacement::Output => ops::add(&x, &norm.forward(&self.mlp.forward(&x)?)?),
         }
     }
 }

@@ -149,6 +149,18 @@ impl Backbone {
         }
     }
 
+    /// As [`Backbone::forward`] of whole sequences under a mask, for some of the R * T tokens only, `rows` (N) u32: (N, hidden).
+    /// The last layer's feed-forward half is computed for no others.
+    pub fn forward_selected(&self, x: &Tensor, rope: &Rope, mask: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        let context = Context::Masked(mask);
+        let mut y = if x.device().is_cpu() { x.clone() } else { x.copy()? };
+        let last = self.layers.len() - 1;
+        for (i, layer) in self.layers[..last].iter().enumerate() {
+            y = layer.forward(y, rope, i, &context)?;
+        }
+        self.norm.forward(&self.layers[last].forward_selected(y, rope, last, &context, rows)?)
+    }
+
     /// Whether this is a CPU whose caches hold the weights, or nearly. Then threads are better given a row each than a part
     /// of every product: they wait less for each other, and that they read the weights more than once costs little.
     pub fn stays_in_cache(&self) -> bool {

@@ -164,11 +164,16 @@ impl Op<2> for SwiGlu {
         let outputs = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
         let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));
         outputs.zip(inputs).for_each(|((dgate, dup), ((gate, up), dy))| {
-            for ((dgate, dup), ((g, up), dy)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up).zip(dy)) {
-                let s = sigmoid(*g);
-                *dup = dy * g * s;
-                *dgate = dy * up * s * (1.0 + g * (1.0 - s));
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((dgate, dup), ((g, up), dy)) in dgate.iter_mut().zip(dup).zip(gate.iter().zip(up).zip(dy)) {
+                        let s = sigmoid(*g);
+                        *dup = dy * g * s;
+                        *dgate = dy * up * s * (1.0 + g * (1.0 - s));
+                    }
+                },
+            );
         });
         Ok([Some(dgate), Some(dup)])
     }

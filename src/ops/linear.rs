@@ -3,11 +3,11 @@
 use candle_core::{DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cpu::gemm::{Matrix, MatrixMut, Update, gemm};
-use super::cpu::matmul::matmul;
+use super::cpu::gemm::{Matrix, MatrixMut, Update, gemm, product};
+use super::cpu::matmul::{matmul, portable};
 use super::cpu::operand::Operand;
 use super::cpu::quants::WeightRows;
-use super::cpu::reduce;
+use super::cpu::reduce::{self, vectorized};
 use super::custom_op::{Op, apply3, supports_f32};
 
 /// Rows that one thread sums at a time.
@@ -21,7 +21,7 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     if x.dims().last() != Some(&inner) || b.is_some_and(|b| b.dims() != [out]) {
         bail!("linear: {:?} does not fit weights {:?} and bias {:?}", x.dims(), w.dims(), b.map(Tensor::dims));
     }
-    apply(x, w, b, Linear { bf16: false })
+    apply(x, w, b, false)
 }
 
 /// [`linear`] in mixed precision: weights, sums and gradients are f32, but where the CPU multiplies
@@ -31,17 +31,18 @@ pub(super) fn mixed_linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result
     if x.dims().last() != Some(&inner) || !bf16::supports(out, inner) {
         return linear(x, w, b);
     }
-    apply(x, w, b, Linear { bf16: true })
+    apply(x, w, b, true)
 }
 
-fn apply(x: &Tensor, w: &Tensor, b: Option<&Tensor>, linear: Linear) -> Result<Tensor> {
+fn apply(x: &Tensor, w: &Tensor, b: Option<&Tensor>, bf16: bool) -> Result<Tensor> {
     if !supports_f32(&[x, w, b.unwrap_or(w)]) {
         return composed(x, w, b);
     }
     // An op has a fixed number of operands: an empty bias is none.
     let empty = || Tensor::zeros(0, DType::F32, x.device());
     let b = b.map_or_else(empty, |b| Ok(b.clone()))?;
-    apply3(linear, x, w, &b)
+    let trains = x.track_op() || w.track_op();
+    apply3(Linear { bf16, trains }, x, w, &b)
 }
 
 fn composed(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
@@ -62,6 +63,8 @@ pub(super) fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
 pub(super) struct Linear {
     /// All factors are rounded to bf16: [`bf16::supports`] the sizes.
     bf16: bool,
+    /// A backward pass follows. Then there are many rows, for which the crate `gemm` is the fastest.
+    trains: bool,
 }
 
 impl Op<3> for Linear {
@@ -71,39 +74,85 @@ impl Op<3> for Linear {
         let (out, inner) = w.shape().dims2()?;
         let shape = Shape::from(with_last(x.dims(), out));
         let bias = Some(b.slice::<f32>()?).filter(|bias| !bias.is_empty());
-        let (x, w) = (x.slice()?, w.slice()?);
-        let y = match self.bf16 {
-            true => bf16::forward(x, w, bias, (out, inner))?,
-            false => matmul(x, WeightRows::F32(w), bias, (out, inner))?,
-        };
-        Ok((y, shape))
+        Ok((self.product(x.slice()?, w.slice()?, bias, (out, inner))?, shape))
     }
 
     fn backward(&self, [x, w, b]: [Operand; 3], wanted: [bool; 3], dy: &[f32]) -> Result<[Option<Vec<f32>>; 3]> {
         let (out, inner) = w.shape().dims2()?;
         let (biased, x, w) = (b.dims() == [out], x.slice::<f32>()?, w.slice::<f32>()?);
-        let rows = x.len() / inner;
-        let dx = || match self.bf16 {
-            true => bf16::input_gradient(dy, w, (out, inner)),
-            false => Ok(product(Matrix::new(dy, rows, out), Matrix::new(w, out, inner), (rows, inner))),
-        };
-        let dw = || match self.bf16 {
-            true => bf16::weight_gradient(dy, x, (out, inner)),
-            false => Ok(product(Matrix::new(dy, rows, out).t(), Matrix::new(x, rows, inner), (out, inner))),
-        };
+        let dx = || self.input_gradient(dy, w, (out, inner));
+        let dw = || self.weight_gradient(dy, x, (out, inner));
         let [want_x, want_w, want_b] = wanted;
         let db = (want_b && biased).then(|| column_sums(dy, out));
         Ok([want_x.then(dx).transpose()?, want_w.then(dw).transpose()?, db])
     }
 }
 
-fn product(lhs: Matrix, rhs: Matrix, (rows, cols): (usize, usize)) -> Vec<f32> {
-    let mut y = vec![0f32; rows * cols];
-    gemm(MatrixMut::new(&mut y, rows, cols), Update::Overwrite, lhs, rhs, 1.0, true);
-    y
+/// The products, for weights (out, inner).
+impl Linear {
+    /// For a backward pass, with weights (out, inner) of these `shapes`: in mixed precision where the
+    /// CPU multiplies bf16.
+    pub(super) fn training(mixed: bool, shapes: &[(usize, usize)]) -> Self {
+        Self { bf16: mixed && shapes.iter().all(|&(out, inner)| bf16::supports(out, inner)), trains: true }
+    }
+
+    /// `x wᵀ` and the bias of x (N, inner): (N, out).
+    pub(super) fn product(
+        &self,
+        x: &[f32],
+        w: &[f32],
+        bias: Option<&[f32]>,
+        shape: (usize, usize),
+    ) -> Result<Vec<f32>> {
+        match self.bf16 {
+            true => bf16::forward(x, w, bias, shape),
+            false if self.trains => Ok(portable(x, w, bias, shape)),
+            false => matmul(x, WeightRows::F32(w), bias, shape),
+        }
+    }
+
+    /// Adds `x wᵀ` to `y` (N, out).
+    pub(super) fn add_product(&self, y: &mut [f32], x: &[f32], w: &[f32], (out, inner): (usize, usize)) -> Result<()> {
+        if self.bf16 {
+            add_assign(y, &bf16::forward(x, w, None, (out, inner))?);
+            return Ok(());
+        }
+        let rows = x.len() / inner;
+        let (x, w) = (Matrix::new(x, rows, inner), Matrix::new(w, out, inner));
+        gemm(MatrixMut::new(y, rows, out), Update::Add, x, w.t(), 1.0, true);
+        Ok(())
+    }
+
+    /// The gradient of x for dy (N, out): (N, inner).
+    pub(super) fn input_gradient(&self, dy: &[f32], w: &[f32], (out, inner): (usize, usize)) -> Result<Vec<f32>> {
+        match self.bf16 {
+            true => bf16::input_gradient(dy, w, (out, inner)),
+            false => Ok(product(Matrix::new(dy, dy.len() / out, out), Matrix::new(w, out, inner))),
+        }
+    }
+
+    /// The gradient of the weights for dy (N, out): (out, inner).
+    pub(super) fn weight_gradient(&self, dy: &[f32], x: &[f32], (out, inner): (usize, usize)) -> Result<Vec<f32>> {
+        let rows = x.len() / inner;
+        match self.bf16 {
+            true => bf16::weight_gradient(dy, x, (out, inner)),
+            false => Ok(product(Matrix::new(dy, rows, out).t(), Matrix::new(x, rows, inner))),
+        }
+    }
 }
 
-fn column_sums(values: &[f32], cols: usize) -> Vec<f32> {
+/// `y += x`, on all threads.
+pub(super) fn add_assign(y: &mut [f32], x: &[f32]) {
+    const CHUNK: usize = 1 << 15;
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+        vectorized(
+            #[inline(always)]
+            || y.iter_mut().zip(x).for_each(|(y, x)| *y += x),
+        );
+    });
+}
+
+pub(super) fn column_sums(values: &[f32], cols: usize) -> Vec<f32> {
     let zeros = || vec![0f32; cols];
     let block = |mut sums: Vec<f32>, block: &[f32]| {
         for row in block.chunks_exact(cols) {

@@ -8,6 +8,7 @@
 //!   with a residual, [`gated_linear`] with SwiGLU.
 //! - Attention with grouped keys: [`attention`], [`attention_rows`]; rotary positions: [`rope`],
 //!   [`project_heads`].
+//! - Halves of a block for training: [`attention_branch`], [`swiglu_branch`].
 //! - Norms: [`rms_norm`], [`layer_norm`], [`group_norm`].
 //! - Convolutions over dense or int8 [`Filters`]: [`conv2d`], [`add_conv2d`], [`upsampled_conv2d`];
 //!   of every channel by itself: [`depthwise_conv2d`].
@@ -16,7 +17,8 @@
 //! - Rows of a table: [`select`]. GGML's formats: [`quantize`], [`dequantize`].
 //!
 //! Every function takes any device and dtype. In f32 on the CPU it is one operation that borrows
-//! its operands and keeps nothing for the backward pass but its inputs. With the feature `cuda` the
+//! its operands and keeps nothing for the backward pass but its inputs; only the halves of a block
+//! keep more. With the feature `cuda` the
 //! same holds for f32 on a GPU, and in bf16 what drawing needs has kernels there, forward only.
 //! Anything else is composed of candle's own differentiable operations, with softmax and norms in
 //! f32. Tests compare the kernels with these compositions and with candle-nn, values and gradients.
@@ -25,6 +27,7 @@
 
 mod activation;
 mod attention;
+mod branch;
 mod conv;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
@@ -45,6 +48,7 @@ pub(crate) mod testing;
 
 pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention, attention_rows};
+pub use branch::{attention_branch, swiglu_branch};
 pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 pub use cpu::int8::{Int8Filters, Int8Matrix};
 pub use cpu::quants::{dequantize, quantize};

@@ -77,9 +77,14 @@ fn map_rows_back(
     let zeros = || vec![0f32; width];
     let blocks = dx.par_chunks_mut(whole_rows(d)).zip(x.par_chunks(whole_rows(d))).zip(dy.par_chunks(whole_rows(d)));
     let block = |mut sums: Vec<f32>, ((dx, x), dy): ((&mut [f32], &[f32]), &[f32])| {
-        for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
-            row(dx, x, dy, &mut sums);
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
+                    row(dx, x, dy, &mut sums);
+                }
+            },
+        );
         sums
     };
     let sums = blocks.fold(zeros, block).reduce(zeros, reduce::add);
@@ -94,20 +99,30 @@ impl Op<2> for RmsNorm {
     const NAME: &'static str = "rms-norm";
 
     fn forward(&self, [x, w]: [Operand; 2]) -> Result<(Vec<f32>, Shape)> {
-        let weights = w.slice::<f32>()?;
-        let y = map_rows(x.slice()?, weights.len(), |y, x| {
+        Ok((self.rows(x.slice()?, w.slice()?), x.shape().clone()))
+    }
+
+    fn backward(&self, [x, w]: [Operand; 2], _wanted: [bool; 2], dy: &[f32]) -> Result<[Option<Vec<f32>>; 2]> {
+        let (dx, dw) = self.rows_back(x.slice()?, w.slice()?, dy);
+        Ok([Some(dx), Some(dw)])
+    }
+}
+
+impl RmsNorm {
+    /// Of the rows x (N, D), with weights (D).
+    pub(super) fn rows(&self, x: &[f32], weights: &[f32]) -> Vec<f32> {
+        map_rows(x, weights.len(), |y, x| {
             let r = inverse_rms(x, self.eps);
             for ((y, x), w) in y.iter_mut().zip(x).zip(weights) {
                 *y = x * r * w;
             }
-        });
-        Ok((y, x.shape().clone()))
+        })
     }
 
-    fn backward(&self, [x, w]: [Operand; 2], _wanted: [bool; 2], dy: &[f32]) -> Result<[Option<Vec<f32>>; 2]> {
-        let weights = w.slice::<f32>()?;
+    /// The gradients of the rows and of the weights.
+    pub(super) fn rows_back(&self, x: &[f32], weights: &[f32], dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let d = weights.len();
-        let (dx, dw) = map_rows_back(x.slice()?, dy, d, d, |dx, x, dy, dw| {
+        map_rows_back(x, dy, d, d, |dx, x, dy, dw| {
             let r = inverse_rms(x, self.eps);
             for ((((dx, x), dy), w), dw) in dx.iter_mut().zip(x).zip(dy).zip(weights).zip(dw) {
                 *dx = dy * w;
@@ -115,8 +130,7 @@ impl Op<2> for RmsNorm {
             }
             let c = reduce::sum(dx, x, |a, b| a * b) * r * r * r / d as f32;
             dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = *dx * r - x * c);
-        });
-        Ok([Some(dx), Some(dw)])
+        })
     }
 }
 

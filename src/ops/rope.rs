@@ -4,6 +4,7 @@ use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::cpu::operand::Operand;
+use super::cpu::reduce::vectorized;
 use super::custom_op::{Op, apply3, supports};
 
 /// Rotates the halves of each head of x (B, T, H, D) by the angles whose cosines and sines are
@@ -65,18 +66,52 @@ fn rotate(x: &[f32], (heads, d): (usize, usize), cos: &[f32], sin: &[f32], sign:
     chunks.0.zip(chunks.1).enumerate().with_min_len((CHUNK / (heads * d)).max(1)).for_each(|(i, (out, x))| {
         let at = i % positions * half;
         let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-        for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-            let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), x.split_at(half));
-            let turn = |out: &mut [f32], x: &[f32], y: &[f32], sign: f32| {
-                for (((out, x), y), (c, s)) in out.iter_mut().zip(x).zip(y).zip(cos.iter().zip(sin)) {
-                    *out = x * c + y * s * sign;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), x.split_at(half));
+                    let pairs = out_a.iter_mut().zip(out_b).zip(a.iter().zip(b));
+                    for (((out_a, out_b), (a, b)), (c, s)) in pairs.zip(cos.iter().zip(sin)) {
+                        *out_a = a * c + b * s * -sign;
+                        *out_b = b * c + a * s * sign;
+                    }
                 }
-            };
-            turn(out_a, a, b, -sign);
-            turn(out_b, b, a, sign);
-        }
+            },
+        );
     });
     out
+}
+
+/// Rotates, in place, the first `heads` heads of size `d` in every row of x, the rows `stride`
+/// apart, by the angles of their position, of which there are as many as rows or as in one sequence
+/// of a batch; backwards if `sign` is -1.
+pub(super) fn rotate_rows(
+    x: &mut [f32],
+    stride: usize,
+    (heads, d): (usize, usize),
+    (cos, sin): (&[f32], &[f32]),
+    sign: f32,
+) {
+    let half = d / 2;
+    let positions = cos.len() / half;
+    let rows = (CHUNK / stride).max(1);
+    x.par_chunks_mut(rows * stride).enumerate().for_each(|(chunk, x)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, x) in x.chunks_exact_mut(stride).enumerate() {
+                    let at = (chunk * rows + row) % positions * half;
+                    for x in x.chunks_exact_mut(d).take(heads) {
+                        let (a, b) = x.split_at_mut(half);
+                        for ((a, b), (c, s)) in a.iter_mut().zip(b).zip(cos[at..at + half].iter().zip(&sin[at..])) {
+                            (*a, *b) = (*a * c + *b * s * -sign, *b * c + *a * s * sign);
+                        }
+                    }
+                }
+            },
+        );
+    });
 }
 
 pub(super) struct Rope;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::ops::cpu::exp::exp;
 use crate::ops::cpu::operand::Operand;
-use crate::ops::cpu::reduce;
+use crate::ops::cpu::reduce::{self, vectorized};
 use crate::ops::custom_op::{Op, apply2, supports_f32};
 
 /// `-log softmax(logits[i])[targets[i]]` of every row of logits (N, V): (N), in f32.
@@ -29,8 +29,14 @@ fn composed(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 }
 
 fn log_sum_exp(row: &[f32]) -> f32 {
-    let max = reduce::max(row);
-    max + reduce::sum(row, row, |x, _| exp(x - max)).ln()
+    let (max, sum) = vectorized(
+        #[inline(always)]
+        || {
+            let max = reduce::max(row);
+            (max, reduce::sum(row, row, |x, _| exp(x - max)))
+        },
+    );
+    max + sum.ln()
 }
 
 /// Of logits (N, V) and targets (N) below V, u32.
@@ -56,7 +62,10 @@ impl Op<2> for CrossEntropy {
         let rows = grad.par_chunks_mut(classes).zip(logits.par_chunks(classes));
         rows.zip(targets.slice::<u32>()?).zip(dlosses).for_each(|(((grad, row), &target), dloss)| {
             let total = log_sum_exp(row);
-            grad.iter_mut().zip(row).for_each(|(g, x)| *g = exp(x - total) * dloss);
+            vectorized(
+                #[inline(always)]
+                || grad.iter_mut().zip(row).for_each(|(g, x)| *g = exp(x - total) * dloss),
+            );
             grad[target as usize] -= dloss;
         });
         Ok([Some(grad), None])

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use candle_core::{DType, Result, Tensor};
 
 use super::loss::cross_entropy;
-use crate::backbone::{Backbone, BackboneConfig, Context, Layout, Position, Rope};
+use crate::backbone::{Backbone, BackboneConfig, Layout, Position, Rope};
 use crate::generate::next_input::NextInput;
 use crate::ops;
 use crate::tokenizer::{Code, Encoded, Quantizer};
@@ -233,27 +233,32 @@ impl Part<'_> {
         mut visit: impl FnMut(Kind, Tensor) -> Result<()>,
     ) -> Result<()> {
         let length = self.0.iter().map(|s| s.layout.len()).max().unwrap_or(0);
-        let hidden = self.hidden(backbone, count, length)?;
-        for kind in [Kind::Code, Kind::Word] {
+        let of = |kind: Kind| {
             let rows = self.0.iter().enumerate();
-            let targets: Vec<_> = rows.flat_map(|(row, s)| s.targets(kind).iter().map(move |t| (row, t))).collect();
-            if targets.is_empty() {
-                continue;
-            }
-            let at: Vec<u32> = targets.iter().map(|(row, t)| (row * length + t.at) as u32).collect();
-            let hidden = ops::select(&hidden, &Tensor::new(at, hidden.device())?)?;
+            rows.flat_map(|(row, s)| s.targets(kind).iter().map(move |t| (row, t))).collect::<Vec<_>>()
+        };
+        let kinds = [(Kind::Code, of(Kind::Code)), (Kind::Word, of(Kind::Word))];
+        let all = kinds.iter().flat_map(|(_, targets)| targets);
+        let at: Vec<u32> = all.map(|(row, t)| (row * length + t.at) as u32).collect();
+        if at.is_empty() {
+            return Ok(());
+        }
+        let (hidden, mut first) = (self.hidden(backbone, count, length, &at)?, 0);
+        for (kind, targets) in kinds.into_iter().filter(|(_, targets)| !targets.is_empty()) {
+            let hidden = hidden.narrow(0, first, targets.len())?;
             let logits = match kind {
                 Kind::Code => backbone.code_logits(&hidden)?,
                 Kind::Word => backbone.text_logits(&hidden)?,
             };
             let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
             visit(kind, cross_entropy(&logits, &ids)?)?;
+            first += targets.len();
         }
         Ok(())
     }
 
-    /// Hidden states of all tokens and pads, (size * length, hidden).
-    fn hidden(&self, backbone: &Backbone, count: usize, length: usize) -> Result<Tensor> {
+    /// Hidden states of N of the size * length tokens and pads, (N, hidden).
+    fn hidden(&self, backbone: &Backbone, count: usize, length: usize, selected: &[u32]) -> Result<Tensor> {
         let (size, config, device) = (self.0.len(), backbone.config(), backbone.device());
         let words: Vec<u32> = self.0.iter().flat_map(|s| s.words.iter().map(|w| w.1)).collect();
         let scales: Vec<usize> = self.0.iter().flat_map(|s| s.codes.iter().map(|c| c.1)).collect();
@@ -278,7 +283,7 @@ impl Part<'_> {
         let ends = self.0.iter().flat_map(|s| padded(&s.layout.ends, length, 1)).map(|end| end as u32);
         let ends = Tensor::from_iter(ends, device)?.reshape((size, length, 1))?;
         let mask = Tensor::arange(0, length as u32, device)?.broadcast_lt(&ends)?;
-        backbone.forward(&x, &rope, Context::Masked(&mask))?.flatten_to(1)
+        backbone.forward_selected(&x, &rope, &mask, &Tensor::new(selected, device)?)
     }
 }
 

@@ -36,6 +36,11 @@ impl<'a> Heads<'a> {
         Ok(Self { data, n, heads, d, batch_stride: layout.stride()[0], stride: layout.stride()[1] })
     }
 
+    /// `n` rows of every batch row, `stride` apart, each of which begins with the heads.
+    pub(crate) fn of_rows(data: &'a [f32], n: usize, (heads, d): (usize, usize), stride: usize) -> Self {
+        Self { data, n, heads, d, batch_stride: n * stride, stride }
+    }
+
     /// Contiguous data of the same shape.
     fn with_data(self, data: &'a [f32]) -> Self {
         let stride = self.heads * self.d;

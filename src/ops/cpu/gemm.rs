@@ -62,15 +62,48 @@ const PARALLEL: usize = 1 << 18;
 
 /// `dst = scale * lhs * rhs`, or `dst +=` that.
 pub(crate) fn gemm(dst: MatrixMut, update: Update, lhs: Matrix, rhs: Matrix, scale: f32, parallel: bool) {
-    debug_assert_eq!((dst.rows, dst.cols, lhs.cols), (lhs.rows, rhs.cols, rhs.rows), "shapes of a product");
+    debug_assert_eq!((dst.rows, dst.cols), (lhs.rows, rhs.cols), "shape of a product");
     debug_assert!(dst.row_stride >= dst.cols, "rows of a product overlap");
-    let (m, n, k) = (dst.rows, dst.cols, lhs.cols);
-    let extent = |rows, cols, row_stride, col_stride| match (rows, cols) {
+    // Slicing checks the bounds once per product, which costs nothing beside it.
+    let out = &mut dst.data[..extent(dst.rows, dst.cols, dst.row_stride, 1)];
+    // SAFETY: the slice holds every element of the destination, is borrowed mutably and so overlaps
+    // neither operand, and its rows do not overlap.
+    #[allow(unsafe_code)]
+    unsafe {
+        multiply(out.as_mut_ptr(), dst.row_stride, update, lhs, rhs, scale, parallel);
+    }
+}
+
+/// `lhs * rhs`, in memory that need not be zeroed first, on all threads.
+pub(crate) fn product(lhs: Matrix, rhs: Matrix) -> Vec<f32> {
+    let count = lhs.rows * rhs.cols;
+    let mut out = Vec::with_capacity(count);
+    // SAFETY: the capacity is that of the product, contiguous, and overwriting fills all of it.
+    #[allow(unsafe_code)]
+    unsafe {
+        multiply(out.as_mut_ptr(), rhs.cols, Update::Overwrite, lhs, rhs, 1.0, true);
+        out.set_len(count);
+    }
+    out
+}
+
+/// Elements from the first to the last of a matrix in memory.
+fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
+    match (rows, cols) {
         (0, _) | (_, 0) => 0,
         _ => (rows - 1) * row_stride + (cols - 1) * col_stride + 1,
-    };
-    // Slicing checks the bounds once per product, which costs nothing beside it.
-    let out = &mut dst.data[..extent(m, n, dst.row_stride, 1)];
+    }
+}
+
+/// [`gemm`] to memory that may be uninitialised where it is overwritten.
+///
+/// # Safety
+///
+/// `out` is valid for the product, with rows `stride` apart, and overlaps neither operand.
+#[allow(unsafe_code)]
+unsafe fn multiply(out: *mut f32, stride: usize, update: Update, lhs: Matrix, rhs: Matrix, scale: f32, parallel: bool) {
+    assert_eq!(lhs.cols, rhs.rows, "shapes of a product");
+    let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     let a = &lhs.data[..extent(m, k, lhs.row_stride, lhs.col_stride)];
     let b = &rhs.data[..extent(k, n, rhs.row_stride, rhs.col_stride)];
     let parallelism = match parallel && m * n * k > PARALLEL {
@@ -81,17 +114,16 @@ pub(crate) fn gemm(dst: MatrixMut, update: Update, lhs: Matrix, rhs: Matrix, sca
         Update::Add => (true, 1.0),
         Update::Overwrite => (false, 0.0),
     };
-    // SAFETY: the three slices above hold every element that these shapes and strides address, the
-    // destination is borrowed mutably and so overlaps neither operand, and its rows do not overlap.
-    #[allow(unsafe_code)]
+    // SAFETY: the two slices above hold every element that these shapes and strides address, and the
+    // caller vouches for the destination.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out,
             1,
-            dst.row_stride as isize,
+            stride as isize,
             add,
             a.as_ptr(),
             lhs.col_stride as isize,

@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::columns::{Columns, by_columns, filled};
-use super::gemm::{Matrix, MatrixMut, Update, gemm};
+use super::gemm::{Matrix, MatrixMut, Update, gemm, product};
 use super::gemm_f32;
 use super::gemv::{self, GEMV_ROWS};
 use super::int8::q8_0;
@@ -64,17 +64,15 @@ pub(crate) fn matmul(
     }
 }
 
-/// By the crate `gemm`.
-fn portable(x: &[f32], w: &[f32], bias: Option<&[f32]>, (rows, columns): (usize, usize)) -> Vec<f32> {
+/// [`matmul`] by the crate `gemm`, with f32 weights.
+pub(crate) fn portable(x: &[f32], w: &[f32], bias: Option<&[f32]>, (rows, columns): (usize, usize)) -> Vec<f32> {
     let count = x.len() / columns;
-    let mut y = vec![0f32; count * rows];
-    if let Some(bias) = bias {
-        let tasks = y.par_chunks_mut(rows * BIAS_TASK);
-        tasks.for_each(|y| y.chunks_exact_mut(rows).for_each(|y| y.copy_from_slice(bias)));
-    }
-    let update = if bias.is_some() { Update::Add } else { Update::Overwrite };
     let (x, w) = (Matrix::new(x, count, columns), Matrix::new(w, rows, columns));
-    gemm(MatrixMut::new(&mut y, count, rows), update, x, w.t(), 1.0, true);
+    let Some(bias) = bias else { return product(x, w.t()) };
+    let mut y = vec![0f32; count * rows];
+    let tasks = y.par_chunks_mut(rows * BIAS_TASK);
+    tasks.for_each(|y| y.chunks_exact_mut(rows).for_each(|y| y.copy_from_slice(bias)));
+    gemm(MatrixMut::new(&mut y, count, rows), Update::Add, x, w.t(), 1.0, true);
     y
 }
 

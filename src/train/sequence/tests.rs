@@ -3,7 +3,7 @@
 use candle_core::{Device, Var};
 
 use super::*;
-use crate::backbone::{InputMode, Step};
+use crate::backbone::{Context, InputMode, Step};
 use crate::checkpoint::Weights;
 use crate::generate::{PromptConfig, Rows, Sequences, schedule};
 use crate::rng::{Rng, Stream};
@@ -40,6 +40,12 @@ fn image(quantizer: &Quantizer, grids: &[(usize, usize)]) -> Encoded {
     quantizer.encode(&features, grids, Some((&how, &rng.fork(1))), |_, _, _| {})
 }
 
+/// Hidden states of all tokens.
+fn hidden(backbone: &Backbone, sequence: &Sequence, scales: usize) -> Result<Tensor> {
+    let all: Vec<u32> = (0..sequence.layout.len() as u32).collect();
+    Part(&[sequence]).hidden(backbone, scales, all.len(), &all)
+}
+
 fn assert_same(a: &Tensor, b: &Tensor) -> Result<()> {
     let apart = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
     assert!(apart < 1e-4, "{apart}");
@@ -63,7 +69,7 @@ fn images_are_learnt_as_they_are_drawn() -> Result<()> {
             &quantizer,
             &Picture { grids, encoded: &encoded, context: false, alpha: Some(0.9) },
         )?;
-        let learnt = Part(&[&sequence]).hidden(&backbone, grids.len(), sequence.layout.len())?;
+        let learnt = hidden(&backbone, &sequence, grids.len())?;
         let learnt = learnt.narrow(0, words.len(), schedule::codes(grids))?;
         let targets: Vec<(usize, u32)> = sequence.code_targets.iter().map(|t| (t.at - words.len(), t.id)).collect();
         let nearest = encoded.targets.concat().into_iter().map(|code| code as u32);
@@ -135,7 +141,7 @@ fn images_to_look_at_are_read_as_in_a_conversation() -> Result<()> {
     let rope = Rope::new(config, &[&layout.positions], &Device::Cpu)?;
     let mask = Tensor::from_vec(layout.mask(), (tokens, tokens), &Device::Cpu)?;
     let read = backbone.forward(&Tensor::cat(&x, 1)?, &rope, Context::Masked(&mask))?;
-    assert_same(&Part(&[&sequence]).hidden(&backbone, grids.len(), tokens)?, &read.squeeze(0)?)
+    assert_same(&hidden(&backbone, &sequence, grids.len())?, &read.squeeze(0)?)
 }
 
 /// Sequences of words, of an image to draw, and of one that is looked at: together they lose what each loses alone.
