@@ -126,19 +126,21 @@ impl Int8Matrix {
     }
 
     fn pack(&self, kernel: Kernel) -> Panels {
-        let (rows, pairs) = (self.rows.next_multiple_of(kernel.rows()), self.columns.div_ceil(2));
+        let (width, pairs) = (kernel.rows(), self.columns.div_ceil(2));
+        let rows = self.rows.next_multiple_of(width);
         let mut weights = vec![0i8; rows * pairs * 2];
         let mut scales = vec![0f32; rows];
         scales[..self.rows].copy_from_slice(&self.scales[self.first..][..self.rows]);
-        for row in 0..self.rows {
-            let panel = &mut weights[row / kernel.rows() * kernel.rows() * pairs * 2..];
-            let places = panel[row % kernel.rows() * 2..].chunks_mut(kernel.rows() * 2);
-            for (pair, to) in self.row(row).chunks(2).zip(places) {
-                for (byte, to) in pair.iter().zip(to) {
-                    *to = (i16::from(*byte) - ZERO) as i8;
+        weights.par_chunks_mut(width * pairs * 2).enumerate().for_each(|(i, panel)| {
+            for row in i * width..self.rows.min((i + 1) * width) {
+                let places = panel[row % width * 2..].chunks_mut(width * 2);
+                for (pair, to) in self.row(row).chunks(2).zip(places) {
+                    for (byte, to) in pair.iter().zip(to) {
+                        *to = (i16::from(*byte) - ZERO) as i8;
+                    }
                 }
             }
-        }
+        });
         Panels { kernel, first: 0, weights, scales, pairs }
     }
 }

@@ -42,12 +42,14 @@ impl Int8Filters {
         }
         let row = (k * channels).next_multiple_of(2);
         let mut transposed = vec![ZERO as u8; o * k * row];
-        for (filter, transposed) in bytes.chunks_exact(n).zip(transposed.chunks_exact_mut(k * row)) {
-            for (at, byte) in filter.iter().enumerate() {
-                let (channel, i, j) = (at / (k * k), at / k % k, at % k);
-                transposed[i * row + j * channels + channel] = *byte;
+        let transpose = |(filter, transposed): (&[u8], &mut [u8])| {
+            for (channel, taps) in filter.chunks_exact(k * k).enumerate() {
+                for (taps, transposed) in taps.chunks_exact(k).zip(transposed.chunks_exact_mut(row)) {
+                    taps.iter().enumerate().for_each(|(j, tap)| transposed[j * channels + channel] = *tap);
+                }
             }
-        }
+        };
+        bytes.par_chunks_exact(n).zip(transposed.par_chunks_exact_mut(k * row)).for_each(transpose);
         let panels = Int8Matrix::new(transposed.into(), scales, (o, k * row))?.pack(kernel);
         Ok(Self { panels, shape })
     }
