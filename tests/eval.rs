@@ -55,7 +55,7 @@ fn a_model_does_not_differ_from_itself() {
 
 #[test]
 fn dialogues_are_told_apart_by_wording() {
-    let args = ["eval", "--suite", "dialogues", "--per-category", "2", "--json"];
+    let args = ["eval", "--suite", "dialogues", "--per-category", "1", "--json"];
     let report = json(&args);
     for (kind, count) in [("edits", 9), ("questions", 6)] {
         let rows = report["dialogues"][kind].as_array().unwrap();
@@ -63,7 +63,7 @@ fn dialogues_are_told_apart_by_wording() {
         for row in rows {
             let wordings = row["wordings"].as_array().unwrap();
             let cases: usize = wordings.iter().map(|w| w["score"]["cases"].as_str().unwrap().len()).sum();
-            assert_eq!(cases, 2, "{row}");
+            assert_eq!(cases, 1, "{row}");
             let right = |share: &serde_json::Value| share["cases"].as_str().unwrap().matches('1').count();
             assert_eq!(wordings.iter().map(|w| right(&w["score"])).sum::<usize>(), right(&row["score"]), "{row}");
         }
