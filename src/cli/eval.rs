@@ -8,16 +8,16 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use image::ImageFormat;
 
-use super::{LoadArgs, SamplingArgs, request};
+use super::{LoadArgs, ModelArgs, SamplingArgs, request};
 use crate::chat::{ChatConfig, ChatModel};
-use crate::checkpoint::{Source, TRANSFORMER};
+use crate::checkpoint::{NANO, Source, TRANSFORMER};
 use crate::dataset::{Dataset, with_article};
 use crate::error::{Error, Result};
-use crate::eval::{self, Examiner, Report, Subject, sheet};
+use crate::eval::{self, Comparison, Examiner, OBLONG, Report, Subject, sheet};
 use crate::generate::{GeneratorConfig, Job, Model, ModelConfig, Sampling, Size};
 use crate::io::{input, output};
 use crate::scenes::{KINDS, Split};
-use crate::terminal::{self, Console, Level};
+use crate::terminal::{self, Console, Level, Stop};
 
 /// The picture library that `nextflow train data` writes.
 const LIBRARY: &str = "data/library.safetensors";
@@ -27,6 +27,8 @@ const LIBRARY: &str = "data/library.safetensors";
 pub enum Suite {
     /// Compositions of shapes, drawn
     Compositions,
+    /// Compositions of 16:9, 9:16 and 4:1, drawn
+    Oblong,
     /// Edits, questions, several turns, reasoning
     Dialogues,
     /// Everyday things, drawn; needs the picture library
@@ -47,8 +49,12 @@ pub struct EvalArgs {
     pub originals: Option<PathBuf>,
     /// Draw 48 everyday things and write a numbered sheet of them to DIR, and the key to DIR/key: for somebody who names them
     /// without having seen the key
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["suite", "json", "limit"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["suite", "json", "limit", "compare", "wordings"])]
     pub sheet: Option<PathBuf>,
+    /// Instead of --model, run two models on the same cases and print both, their differences, and which of these exceed
+    /// chance; each is a folder, a hub id, or embedded, the built-in model
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "wordings")]
+    pub compare: Vec<String>,
     /// Refine drawn images in STEPS steps [default: as the model does]
     #[arg(long, value_name = "STEPS", num_args = 0..=1, require_equals = true, conflicts_with = "no_refine")]
     pub refine: Option<Option<usize>>,
@@ -61,7 +67,7 @@ pub struct EvalArgs {
     /// Held-out compositions and dialogues, or those that nano was trained on
     #[arg(long, value_enum, default_value_t = Split::HeldOut)]
     pub split: Split,
-    /// Cases per category of compositions and per kind of dialogue
+    /// Cases per category of compositions, aspect ratio, and kind of dialogue
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub per_category: usize,
     /// Recognition: draw only N concepts, evenly spread [default: all]
@@ -70,7 +76,10 @@ pub struct EvalArgs {
     /// Random seed
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Print JSON instead of a table
+    /// Print a row for every held-out wording of edits and questions, too
+    #[arg(long)]
+    pub wordings: bool,
+    /// Print JSON instead of a table, with every case
     #[arg(long)]
     pub json: bool,
     /// The model.
@@ -90,6 +99,28 @@ impl EvalArgs {
         match refine {
             0 => Ok((model, sampling)),
             _ => Ok((model.with_refiner(source, device, self.load.quant)?, sampling)),
+        }
+    }
+
+    /// Whether a suite is to run.
+    fn asks_for(&self, suite: Suite) -> bool {
+        self.suite.is_empty() || self.suite.contains(&suite)
+    }
+
+    /// The models to evaluate, and what they are called.
+    fn sources(&self) -> Result<Vec<(String, Source)>> {
+        let source = |model: ModelArgs, name: Option<&String>| {
+            let source = model.source()?;
+            source.check_type(TRANSFORMER, self.load.quant)?;
+            Ok((name.cloned().unwrap_or_else(|| source.to_string()), source))
+        };
+        let named = |name: &String| {
+            let model = if name == "embedded" && !Path::new(name).exists() { NANO } else { name };
+            source(ModelArgs { model: Some(model.to_string()), ..self.load.model.clone() }, Some(name))
+        };
+        match &self.compare[..] {
+            [] => Ok(vec![source(self.load.model.clone(), None)?]),
+            two => two.iter().map(named).collect(),
         }
     }
 
@@ -152,22 +183,47 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     if let Some(folder) = &args.sheet {
         return sheet(args, folder);
     }
-    let asked = |suite: Suite| args.suite.is_empty() || args.suite.contains(&suite);
     let device = args.load.device.get()?;
-    let source = args.load.model.source()?;
-    source.check_type(TRANSFORMER, args.load.quant)?;
-    let library = library(args, &source)?;
-    let drawn = library.as_ref().filter(|_| asked(Suite::Recognition));
+    let sources = args.sources()?;
+    let library = library(args, &sources)?;
+    let originals = args.originals()?;
+    let libraries = Libraries { pictures: library.as_ref(), originals: originals.as_ref() };
+    let stop = terminal::interrupts()?;
+    let reports = sources.iter().map(|(_, source)| evaluate(args, source, &device, &libraries, &stop));
+    let reports = reports.collect::<Result<Vec<_>>>()?;
+    let _ = match (<[Report; 2]>::try_from(reports), args.json) {
+        (Ok(two), json) => {
+            let [(a, _), (b, _)] = &sources[..] else { return Ok(()) };
+            let comparison = Comparison::new([a.clone(), b.clone()], two);
+            if json { terminal::emit_json(&comparison)? } else { terminal::emit(comparison.table().as_bytes())? }
+        }
+        (Err(one), true) => terminal::emit_json(&one[0])?,
+        (Err(one), false) => terminal::emit(one[0].table(args.wordings).as_bytes())?,
+    };
+    Ok(())
+}
+
+/// The picture libraries that there are.
+struct Libraries<'a> {
+    pictures: Option<&'a Dataset>,
+    originals: Option<&'a Dataset>,
+}
+
+/// Runs the suites on one model.
+fn evaluate(args: &EvalArgs, source: &Source, device: &Device, libraries: &Libraries, stop: &Stop) -> Result<Report> {
+    let asked = |suite: Suite| args.asks_for(suite);
+    let library = libraries.pictures;
+    let drawn = library.filter(|_| asked(Suite::Recognition));
     let concepts = drawn.map_or(0, |l| eval::recognisable(l, args.limit));
     let composed = if asked(Suite::Compositions) { KINDS.len() * args.per_category } else { 0 };
-    let mut console = Console::new(Level::Normal, (composed + concepts) as u64);
-    let stop = terminal::interrupts()?;
-    let (model, sampling) = console.load("the model", || args.model(&source, &device))?;
-    let originals = args.originals()?;
+    let oblong = if asked(Suite::Oblong) { OBLONG.len() * args.per_category } else { 0 };
+    let mut console = Console::new(Level::Normal, (composed + oblong + concepts) as u64);
+    let (model, sampling) = console.load("the model", || args.model(source, device))?;
     let scales = &Size::Auto.grids(model.config())?[..];
-    let tokenizer = model.config().load_tokenizer(&source, &device, args.load.quant)?;
-    let subject = Subject { tokenizer: &tokenizer, scales, device: &device };
-    let draw = |console: &mut Console, prompt: &str, seed: u64| {
+    let tokenizer = model.config().load_tokenizer(source, device, args.load.quant)?;
+    let subject = Subject { tokenizer: &tokenizer, scales, device };
+    // Draws on grids.
+    let draw = |console: &mut Console, scales: &[(usize, usize)], prompt: &str, seed: u64| {
         let (prompt, sampling) = (prompt.to_string(), sampling.clone());
         let job = Job { prompt, negative: None, scales: scales.to_vec(), sampling, seed };
         console.start(1);
@@ -178,43 +234,41 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     };
 
     let started = Instant::now();
-    let mut report = Report {
-        model: model.config().name.clone(),
-        seed: args.seed,
-        split: args.split,
-        per_category: args.per_category,
-        compositions: Vec::new(),
-        dialogues: None,
-        thing_edits: Vec::new(),
-        recognition: None,
-        reconstruction: None,
-    };
+    let mut report = Report::new(&model.config().name, args.seed, args.split, args.per_category);
     let done = |console: &mut Console, what: &str| {
         console.finish(&format!("{what} · {:.1} s", started.elapsed().as_secs_f64()));
     };
     if asked(Suite::Compositions) {
-        let (draw, redraw) =
-            (&mut |p: &str, s: u64| draw(&mut console, p, s).map(|image| subject.reduced(image)), &|image: &_| {
-                subject.reconstruct(image)
-            });
+        let draw = &mut |p: &str, s: u64| draw(&mut console, scales, p, s).map(|image| subject.reduced(image));
+        let redraw = &|image: &_| subject.reconstruct(image);
         report.compositions = eval::compositions(draw, redraw, args.split, args.per_category, args.seed)?;
         done(&mut console, "compositions");
     }
+    if asked(Suite::Oblong) {
+        for ratio in OBLONG {
+            let grids = &ratio.parse::<Size>()?.grids(model.config())?[..];
+            let subject = Subject { scales: grids, ..subject };
+            let draw = &mut |p: &str, s: u64| draw(&mut console, grids, p, s).map(|image| subject.reduced(image));
+            let redraw = &|image: &_| subject.reconstruct(image);
+            report.oblong.push(eval::oblong(ratio, draw, redraw, args.split, args.per_category, args.seed)?);
+        }
+        done(&mut console, "oblong");
+    }
     if asked(Suite::Dialogues) && model.config().conversation.draws {
-        let model = ChatModel::load(&source, ChatConfig::read(&source)?, &device, args.load.quant)?;
+        let model = ChatModel::load(source, ChatConfig::read(source)?, device, args.load.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
         let watch = &mut || stop.check();
         report.dialogues = Some(examiner.run(watch)?);
-        if let Some(library) = &library {
+        if let Some(library) = library {
             report.thing_edits = eval::thing_edits(&examiner, library, watch)?;
         }
         done(&mut console, "dialogues");
     }
-    if let Some(library) = &library {
+    if let Some(library) = library {
         if asked(Suite::Recognition) {
-            let draw = &mut |p: &str, s: u64| draw(&mut console, p, s);
+            let draw = &mut |p: &str, s: u64| draw(&mut console, scales, p, s);
             report.recognition =
-                Some(eval::recognition(&subject, library, originals.as_ref(), draw, args.limit, args.seed)?);
+                Some(eval::recognition(&subject, library, libraries.originals, draw, args.limit, args.seed)?);
             done(&mut console, "recognition");
         }
         if asked(Suite::Reconstruction) {
@@ -224,17 +278,13 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     } else if asked(Suite::Recognition) || asked(Suite::Reconstruction) {
         console.finish(&format!("recognition and reconstruction need the picture library: {LIBRARY_HINT}"));
     }
-    let _ = match args.json {
-        true => terminal::emit_json(&report)?,
-        false => terminal::emit(report.table().as_bytes())?,
-    };
-    Ok(())
+    Ok(report)
 }
 
 /// The picture library, if there is one.
 ///
-/// Errors: usage, for suites that the library or the model does not allow.
-fn library(args: &EvalArgs, source: &Source) -> Result<Option<Dataset>> {
+/// Errors: usage, for suites that the library or a model does not allow.
+fn library(args: &EvalArgs, sources: &[(String, Source)]) -> Result<Option<Dataset>> {
     let library = match &args.data {
         Some(path) => Some(Dataset::load(path)?),
         None if Path::new(LIBRARY).exists() => Some(Dataset::load(LIBRARY.as_ref())?),
@@ -244,8 +294,10 @@ fn library(args: &EvalArgs, source: &Source) -> Result<Option<Dataset>> {
     if library.is_none() && args.suite.iter().any(|suite| of_pictures.contains(suite)) {
         return Err(Error::usage("recognition and reconstruction need the picture library").hint(LIBRARY_HINT));
     }
-    if args.suite.contains(&Suite::Dialogues) && !ModelConfig::read(source)?.conversation.draws {
-        return Err(Error::usage(format!("{source} does not answer with images")).hint("--suite compositions"));
+    for (_, source) in sources.iter().filter(|_| args.suite.contains(&Suite::Dialogues)) {
+        if !ModelConfig::read(source)?.conversation.draws {
+            return Err(Error::usage(format!("{source} does not answer with images")).hint("--suite compositions"));
+        }
     }
     Ok(library)
 }

@@ -1,7 +1,8 @@
 //! Dialogues that no model was trained on: edits, questions, several turns and reasoning, each with the score of a trivial
 //! answer.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::ops::ControlFlow;
 
 use image::RgbImage;
@@ -9,7 +10,7 @@ use serde::Serialize;
 
 use super::detector::{Detection, detect};
 use super::judge::{judge, on_its_background};
-use super::metrics;
+use super::{Share, metrics};
 use crate::chat::{ChatModel, Picture, ReplyOptions, Session};
 use crate::error::{Error, Kind as Failure, Result};
 use crate::generate::prompt::{FINAL, THINK};
@@ -21,14 +22,16 @@ use crate::scenes::{EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, Questi
 pub struct Edits {
     /// Which kind.
     pub kind: EditKind,
-    /// Share of right results, 0 to 1, in wordings of the split.
-    pub score: f64,
+    /// Right results in wordings of the split.
+    pub score: Share,
+    /// The same by wording, in the order of the alphabet.
+    pub wordings: Vec<Worded>,
     /// The same of the same edits in trained wordings.
-    pub trained_words: f64,
+    pub trained_words: Share,
     /// The same for a copy of the source.
-    pub copying: f64,
+    pub copying: Share,
     /// The same for the true result after encoding and decoding.
-    pub ceiling: f64,
+    pub ceiling: Share,
     /// PSNR in dB of all right results in either wording, against the source's own reconstruction where nothing may change; none if all may.
     pub unchanged: Option<f64>,
 }
@@ -38,12 +41,39 @@ pub struct Edits {
 pub struct Questions {
     /// Which kind.
     pub kind: QuestionKind,
-    /// Share of exact answers, 0 to 1, to wordings of the split.
-    pub score: f64,
+    /// Exact answers to wordings of the split.
+    pub score: Share,
+    /// The same by wording, in the order of the alphabet.
+    pub wordings: Vec<Worded>,
     /// The same of questions about the same scenes in trained wordings.
-    pub trained_words: f64,
+    pub trained_words: Share,
     /// The same for the answer that is right most often, given always.
-    pub common: f64,
+    pub common: Share,
+}
+
+/// Cases in one held-out wording.
+#[derive(Clone, Debug, Serialize)]
+pub struct Worded {
+    /// The wording, with its gaps.
+    pub wording: &'static str,
+    /// Right ones.
+    pub score: Share,
+}
+
+/// Cases by wording.
+#[derive(Default)]
+struct ByWording(BTreeMap<&'static str, Share>);
+
+impl ByWording {
+    fn push(&mut self, wording: &'static str, right: bool) {
+        self.0.entry(wording).or_default().push(right);
+    }
+
+    /// What was found, of held-out wordings.
+    fn found(self, split: Split) -> Vec<Worded> {
+        let held_out = self.0.into_iter().filter(|_| split == Split::HeldOut);
+        held_out.map(|(wording, score)| Worded { wording, score }).collect()
+    }
 }
 
 /// Drawing, then an edit of the drawn image.
@@ -51,12 +81,12 @@ pub struct Questions {
 pub struct Turns {
     /// Dialogues.
     pub count: usize,
-    /// Share in which the first image is right, 0 to 1.
-    pub drawn: f64,
-    /// Share in which the second is as well.
-    pub edited: f64,
+    /// The first image is right.
+    pub drawn: Share,
+    /// The second is as well.
+    pub edited: Share,
     /// The same for a second image that copies the first.
-    pub copying: f64,
+    pub copying: Share,
 }
 
 /// Riddles about shapes, by pairs of clues that are not trained, answered by an image; and riddles about things.
@@ -64,14 +94,15 @@ pub struct Turns {
 pub struct Reasoning {
     /// Riddles.
     pub count: usize,
-    /// Share whose final prompt, after whatever reasoning, is exactly right, 0 to 1.
-    pub prompt: f64,
-    /// Share whose image is right.
-    pub image: f64,
+    /// The final prompt, after whatever reasoning, is exactly right.
+    pub prompt: Share,
+    /// The image is right.
+    pub image: Share,
     /// The same for an answer that always draws the most common target image.
-    pub common: f64,
-    /// Of as many riddles about things, by a clue that is not trained: share whose final prompt is exactly right.
-    pub things: f64,
+    pub common: Share,
+    /// Of as many riddles about things, by a clue that is not trained: the final prompt is exactly
+    /// right.
+    pub things: Share,
 }
 
 /// All of it.
@@ -151,24 +182,28 @@ impl Examiner<'_> {
     }
 
     fn edits(&self, kind: EditKind, step: u64, watch: Watch) -> Result<Edits> {
-        let (mut right, mut copied, mut redrawn, mut unchanged) = ([0; 2], 0, 0, Vec::new());
+        let (mut right, mut wordings) = ([Share::default(), Share::default()], ByWording::default());
+        let (mut copying, mut ceiling, mut unchanged) = (Share::default(), Share::default(), Vec::new());
         for case in 0..self.per_kind {
             let rng = self.rng(case, step);
             let edit = Edit::of_kind(&rng, kind, self.split);
             let source = self.scene(&edit.source)?;
             let copy = self.model.decode(&source)?;
-            let succeeded = |image: &RgbImage| usize::from(as_edited(&edit, &detect(image)));
+            let succeeded = |image: &RgbImage| as_edited(&edit, &detect(image));
             for (right, &words) in right.iter_mut().zip(self.wordings()) {
-                let image = self.edit_picture(source.clone(), &edit.instruction(&rng.fork(1), words).text, case)?;
+                let said = edit.instruction(&rng.fork(1), words);
+                let image = self.edit_picture(source.clone(), &said.text, case)?;
                 let done = succeeded(&image);
-                *right += done;
-                unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done > 0));
+                right.push(done);
+                if words == self.split {
+                    wordings.push(said.wording, done);
+                }
+                unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done));
                 stop(watch)?;
             }
-            copied += succeeded(&copy);
-            redrawn += succeeded(&self.model.decode(&self.scene(&edit.target)?)?);
+            copying.push(succeeded(&copy));
+            ceiling.push(succeeded(&self.model.decode(&self.scene(&edit.target)?)?));
         }
-        let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
         // Mean of squared errors: one perfectly preserved image does not make up for others.
         let mean = |values: &[f64]| {
             let errors: f64 = values.iter().map(|psnr| 10f64.powf(-psnr / 10.0)).sum();
@@ -176,40 +211,44 @@ impl Examiner<'_> {
         };
         Ok(Edits {
             kind,
-            score: share(right[0]),
-            trained_words: share(right[self.wordings().len() - 1]),
-            copying: share(copied),
-            ceiling: share(redrawn),
+            trained_words: right[self.wordings().len() - 1].clone(),
+            score: right.into_iter().next().unwrap_or_default(),
+            wordings: wordings.found(self.split),
+            copying,
+            ceiling,
             unchanged: (!unchanged.is_empty()).then(|| mean(&unchanged)),
         })
     }
 
     fn questions(&self, kind: QuestionKind, step: u64, watch: Watch) -> Result<Questions> {
-        let (mut right, mut answers) = ([0; 2], HashMap::<String, usize>::new());
+        let (mut right, mut wordings) = ([Share::default(), Share::default()], ByWording::default());
+        let mut answers = Vec::new();
         for case in 0..self.per_kind {
             for (right, &words) in right.iter_mut().zip(self.wordings()) {
                 let question = Question::of_kind(&self.rng(case, step), kind, self.split, words);
                 let mut session = Session::new(self.model)?;
                 let (pictures, options) = (vec![self.scene(&question.scene)?], self.options(case)?);
                 let reply = session.say(pictures, &question.text, &options, &mut |_| ControlFlow::Continue(()))?;
-                *right += usize::from(reply.text.trim() == question.answer);
+                let answered = reply.text.trim() == question.answer;
+                right.push(answered);
                 if words == self.split {
-                    *answers.entry(question.answer).or_default() += 1;
+                    wordings.push(question.wording, answered);
+                    answers.push(question.answer);
                 }
                 stop(watch)?;
             }
         }
-        let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
         Ok(Questions {
             kind,
-            score: share(right[0]),
-            trained_words: share(right[self.wordings().len() - 1]),
-            common: share(answers.into_values().max().unwrap_or(0)),
+            trained_words: right[self.wordings().len() - 1].clone(),
+            score: right.into_iter().next().unwrap_or_default(),
+            wordings: wordings.found(self.split),
+            common: commonest(&answers),
         })
     }
 
     fn turns(&self, watch: Watch) -> Result<Turns> {
-        let (mut drawn, mut edited, mut copied) = (0, 0, 0);
+        let (mut drawn, mut edited, mut copying) = (Share::default(), Share::default(), Share::default());
         for case in 0..self.per_kind {
             let rng = self.rng(case, 400);
             // Targets that the judge cannot distinguish from their source are no cases.
@@ -224,24 +263,21 @@ impl Examiner<'_> {
             };
             let first = detect(&draw(&edit.source.prompt())?);
             let second = detect(&draw(&edit.instruction(&rng.fork(1), self.split).text)?);
-            if judge(&edit.source, &first) {
-                drawn += 1;
-                // Drawn objects need not be exactly where the scene has them.
-                edited += usize::from(as_asked(&edit, &second));
-                copied += usize::from(as_asked(&edit, &first));
-            }
+            let right = judge(&edit.source, &first);
+            drawn.push(right);
+            // Drawn objects need not be exactly where the scene has them.
+            edited.push(right && as_asked(&edit, &second));
+            copying.push(right && as_asked(&edit, &first));
             stop(watch)?;
         }
-        let share = |count: usize| count as f64 / self.per_kind.max(1) as f64;
-        Ok(Turns { count: self.per_kind, drawn: share(drawn), edited: share(edited), copying: share(copied) })
+        Ok(Turns { count: drawn.count(), drawn, edited, copying })
     }
 
     fn reasoning(&self, watch: Watch) -> Result<Reasoning> {
         let all = || (0..).map(|i| Riddle::sample(&self.rng(i, 500), self.split));
         let riddles: Vec<Riddle> = all().filter(|riddle| riddle.scene.is_some()).take(self.per_kind).collect();
         let things = all().filter(|riddle| riddle.scene.is_none()).take(self.per_kind);
-        let (mut prompts, mut images, mut named) = (0, 0, 0);
-        let mut asked: HashMap<&str, usize> = HashMap::new();
+        let (mut prompt, mut image, mut named) = (Share::default(), Share::default(), Share::default());
         let think = |case: usize, riddle: &Riddle| {
             let mut session = Session::new(self.model)?;
             let text = format!("{THINK}{}", riddle.clue);
@@ -250,29 +286,35 @@ impl Examiner<'_> {
             Ok::<_, Error>((session, thought == Some(&riddle.prompt)))
         };
         for (case, riddle) in things.enumerate() {
-            named += usize::from(think(case, &riddle)?.1);
+            named.push(think(case, &riddle)?.1);
             stop(watch)?;
         }
         for (case, riddle) in riddles.iter().enumerate() {
             let (session, right) = think(case, riddle)?;
-            prompts += usize::from(right);
-            let drawn = session.last_image();
-            if let Some((picture, scene)) = drawn.zip(riddle.scene.as_ref()) {
-                images += usize::from(judge(scene, &detect(&self.model.decode(picture)?)));
-            }
-            *asked.entry(&riddle.prompt).or_default() += 1;
+            prompt.push(right);
+            let drawn = session.last_image().zip(riddle.scene.as_ref());
+            let shown =
+                drawn.map(|(picture, scene)| Ok::<_, Error>(judge(scene, &detect(&self.model.decode(picture)?))));
+            image.push(shown.transpose()?.unwrap_or(false));
             stop(watch)?;
         }
-        let share = |count: usize| count as f64 / riddles.len().max(1) as f64;
-        let common = share(asked.values().copied().max().unwrap_or(0));
-        let (prompt, image, things) = (share(prompts), share(images), share(named));
-        Ok(Reasoning { count: riddles.len(), prompt, image, common, things })
+        let asked: Vec<&String> = riddles.iter().map(|riddle| &riddle.prompt).collect();
+        Ok(Reasoning { count: riddles.len(), prompt, image, common: commonest(&asked), things: named })
     }
 
     fn last_image(&self, session: &Session) -> Result<RgbImage> {
         let drawn = session.last_image();
         self.model.decode(drawn.ok_or_else(|| Error::new(Failure::Failure, "the model drew nothing"))?)
     }
+}
+
+/// Cases whose answer is the one that most of them have.
+fn commonest<T: Eq + Hash>(answers: &[T]) -> Share {
+    let mut counts: HashMap<&T, usize> = HashMap::new();
+    answers.iter().for_each(|answer| *counts.entry(answer).or_default() += 1);
+    let most = counts.values().copied().max();
+    let first = answers.iter().find(|answer| counts.get(answer).copied() == most);
+    answers.iter().map(|answer| Some(answer) == first).collect()
 }
 
 pub(super) fn stop(watch: Watch) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Measures a model: compositions judged by a detector, recognition of what it draws, and its tokenizer's fidelity.
 
 mod colour;
+mod compare;
 mod compositions;
 pub mod detector;
 pub mod dialogues;
@@ -8,6 +9,7 @@ mod fit;
 pub mod judge;
 pub mod metrics;
 mod report;
+mod share;
 pub mod sheet;
 mod texture;
 pub mod things;
@@ -16,9 +18,11 @@ use candle_core::Device;
 use image::RgbImage;
 use serde::Serialize;
 
-pub use compositions::{Category, compositions};
+pub use compare::Comparison;
+pub use compositions::{Category, OBLONG, Oblong, compositions, oblong};
 pub use dialogues::{Dialogues, Examiner};
 pub use report::Report;
+pub use share::Share;
 pub use things::{ThingEdits, thing_edits};
 
 use crate::dataset::{Canvas, Dataset};
@@ -45,7 +49,7 @@ pub struct Subject<'a> {
     pub device: &'a Device,
 }
 
-/// How often the nearest of all true pictures is that of the concept, 0 to 1.
+/// How often the nearest of all true pictures is that of the concept.
 #[derive(Clone, Debug, Serialize)]
 pub struct Recognition {
     /// Concepts drawn.
@@ -53,9 +57,9 @@ pub struct Recognition {
     /// Pictures to choose among.
     pub gallery: usize,
     /// Drawn images, by features of the semantic encoder.
-    pub semantic: f64,
+    pub semantic: Share,
     /// True pictures after encoding and decoding, by features of the semantic encoder.
-    pub ceiling_semantic: f64,
+    pub ceiling_semantic: Share,
     /// Drawn images compared with the originals, if they are there.
     pub texture: Option<Texture>,
     /// True pictures after encoding and decoding, compared with the originals.
@@ -152,7 +156,7 @@ pub fn recognition(
     for &(_, picture) in &concepts {
         gallery.push(subject.features(&subject.picture(library, picture)?)?);
     }
-    let (mut right, mut summaries) = ([0usize; 2], [Summary::default(), Summary::default()]);
+    let (mut right, mut summaries) = ([Share::default(), Share::default()], [Summary::default(), Summary::default()]);
     let (mut truth, mut count) = (Summary::default(), 0);
     for i in spread(concepts.len(), limit) {
         let (concept, picture) = concepts[i];
@@ -162,7 +166,7 @@ pub fn recognition(
         let original = originals.and_then(|o| Some((o, o.drawn(o.find(label)?)?)));
         for (j, image) in [draw(&caption, seed)?, back].into_iter().enumerate() {
             let features = subject.features(&subject.reduced(image.clone()))?;
-            right[j] += usize::from(nearest(&features, &gallery) == Some(i));
+            right[j].push(nearest(&features, &gallery) == Some(i));
             if let Some((originals, _)) = original {
                 let side = originals.side() as u32;
                 let large = pixels::resize(&image, (side, side), ResamplingFilter::Bicubic);
@@ -174,13 +178,13 @@ pub fn recognition(
         }
         count += 1;
     }
-    let share = |right: usize| right as f64 / count.max(1) as f64;
+    let [semantic, ceiling_semantic] = right;
     let texture = |i: usize| originals.map(|_| summaries[i].texture(&truth)).transpose();
     Ok(Recognition {
         concepts: count,
         gallery: concepts.len(),
-        semantic: share(right[0]),
-        ceiling_semantic: share(right[1]),
+        semantic,
+        ceiling_semantic,
         texture: texture(0)?,
         ceiling_texture: texture(1)?,
     })

@@ -4,6 +4,7 @@
 use image::RgbImage;
 use serde::Serialize;
 
+use super::Share;
 use super::dialogues::{Examiner, Watch};
 use super::metrics::{nearest, pixel_feature};
 use crate::dataset::{Canvas, Dataset, SIDE, Style, with_article};
@@ -33,8 +34,8 @@ pub const THING_EDITS: [ThingEdit; 4] = [ThingEdit::Background, ThingEdit::Flip,
 pub struct ThingEdits {
     /// Which kind.
     pub kind: ThingEdit,
-    /// Share of right results, 0 to 1; a copy of the source is never right.
-    pub score: f64,
+    /// Right results; a copy of the source is never right.
+    pub score: Share,
 }
 
 /// An instruction, the source, and all that could come of it, the right one first.
@@ -123,21 +124,20 @@ pub fn thing_edits(examiner: &Examiner, library: &Dataset, watch: Watch) -> Resu
     (0..)
         .zip(THING_EDITS)
         .map(|(step, kind)| {
-            let (mut right, mut count) = (0, 0);
+            let mut score = Share::default();
             for n in 0..4 * examiner.per_kind {
                 let Some(Case { text, source, answers }) = case(library, kind, &examiner.rng(n, 600 + step)) else {
                     continue;
                 };
                 let drawn = examiner.edit(&image(&source)?, &text, n)?;
                 let gallery = answers.iter().chain([&source]).map(|c| Ok(feature(&image(c)?)));
-                right += usize::from(nearest(&feature(&drawn), &gallery.collect::<Result<Vec<_>>>()?) == Some(0));
-                count += 1;
+                score.push(nearest(&feature(&drawn), &gallery.collect::<Result<Vec<_>>>()?) == Some(0));
                 super::dialogues::stop(watch)?;
-                if count == examiner.per_kind {
+                if score.count() == examiner.per_kind {
                     break;
                 }
             }
-            Ok(ThingEdits { kind, score: right as f64 / count.max(1) as f64 })
+            Ok(ThingEdits { kind, score })
         })
         .collect()
 }

@@ -1,8 +1,9 @@
 //! Sentences from patterns.
 //!
-//! `(a|b|)` is one of its alternatives, which may nest. A pattern in `<>` is an instruction and one in `[]` asks to be told
-//! something: both are put in one of many ways, "please ~", "can you ~?". `PIC` and `COLOUR` are common words that have
-//! synonyms or spellings. `{x}` is a gap for [the caller](super::wording::Voice::say) to fill.
+//! `(a|b|)` is one of its alternatives, which may nest. A pattern in `<>` is an instruction and one
+//! in `[]` asks to be told something: both are put in one of many ways, "please ~", "can you ~?".
+//! `PIC` and `COLOUR` are common words that have synonyms or spellings. `{x}` is a gap for [the
+//! caller](super::wording::Voice::say) to fill.
 
 /// Draws one of `n` alternatives.
 pub(super) type Pick<'a> = &'a mut dyn FnMut(usize) -> usize;
@@ -21,16 +22,17 @@ const REQUESTS_ZH: &str = "(~|~|请~|请你~|麻烦~|~吧|你能~吗？|可以~�
 /// Words for which there are several.
 const WORDS: [(&str, &str); 2] = [("PIC", "(picture|image|picture|photo|drawing|pic)"), ("COLOUR", "(colour|color)")];
 
-/// A sentence of a pattern, with its gaps.
-pub(super) fn sentence(pattern: &str, pick: Pick) -> String {
-    let (openings, openings_zh) = match pattern.as_bytes().first() {
-        Some(b'<') => (INSTRUCTIONS, INSTRUCTIONS_ZH),
-        Some(b'[') => (REQUESTS, REQUESTS_ZH),
+/// A sentence of a pattern, in Chinese or English, with its gaps.
+pub(super) fn sentence(pattern: &str, chinese: bool, pick: Pick) -> String {
+    let openings = match (pattern.as_bytes().first(), chinese) {
+        (Some(b'<'), false) => INSTRUCTIONS,
+        (Some(b'<'), true) => INSTRUCTIONS_ZH,
+        (Some(b'['), false) => REQUESTS,
+        (Some(b'['), true) => REQUESTS_ZH,
         _ => return expand(pattern, pick),
     };
     let core = clause(pattern, pick);
-    let opening = if core.is_ascii() { openings } else { openings_zh };
-    expand(opening, pick).replace('~', &core)
+    expand(openings, pick).replace('~', &core)
 }
 
 /// What an instruction is about, without an opening, to be joined with another.
@@ -43,43 +45,64 @@ pub(super) fn is_instruction(pattern: &str) -> bool {
     pattern.starts_with('<')
 }
 
-/// The pattern with one alternative of every group.
-fn expand(pattern: &str, pick: Pick) -> String {
-    let pattern = WORDS.iter().fold(pattern.to_string(), |p, (word, group)| p.replace(word, group));
-    let mut text = String::new();
-    let mut rest = pattern.as_str();
-    while let Some((before, group)) = rest.split_once('(') {
-        text.push_str(before);
-        // The alternatives, up to the bracket that closes the group.
-        let (mut depth, mut starts, mut end) = (0, vec![0], group.len());
-        for (i, c) in group.char_indices() {
-            match c {
-                '(' => depth += 1,
-                ')' if depth == 0 => {
-                    end = i;
+/// A pattern with the alternatives of its [`WORDS`].
+fn with_words(pattern: &str) -> String {
+    WORDS.iter().fold(pattern.to_string(), |pattern, (word, group)| pattern.replace(word, group))
+}
+
+/// The alternatives of a group that has been opened, and what follows it.
+fn alternatives(group: &str) -> (Vec<&str>, &str) {
+    let (mut depth, mut from, mut all) = (0, 0, Vec::new());
+    for (i, c) in group.char_indices() {
+        match c {
+            '(' => depth += 1,
+            ')' if depth > 0 => depth -= 1,
+            '|' | ')' if depth == 0 => {
+                all.push(&group[from..i]);
+                from = i + 1;
+                if c == ')' {
                     break;
                 }
-                ')' => depth -= 1,
-                '|' if depth == 0 => starts.push(i + 1),
-                _ => {}
             }
+            _ => {}
         }
-        let chosen = pick(starts.len());
-        let until = starts.get(chosen + 1).map_or(end, |next| next - 1);
-        text.push_str(&expand(&group[starts[chosen]..until], pick));
-        rest = group.get(end + 1..).unwrap_or_default();
     }
-    text.push_str(rest);
-    text
+    (all, &group[from..])
+}
+
+/// The pattern with one alternative of every group.
+fn expand(pattern: &str, pick: Pick) -> String {
+    let pattern = with_words(pattern);
+    let (mut text, mut rest) = (String::new(), pattern.as_str());
+    while let Some((before, group)) = rest.split_once('(') {
+        let (alternatives, after) = alternatives(group);
+        text.push_str(before);
+        text.push_str(&expand(alternatives[pick(alternatives.len())], pick));
+        rest = after;
+    }
+    text + rest
+}
+
+/// How many sentences a pattern has, without openings.
+pub(super) fn variety(pattern: &str) -> usize {
+    let mut product = 1;
+    let mut rest = with_words(pattern);
+    while let Some((_, group)) = rest.split_once('(') {
+        let (alternatives, after) = alternatives(group);
+        product *= alternatives.iter().map(|one| variety(one)).sum::<usize>();
+        rest = after.to_string();
+    }
+    product
 }
 
 /// Every sentence of a pattern.
 #[cfg(test)]
 pub(super) fn sentences(pattern: &str) -> Vec<String> {
+    let chinese = pattern.contains(|c: char| !c.is_ascii());
     let (mut all, mut choices) = (Vec::new(), Vec::<(usize, usize)>::new());
     loop {
         let mut at = 0;
-        all.push(sentence(pattern, &mut |n| {
+        all.push(sentence(pattern, chinese, &mut |n| {
             if at == choices.len() {
                 choices.push((0, n));
             }
@@ -106,6 +129,7 @@ mod tests {
         assert_eq!(sentences("a (b|(c|d) {e}|)f"), ["a bf", "a c {e}f", "a d {e}f", "a f"]);
         assert_eq!(sentences("the COLOUR"), ["the colour", "the color"]);
         assert_eq!(sentences("图(中|里)"), ["图中", "图里"]);
+        assert_eq!(["a (b|(c|d) {e}|)f", "<go>", "a PIC (of|)"].map(variety), [4, 1, 12]);
         let put = sentences("<go>");
         for text in ["go", "please go", "could you please go?", "i'd like you to go", "let's go", "go, please"] {
             assert!(put.iter().any(|t| t == text), "{text}");
@@ -115,6 +139,8 @@ mod tests {
 
     #[test]
     fn the_first_alternatives_are_the_canonical_sentence() {
-        assert_eq!(sentence("<(remove|delete) {o}(| please)>", &mut |_| 0), "remove {o}");
+        assert_eq!(sentence("<(remove|delete) {o}(| please)>", false, &mut |_| 0), "remove {o}");
+        // The language is not to be told from a pattern of gaps alone.
+        assert_eq!(sentence("<{v}{o}>", true, &mut |n| n - 1), "我想要你{v}{o}");
     }
 }

@@ -6,8 +6,8 @@ use super::question::wording as asked;
 use super::wording::Voice;
 use crate::rng::Rng;
 
-/// What a text says or asks. The gaps of each: {o} "the dog", {a} "a dog", {s} "dog", {n} "a cat", {p} "on the left", {b} a
-/// colour, {y} a style.
+/// What a text says or asks. The gaps of each: {o} "the dog", {a} "a dog", {s} "dog", {n} "a cat",
+/// {p} "on the left", {b} a colour, {y} a style.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Topic {
     /// Add {n} {p}.

@@ -2,7 +2,7 @@
 
 use super::caption::{chinese, english};
 use super::describe::side;
-use super::grammar::{clause, is_instruction, sentence};
+use super::grammar::{clause, is_instruction, sentence, variety};
 use super::{COLOURS, Object, ObjectSize, Place, Scene, Split};
 use crate::rng::Rng;
 
@@ -67,7 +67,8 @@ impl Voice {
         Self { chinese, ..self }
     }
 
-    /// One that draws other words in the same language, in trained wordings, for a part of a longer instruction.
+    /// One that draws other words in the same language, in trained wordings, for a part of a longer
+    /// instruction.
     pub fn part(self, step: u64) -> Self {
         Self { rng: self.rng.map(|rng| rng.fork(step)), split: Split::Train, clause: true, ..self }
     }
@@ -85,18 +86,31 @@ impl Voice {
     pub fn say(&self, wordings: &Wordings, gaps: &[(&str, String)]) -> Said {
         let patterns = wordings.patterns(self.chinese, self.split).iter().copied();
         let patterns: Vec<&str> = patterns.filter(|pattern| !self.clause || is_instruction(pattern)).collect();
-        let wording = self.pick(1001, &patterns);
+        let wording = self.one_of(&patterns);
         let mut counter = 2000;
         let mut pick = |n| {
             counter += 1;
             self.index(counter, n)
         };
-        let text = if self.clause { clause(wording, &mut pick) } else { sentence(wording, &mut pick) };
+        let text = if self.clause { clause(wording, &mut pick) } else { sentence(wording, self.chinese, &mut pick) };
         let text = gaps.iter().fold(text, |text, (gap, words)| text.replace(gap, words)).replace("  ", " ");
         Said { text: if self.clause { text } else { self.punctuated(text) }, wording }
     }
 
-    /// As people end sentences: some with no mark where there should be one, and the other way round.
+    /// One pattern: those of more sentences more often, by the root of their number, so that no
+    /// single sentence prevails.
+    fn one_of(&self, patterns: &[&'static str]) -> &'static str {
+        let weights: Vec<f64> = patterns.iter().map(|pattern| (variety(pattern) as f64).sqrt()).collect();
+        let mut rest = self.rng.map_or(0.0, |rng| rng.uniform(1001)) * weights.iter().sum::<f64>();
+        let drawn = patterns.iter().zip(&weights).find(|(_, weight)| {
+            rest -= *weight;
+            rest < 0.0
+        });
+        drawn.map_or(patterns[0], |(pattern, _)| pattern)
+    }
+
+    /// As people end sentences: some with no mark where there should be one, and the other way
+    /// round.
     fn punctuated(&self, mut text: String) -> String {
         let end = self.index(1004, 24);
         match text.chars().last() {
@@ -123,8 +137,8 @@ impl Voice {
         }
     }
 
-    /// What an object is called by somebody who may point at it by anything that sets it apart: like [`Self::name`], or by its
-    /// colour, place or size alone.
+    /// What an object is called by somebody who may point at it by anything that sets it apart:
+    /// like [`Self::name`], or by its colour, place or size alone.
     pub fn pointed_at(&self, object: &Object, scene: &Scene, it: bool) -> String {
         let other = scene.objects.iter().find(|o| !o.same(object));
         let colour = &COLOURS[object.colour];
@@ -186,8 +200,8 @@ pub(super) fn relation(place: Place) -> &'static str {
 
 #[cfg(test)]
 impl Wordings {
-    /// Checks that no held-out pattern is a sentence of a trained one, that there are several of them, and many trained
-    /// sentences.
+    /// Checks that no held-out pattern is a sentence of a trained one, that there are several of
+    /// them, and many trained sentences.
     pub(super) fn check(&self, name: &str) {
         use super::grammar::sentences;
         let plain = |text: String| text.trim_end_matches(['.', '?', '？']).replace("  ", " ");

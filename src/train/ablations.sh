@@ -45,7 +45,7 @@ draw() {
     train transformer --things 0 --scenes 4000 --several 0 --oblong 0 --steps 700 --batch 16 --lr 0.004 --warmup 30
     train export "$run/export"
     "$nextflow" eval --model "$run/export" --suite "$@" --json 2>> "$run/log" > "$run/eval.json"
-    score=$(grep -o '"score":[0-9.]*' "$run/eval.json" | awk -F: '{ sum += $2 } END { printf "%.1f", 100 * sum / NR }')
+    score=$(grep -o '"score":{"share":[0-9.]*' "$run/eval.json" | awk -F: '{ sum += $NF } END { printf "%.1f", 100 * sum / NR }')
     psnr=$(grep -o '"psnr":[0-9.]*' "$run/eval.json" | awk -F: 'NR == 1 { printf "%.2f", $2 }')
     echo "$name,$score,$psnr" >> "$results"
     rmdir "$taken"

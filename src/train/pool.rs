@@ -162,8 +162,8 @@ impl Shelf {
         [&self.plain, &self.coloured, &self.scenes, &self.several].iter().map(|p| p.len()).sum()
     }
 
-    /// One item: a share of `shapes`, or more where images are oblong; of the others single concepts on white 77%, on a colour 11.5%, several things 11.5%; of
-    /// the kinds that there are.
+    /// One item: a share of `shapes`, or more where images are oblong; of the others single
+    /// concepts on white 77%, on a colour 11.5%, several things 11.5%; of the kinds that there are.
     pub fn sample(&self, rng: &Rng, shapes: f64) -> &Item {
         let is_square = self.grids.last().is_some_and(|(h, w)| h == w);
         let shapes = if is_square { shapes } else { shapes.max(OBLONG_SHAPES) };

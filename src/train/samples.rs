@@ -190,8 +190,8 @@ impl<'a> Samples<'a> {
         Sample { canvas, captions }
     }
 
-    /// Two things among the given pictures side by side, or, of a kind that has a name and so a plural, one at a side or two to
-    /// four, in a square of `side` pixels.
+    /// Two things among the given pictures side by side, or, of a kind that has a name and so a
+    /// plural, one at a side or two to four, in a square of `side` pixels.
     pub fn several(&self, among: &[usize], index: u64, side: usize) -> Sample {
         let rng = self.rng(index, 5);
         let picture = |counter| among[rng.below(counter, among.len())];

@@ -15,7 +15,8 @@ pub struct ThingEdit {
     pub seen: String,
     /// The instruction.
     pub text: String,
-    /// What the source becomes, as captions put it; what is kept of a single thing is "the same", so that it need not be known.
+    /// What the source becomes, as captions put it; what is kept of a single thing is "the same",
+    /// so that it need not be known.
     pub result: String,
     /// The source.
     pub before: Render,
@@ -60,7 +61,8 @@ impl ThingEdit {
         }
     }
 
-    /// One that names all that it keeps, so that it can be told without pictures; none of a library with a single thing.
+    /// One that names all that it keeps, so that it can be told without pictures; none of a library
+    /// with a single thing.
     pub fn told(dataset: &Samples, rng: &Rng) -> Option<Self> {
         let things = two(dataset, rng);
         (things[0].1 != things[1].1).then(|| match rng.below(1, 8) {
@@ -100,7 +102,8 @@ impl ThingEdit {
         }
     }
 
-    /// One of two, the left or the right one, becomes a third; none where a few draws bring no third.
+    /// One of two, the left or the right one, becomes a third; none where a few draws bring no
+    /// third.
     fn replaced_beside<'a>(dataset: &Samples<'a>, rng: &Rng, things: [Thing<'a>; 2]) -> Option<Self> {
         let drawn = (20..30).map(|counter| dataset.thing(rng, counter));
         let new = |name: &str| !is_plural(name) && things.iter().all(|t| t.1 != name);

@@ -1,7 +1,8 @@
 //! Instructions for edits, in English and Chinese.
 //!
-//! Gaps: {o} the object, {a} the same with "a", {s} without, {n} a new one, {c} a colour, {ac} the same with "a", {p} "on the left", {t} "to the
-//! left", {r} "to the left of", {z} larger or smaller, {v} enlarge or shrink, {b} a background, {1} and {2} instructions.
+//! Gaps: {o} the object, {a} the same with "a", {s} without, {n} a new one, {c} a colour, {ac} the
+//! same with "a", {p} "on the left", {t} "to the left", {r} "to the left of", {z} larger or
+//! smaller, {v} enlarge or shrink, {b} a background, {1} and {2} instructions.
 
 use crate::scenes::wording::Wordings;
 

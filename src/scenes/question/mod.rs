@@ -236,7 +236,8 @@ fn place(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(Said, String)> {
     Some((voice.say(&wording::WHERE, &[("{o}", voice.name(object, scene, true))]), in_words(voice, at, at_zh)))
 }
 
-/// As often yes as no, and a no is a near miss (what is there but for its colour or its shape) or plainly absent.
+/// As often yes as no, and a no is a near miss (what is there but for its colour or its shape) or
+/// plainly absent.
 fn presence(rng: &Rng, scene: &Scene, voice: Voice) -> (Said, String) {
     let there = rng.below(1, 2) == 0;
     let by_shape = rng.below(2, 3) == 0;

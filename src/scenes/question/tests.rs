@@ -63,7 +63,8 @@ fn no_held_out_wording_is_trained() {
     all.iter().for_each(|(name, wordings)| wordings.check(name));
 }
 
-/// No answer can be guessed from the question: what is not there is as often near as far from what is.
+/// No answer can be guessed from the question: what is not there is as often near as far from what
+/// is.
 #[test]
 fn presence_is_balanced() {
     let mut misses = [0; 3];

@@ -1,7 +1,7 @@
 //! Words for questions, in English and Chinese.
 //!
-//! Gaps: {o} an object, {n} a thing that may be there, {s} things to be counted, {c} a colour, {p} "on the left", {r} "to the
-//! left of", {are} and {do} as the object demands them.
+//! Gaps: {o} an object, {n} a thing that may be there, {s} things to be counted, {c} a colour, {p}
+//! "on the left", {r} "to the left of", {are} and {do} as the object demands them.
 
 use crate::scenes::wording::Wordings;
 
@@ -167,7 +167,8 @@ pub(in crate::scenes) const WHERE: Wordings = Wordings {
         "where's {o}?",
         "where (can {o} be (found|seen)|has {o} been drawn|does the PIC show {o})?",
         "where in the PIC is {o}?",
-        "(in|at) (which|what) (place|position|part of the PIC) is {o}?",
+        "(in|at) (which|what) (place|position) is {o}?",
+        "in (which|what) part of the PIC is {o}?",
         "(on which side is {o}|which side is {o} on)?",
         "what is the (place|position) of {o}?",
         "[(tell me|say) where {o} (is|can be seen|can be found)]",
