@@ -103,7 +103,7 @@ impl Report {
                 // A String takes everything.
                 let _ = write!(row, " {column:>13}");
             }
-            let _ = writeln!(table, "{row}");
+            let _ = writeln!(table, "{}", row.trim_end());
         };
         self.drawings(&mut line);
         if let Some(d) = &self.dialogues {
@@ -220,7 +220,7 @@ fn by_wording(title: &str, wordings: &[Worded], line: Line) {
     sorted.sort_by(|a, b| a.score.value().total_cmp(&b.score.value()));
     for worded in sorted {
         let [share] = &cells([&worded.score])[..] else { continue };
-        line("  ", &[share.clone(), worded.score.count().to_string(), format!(" {}", worded.wording)]);
+        line("  ", &[share.clone(), worded.score.count().to_string(), format!(" {:<13}", worded.wording)]);
     }
 }
 
