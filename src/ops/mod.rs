@@ -47,6 +47,7 @@ pub use activation::{add, gelu_erf, gelu_tanh, quick_gelu, swiglu};
 pub use attention::{Mask, attention, attention_rows};
 pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 pub use cpu::int8::{Int8Filters, Int8Matrix};
+pub use cpu::packed_blocks::PackedBlocks;
 pub use cpu::quants::{dequantize, quantize};
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};

@@ -13,7 +13,6 @@
 mod conv;
 mod image;
 mod kernels;
-pub(crate) mod q8_0;
 
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
@@ -165,7 +164,7 @@ impl Activations {
 /// The value of an integer step and its inverse: numbers up to `largest` become the largest
 /// integers whose products with bytes can be summed over so many columns in 32 bits. Not finite
 /// numbers give NaN.
-fn scale_of(largest: f32, columns: usize) -> (f32, f32) {
+pub(crate) fn scale_of(largest: f32, columns: usize) -> (f32, f32) {
     let most = (i32::MAX as usize / (columns * 128)).min(i16::MAX as usize) as f32;
     match largest {
         _ if !largest.is_finite() => (f32::NAN, 0.0),
