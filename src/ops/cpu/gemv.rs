@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::quants::{WeightRows, dequantize, size_in_bytes};
 
-/// With more rows of activations than this, packing them for a GEMM pays.
+/// The most rows of activations.
 pub(crate) const GEMV_ROWS: usize = 8;
 
 /// Numbers that are dequantised at a time, into a buffer that stays in the L1 cache.

@@ -22,10 +22,21 @@ const DEQUANTIZED_TASK: usize = 256;
 /// Rows of outputs per task that fills in the bias.
 const BIAS_TASK: usize = 64;
 
+/// The most rows of activations for which a GEMV is faster than packing them for a GEMM: on one
+/// thread, with 4864 rows of 896 columns.
+fn gemv_rows(w: WeightRows, columns: usize) -> usize {
+    match w {
+        WeightRows::F32(_) if gemm_f32::supports(columns) => 4,
+        #[cfg(target_arch = "x86_64")]
+        WeightRows::Blocks(_, GgmlDType::BF16) if super::avx512::supports_bf16(columns) => 2,
+        _ => GEMV_ROWS,
+    }
+}
+
 /// `x wᵀ + bias` for x (M, columns), `w` (rows, columns) and `bias` (rows): (M, rows).
 ///
-/// All in f32, except that with quantised weights and more than [`GEMV_ROWS`] rows of x these are
-/// rounded: to bf16 where the CPU multiplies bf16, or else, for Q8_0, to 16-bit integers.
+/// All in f32, except that both factors are rounded to bf16 with weights of bf16 and more than two
+/// rows of x where the CPU multiplies bf16.
 ///
 /// Errors: blocks of a type that [`dequantize`] does not support, or that do not divide `columns`.
 pub(crate) fn matmul(
@@ -38,7 +49,7 @@ pub(crate) fn matmul(
     if count * rows == 0 {
         return Ok(vec![0.0; count * rows]);
     }
-    if count <= GEMV_ROWS {
+    if count <= gemv_rows(w, columns) {
         let x = gemv::Activations::new(x, columns);
         let products = |y: &mut Columns| {
             let mut transposed = vec![0f32; y.width() * count];
@@ -108,7 +119,7 @@ pub(crate) fn gated_matmul(
     up: WeightRows,
     (rows, columns): (usize, usize),
 ) -> Result<Option<Vec<f32>>> {
-    if x.len() <= GEMV_ROWS * columns {
+    if x.len() <= gemv_rows(gate, columns) * columns {
         return Ok(None);
     }
     let count = x.len() / columns * rows;

@@ -133,11 +133,10 @@ impl TileMut<'_> {
                 let sum: i32 = rounded.iter().sum();
                 let at = g * rows + r;
                 (self.scales[at], self.starts[at], self.sums[at]) = (scale, -8 * sum, scale * sum as f32);
-                let mut pairs = [0i32; PAIRS];
-                for p in 0..PAIRS {
-                    let i = p / 2 * 4 + p % 2;
-                    pairs[p] = rounded[i] & 0xffff | rounded[i + 2] << 16;
-                }
+                let pairs: [i32; PAIRS] = std::array::from_fn(|pair| {
+                    let i = pair / 2 * 4 + pair % 2;
+                    rounded[i] & 0xffff | rounded[i + 2] << 16
+                });
                 let places = self.values[g * PAIRS * rows + r..].iter_mut().step_by(rows);
                 places.zip(pairs).for_each(|(place, pair)| *place = pair);
             }
