@@ -3,8 +3,8 @@
 //!
 //! `cargo bench --bench kernels` or, for some of them, `cargo bench --bench kernels -- product`
 
-use candle_core::quantized::GgmlDType;
-use candle_core::{Device, Tensor};
+use candle_core::quantized::{GgmlDType, QMatMul};
+use candle_core::{Device, Module, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nextflow::generate::Sampling;
 use nextflow::generate::sampler::{self, SampleParams};
@@ -21,28 +21,37 @@ fn random(shape: &[usize]) -> Tensor {
     Tensor::from_vec(values(shape.iter().product()), shape, &Device::Cpu).expect("random values")
 }
 
-/// Gate and up of nano, and of Qwen2.5-0.5B: for a word, for the smallest grid of two rows, and for many tokens.
+/// Gate and up of nano, of Qwen2.5-0.5B and of its 3B: for a word, for the smallest grids of two rows, and for many
+/// tokens; and the same products by candle's `QMatMul`.
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("product");
-    for (rows, columns) in [(768, 256), (4864, 896)] {
+    for (rows, columns) in [(768, 256), (4864, 896), (11008, 2048)] {
         let weights = values(rows * columns);
-        let block = |dtype| ops::quantize(&weights, (rows, columns), dtype, &Device::Cpu).expect("blocks").into();
-        let mut kinds: Vec<(&str, WeightMatrix)> = vec![
-            ("f32", WeightMatrix::Dense(random(&[rows, columns]))),
-            ("bf16", block(GgmlDType::BF16)),
-            ("q8_0", block(GgmlDType::Q8_0)),
-        ];
+        let blocks = |dtype| ops::quantize(&weights, (rows, columns), dtype, &Device::Cpu).expect("blocks");
+        let block = |dtype| blocks(dtype).into();
+        let types = [("q8_0", GgmlDType::Q8_0), ("q4_0", GgmlDType::Q4_0), ("q4_K", GgmlDType::Q4K)];
+        let types = types.into_iter().filter(|(_, dtype)| columns % dtype.block_size() == 0);
+        let mut kinds: Vec<(&str, WeightMatrix)> =
+            vec![("f32", WeightMatrix::Dense(random(&[rows, columns]))), ("bf16", block(GgmlDType::BF16))];
+        kinds.extend(types.clone().map(|(name, dtype)| (name, block(dtype))));
+        let candle =
+            |(name, dtype)| (format!("{name} by QMatMul"), QMatMul::from_qtensor(blocks(dtype)).expect("blocks"));
+        let candle: Vec<(String, QMatMul)> = types.map(candle).collect();
         if Int8Matrix::supports(columns) {
             let bytes = (0..rows * columns).map(|i| (i % 251) as u8).collect();
             let bytes = Int8Matrix::new(bytes, &vec![0.01; rows], (rows, columns)).expect("bytes");
             kinds.push(("bytes", WeightMatrix::Int8(bytes)));
         }
-        for inputs in [1, 8, 32, 128, 512] {
+        for inputs in [1, 2, 4, 8, 32, 64, 512] {
             let x = random(&[inputs, columns]);
             group.throughput(Throughput::Elements((2 * inputs * rows * columns) as u64));
             for (kind, w) in &kinds {
                 let id = BenchmarkId::new(*kind, format!("{inputs}x{columns}x{rows}"));
                 group.bench_function(id, |b| b.iter(|| w.linear(&x, None).expect("a product")));
+            }
+            for (kind, w) in &candle {
+                let id = BenchmarkId::new(kind, format!("{inputs}x{columns}x{rows}"));
+                group.bench_function(id, |b| b.iter(|| w.forward(&x).expect("a product")));
             }
         }
     }

@@ -3,6 +3,7 @@ against a preallocated cache, no mask while an image is drawn, codes drawn on th
 
     python benches/peer.py nano --nextflow target/release/nextflow
     python benches/peer.py 7b --size 512 --graphs --compile --nextflow target/release/nextflow
+    python benches/peer.py words --quant q4_0 --llama FOLDER --nextflow target/release/nextflow
 
 `nano` loads nano's weights, f32 on a CPU. First it checks that both programs draw the same image at temperature 0; if
 not, it exits with 1. Then it times them in turn: a whole process that draws one image, and one more image in a process
@@ -13,7 +14,10 @@ not counted). All read the words, draw and write PNGs. PyTorch runs twice: as it
 JSON object per variant (eager; --graphs: a CUDA graph per scale; --compile: torch.compile of the block; both), then of
 every size a table: the median of warm images of both programs, pixels included, and PyTorch's first image, in which blocks compile.
 
-Needs torch, and for nano safetensors, tokenizers and pillow.
+`words` compares with llama.cpp instead: a prompt and words of Qwen2.5-0.5B's shape with random weights, matrices in the
+same blocks. FOLDER holds a build's libraries (see llama.py). The programs run in turn, each in a process of its own.
+
+Needs torch, for nano safetensors, tokenizers and pillow, for words gguf.
 """
 
 import argparse
@@ -403,6 +407,37 @@ def nano(args):
         print(f"{name:<28}" + "".join(f"{cell:>32}" for cell in cells))
 
 
+def words(args):
+    import llama
+
+    if args.one:
+        print(json.dumps(llama.run(args.llama, args.one, args.threads, args.prompt, args.words)))
+        return
+    if args.words < 1 or args.rounds < 1:
+        sys.exit("at least one word and one round")
+    environment = os.environ | {"RAYON_NUM_THREADS": str(args.threads)}
+    counts = ["--prompt", str(args.prompt), "--words", str(args.words)]
+    ours = [args.nextflow, "bench", "--synthetic", "qwen2.5-0.5b", "--quant", args.quant, "--json", *counts]
+
+    def run(command):
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "words.gguf")
+        llama.write(path, args.quant)
+        flags = ["--llama", args.llama, "--one", path, "--threads", str(args.threads), *counts]
+        theirs = [sys.executable, os.path.abspath(__file__), "words", *flags]
+        # A pair of times of each program, in every round.
+        rounds = [([part["seconds"] for part in run(ours)["parts"]], run(theirs)) for _ in range(args.rounds)]
+    print(f"ms, medians of {args.rounds} (lowest); {args.threads} threads, {args.quant}\n")
+    print(f"{'':<16}{'nextflow':>20}{'llama.cpp':>20}{'':>8}")
+    for i, name in enumerate((f"{args.prompt} of a prompt", f"{args.words} words")):
+        columns = [[1e3 * times[program][i] for times in rounds] for program in range(2)]
+        medians = [statistics.median(column) for column in columns]
+        cells = [f"{m:.0f} ({min(c):.0f})" for m, c in zip(medians, columns)]
+        print(f"{name:<16}{cells[0]:>20}{cells[1]:>20}{medians[1] / medians[0]:>7.2f}x")
+
+
 def capture(parts):
     """A CUDA graph of every part, to be replayed in order."""
     graphs = [torch.cuda.CUDAGraph() for _ in parts]
@@ -521,6 +556,14 @@ def main():
     for name, key in ("layers", "num_hidden_layers"), ("vocab", "vocab_size"), ("codes", "codebook_size"):
         default = NEXTFLOW_7B["backbone"][key]
         sub.add_argument(f"--{name}", type=int, default=default, metavar="N", help="fewer, for a try without nextflow")
+    sub = commands.add_parser("words", help="words from blocks, beside llama.cpp's")
+    sub.set_defaults(run=words)
+    sub.add_argument("--nextflow", metavar="PROGRAM", default="target/release/nextflow")
+    sub.add_argument("--llama", metavar="FOLDER", required=True, help="the libraries of a build of llama.cpp")
+    sub.add_argument("--quant", choices=["f32", "bf16", "f16", "q8_0", "q4_0", "q4_K"], default="q8_0")
+    for name, default in ("prompt", 512), ("words", 32), ("rounds", 5), ("threads", 2):
+        sub.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    sub.add_argument("--one", metavar="FILE", help="run llama.cpp once and nothing else")
     args = parser.parse_args()
     with torch.inference_mode():
         args.run(args)

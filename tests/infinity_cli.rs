@@ -204,7 +204,7 @@ fn what_is_forecast_is_told_by_phase() {
 fn a_smaller_copy_draws() {
     let (model, out) = (model(), tempfile::tempdir().unwrap());
     let folder = model.path().to_str().unwrap();
-    for kind in ["q8_0", "q4_K", "bf16"] {
+    for kind in ["q8_0", "q4_0", "q4_K", "bf16"] {
         let (small, image) = (out.path().join(kind), out.path().join(format!("{kind}.png")));
         let (small, image) = (small.to_str().unwrap(), image.to_str().unwrap());
         assert_eq!(ok(&["quantize", "--model", folder, "--type", kind, "-o", small]).trim(), small);

@@ -367,7 +367,7 @@ fn a_smaller_copy_does_the_same() {
     let (model, out) = (model(), tempfile::tempdir().unwrap());
     let folder = model.path().to_str().unwrap();
     let source = picture(out.path(), "source.png", (40, 40));
-    for kind in ["q8_0", "q4_K", "bf16"] {
+    for kind in ["q8_0", "q4_0", "q4_K", "bf16"] {
         let small = out.path().join(kind);
         let small = small.to_str().unwrap();
         assert_eq!(ok(&["quantize", "--model", folder, "--type", kind, "-o", small]).trim(), small);

@@ -8,7 +8,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
@@ -204,7 +204,7 @@ impl Archive {
         match (entry.stored, &self.data) {
             (Stored::Blocks(stored), _) => {
                 let bytes = self.bytes(entry).map_err(|e| fail(&e))?;
-                Ok(QTensor::new(QStorage::from_data(bytes, device, stored)?, (rows, columns))?.into())
+                WeightMatrix::from_blocks(bytes, stored, (rows, columns), device)
             }
             (Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16), Data::File(file)) => {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -218,7 +218,7 @@ impl Archive {
                     let values = decode(&mut *file, &piece, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
                     bytes.extend_from_slice(&ops::quantize(&values, (count, columns), dtype, &Device::Cpu)?.data()?);
                 }
-                Ok(QTensor::new(QStorage::from_data(bytes.into(), device, dtype)?, (rows, columns))?.into())
+                WeightMatrix::from_blocks(bytes.into(), dtype, (rows, columns), device)
             }
             _ => {
                 let values = self.read(key, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;

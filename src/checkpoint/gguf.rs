@@ -128,6 +128,7 @@ fn stored(kind: u32) -> Option<Stored> {
         0 => Some(Stored::Plain(Dtype::F32)),
         1 => Some(Stored::Blocks(GgmlDType::F16)),
         30 => Some(Stored::Blocks(GgmlDType::BF16)),
+        2 => Some(Stored::Blocks(GgmlDType::Q4_0)),
         8 => Some(Stored::Blocks(GgmlDType::Q8_0)),
         12 => Some(Stored::Blocks(GgmlDType::Q4K)),
         _ => None,
@@ -208,7 +209,9 @@ fn tensor(reader: &mut Reader<impl Read>) -> Result<(String, Vec<u64>, Stored, u
     let stored = stored(kind).ok_or_else(|| match keys::is_llama_cpp(&name) {
         true => format!("is llama.cpp's, whose names of tensors and types are not read: {name:?}"),
         false => {
-            format!("has a tensor of GGML's type {kind}, which is none of F32, F16, BF16, Q8_0 and Q4_K: {name:?}")
+            format!(
+                "has a tensor of GGML's type {kind}, which is none of F32, F16, BF16, Q8_0, Q4_0 and Q4_K: {name:?}"
+            )
         }
     })?;
     Ok((name, shape, stored, reader.u64()?))

@@ -1,6 +1,6 @@
 //! Random weights, for measuring a model without its files.
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::Init;
@@ -50,5 +50,5 @@ pub(super) fn matrix(
     let few = ops::quantize(&draw(drawn * columns, init), (drawn, columns), blocks, &Device::Cpu)?;
     let few = few.data()?;
     let bytes: Vec<u8> = few.chunks(few.len() / drawn).cycle().take(rows).flatten().copied().collect();
-    Ok(QTensor::new(QStorage::from_data(bytes.into(), device, blocks)?, (rows, columns))?.into())
+    WeightMatrix::from_blocks(bytes.into(), blocks, (rows, columns), device)
 }

@@ -23,6 +23,10 @@ pub enum WeightType {
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
     Q8_0,
+    /// 4.5 bits: blocks of 32 and a scale; for widths that 256 does not divide, too
+    #[value(name = "q4_0")]
+    #[serde(rename = "q4_0")]
+    Q4_0,
     /// 4.5 bits: GGML's blocks of 256
     #[value(name = "q4_K", alias = "q4_k")]
     #[serde(rename = "q4_K")]
@@ -43,6 +47,7 @@ impl WeightType {
             Self::Bf16 => Some(GgmlDType::BF16),
             Self::F16 => Some(GgmlDType::F16),
             Self::Q8_0 => Some(GgmlDType::Q8_0),
+            Self::Q4_0 => Some(GgmlDType::Q4_0),
             Self::Q4K => Some(GgmlDType::Q4K),
         }
     }
@@ -59,7 +64,7 @@ impl WeightType {
         match self {
             Self::Bf16 if !cpu => (DType::BF16, Matrices::Tensors),
             Self::F16 if !cpu => (DType::F16, Matrices::Tensors),
-            Self::Q8_0 | Self::Q4K if !cpu => (DType::BF16, matrices),
+            Self::Q8_0 | Self::Q4_0 | Self::Q4K if !cpu => (DType::BF16, matrices),
             _ => (DType::F32, matrices),
         }
     }

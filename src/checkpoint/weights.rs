@@ -313,11 +313,16 @@ impl Weights {
     /// matrices in the blocks of these weights, others in f32.
     pub fn all_blocks(&self, asked: &Self) -> Result<Vec<(String, QTensor)>> {
         let tensor = |(key, Asked { shape, matrix, init, .. }): (String, Asked)| {
-            if let (true, &[rows, columns]) = (matrix, &shape[..])
-                && let WeightMatrix::Blocks { blocks, .. } = self.matrix((rows, columns), &key, init)?
-                && let Some(blocks) = Arc::into_inner(blocks)
-            {
-                return Ok((key, blocks));
+            if let (true, &[rows, columns]) = (matrix, &shape[..]) {
+                match self.matrix((rows, columns), &key, init)? {
+                    WeightMatrix::Packed(blocks) => return Ok((key, blocks.to_qtensor()?)),
+                    WeightMatrix::Blocks { blocks, .. } => {
+                        if let Some(blocks) = Arc::into_inner(blocks) {
+                            return Ok((key, blocks));
+                        }
+                    }
+                    _ => {}
+                }
             }
             let tensor = self.get(shape, &key, init)?;
             Ok((key, QTensor::quantize(&tensor, GgmlDType::F32)?))

@@ -183,7 +183,7 @@ pub struct LoadArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Type of the transformer's weights: f32, bf16, f16, q8_0 (8.5 bits) or q4_K (4.5 bits)
+    /// Type of the transformer's weights: f32, bf16, f16, q8_0 (8.5 bits), q4_0 or q4_K (4.5 bits)
     /// [default: int8 and GGUF as stored, else f32 on a CPU and bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum, hide_possible_values = true)]
     pub quant: Option<WeightType>,

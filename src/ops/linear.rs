@@ -177,7 +177,7 @@ mod bf16 {
     /// Whether the products with weights of this shape, and those of the backward pass, can be of
     /// bf16.
     pub(super) fn supports(out: usize, inner: usize) -> bool {
-        avx512::supports_bf16(GgmlDType::BF16, out) && avx512::supports_bf16(GgmlDType::BF16, inner)
+        avx512::supports_bf16(out) && avx512::supports_bf16(inner)
     }
 
     pub(super) fn forward(x: &[f32], w: &[f32], bias: Option<&[f32]>, shape: (usize, usize)) -> Result<Vec<f32>> {

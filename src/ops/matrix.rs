@@ -3,14 +3,15 @@
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
-use candle_core::quantized::{QMatMul, QStorage, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Error, Module, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::activation::{add, swiglu};
 use super::cpu::int8::{self, Int8Matrix};
-use super::cpu::matmul::{gated_matmul, matmul};
+use super::cpu::matmul::{gated_matmul, gated_packed, matmul, packed_matmul_each};
 use super::cpu::operand::{Borrowed, are_f32};
+use super::cpu::packed_blocks::PackedBlocks;
 use super::cpu::quants::{WeightRows, dequantize, size_in_bytes};
 use super::linear::{linear, mixed_linear, with_last};
 use super::select::select;
@@ -24,6 +25,8 @@ pub enum WeightMatrix {
     Mixed(Tensor),
     /// Bytes with a scale per row, on a CPU that has a kernel for them. Activations are f32.
     Int8(Int8Matrix),
+    /// GGML's blocks of 8 and 4 bits, on a CPU that has a kernel for them. Activations are f32.
+    Packed(PackedBlocks),
     /// A range of rows of a matrix in GGML's blocks. Activations are f32, or bf16 on a GPU.
     Blocks {
         /// The whole matrix.
@@ -45,17 +48,33 @@ impl From<Tensor> for WeightMatrix {
 
 impl From<QTensor> for WeightMatrix {
     fn from(blocks: QTensor) -> Self {
+        if let (true, &[rows, columns]) = (blocks.device().is_cpu(), blocks.shape().dims())
+            && let Ok(data) = blocks.data()
+            && let Ok(packed) = PackedBlocks::new(&data, blocks.dtype(), (rows, columns))
+        {
+            return Self::Packed(packed);
+        }
         let rows = blocks.shape().dims().first().copied().unwrap_or(0);
         Self::Blocks { blocks: Arc::new(blocks), host: Arc::default(), first: 0, rows }
     }
 }
 
 impl WeightMatrix {
+    /// From GGML's blocks, row by row, of a matrix of `shape` (rows, columns), onto `device`.
+    ///
+    /// Errors: bytes that do not fit the shape.
+    pub fn from_blocks(bytes: Cow<[u8]>, dtype: GgmlDType, shape: (usize, usize), device: &Device) -> Result<Self> {
+        if device.is_cpu() && PackedBlocks::supports(dtype, shape.1) {
+            return PackedBlocks::new(&bytes, dtype, shape).map(Self::Packed);
+        }
+        Ok(QTensor::new(QStorage::from_data(bytes, device, dtype)?, shape)?.into())
+    }
+
     /// Dtype of the activations.
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(tensor) | Self::Mixed(tensor) => tensor.dtype(),
-            Self::Int8(_) => DType::F32,
+            Self::Int8(_) | Self::Packed(_) => DType::F32,
             Self::Blocks { blocks, .. } if blocks.device().is_cpu() => DType::F32,
             Self::Blocks { .. } => DType::BF16,
         }
@@ -70,6 +89,7 @@ impl WeightMatrix {
             Self::Dense(tensor) => tensor.narrow(0, start, count).map(Self::Dense),
             Self::Mixed(tensor) => tensor.narrow(0, start, count).map(Self::Mixed),
             Self::Int8(matrix) => matrix.narrow(start, count).map(Self::Int8),
+            Self::Packed(matrix) => matrix.narrow(start, count).map(Self::Packed),
             Self::Blocks { blocks, host, first, rows } if start.checked_add(count).is_some_and(|end| end <= *rows) => {
                 let device = blocks.device();
                 if device.is_cpu() || count == *rows {
@@ -84,8 +104,7 @@ impl WeightMatrix {
                 let (_, columns) = blocks.shape().dims2()?;
                 let (data, bytes) = (blocks.data()?, size_in_bytes(blocks.dtype(), columns));
                 let part = &data[(first + start) * bytes..][..count * bytes];
-                let storage = QStorage::from_data(part.into(), &device, blocks.dtype())?;
-                Ok(QTensor::new(storage, (count, columns))?.into())
+                Self::from_blocks(part.into(), blocks.dtype(), (count, columns), &device)
             }
             Self::Blocks { rows, .. } => bail!("rows {start} to {start} + {count} of {rows}"),
         }
@@ -109,9 +128,9 @@ impl WeightMatrix {
                     }
                     part.extend_from_slice(&data[(first + row) * bytes..][..bytes]);
                 }
-                let storage = QStorage::from_data(part.into(), &blocks.device(), blocks.dtype())?;
-                Ok(QTensor::new(storage, (order.len(), columns))?.into())
+                Self::from_blocks(part.into(), blocks.dtype(), (order.len(), columns), &blocks.device())
             }
+            Self::Packed(matrix) => matrix.reordered(order).map(Self::Packed),
             _ => bail!("rows of these weights stay where they are"),
         }
     }
@@ -141,10 +160,13 @@ impl WeightMatrix {
                 let data = blocks.data()?;
                 let row = |row: usize| &data[(first + row) * bytes(columns) + bytes(start)..][..bytes(count)];
                 let part: Vec<u8> = (0..*rows).flat_map(row).copied().collect();
-                let storage = QStorage::from_data(part.into(), &blocks.device(), blocks.dtype())?;
-                Ok(QTensor::new(storage, (*rows, count))?.into())
+                Self::from_blocks(part.into(), blocks.dtype(), (*rows, count), &blocks.device())
             }
             Self::Int8(matrix) => self.dequantized_columns(matrix.shape().0, start, count),
+            Self::Packed(matrix) => match matrix.columns(start, count)? {
+                Some(part) => Ok(Self::Packed(part)),
+                None => self.dequantized_columns(matrix.shape().0, start, count),
+            },
         }
     }
 
@@ -163,6 +185,14 @@ impl WeightMatrix {
                 let (ids, mut out) = (ids.to_vec1::<u32>()?, Vec::new());
                 ids.iter().try_for_each(|&id| matrix.dequantize_row(id as usize, &mut out))?;
                 Tensor::from_vec(out, (ids.len(), matrix.shape().1), &Device::Cpu)
+            }
+            Self::Packed(matrix) => {
+                let (ids, (_, columns)) = (ids.to_vec1::<u32>()?, matrix.shape());
+                let (mut out, mut bytes) = (vec![0f32; ids.len() * columns], Vec::new());
+                for (out, &id) in out.chunks_exact_mut(columns).zip(&ids) {
+                    matrix.dequantize_row(id as usize, 0..columns, &mut bytes, out)?;
+                }
+                Tensor::from_vec(out, (ids.len(), columns), &Device::Cpu)
             }
             Self::Blocks { blocks, host, first, rows } => {
                 let (_, columns) = blocks.shape().dims2()?;
@@ -196,6 +226,7 @@ impl WeightMatrix {
             Self::Dense(tensor) => linear(x, tensor, bias),
             Self::Mixed(tensor) => mixed_linear(x, tensor, bias),
             Self::Int8(w) => int8_linear_each(x, [(w, bias)]).map(|[y]| y),
+            Self::Packed(w) => packed_linear_each(x, [(w, bias)]).map(|[y]| y),
             Self::Blocks { blocks, first, rows, .. } => {
                 let (_, columns) = blocks.shape().dims2()?;
                 check(x, (*rows, columns), bias)?;
@@ -217,7 +248,7 @@ impl WeightMatrix {
 
 /// [`WeightMatrix::linear`] of one x (..., columns) with several matrices, each with its own number
 /// of rows and its own bias: a (..., rows) of each. Faster than one by one with few rows of x, and
-/// int8 activations are rounded once.
+/// activations that are rounded to integers are so once.
 ///
 /// Errors: shapes that do not fit.
 pub fn linear_each<const N: usize>(x: &Tensor, layers: [(&WeightMatrix, Option<&Tensor>); N]) -> Result<[Tensor; N]> {
@@ -225,6 +256,11 @@ pub fn linear_each<const N: usize>(x: &Tensor, layers: [(&WeightMatrix, Option<&
         layers.iter().filter_map(|&(w, bias)| if let WeightMatrix::Int8(w) = w { Some((w, bias)) } else { None });
     if let Ok(layers) = <[_; N]>::try_from(int8.collect::<Vec<_>>()) {
         return int8_linear_each(x, layers);
+    }
+    let packed =
+        layers.iter().filter_map(|&(w, bias)| if let WeightMatrix::Packed(w) = w { Some((w, bias)) } else { None });
+    if let Ok(layers) = <[_; N]>::try_from(packed.collect::<Vec<_>>()) {
+        return packed_linear_each(x, layers);
     }
     let products: Vec<Tensor> = match x.device().is_cpu() {
         // A product of a few rows is too small for all threads.
@@ -235,8 +271,25 @@ pub fn linear_each<const N: usize>(x: &Tensor, layers: [(&WeightMatrix, Option<&
 }
 
 fn int8_linear_each<const N: usize>(x: &Tensor, layers: [(&Int8Matrix, Option<&Tensor>); N]) -> Result<[Tensor; N]> {
+    rounded_linear_each(x, layers, Int8Matrix::shape, int8::matmul_each)
+}
+
+fn packed_linear_each<const N: usize>(
+    x: &Tensor,
+    layers: [(&PackedBlocks, Option<&Tensor>); N],
+) -> Result<[Tensor; N]> {
+    rounded_linear_each(x, layers, PackedBlocks::shape, packed_matmul_each)
+}
+
+/// By the `products` of x, all layers (matrices and biases) and x's columns.
+fn rounded_linear_each<const N: usize, W>(
+    x: &Tensor,
+    layers: [(&W, Option<&Tensor>); N],
+    shape: impl Fn(&W) -> (usize, usize),
+    products: impl FnOnce(&[f32], &[(&W, Option<&[f32]>)], usize) -> Result<Vec<Vec<f32>>>,
+) -> Result<[Tensor; N]> {
     for (w, bias) in layers {
-        check(x, w.shape(), bias)?;
+        check(x, shape(w), bias)?;
     }
     let x = contiguous(x)?;
     let biases: Vec<Option<Tensor>> =
@@ -247,8 +300,8 @@ fn int8_linear_each<const N: usize>(x: &Tensor, layers: [(&Int8Matrix, Option<&T
         each.push((*w, bias.as_ref().map(|bias| bias.slice::<f32>()).transpose()?));
     }
     let inputs = Borrowed::of(&x);
-    let products = int8::matmul_each(inputs.slice()?, &each, x.dims()[x.rank() - 1])?;
-    let products = products.into_iter().zip(&each).map(|(y, (w, _))| tensor_like(&x, y, w.shape().0));
+    let products = products(inputs.slice()?, &each, x.dims()[x.rank() - 1])?;
+    let products = products.into_iter().zip(&each).map(|(y, (w, _))| tensor_like(&x, y, shape(w).0));
     array(products.collect::<Result<_>>()?)
 }
 
@@ -295,6 +348,12 @@ pub fn gated_linear(x: &Tensor, gate: &WeightMatrix, up: &WeightMatrix) -> Resul
             check(x, gate.shape(), None)?;
             let x = contiguous(x)?;
             let y = int8::gated_matmul(Borrowed::of(&x).slice()?, gate, up)?;
+            Some(tensor_like(&x, y, gate.shape().0)?)
+        }
+        (WeightMatrix::Packed(gate), WeightMatrix::Packed(up)) if gate.is_aligned_with(up) => {
+            check(x, gate.shape(), None)?;
+            let x = contiguous(x)?;
+            let y = gated_packed(Borrowed::of(&x).slice()?, gate, up)?;
             Some(tensor_like(&x, y, gate.shape().0)?)
         }
         (WeightMatrix::Dense(gate), WeightMatrix::Dense(up)) => gated_dense(x, gate, up)?,

@@ -51,6 +51,7 @@ pub use attention::{Mask, attention, attention_rows};
 pub use branch::{attention_branch, swiglu_branch};
 pub use conv::{Filters, add_conv2d, conv2d, upsampled_conv2d};
 pub use cpu::int8::{Int8Filters, Int8Matrix};
+pub use cpu::packed_blocks::PackedBlocks;
 pub use cpu::quants::{dequantize, quantize};
 #[cfg(feature = "cuda")]
 pub use cuda::{MAX_TOP_K, Sample, sample};

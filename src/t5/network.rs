@@ -115,7 +115,7 @@ fn quantised(
 
 /// Whether weights of this type are blocks of less than 16 bits a number.
 pub fn is_small(weights: WeightType) -> bool {
-    matches!(weights, WeightType::Q8_0 | WeightType::Q4K)
+    matches!(weights, WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q4K)
 }
 
 /// The type of tensors that are not blocks.

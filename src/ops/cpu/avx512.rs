@@ -2,19 +2,16 @@
 
 use std::arch::x86_64::*;
 
-use candle_core::quantized::GgmlDType;
-
 /// f32 or pairs of bf16 per register.
 pub(crate) const LANES: usize = 16;
 
 /// The pairs of bf16 of one register.
 pub(crate) type Pairs = [u16; 2 * LANES];
 
-/// Whether the CPU multiplies bf16, and [`gemm_bf16`](super::gemm_bf16::gemm_bf16) supports weights
-/// of this type in rows of `columns` columns.
-pub(crate) fn supports_bf16(dtype: GgmlDType, columns: usize) -> bool {
-    matches!(dtype, GgmlDType::BF16 | GgmlDType::Q8_0 | GgmlDType::Q4K)
-        && columns > 0
+/// Whether the CPU multiplies bf16, and [`gemm_bf16`](super::gemm_bf16::gemm_bf16) supports rows of
+/// `columns` columns.
+pub(crate) fn supports_bf16(columns: usize) -> bool {
+    columns > 0
         && columns.is_multiple_of(2 * LANES)
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")

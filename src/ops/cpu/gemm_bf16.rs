@@ -11,14 +11,13 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use candle_core::Result;
-use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::avx512::{LANES, Pairs, as_floats, as_pairs, load, load_pairs, round, store, store_bytes, supports_bf16};
 use super::columns::{Columns, by_columns};
 use super::exp::sigmoid;
 use super::pack_bf16::{PANEL, WIDE, pack, pack_columns, padded};
-use super::quants::{dequantize, size_in_bytes};
+use super::packed_blocks::PackedBlocks;
 
 /// Rows of weights whose sums are in registers.
 const HIGH: usize = 8;
@@ -42,18 +41,26 @@ type Spilled = [[[f32; LANES]; WIDE]; HIGH];
 pub(crate) enum Epilogue<'a> {
     /// Adds the row's bias, if any.
     Bias(Option<&'a [f32]>),
-    /// SwiGLU: `silu` of them, times the products of the same row of these weights, of the same
-    /// type.
-    Gate(&'a [u8]),
+    /// SwiGLU: `silu` of them, times the products of the same row of these weights.
+    Gate(Weights<'a>),
 }
 
-/// `x wᵀ` for x (M, columns) and blocks `w` (rows, columns), and the epilogue: (M, rows) in `y`.
-/// Both factors are rounded to bf16.
+/// Rows of weights.
+#[derive(Clone, Copy)]
+pub(crate) enum Weights<'a> {
+    /// The bytes of bf16.
+    Bf16(&'a [u8]),
+    /// Blocks, which are rounded to bf16.
+    Packed(&'a PackedBlocks),
+}
+
+/// `x wᵀ` for x (M, columns) and `w` (rows, columns), and the epilogue: (M, rows) in `y`. Both
+/// factors are rounded to bf16.
 ///
-/// Errors: blocks that do not divide `columns`. Panics unless [`supports_bf16`].
+/// Panics unless [`supports_bf16`].
 pub(crate) fn gemm_bf16(
     y: &mut [MaybeUninit<f32>],
-    w: (&[u8], GgmlDType),
+    w: Weights,
     epilogue: Epilogue,
     x: &[f32],
     columns: usize,
@@ -72,7 +79,7 @@ pub(crate) fn gemm_bf16(
 /// Panics unless `count` is a multiple of 16.
 pub(crate) fn gemm_columns(y: &mut [MaybeUninit<f32>], w: &[u8], x: &[f32], (n, count): (usize, usize)) -> Result<()> {
     assert!(count.is_multiple_of(LANES) && x.len() == n * count, "columns have to fill registers");
-    multiply(y, (w, GgmlDType::BF16), Epilogue::Bias(None), count, padded(n), |panel, columns| {
+    multiply(y, Weights::Bf16(w), Epilogue::Bias(None), count, padded(n), |panel, columns| {
         // SAFETY: `multiply` has checked the CPU features.
         #[allow(unsafe_code)]
         unsafe {
@@ -84,15 +91,17 @@ pub(crate) fn gemm_columns(y: &mut [MaybeUninit<f32>], w: &[u8], x: &[f32], (n, 
 /// `pack` fills a panel from a range of the `count` rows of activations.
 fn multiply(
     y: &mut [MaybeUninit<f32>],
-    (w, dtype): (&[u8], GgmlDType),
+    w: Weights,
     epilogue: Epilogue,
     count: usize,
     columns: usize,
     pack: impl Fn(&mut [Pairs], Range<usize>) + Sync,
 ) -> Result<()> {
-    assert!(supports_bf16(dtype, columns), "a bf16 product that is not supported");
-    let bytes = size_in_bytes(dtype, columns);
-    let rows = w.len() / bytes;
+    assert!(supports_bf16(columns), "a bf16 product that is not supported");
+    let rows = match w {
+        Weights::Bf16(w) => w.len() / (2 * columns),
+        Weights::Packed(w) => w.shape().0,
+    };
     let task = TASK[usize::from(rows < 4 * TASK[0] * rayon::current_num_threads())];
     let registers = WIDE * columns / 2;
     let mut panels: Vec<Pairs> = Vec::new();
@@ -104,13 +113,13 @@ fn multiply(
             pack(panel, first..packed.end.min(first + PANEL));
         });
         by_columns(y, rows, task, |y| {
-            let range = y.first() * bytes..(y.first() + y.width()) * bytes;
+            let range = y.first()..y.first() + y.width();
             let (up, bias) = match epilogue {
-                Epilogue::Bias(bias) => (None, bias.map(|bias| &bias[y.first()..][..y.width()])),
-                Epilogue::Gate(up) => (Some(&up[range.clone()]), None),
+                Epilogue::Bias(bias) => (None, bias.map(|bias| &bias[range.clone()])),
+                Epilogue::Gate(up) => (Some(up), None),
             };
-            let part = |rows| Weights { rows, dtype, row_bytes: bytes, columns };
-            let (w, up) = (part(&w[range]), up.map(part));
+            let part = |weights| Part { weights, rows: range.clone(), columns };
+            let (w, up) = (part(w), up.map(part));
             // SAFETY: the assertion has checked the CPU features.
             #[allow(unsafe_code)]
             unsafe {
@@ -122,53 +131,62 @@ fn multiply(
 }
 
 /// Some rows of weights.
-#[derive(Clone, Copy)]
-struct Weights<'a> {
-    rows: &'a [u8],
-    dtype: GgmlDType,
-    row_bytes: usize,
+struct Part<'a> {
+    weights: Weights<'a>,
+    rows: Range<usize>,
     columns: usize,
 }
 
-impl Weights<'_> {
+impl Part<'_> {
     /// `deep` columns from `at` on as bf16, and the bytes from row to row.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn rounded<'a>(
         &'a self,
         at: usize,
         deep: usize,
-        (floats, rounded): &'a mut (Vec<f32>, Vec<u8>),
+        Rounded { blocks, floats, out }: &'a mut Rounded,
     ) -> Result<(&'a [u8], usize)> {
-        let start = size_in_bytes(self.dtype, at);
-        if self.dtype == GgmlDType::BF16 {
-            return Ok((&self.rows[start..], self.row_bytes));
-        }
+        let w = match self.weights {
+            Weights::Bf16(w) => {
+                let row = 2 * self.columns;
+                return Ok((&w[self.rows.start * row..self.rows.end * row][2 * at..], row));
+            }
+            Weights::Packed(w) => w,
+        };
         floats.resize(deep, 0.0);
-        rounded.resize(self.rows.len() / self.row_bytes * deep * 2, 0);
-        for (w, out) in self.rows.chunks_exact(self.row_bytes).zip(rounded.chunks_exact_mut(deep * 2)) {
-            dequantize(&w[start..size_in_bytes(self.dtype, at + deep)], self.dtype, floats)?;
+        out.resize(self.rows.len() * deep * 2, 0);
+        for (row, out) in self.rows.clone().zip(out.chunks_exact_mut(deep * 2)) {
+            w.dequantize_row(row, at..at + deep, blocks, floats)?;
             for (x, out) in floats.as_chunks::<{ 2 * LANES }>().0.iter().zip(out.as_chunks_mut::<64>().0) {
                 let x = x.as_chunks::<LANES>().0;
                 store_bytes(out, round(load(&x[0]), load(&x[1])));
             }
         }
-        Ok((rounded, deep * 2))
+        Ok((out, deep * 2))
     }
+}
+
+/// Buffers for rounding weights: blocks and numbers of a row, and the result.
+#[derive(Default)]
+struct Rounded {
+    blocks: Vec<u8>,
+    floats: Vec<f32>,
+    out: Vec<u8>,
 }
 
 /// A thread's buffers, for either matrix: spilled accumulators, and rounded weights.
 #[derive(Default)]
 struct Scratch {
     spilled: [Vec<Spilled>; 2],
-    rounded: [(Vec<f32>, Vec<u8>); 2],
+    rounded: [Rounded; 2],
 }
 
 /// Some rows of weights, or of two matrices, with all `count` rows of activations.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn block(
     y: &mut Columns,
-    w: Weights,
-    up: Option<Weights>,
+    w: Part,
+    up: Option<Part>,
     bias: Option<&[f32]>,
     panels: &[Pairs],
     count: usize,
@@ -176,7 +194,7 @@ fn block(
     thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
     SCRATCH.with_borrow_mut(|Scratch { spilled, rounded }| {
         let (width, columns) = (y.width(), w.columns);
-        let most = if w.dtype == GgmlDType::BF16 { DEEP } else { DEEP_BLOCKS };
+        let most = if matches!(w.weights, Weights::Bf16(_)) { DEEP } else { DEEP_BLOCKS };
         // Parts of the same size, in whole blocks of every type.
         let deep = columns.div_ceil(columns.div_ceil(most)).next_multiple_of(256);
         let groups = width.div_ceil(HIGH);

@@ -5,13 +5,11 @@
 mod avx2;
 
 use candle_core::Result;
-#[cfg(target_arch = "x86_64")]
-use candle_core::quantized::GgmlDType;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::quants::{WeightRows, dequantize, size_in_bytes};
 
-/// With more rows of activations than this, packing them for a GEMM pays.
+/// The most rows of activations.
 pub(crate) const GEMV_ROWS: usize = 8;
 
 /// Numbers that are dequantised at a time, into a buffer that stays in the L1 cache.
@@ -29,35 +27,19 @@ pub(crate) struct Activations {
     /// Row after row, the last strip of each padded with zeros: a loop of fixed length is twice as
     /// fast.
     strips: Vec<Strip>,
-    /// Sums over the groups of 32 of every strip, which blocks of Q4_K need.
-    #[cfg(target_arch = "x86_64")]
-    group_sums: Vec<[f32; STRIP / 32]>,
     columns: usize,
 }
 
 impl Activations {
-    /// From x (M, columns), for products with `w`.
-    pub(crate) fn new(x: &[f32], columns: usize, w: WeightRows) -> Self {
+    /// From x (M, columns).
+    pub(crate) fn new(x: &[f32], columns: usize) -> Self {
         let strips = x.chunks_exact(columns).flat_map(|x| x.chunks(STRIP));
         let strips = strips.map(|x| {
             let mut strip = Strip([0.0; STRIP]);
             strip.0[..x.len()].copy_from_slice(x);
             strip
         });
-        let strips: Vec<Strip> = strips.collect();
-        #[cfg(target_arch = "x86_64")]
-        let group_sums = match w {
-            WeightRows::Blocks(_, GgmlDType::Q4K) => strips.iter().map(avx2::group_sums).collect(),
-            _ => Vec::new(),
-        };
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = w;
-        Self {
-            strips,
-            #[cfg(target_arch = "x86_64")]
-            group_sums,
-            columns,
-        }
+        Self { strips: strips.collect(), columns }
     }
 
     fn strips_per_row(&self) -> usize {
@@ -75,7 +57,7 @@ impl Activations {
 pub(crate) fn gemv(y: &mut [f32], w: WeightRows, x: &Activations) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
     if let (w, dtype) = w.bytes()
-        && avx2::supports(dtype, x.columns)
+        && avx2::supports(dtype)
     {
         // SAFETY: `supports` has checked the CPU features.
         #[allow(unsafe_code)]
@@ -152,7 +134,8 @@ mod tests {
 
     #[test]
     fn blocks_multiply_as_their_numbers() {
-        for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4K] {
+        for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q4K]
+        {
             for (rows, columns, count) in
                 [(3, 32, 1), (5, 96, 2), (2, 256, 3), (7, 320, 4), (1, 1088, 5), (4, 512, 8), (3, 768, 1), (3, 77, 3)]
             {
@@ -164,7 +147,7 @@ mod tests {
                 let (mut dense, mut y) = (vec![0f32; rows * columns], vec![0f32; rows * count]);
                 dequantize(&w, dtype, &mut dense).unwrap();
                 let w = WeightRows::Blocks(&w, dtype);
-                gemv(&mut y, w, &Activations::new(&inputs, columns, w)).unwrap();
+                gemv(&mut y, w, &Activations::new(&inputs, columns)).unwrap();
                 for (i, y) in y.iter().enumerate() {
                     let (w, x) = (&dense[i / count * columns..][..columns], &inputs[i % count * columns..][..columns]);
                     let terms = || w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));

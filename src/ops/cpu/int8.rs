@@ -13,7 +13,6 @@
 mod conv;
 mod image;
 mod kernels;
-pub(crate) mod q8_0;
 
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
@@ -53,10 +52,8 @@ pub struct Int8Matrix {
 #[derive(Debug)]
 struct Panels {
     kernel: Kernel,
-    /// Index of the first row in its matrix.
-    first: usize,
     weights: Vec<i8>,
-    /// One per row and group of columns: (panels, groups, rows).
+    /// One per row.
     scales: Vec<f32>,
     /// Pairs of columns.
     pairs: usize,
@@ -141,13 +138,13 @@ impl Int8Matrix {
                 }
             }
         });
-        Panels { kernel, first: 0, weights, scales, pairs }
+        Panels { kernel, weights, scales, pairs }
     }
 }
 
 impl Activations {
-    /// From x (M, columns), for integer sums over `group` columns. Panics without a kernel.
-    fn round(x: &[f32], columns: usize, group: usize) -> Self {
+    /// From x (M, columns). Panics without a kernel.
+    fn round(x: &[f32], columns: usize) -> Self {
         let kernel = Kernel::best().expect("a CPU with a kernel");
         let (count, pairs) = (x.len() / columns, columns.div_ceil(2));
         let (mut values, mut scales) = (vec![0i16; count * pairs * 2], vec![0f32; count]);
@@ -156,7 +153,7 @@ impl Activations {
             let each = values.chunks_exact_mut(pairs * 2).zip(scales).zip(x.chunks_exact(columns));
             for ((values, scale), x) in each {
                 let times;
-                (*scale, times) = scale_of(kernel.largest(x), group);
+                (*scale, times) = scale_of(kernel.largest(x), columns);
                 kernel.round(x, times, values);
             }
         });
@@ -167,7 +164,7 @@ impl Activations {
 /// The value of an integer step and its inverse: numbers up to `largest` become the largest
 /// integers whose products with bytes can be summed over so many columns in 32 bits. Not finite
 /// numbers give NaN.
-fn scale_of(largest: f32, columns: usize) -> (f32, f32) {
+pub(crate) fn scale_of(largest: f32, columns: usize) -> (f32, f32) {
     let most = (i32::MAX as usize / (columns * 128)).min(i16::MAX as usize) as f32;
     match largest {
         _ if !largest.is_finite() => (f32::NAN, 0.0),
@@ -186,13 +183,13 @@ pub(crate) fn matmul_each(
     layers: &[(&Int8Matrix, Option<&[f32]>)],
     columns: usize,
 ) -> Result<Vec<Vec<f32>>> {
-    let x = Activations::round(x, columns, columns);
+    let x = Activations::round(x, columns);
     layers.par_iter().map(|(w, bias)| product(&x, w, None, *bias)).collect()
 }
 
 /// `silu(x gateᵀ) * (x upᵀ)` for x (M, columns): (M, rows). Panics as [`matmul_each`].
 pub(crate) fn gated_matmul(x: &[f32], gate: &Int8Matrix, up: &Int8Matrix) -> Result<Vec<f32>> {
-    product(&Activations::round(x, gate.columns, gate.columns), gate, Some(up), None)
+    product(&Activations::round(x, gate.columns), gate, Some(up), None)
 }
 
 fn product(x: &Activations, w: &Int8Matrix, up: Option<&Int8Matrix>, bias: Option<&[f32]>) -> Result<Vec<f32>> {

@@ -10,11 +10,11 @@ use super::columns::{Columns, by_columns, filled};
 use super::gemm::{Matrix, MatrixMut, Update, gemm, product};
 use super::gemm_f32;
 use super::gemv::{self, GEMV_ROWS};
-use super::int8::q8_0;
+use super::packed_blocks::{self, PackedBlocks};
 use super::quants::{WeightRows, dequantize};
 
 #[cfg(target_arch = "x86_64")]
-use super::gemm_bf16::{self, Epilogue};
+use super::gemm_bf16::{self, Epilogue, Weights};
 
 /// Rows of weights per task of the GEMV, and of the GEMM over dequantised weights.
 const GEMV_TASK: usize = 32;
@@ -22,10 +22,21 @@ const DEQUANTIZED_TASK: usize = 256;
 /// Rows of outputs per task that fills in the bias.
 const BIAS_TASK: usize = 64;
 
+/// The most rows of activations for which a GEMV is faster than packing them for a GEMM: on one
+/// thread, with 4864 rows of 896 columns.
+fn gemv_rows(w: WeightRows, columns: usize) -> usize {
+    match w {
+        WeightRows::F32(_) if gemm_f32::supports(columns) => 4,
+        #[cfg(target_arch = "x86_64")]
+        WeightRows::Blocks(_, GgmlDType::BF16) if super::avx512::supports_bf16(columns) => 2,
+        _ => GEMV_ROWS,
+    }
+}
+
 /// `x wᵀ + bias` for x (M, columns), `w` (rows, columns) and `bias` (rows): (M, rows).
 ///
-/// All in f32, except that with quantised weights and more than [`GEMV_ROWS`] rows of x these are
-/// rounded: to bf16 where the CPU multiplies bf16, or else, for Q8_0, to 16-bit integers.
+/// All in f32, except that both factors are rounded to bf16 with weights of bf16 and more than two
+/// rows of x where the CPU multiplies bf16.
 ///
 /// Errors: blocks of a type that [`dequantize`] does not support, or that do not divide `columns`.
 pub(crate) fn matmul(
@@ -38,8 +49,8 @@ pub(crate) fn matmul(
     if count * rows == 0 {
         return Ok(vec![0.0; count * rows]);
     }
-    if count <= GEMV_ROWS {
-        let x = gemv::Activations::new(x, columns, w);
+    if count <= gemv_rows(w, columns) {
+        let x = gemv::Activations::new(x, columns);
         let products = |y: &mut Columns| {
             let mut transposed = vec![0f32; y.width() * count];
             gemv::gemv(&mut transposed, w.narrow(y.first(), y.width(), columns), &x)?;
@@ -54,11 +65,8 @@ pub(crate) fn matmul(
         }
         WeightRows::F32(w) => Ok(portable(x, w, bias, (rows, columns))),
         #[cfg(target_arch = "x86_64")]
-        WeightRows::Blocks(w, dtype) if super::avx512::supports_bf16(dtype, columns) => {
-            filled(count * rows, |y| gemm_bf16::gemm_bf16(y, (w, dtype), Epilogue::Bias(bias), x, columns))
-        }
-        WeightRows::Blocks(w, dtype) if q8_0::supports(dtype, columns) => {
-            filled(count * rows, |y| q8_0::gemm_q8_0(y, w, None, bias, x, columns))
+        WeightRows::Blocks(w, GgmlDType::BF16) if super::avx512::supports_bf16(columns) => {
+            filled(count * rows, |y| gemm_bf16::gemm_bf16(y, Weights::Bf16(w), Epilogue::Bias(bias), x, columns))
         }
         WeightRows::Blocks(_, dtype) => dequantized(x, w, dtype, bias, (rows, columns)),
     }
@@ -109,7 +117,7 @@ pub(crate) fn gated_matmul(
     up: WeightRows,
     (rows, columns): (usize, usize),
 ) -> Result<Option<Vec<f32>>> {
-    if x.len() <= GEMV_ROWS * columns {
+    if x.len() <= gemv_rows(gate, columns) * columns {
         return Ok(None);
     }
     let count = x.len() / columns * rows;
@@ -118,16 +126,50 @@ pub(crate) fn gated_matmul(
             filled(count, |y| gemm_f32::gemm_f32(y, gate, Some(up), None, x, columns)).map(Some)
         }
         #[cfg(target_arch = "x86_64")]
-        (WeightRows::Blocks(gate, dtype), WeightRows::Blocks(up, same))
-            if dtype == same && super::avx512::supports_bf16(dtype, columns) =>
+        (WeightRows::Blocks(gate, GgmlDType::BF16), WeightRows::Blocks(up, GgmlDType::BF16))
+            if super::avx512::supports_bf16(columns) =>
         {
-            filled(count, |y| gemm_bf16::gemm_bf16(y, (gate, dtype), Epilogue::Gate(up), x, columns)).map(Some)
-        }
-        (WeightRows::Blocks(gate, dtype), WeightRows::Blocks(up, same))
-            if dtype == same && q8_0::supports(dtype, columns) =>
-        {
-            filled(count, |y| q8_0::gemm_q8_0(y, gate, Some(up), None, x, columns)).map(Some)
+            let (gate, up) = (Weights::Bf16(gate), Epilogue::Gate(Weights::Bf16(up)));
+            filled(count, |y| gemm_bf16::gemm_bf16(y, gate, up, x, columns)).map(Some)
         }
         _ => Ok(None),
     }
+}
+
+/// With more rows of inputs, bf16 products are taken where the CPU has them: they are made for
+/// panels of 48 rows.
+#[cfg(target_arch = "x86_64")]
+const PACKED_ROWS: usize = 64;
+
+/// `x wᵀ + bias` for x (M, columns) and each of several matrices (rows, columns): (M, rows) of
+/// each. With more than [`PACKED_ROWS`] rows of x, both factors are rounded to bf16 where the CPU
+/// multiplies bf16; else x is rounded to 16-bit integers.
+pub(crate) fn packed_matmul_each(
+    x: &[f32],
+    layers: &[(&PackedBlocks, Option<&[f32]>)],
+    columns: usize,
+) -> Result<Vec<Vec<f32>>> {
+    #[cfg(target_arch = "x86_64")]
+    if x.len() > PACKED_ROWS * columns && super::avx512::supports_bf16(columns) {
+        let product = |&(w, bias): &(&PackedBlocks, Option<&[f32]>)| {
+            let (count, epilogue) = (x.len() / columns * w.shape().0, Epilogue::Bias(bias));
+            filled(count, |y| gemm_bf16::gemm_bf16(y, Weights::Packed(w), epilogue, x, columns))
+        };
+        return layers.par_iter().map(product).collect();
+    }
+    packed_blocks::matmul_each(x, layers, columns)
+}
+
+/// `silu(x gateᵀ) * (x upᵀ)` for x (M, columns) and two matrices (rows, columns) that are
+/// [aligned](PackedBlocks::is_aligned_with): (M, rows), as [`packed_matmul_each`].
+pub(crate) fn gated_packed(x: &[f32], gate: &PackedBlocks, up: &PackedBlocks) -> Result<Vec<f32>> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let (rows, columns) = gate.shape();
+        if x.len() > PACKED_ROWS * columns && super::avx512::supports_bf16(columns) {
+            let (gate, up) = (Weights::Packed(gate), Epilogue::Gate(Weights::Packed(up)));
+            return filled(x.len() / columns * rows, |y| gemm_bf16::gemm_bf16(y, gate, up, x, columns));
+        }
+    }
+    packed_blocks::gated_matmul(x, gate, up)
 }

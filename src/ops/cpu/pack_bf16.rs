@@ -3,7 +3,6 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::avx512::{
@@ -69,7 +68,7 @@ pub(crate) fn rounded(x: &[f32]) -> Vec<u8> {
 ///
 /// Panics unless the CPU multiplies bf16 and `columns` is a multiple of 16.
 pub(crate) fn rounded_columns(x: &[f32], (n, columns): (usize, usize)) -> Vec<u8> {
-    assert!(supports_bf16(GgmlDType::BF16, padded(n)), "this CPU does not multiply bf16");
+    assert!(supports_bf16(padded(n)), "this CPU does not multiply bf16");
     assert!(columns.is_multiple_of(LANES) && x.len() == n * columns, "columns have to fill registers");
     let bytes = 2 * padded(n);
     let mut out = vec![0u8; columns * bytes];

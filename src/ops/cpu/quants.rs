@@ -1,7 +1,7 @@
 //! GGML's quantised formats: every block of numbers is a few bytes of scales and a few bits a
 //! number.
 
-use candle_core::quantized::k_quants::{BlockQ4K, BlockQ8_0};
+use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4K, BlockQ8_0};
 use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
 use candle_core::{Device, Result, bail};
 use half::{bf16, f16};
@@ -52,7 +52,7 @@ pub(crate) fn size_in_bytes(dtype: GgmlDType, count: usize) -> usize {
 /// Quantises `values`, the rows of a matrix of `shape` (rows, columns), onto `device`. Rounds as
 /// GGML's reference does.
 ///
-/// Errors: a type other than F32, F16, BF16, Q8_0 and Q4K, or columns that do not divide into
+/// Errors: a type other than F32, F16, BF16, Q8_0, Q4_0 and Q4K, or columns that do not divide into
 /// blocks.
 pub fn quantize(values: &[f32], shape: (usize, usize), dtype: GgmlDType, device: &Device) -> Result<QTensor> {
     let blocks = match dtype {
@@ -60,6 +60,7 @@ pub fn quantize(values: &[f32], shape: (usize, usize), dtype: GgmlDType, device:
         GgmlDType::F16 => blocks::<f16>(values, shape),
         GgmlDType::BF16 => blocks::<bf16>(values, shape),
         GgmlDType::Q8_0 => blocks::<BlockQ8_0>(values, shape),
+        GgmlDType::Q4_0 => blocks::<BlockQ4_0>(values, shape),
         GgmlDType::Q4K => blocks::<BlockQ4K>(values, shape),
         other => bail!("weights of type {other:?} are not supported"),
     }?;
@@ -109,6 +110,11 @@ pub fn dequantize(bytes: &[u8], dtype: GgmlDType, out: &mut [f32]) -> Result<()>
                 q8_0(b, y);
             }
         }
+        GgmlDType::Q4_0 => {
+            for (b, y) in pairs(bytes, out) {
+                q4_0(b, y);
+            }
+        }
         GgmlDType::Q4K => {
             for (b, y) in pairs(bytes, out) {
                 q4_k(b, y);
@@ -148,6 +154,17 @@ fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     let scale = f16_to_f32([block[0], block[1]]);
     for i in 0..32 {
         out[i] = scale * f32::from(block[2 + i] as i8);
+    }
+}
+
+/// A block of a scale (f16) and 32 numbers of 4 bits, which stand for -8 to 7: the first 16 in the
+/// lower halves of 16 bytes, the others in the upper ones.
+#[inline(always)]
+fn q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
+    let scale = f16_to_f32([block[0], block[1]]);
+    for i in 0..16 {
+        out[i] = scale * (f32::from(block[2 + i] & 15) - 8.0);
+        out[16 + i] = scale * (f32::from(block[2 + i] >> 4) - 8.0);
     }
 }
 
@@ -193,6 +210,7 @@ mod tests {
             (GgmlDType::F16, 1e-3),
             (GgmlDType::BF16, 8e-3),
             (GgmlDType::Q8_0, 8e-3),
+            (GgmlDType::Q4_0, 0.13),
             (GgmlDType::Q4K, 0.12),
         ] {
             let ours = quantize(&x, shape, dtype, &Device::Cpu).unwrap();

@@ -166,7 +166,7 @@ macro_rules! kernel {
     (
         $name:ident, $features:literal, $lanes:literal lanes, at most $inputs:literal inputs,
         $zero:ident, $pair:ident, $bytes:ty, $load_bytes:ident, $widen:ident, $times:expr,
-        $to_floats:ident, $load:ident, $store:ident, $splat:ident, $mul:ident, $multiply_add:ident
+        $to_floats:ident, $load:ident, $store:ident, $splat:ident, $mul:ident
     ) => {
         #[cfg(target_arch = "x86_64")]
         mod $name {
@@ -195,13 +195,12 @@ macro_rules! kernel {
                 let (first, end, count) = (y.first(), y.first() + y.width(), x.scales.len());
                 // Tiles of even size, in place of full ones and a rest.
                 let (tiles, step) = (count.div_ceil(INPUTS), 2 * x.pairs);
-                let groups = w.scales.len() * 2 * w.pairs / w.weights.len();
                 for row in (first..end).step_by(ROWS) {
                     let rows = ROWS.min(end - row);
                     let bias = bias.map(|bias| &bias[row..row + rows]);
                     for tile in 0..tiles {
                         let range = tile * count / tiles..(tile + 1) * count / tiles;
-                        let at = Inputs { first: range.start * step, step, stretches: groups, pitch: step / groups };
+                        let at = Inputs { first: range.start * step, step, stretches: 1, pitch: step };
                         let (values, scales) = (&x.values, &x.scales[range.clone()]);
                         let mut out = sums(values, at, scales, w, row);
                         if let Some(up) = up {
@@ -263,9 +262,8 @@ macro_rules! kernel {
             #[target_feature(enable = $features)]
             fn sums(x: &[i16], at: Inputs, scales: &[f32], w: &Panels, row: usize) -> [[f32; ROWS]; INPUTS] {
                 let (weights, of_rows) = (w.weights.as_chunks::<{ 2 * ROWS }>().0, w.scales.as_chunks::<ROWS>().0);
-                let (panel, groups) = ((row - w.first) / ROWS, of_rows.len() * w.pairs / weights.len());
-                let scales = (&of_rows[panel * groups..][..groups], scales);
-                let panel = &weights[panel * w.pairs..][..w.pairs];
+                let scales = (&of_rows[row / ROWS], scales);
+                let panel = &weights[row / ROWS * w.pairs..][..w.pairs];
                 let mut out = [[0f32; ROWS]; INPUTS];
                 match scales.1.len() {
                     1 => tile::<1>(panel, x, at, scales, &mut out),
@@ -291,16 +289,14 @@ macro_rules! kernel {
                 panel: &[[i8; 2 * ROWS]],
                 x: &[i16],
                 at: Inputs,
-                (scales, x_scales): (&[[f32; ROWS]], &[f32]),
+                (scales, x_scales): (&[f32; ROWS], &[f32]),
                 out: &mut [[f32; ROWS]; INPUTS],
             ) {
                 let Inputs { first, step, stretches, pitch } = at;
                 let pairs = panel.len() / stretches;
                 let end = first + (R - 1) * step + (stretches - 1) * pitch + 2 * pairs;
                 assert!(end <= x.len() && x_scales.len() == R && R <= INPUTS, "inputs out of bounds");
-                let mut totals = [[$splat(0.0); WIDE]; R];
                 let mut sums = [[$zero(); WIDE]; R];
-                let of_group = stretches / scales.len();
                 for (stretch, panel) in panel.chunks_exact(pairs).enumerate() {
                     let mut x = x[first + stretch * pitch..].as_ptr();
                     for weights in panel {
@@ -323,25 +319,17 @@ macro_rules! kernel {
                         }
                         x = x.wrapping_add(2);
                     }
-                    if (stretch + 1) % of_group == 0 {
-                        let scales = &scales[stretch / of_group];
-                        for i in 0..WIDE {
-                            // SAFETY: `scales` has ROWS numbers, WIDE registers.
-                            #[allow(unsafe_code)]
-                            let scale = unsafe { $load(scales.as_ptr().add(i * LANES)) };
-                            for r in 0..R {
-                                totals[r][i] = $multiply_add($to_floats(sums[r][i]), scale, totals[r][i]);
-                            }
-                        }
-                        sums = [[$zero(); WIDE]; R];
-                    }
                 }
-                for r in 0..R {
-                    for i in 0..WIDE {
+                for i in 0..WIDE {
+                    // SAFETY: `scales` has ROWS numbers, WIDE registers.
+                    #[allow(unsafe_code)]
+                    let scale = unsafe { $load(scales.as_ptr().add(i * LANES)) };
+                    for r in 0..R {
+                        let scaled = $mul($mul($to_floats(sums[r][i]), scale), $splat(x_scales[r]));
                         // SAFETY: `out[r]` has ROWS numbers, WIDE registers.
                         #[allow(unsafe_code)]
                         unsafe {
-                            $store(out[r].as_mut_ptr().add(i * LANES), $mul(totals[r][i], $splat(x_scales[r])));
+                            $store(out[r].as_mut_ptr().add(i * LANES), scaled);
                         }
                     }
                 }
@@ -354,11 +342,11 @@ kernel!(
     avx2, "avx2,fma", 8 lanes, at most 6 inputs,
     _mm256_setzero_si256, _mm256_set1_epi32, __m128i, _mm_loadu_si128, _mm256_cvtepi8_epi16,
     |sum, w, x| _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)),
-    _mm256_cvtepi32_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_mul_ps, _mm256_fmadd_ps
+    _mm256_cvtepi32_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_mul_ps
 );
 kernel!(
     avx512, "avx512f,avx512bw,avx512vnni,avx2,fma", 16 lanes, at most 12 inputs,
     _mm512_setzero_si512, _mm512_set1_epi32, __m256i, _mm256_loadu_si256, _mm512_cvtepi8_epi16,
     |sum, w, x| _mm512_dpwssd_epi32(sum, w, x),
-    _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_mul_ps, _mm512_fmadd_ps
+    _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_mul_ps
 );

@@ -29,6 +29,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   write(out + i * WIDTH, x);
 }
 
+// Q4_0: blocks of a scale and 16 bytes, which hold 16 numbers in their lower and the next 16 in their upper halves. They
+// stand for -8 to 7.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    q4_0_to_bf16(const unsigned char *blocks, bf16 *out, long long vectors) {
+  const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+  if (i >= vectors) return;
+  const unsigned char *const block = blocks + i / 4 * 18;
+  const int part = i % 4, shift = part / 2 * 4;
+  // Blocks are aligned to two bytes only.
+  const unsigned short *const pairs = reinterpret_cast<const unsigned short *>(block + 2 + part % 2 * WIDTH);
+  const float scale = half_at(block);
+  float x[WIDTH];
+#pragma unroll
+  for (int j = 0; j < WIDTH / 2; j++) {
+    const int pair = pairs[j] >> shift;
+    x[2 * j] = scale * ((pair & 15) - 8);
+    x[2 * j + 1] = scale * ((pair >> 8 & 15) - 8);
+  }
+  write(out + i * WIDTH, x);
+}
+
 // Q4_K: blocks of a scale of the scales, a scale of the minima, eight scales and eight minima of 6
 // bits, and 256 numbers of 4 bits: each 32 bytes hold 32 numbers in their lower and the next 32 in
 // their upper halves.

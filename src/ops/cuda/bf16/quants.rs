@@ -14,6 +14,7 @@ const QUANTS: (&str, &str) = ("quants", include_str!(concat!(env!("OUT_DIR"), "/
 pub(crate) fn dequantize(x: &QTensor) -> Result<Option<Tensor>> {
     let name = match x.dtype() {
         GgmlDType::Q8_0 => "q8_0_to_bf16",
+        GgmlDType::Q4_0 => "q4_0_to_bf16",
         GgmlDType::Q4K => "q4_k_to_bf16",
         _ => return Ok(None),
     };

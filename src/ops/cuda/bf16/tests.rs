@@ -149,7 +149,7 @@ fn on_a_gpu_projected_heads_and_their_attention() -> Result<()> {
 fn on_a_gpu_blocks() -> Result<()> {
     let (gpu, w) = (gpu()?, random((320, 512), 1));
     let values = w.flatten_all()?.to_vec1::<f32>()?;
-    for dtype in [GgmlDType::Q8_0, GgmlDType::Q4K] {
+    for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q4K] {
         let [cpu, gpu] =
             [&Device::Cpu, &gpu].map(|device| quantize(&values, (320, 512), dtype, device).map(WeightMatrix::from));
         let (cpu, gpu) = (cpu?, gpu?);
