@@ -97,7 +97,7 @@ impl Loaded {
             mlp: shape.mlp_hidden,
             text_width: shape.text_channels,
             text_heads: shape.text_pool_heads,
-            max_words: shape.text_maxlen,
+            max_tokens: shape.text_maxlen,
             bits: shape.d_vae,
             ..config.clone()
         };
@@ -338,11 +338,11 @@ fn the_public_checkpoints_have_exactly_what_is_asked_for() {
         headers::header_only(&keys, DType::F32, &file);
         let inventory = Inventory::open(&file).unwrap();
         assert_eq!(InfinityConfig::of(&inventory, name).unwrap(), shape);
-        let asked = Weights::inventory();
-        Infinity::load(&asked, &shape).unwrap();
-        let fit = inventory.compare(&asked);
+        let requested = Weights::inventory();
+        Infinity::load(&requested, &shape).unwrap();
+        let fit = inventory.compare(&requested);
         assert!(fit.is_complete() && fit.unknown.is_empty(), "{name}: {fit:?}");
-        assert_eq!(asked.asked(), keys, "{name}");
+        assert_eq!(requested.requested(), keys, "{name}");
 
         // Wrong shapes, and tensors that are not there, have their names in the message.
         for (key, shape, part) in

@@ -415,10 +415,10 @@ fn public_checkpoints_are_recognised_and_complete() {
             assert_eq!((config.encoder.layout, config.cell()), (layout, 16), "{name}");
             let presets = BitPreset::of(&config);
             assert!(presets[0].name == name && presets.len() == if name == "d32reg" { 2 } else { 1 }, "{name}");
-            let asked = Weights::inventory();
-            BitEncoder::load(&asked, &config).unwrap();
-            BitDecoder::load(&asked, &config).unwrap();
-            let fit = files.compare(&asked);
+            let requested = Weights::inventory();
+            BitEncoder::load(&requested, &config).unwrap();
+            BitDecoder::load(&requested, &config).unwrap();
+            let fit = files.compare(&requested);
             assert!(fit.is_complete() && fit.unknown.is_empty(), "{name}: {fit:?}");
         }
     }

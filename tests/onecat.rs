@@ -179,7 +179,7 @@ impl Loaded {
 
 /// The pieces of a prompt's ids.
 fn pieces(ids: &[u32], context: Option<u32>) -> Vec<Piece> {
-    let run = |run: &[u32]| if Some(run[0]) == context { Piece::Picture } else { Piece::Words(run.into()) };
+    let run = |run: &[u32]| if Some(run[0]) == context { Piece::Picture } else { Piece::Tokens(run.into()) };
     ids.chunk_by(|a, b| (Some(*a) == context) == (Some(*b) == context)).map(run).collect()
 }
 
@@ -631,18 +631,18 @@ fn the_whole_model_has_exactly_what_is_asked_for() {
     let config = OneCatConfig::of(&inventory, &json!({"model_type": "onecat"})).unwrap();
     assert!(config.is_3b());
     assert_eq!(config.to_json(), OneCatConfig::onecat_3b().to_json());
-    let asked = Weights::inventory();
-    ask(&asked, &config).unwrap();
-    let fit = inventory.compare(&asked);
+    let requested = Weights::inventory();
+    ask(&requested, &config).unwrap();
+    let fit = inventory.compare(&requested);
     assert!(fit.is_complete() && fit.unknown.is_empty(), "{fit:?}");
-    assert_eq!(asked.asked(), keys);
+    assert_eq!(requested.requested(), keys);
     let numbers: usize = keys.values().map(|shape| shape.iter().product::<usize>()).sum();
     assert_eq!(numbers, 9_465_868_384);
     // What each mode needs of it.
     let count = |ask: &dyn Fn(&Weights)| {
-        let asked = Weights::inventory();
-        ask(&asked);
-        asked.asked().values().map(|shape| shape.iter().product::<usize>()).sum::<usize>() as f64 / 1e9
+        let requested = Weights::inventory();
+        ask(&requested);
+        requested.requested().values().map(|shape| shape.iter().product::<usize>()).sum::<usize>() as f64 / 1e9
     };
     let reading =
         |w: &Weights, pictures, head| drop(Reading::load(w, &config, ReadingParts { pictures, head }).unwrap());

@@ -233,14 +233,14 @@ fn prompts_equal_the_reference() {
             .collect()
     };
     let prompt = |row: Row| marks.prompt(&text, &config.system, &row).unwrap();
-    assert_eq!(prompt(Row::Draw(String::new())), [Piece::Words(ids("t2i_uncond"))]);
-    assert_eq!(prompt(Row::Nothing), [Piece::Words(ids("edit_none"))]);
+    assert_eq!(prompt(Row::Draw(String::new())), [Piece::Tokens(ids("t2i_uncond"))]);
+    assert_eq!(prompt(Row::Nothing), [Piece::Tokens(ids("edit_none"))]);
     // The strings themselves, with control tokens by name.
     let spelt = |pieces: Vec<Piece>| -> String {
         let names: HashMap<u32, &str> = text.controls().map(|(name, id)| (id, name)).collect();
         let word = |id: &u32| names.get(id).map_or_else(|| text.decode(&[*id]).unwrap(), |name| name.to_string());
         let piece = |piece: &Piece| match piece {
-            Piece::Words(ids) => ids.iter().map(word).collect::<String>(),
+            Piece::Tokens(ids) => ids.iter().map(word).collect::<String>(),
             Piece::Picture => "<REEF_GEN_CONTEXT>".into(),
         };
         pieces.iter().map(piece).collect()
@@ -260,7 +260,7 @@ fn prompts_equal_the_reference() {
     }
     // Words of control tokens that a user types are words.
     let typed = prompt(Row::Draw("<|im_end|><img_gen>".into()));
-    let [Piece::Words(typed)] = &typed[..] else { panic!("{typed:?}") };
+    let [Piece::Tokens(typed)] = &typed[..] else { panic!("{typed:?}") };
     let count = |mark: &str| typed.iter().filter(|&&id| Some(id) == text.control(mark)).count();
     assert_eq!((count("<|im_end|>"), count("<img_gen>")), (2, 1));
 }

@@ -34,12 +34,12 @@ fn presets_ask_for_the_public_keys_and_no_others() {
     for (preset, count) in Preset::all().iter().zip([649, 848]) {
         let weights = Weights::inventory();
         ImageTokenizer::load(&weights, &preset.config).unwrap();
-        let (asked, public) = (weights.asked(), public_keys(preset));
+        let (requested, public) = (weights.requested(), public_keys(preset));
         assert_eq!(public.len(), count);
         for (key, shape) in &public {
-            assert_eq!(asked.get(key), Some(shape), "{}: {key}", preset.name);
+            assert_eq!(requested.get(key), Some(shape), "{}: {key}", preset.name);
         }
-        let extra: Vec<_> = asked.keys().filter(|key| !public.contains_key(*key)).collect();
+        let extra: Vec<_> = requested.keys().filter(|key| !public.contains_key(*key)).collect();
         assert!(extra.is_empty(), "{}: {extra:?}", preset.name);
     }
 }

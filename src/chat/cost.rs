@@ -74,11 +74,11 @@ impl ChatConfig {
     ) -> Result<ChatMemory> {
         let placed = || weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
         let (dtype, matrices) = source.map_or_else(placed, |source| source.placed(TRANSFORMER, weights, device));
-        let asked = Weights::inventory();
-        self.build(&asked)?;
+        let requested = Weights::inventory();
+        self.build(&requested)?;
         let held = match source.filter(|source| source.is_gguf(TRANSFORMER)) {
             Some(source) => Inventory::of(source, TRANSFORMER)?.files().iter().map(|file| file.bytes).sum(),
-            None => source.map_or(1, |source| source.copies(matrices)) * asked.bytes(dtype, matrices),
+            None => source.map_or(1, |source| source.copies(matrices)) * requested.bytes(dtype, matrices),
         };
         let (c, width) = (&self.backbone, dtype.size_in_bytes());
         // A model that draws has a cache of the unconditional row as well.
@@ -108,9 +108,9 @@ impl ChatConfig {
             }
         };
         let tokenizer = self.drawing.as_ref().map(|config| {
-            let asked = Weights::inventory();
+            let requested = Weights::inventory();
             let filters = source.map_or(Matrices::Tensors, |source| config.filters(source, device, weights));
-            ImageTokenizer::load(&asked, &config.tokenizer).map(|_| asked.bytes(DType::F32, filters))
+            ImageTokenizer::load(&requested, &config.tokenizer).map(|_| requested.bytes(DType::F32, filters))
         });
         let tokenizer = tokenizer.transpose()?.unwrap_or(0);
         Ok(ChatMemory {
@@ -124,16 +124,16 @@ impl ChatConfig {
     /// Bytes of the weights that text is not read with: the image encoder's, or those of OneCAT's
     /// expert for pictures.
     pub fn vision_bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
-        let asked = Weights::inventory();
+        let requested = Weights::inventory();
         match &self.vision {
             Some((ImageEncoder::Tower(config), _)) => {
-                VisionTower::load(&asked, config).map_or(0, |_| asked.bytes(dtype, matrices))
+                VisionTower::load(&requested, config).map_or(0, |_| requested.bytes(dtype, matrices))
             }
             Some((ImageEncoder::Patches(config), _)) => {
                 let bytes = |pictures| {
-                    let asked = Weights::inventory();
+                    let requested = Weights::inventory();
                     let parts = ReadingParts { pictures, head: false };
-                    Reading::load(&asked, config, parts).map_or(0, |_| asked.bytes(dtype, matrices))
+                    Reading::load(&requested, config, parts).map_or(0, |_| requested.bytes(dtype, matrices))
                 };
                 bytes(true) - bytes(false)
             }

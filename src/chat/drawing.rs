@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 
-use super::picture::{Script, Token};
-use super::reply::{ReplyEvent, ReplyObserver, ReplyOptions, Talk};
+use super::picture::{Token, TokenSequence};
+use super::reply::{ReplyEvent, ReplyObserver, ReplyOptions, ReplyState};
 use super::session::{CHUNK, Row};
 use super::template::{Part, Role};
 use super::{Picture, Session};
@@ -21,17 +21,17 @@ impl Session<'_> {
     /// Draws the image that the model has opened in its reply, and reads it.
     pub(super) fn draw_within(
         &mut self,
-        talk: &mut Talk,
+        state: &mut ReplyState,
         options: &ReplyOptions,
         observe: ReplyObserver,
     ) -> Result<()> {
         self.draw_next(options, &self.next_scales()?, observe)?;
-        talk.tokens += 1;
-        let script = self.render(Row::Said, true)?;
-        talk.max_tokens = talk.max_tokens.min(talk.tokens + self.room(script.tokens.len())?);
-        self.caches[Row::Said as usize].reserve(script.tokens.len() + talk.max_tokens.min(CHUNK))?;
-        (_, talk.hidden) = self.catch_up(Row::Said, &script, observe)?;
-        talk.layout = script.layout;
+        state.tokens += 1;
+        let sequence = self.render(Row::Conditional, true)?;
+        state.max_tokens = state.max_tokens.min(state.tokens + self.room(sequence.tokens.len())?);
+        self.caches[Row::Conditional as usize].reserve(sequence.tokens.len() + state.max_tokens.min(CHUNK))?;
+        (_, state.hidden) = self.catch_up(Row::Conditional, &sequence, observe)?;
+        state.layout = sequence.layout;
         Ok(())
     }
 
@@ -53,16 +53,16 @@ impl Session<'_> {
             return Err(model.draws_nothing());
         };
         let guided = sampling.guided_scales(scales.len());
-        let rows = if guided > 0 { &[Row::Said, Row::Images][..] } else { &[Row::Said] };
+        let rows = if guided > 0 { &[Row::Conditional, Row::ImageConditional][..] } else { &[Row::Conditional] };
         let (mut layouts, mut hidden) = (Vec::new(), Vec::new());
         for &row in rows {
-            let mut script = self.render(row, options.guide_from_sources)?;
-            script.tokens.push(Token::Word(config.boi()));
-            script.layout.push_image(scales, config.spatial_extent);
-            self.room(script.layout.len())?;
-            self.caches[row as usize].reserve(script.layout.len())?;
-            hidden.push(self.catch_up(row, &script, observe)?.1);
-            layouts.push(script.layout);
+            let mut sequence = self.render(row, options.guide_from_sources)?;
+            sequence.tokens.push(Token::Text(config.boi()));
+            sequence.layout.push_image(scales, config.spatial_extent);
+            self.room(sequence.layout.len())?;
+            self.caches[row as usize].reserve(sequence.layout.len())?;
+            hidden.push(self.catch_up(row, &sequence, observe)?.1);
+            layouts.push(sequence.layout);
         }
         let hidden = Tensor::cat(&hidden, 0)?;
         let seed = options.seed.wrapping_add(self.drawn() as u64);
@@ -85,11 +85,11 @@ impl Session<'_> {
             }
         };
         // The loop has left the inputs of all scales in the cache, or of the guided ones.
-        let mut script = Script::default();
-        script.picture(&picture, config);
+        let mut sequence = TokenSequence::default();
+        sequence.push_picture(&picture, config);
         for (&row, read) in rows.iter().zip([scales.len(), guided]) {
             let inputs = schedule::codes(&scales[..read]) - 1;
-            self.read[row as usize].extend(&script.tokens[1..][..inputs]);
+            self.read[row as usize].extend(&sequence.tokens[1..][..inputs]);
         }
         let _ = observe(ReplyEvent::Drawn(&mut picture, seed));
         self.reply.push(Part::Image(picture));

@@ -23,7 +23,7 @@ pub use cost::ChatMemory;
 pub use letterbox::Letterbox;
 pub use picture::{Picture, PictureCodes};
 pub use reader::Reader;
-pub use reply::{Ending, Reply, ReplyEvent, ReplyObserver, ReplyOptions};
+pub use reply::{FinishReason, Reply, ReplyEvent, ReplyObserver, ReplyOptions};
 pub use sampling::{Detokenizer, TextSampling};
 pub use session::{Session, Turn};
 pub use template::{Part, Role};
@@ -110,7 +110,7 @@ impl ChatConfig {
         }
     }
 
-    /// OneCAT's, which answers greedily as in the reference's script.
+    /// OneCAT's, which answers greedily as in the reference's sequence.
     pub fn onecat(config: OneCatConfig) -> Self {
         Self {
             backbone: config.transformer.clone(),
@@ -176,9 +176,9 @@ impl ChatConfig {
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
         let inventory = Inventory::of(source, TRANSFORMER)?;
-        let asked = Weights::inventory();
-        self.build(&asked)?;
-        Ok((inventory.files(), inventory.compare(&asked)))
+        let requested = Weights::inventory();
+        self.build(&requested)?;
+        Ok((inventory.files(), inventory.compare(&requested)))
     }
 
     /// How many more tokens fit into the model's context after `tokens`.

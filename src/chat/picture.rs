@@ -20,12 +20,12 @@ pub struct Picture {
     pub name: String,
     /// Unique number.
     id: u64,
-    seen: Seen,
+    encoding: Encoding,
 }
 
 /// An image as the transformer's input.
 #[derive(Clone, Debug)]
-enum Seen {
+enum Encoding {
     /// The features of an image encoder, (h * w, hidden), for a grid (height, width).
     Patches(Tensor, (usize, usize)),
     /// The features (tokens, hidden) of an image whose tokens see each other, one after the other.
@@ -48,12 +48,12 @@ pub struct PictureCodes {
 impl Picture {
     /// Of features (h * w, hidden).
     pub(super) fn of_patches(name: &str, features: Tensor, tokens: (usize, usize)) -> Self {
-        Self::new(name, Seen::Patches(features, tokens))
+        Self::new(name, Encoding::Patches(features, tokens))
     }
 
     /// Of features (tokens, hidden), each of which sees all others.
     pub(super) fn of_features(name: &str, features: Tensor) -> Self {
-        Self::new(name, Seen::Features(features))
+        Self::new(name, Encoding::Features(features))
     }
 
     /// Of codes, which fit the quantiser.
@@ -68,12 +68,12 @@ impl Picture {
         if let (true, Some(&grid)) = (config.context_last_scale, scales.last()) {
             inputs.push(quantizer.accumulate(&codes, scales, grid));
         }
-        Ok(Self::new(name, Seen::Codes(Arc::new(PictureCodes { codes, scales: scales.into(), inputs }))))
+        Ok(Self::new(name, Encoding::Codes(Arc::new(PictureCodes { codes, scales: scales.into(), inputs }))))
     }
 
-    fn new(name: &str, seen: Seen) -> Self {
+    fn new(name: &str, encoding: Encoding) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self { name: name.into(), id: NEXT.fetch_add(1, Ordering::Relaxed), seen }
+        Self { name: name.into(), id: NEXT.fetch_add(1, Ordering::Relaxed), encoding }
     }
 
     pub(crate) fn id(&self) -> u64 {
@@ -82,27 +82,29 @@ impl Picture {
 
     /// The codes, where it is read as codes.
     pub fn codes(&self) -> Option<&PictureCodes> {
-        match &self.seen {
-            Seen::Codes(codes) => Some(codes),
-            Seen::Patches(..) | Seen::Features(_) => None,
+        match &self.encoding {
+            Encoding::Codes(codes) => Some(codes),
+            Encoding::Patches(..) | Encoding::Features(_) => None,
         }
     }
 
     /// The features of an image encoder, (h * w, hidden).
     #[cfg(test)]
     pub(super) fn features(&self) -> &Tensor {
-        match &self.seen {
-            Seen::Patches(features, _) | Seen::Features(features) => features,
-            Seen::Codes(_) => panic!("{} is read as codes", self.name),
+        match &self.encoding {
+            Encoding::Patches(features, _) | Encoding::Features(features) => features,
+            Encoding::Codes(_) => panic!("{} is read as codes", self.name),
         }
     }
 
     /// Tokens that it takes.
     pub fn tokens(&self) -> usize {
-        match &self.seen {
-            Seen::Patches(_, (h, w)) => h * w,
-            Seen::Features(features) => features.dims()[0],
-            Seen::Codes(codes) => 2 + codes.inputs.iter().zip(codes.grids()).map(|(_, (h, w))| h * w).sum::<usize>(),
+        match &self.encoding {
+            Encoding::Patches(_, (h, w)) => h * w,
+            Encoding::Features(features) => features.dims()[0],
+            Encoding::Codes(codes) => {
+                2 + codes.inputs.iter().zip(codes.grids()).map(|(_, (h, w))| h * w).sum::<usize>()
+            }
         }
     }
 }
@@ -117,7 +119,7 @@ impl PictureCodes {
 /// A token of the sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
-    Word(u32),
+    Text(u32),
     /// Of an image, by its id: what an encoder made of it.
     Patch(u64, u32),
     /// Of an image, by its id, whose tokens see each other.
@@ -132,7 +134,7 @@ impl Token {
         match *self {
             Token::Code(id, input, _) => Some((id, input)),
             Token::Feature(id, _) => Some((id, 0)),
-            Token::Word(_) | Token::Patch(..) => None,
+            Token::Text(_) | Token::Patch(..) => None,
         }
     }
 
@@ -140,7 +142,7 @@ impl Token {
     fn image(&self) -> Option<u64> {
         match *self {
             Token::Code(id, ..) | Token::Patch(id, _) | Token::Feature(id, _) => Some(id),
-            Token::Word(_) => None,
+            Token::Text(_) => None,
         }
     }
 }
@@ -156,46 +158,46 @@ pub(super) fn passes(tokens: &[Token], most: usize) -> impl Iterator<Item = (&[T
 
 /// Tokens and their positions.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Script {
+pub(super) struct TokenSequence {
     pub tokens: Vec<Token>,
     pub layout: Layout,
 }
 
-impl Script {
+impl TokenSequence {
     /// A rendered conversation.
     pub fn of(pieces: Pieces<Picture>, config: &BackboneConfig) -> Self {
-        let mut script = Self::default();
+        let mut sequence = Self::default();
         for (piece, _) in pieces {
             match piece {
-                Piece::Words(ids) => script.words(&ids),
-                Piece::Image(picture) => script.picture(picture, config),
+                Piece::Tokens(ids) => sequence.push_text(&ids),
+                Piece::Image(picture) => sequence.push_picture(picture, config),
             }
         }
-        script
+        sequence
     }
 
-    pub fn words(&mut self, ids: &[u32]) {
-        self.tokens.extend(ids.iter().map(|&id| Token::Word(id)));
+    pub fn push_text(&mut self, ids: &[u32]) {
+        self.tokens.extend(ids.iter().map(|&id| Token::Text(id)));
         self.layout.push_text(ids.len());
     }
 
-    pub fn picture(&mut self, picture: &Picture, config: &BackboneConfig) {
-        match &picture.seen {
-            Seen::Patches(_, grid) => {
+    pub fn push_picture(&mut self, picture: &Picture, config: &BackboneConfig) {
+        match &picture.encoding {
+            Encoding::Patches(_, grid) => {
                 self.tokens.extend((0..(grid.0 * grid.1) as u32).map(|i| Token::Patch(picture.id, i)));
                 self.layout.push_patches(*grid);
             }
-            Seen::Features(features) => {
+            Encoding::Features(features) => {
                 let count = features.dims()[0];
                 self.tokens.extend((0..count as u32).map(|i| Token::Feature(picture.id, i)));
                 self.layout.push_text(count);
             }
-            Seen::Codes(codes) => {
-                self.tokens.push(Token::Word(config.boi()));
+            Encoding::Codes(codes) => {
+                self.tokens.push(Token::Text(config.boi()));
                 for (input, (_, (h, w))) in codes.inputs.iter().zip(codes.grids()).enumerate() {
                     self.tokens.extend((0..(h * w) as u32).map(|i| Token::Code(picture.id, input as u32, i)));
                 }
-                self.tokens.push(Token::Word(config.eoi()));
+                self.tokens.push(Token::Text(config.eoi()));
                 let whole = config.context_last_scale;
                 self.layout.push_context_image(&codes.scales, config.spatial_extent, whole);
             }
@@ -214,21 +216,21 @@ pub(super) fn embed<'a>(
     for run in tokens.chunk_by(|a, b| (a.image(), a.input()) == (b.image(), b.input())) {
         let Some(id) = run[0].image() else {
             let ids: Vec<u32> =
-                run.iter().filter_map(|t| if let Token::Word(id) = t { Some(*id) } else { None }).collect();
+                run.iter().filter_map(|t| if let Token::Text(id) = t { Some(*id) } else { None }).collect();
             parts.push(reader.embed_text(&Tensor::new(ids, device)?.unsqueeze(0)?)?);
             continue;
         };
         let picture = find(id).ok_or_else(|| Error::new(Kind::Failure, "an image is gone"))?;
-        parts.push(match (&picture.seen, run[0]) {
-            (Seen::Codes(codes), Token::Code(_, input, first)) => {
+        parts.push(match (&picture.encoding, run[0]) {
+            (Encoding::Codes(codes), Token::Code(_, input, first)) => {
                 let backbone = reader.backbone()?;
                 let (input, dim) = (input as usize, backbone.config().code_dim);
                 let features = &codes.inputs[input][first as usize * dim..][..run.len() * dim];
                 let features = Tensor::from_slice(features, (1, run.len(), dim), device)?.to_dtype(backbone.dtype())?;
                 backbone.embed_codes(&features, input + 1, &codes.scales)?
             }
-            (Seen::Patches(features, _), Token::Patch(_, first))
-            | (Seen::Features(features), Token::Feature(_, first)) => {
+            (Encoding::Patches(features, _), Token::Patch(_, first))
+            | (Encoding::Features(features), Token::Feature(_, first)) => {
                 features.narrow(0, first as usize, run.len())?.unsqueeze(0)?.to_dtype(reader.dtype())?
             }
             _ => return Err(Error::new(Kind::Failure, "an image is gone")),

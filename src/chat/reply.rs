@@ -31,7 +31,7 @@ pub enum ReplyEvent<'a> {
     /// A part of the conversation was prefilled.
     Read,
     /// More text.
-    Words(&'a str),
+    Text(&'a str),
     /// An image is being drawn.
     Drawing(Event<'a>),
     /// An image was drawn, with this seed; the observer may name it.
@@ -44,7 +44,7 @@ pub type ReplyObserver<'a> = &'a mut dyn FnMut(ReplyEvent) -> ControlFlow<()>;
 /// Why a reply ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Ending {
+pub enum FinishReason {
     /// The model ended it.
     Stop,
     /// It reached the maximum length.
@@ -65,11 +65,11 @@ pub struct Reply {
     /// Its text tokens, and one for each of its images.
     pub tokens: usize,
     /// Why it ended.
-    pub ending: Ending,
+    pub ending: FinishReason,
 }
 
 /// A reply that is being made.
-pub(super) struct Talk {
+pub(super) struct ReplyState {
     pub prompt_tokens: usize,
     pub cached_tokens: usize,
     /// Text tokens and images so far, and their maximum.
@@ -83,9 +83,9 @@ pub(super) struct Talk {
 }
 
 /// Why text generation pauses.
-pub(super) enum Pause {
+pub(super) enum StopReason {
     /// It opens an image.
     Image,
     /// The reply is over.
-    End(Ending),
+    End(FinishReason),
 }

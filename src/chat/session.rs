@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 
-use super::picture::{self, Script, Token, passes};
-use super::reply::{Ending, Pause, Reply, ReplyEvent, ReplyObserver, ReplyOptions, Talk};
+use super::picture::{self, Token, TokenSequence, passes};
+use super::reply::{FinishReason, Reply, ReplyEvent, ReplyObserver, ReplyOptions, ReplyState, StopReason};
 use super::template::{Part, Role};
 use super::{ChatModel, Detokenizer, Picture};
 use crate::backbone::{Cache, Layout, Step};
@@ -38,8 +38,8 @@ impl Turn {
 /// A sequence: the whole conversation, or its images alone, from which guidance leads away (as in InstructPix2Pix).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Row {
-    Said,
-    Images,
+    Conditional,
+    ImageConditional,
 }
 
 /// A conversation with a model. Its prefix stays in the KV cache from one reply to the next.
@@ -154,13 +154,13 @@ impl<'a> Session<'a> {
             return Err(self.model.draws_nothing());
         }
         self.take_turn(pictures, text, |session| {
-            let mut talk = session.begin(options, observe)?;
-            if let Pause::End(Ending::Interrupted) = session.speak(&mut talk, options, observe)? {
+            let mut state = session.begin(options, observe)?;
+            if let StopReason::End(FinishReason::Interrupted) = session.generate_text(&mut state, options, observe)? {
                 return Err(Error::new(Kind::Interrupted, "interrupted"));
             }
             let scales = scales.map_or_else(|| session.next_scales(), |scales| Ok(scales.into()))?;
             session.draw_next(options, &scales, observe)?;
-            Ok(session.reply(&talk, Ending::Stop))
+            Ok(session.reply(&state, FinishReason::Stop))
         })
     }
 
@@ -205,15 +205,15 @@ impl<'a> Session<'a> {
     }
 
     /// Prefills the conversation up to the beginning of the reply.
-    fn begin(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<Talk> {
+    fn begin(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<ReplyState> {
         self.model.config.check_images(self.pictures().count())?;
-        let script = self.render(Row::Said, true)?;
-        let prompt_tokens = script.tokens.len();
+        let sequence = self.render(Row::Conditional, true)?;
+        let prompt_tokens = sequence.tokens.len();
         let max_tokens = options.max_tokens.min(self.room(prompt_tokens)?);
-        self.caches[Row::Said as usize].reserve(prompt_tokens + max_tokens.min(CHUNK))?;
-        let (cached_tokens, hidden) = self.catch_up(Row::Said, &script, observe)?;
-        let before = self.words_before(&script.tokens);
-        Ok(Talk { prompt_tokens, cached_tokens, tokens: 0, max_tokens, hidden, layout: script.layout, before })
+        self.caches[Row::Conditional as usize].reserve(prompt_tokens + max_tokens.min(CHUNK))?;
+        let (cached_tokens, hidden) = self.catch_up(Row::Conditional, &sequence, observe)?;
+        let before = self.tokens_before(&sequence.tokens);
+        Ok(ReplyState { prompt_tokens, cached_tokens, tokens: 0, max_tokens, hidden, layout: sequence.layout, before })
     }
 
     /// How many more tokens fit into the model's context after `tokens`.
@@ -228,17 +228,17 @@ impl<'a> Session<'a> {
     }
 
     pub(super) fn answer(&mut self, options: &ReplyOptions, observe: ReplyObserver) -> Result<Reply> {
-        let mut talk = self.begin(options, observe)?;
+        let mut state = self.begin(options, observe)?;
         loop {
-            if let Pause::End(ending) = self.speak(&mut talk, options, observe)? {
-                return Ok(self.reply(&talk, ending));
+            if let StopReason::End(ending) = self.generate_text(&mut state, options, observe)? {
+                return Ok(self.reply(&state, ending));
             }
             if self.reply.iter().filter(|part| part.image().is_some()).count() >= MOST_IMAGES {
-                return Ok(self.reply(&talk, Ending::Length));
+                return Ok(self.reply(&state, FinishReason::Length));
             }
-            match self.draw_within(&mut talk, options, observe) {
+            match self.draw_within(&mut state, options, observe) {
                 Err(e) if e.kind == Kind::Interrupted && !self.reply.is_empty() => {
-                    return Ok(self.reply(&talk, Ending::Interrupted));
+                    return Ok(self.reply(&state, FinishReason::Interrupted));
                 }
                 drawn => drawn?,
             }
@@ -246,15 +246,20 @@ impl<'a> Session<'a> {
     }
 
     /// Generates text until the model opens an image or the reply ends.
-    fn speak(&mut self, talk: &mut Talk, options: &ReplyOptions, observe: ReplyObserver) -> Result<Pause> {
+    fn generate_text(
+        &mut self,
+        state: &mut ReplyState,
+        options: &ReplyOptions,
+        observe: ReplyObserver,
+    ) -> Result<StopReason> {
         let model = self.model;
         let mut detokenizer = Detokenizer::default();
         let pause = loop {
-            if talk.tokens >= talk.max_tokens {
-                break Pause::End(Ending::Length);
+            if state.tokens >= state.max_tokens {
+                break StopReason::End(FinishReason::Length);
             }
-            let position = talk.layout.len();
-            let drawn = options.sampling.sample(model.logits(&talk.hidden)?, &talk.before, options.seed, position);
+            let position = state.layout.len();
+            let drawn = options.sampling.sample(model.logits(&state.hidden)?, &state.before, options.seed, position);
             let word = drawn.ok_or_else(|| {
                 Error::new(
                     Kind::NonFinite,
@@ -263,32 +268,32 @@ impl<'a> Session<'a> {
                 .hint("check the weights: nextflow info MODEL")
             })?;
             if word == model.template.end || model.config.stops.contains(&word) {
-                break Pause::End(Ending::Stop);
+                break StopReason::End(FinishReason::Stop);
             }
             if model.draws() && word == model.config.backbone.boi() {
-                break Pause::Image;
+                break StopReason::Image;
             }
-            talk.tokens += 1;
+            state.tokens += 1;
             let first = detokenizer.is_empty();
             let new = detokenizer.push(word, &model.text)?;
-            if observe(ReplyEvent::Words(model.opening(&new, first))).is_break() {
-                break Pause::End(Ending::Interrupted);
+            if observe(ReplyEvent::Text(model.opening(&new, first))).is_break() {
+                break StopReason::End(FinishReason::Interrupted);
             }
-            if talk.tokens >= talk.max_tokens {
+            if state.tokens >= state.max_tokens {
                 continue;
             }
-            talk.before[word as usize] = true;
-            talk.layout.push_text(1);
-            self.caches[Row::Said as usize].reserve(talk.layout.len())?;
-            talk.hidden = self.pass(Row::Said, &[Token::Word(word)], &talk.layout, Step::Text)?;
+            state.before[word as usize] = true;
+            state.layout.push_text(1);
+            self.caches[Row::Conditional as usize].reserve(state.layout.len())?;
+            state.hidden = self.pass(Row::Conditional, &[Token::Text(word)], &state.layout, Step::Text)?;
         };
         self.finish(&mut detokenizer, observe)?;
         Ok(pause)
     }
 
     /// The finished reply.
-    fn reply(&self, talk: &Talk, ending: Ending) -> Reply {
-        let Talk { prompt_tokens, cached_tokens, tokens, .. } = *talk;
+    fn reply(&self, state: &ReplyState, ending: FinishReason) -> Reply {
+        let ReplyState { prompt_tokens, cached_tokens, tokens, .. } = *state;
         let text = self.reply.iter().filter_map(Part::text).collect();
         Reply { text, prompt_tokens, cached_tokens, tokens, ending }
     }
@@ -297,7 +302,7 @@ impl<'a> Session<'a> {
     fn finish(&mut self, detokenizer: &mut Detokenizer, observe: ReplyObserver) -> Result<()> {
         let text = &self.model.text;
         let rest = detokenizer.finish(text)?;
-        let _ = observe(ReplyEvent::Words(&rest));
+        let _ = observe(ReplyEvent::Text(&rest));
         let ids = std::mem::take(detokenizer).into_ids();
         if !ids.is_empty() {
             let words = text.decode(&ids)?;
@@ -307,11 +312,11 @@ impl<'a> Session<'a> {
     }
 
     /// Which tokens of the vocabulary occur in a sequence; image tokens count as their placeholder.
-    fn words_before(&self, tokens: &[Token]) -> Vec<bool> {
+    fn tokens_before(&self, tokens: &[Token]) -> Vec<bool> {
         let mut before = vec![false; self.model.config.backbone.vocab_size];
         for token in tokens {
             let id = match token {
-                Token::Word(id) => Some(*id),
+                Token::Text(id) => Some(*id),
                 Token::Patch(..) => self.model.pad,
                 Token::Code(..) | Token::Feature(..) => None,
             };
@@ -323,15 +328,20 @@ impl<'a> Session<'a> {
     }
 
     /// Prefills the part of a sequence that a row's cache lacks. Returns how many tokens it had, and the hidden state of the last one.
-    pub(super) fn catch_up(&mut self, row: Row, script: &Script, observe: ReplyObserver) -> Result<(usize, Tensor)> {
-        let (read, tokens) = (&mut self.read[row as usize], &script.tokens);
+    pub(super) fn catch_up(
+        &mut self,
+        row: Row,
+        sequence: &TokenSequence,
+        observe: ReplyObserver,
+    ) -> Result<(usize, Tensor)> {
+        let (read, tokens) = (&mut self.read[row as usize], &sequence.tokens);
         // The last token is computed in any case: its hidden state is needed.
         let same = tokens.iter().zip(&*read).take_while(|(a, b)| a == b).count().min(tokens.len() - 1);
         read.truncate(same);
         self.caches[row as usize].truncate(same);
         let mut hidden = None;
         for (part, step) in passes(&tokens[same..], CHUNK) {
-            hidden = Some(self.pass(row, part, &script.layout, step)?);
+            hidden = Some(self.pass(row, part, &sequence.layout, step)?);
             if observe(ReplyEvent::Read).is_break() {
                 return Err(Error::new(Kind::Interrupted, "interrupted"));
             }
@@ -357,24 +367,24 @@ impl<'a> Session<'a> {
     }
 
     /// The conversation up to the model's next token, or its images alone.
-    pub(super) fn render(&self, row: Row, sources: bool) -> Result<Script> {
+    pub(super) fn render(&self, row: Row, sources: bool) -> Result<TokenSequence> {
         let ChatModel { text, template, config, .. } = self.model;
         let mute =
             |parts: &[Part<Picture>]| parts.iter().filter(|part| sources && part.image().is_some()).cloned().collect();
         let silent: Vec<(Role, Vec<Part<Picture>>)>;
         let silent_reply: Vec<Part<Picture>>;
         let pieces = match row {
-            Row::Said => {
+            Row::Conditional => {
                 let turns = self.turns.iter().map(|turn| (turn.role, &turn.parts[..]));
                 template.render(text, &self.system, turns, &self.reply)?
             }
-            Row::Images => {
+            Row::ImageConditional => {
                 silent = self.turns.iter().map(|turn| (turn.role, mute(&turn.parts))).collect();
                 silent_reply = mute(&self.reply);
                 let turns = silent.iter().map(|(role, parts)| (*role, &parts[..]));
                 template.render(text, "", turns, &silent_reply)?
             }
         };
-        Ok(Script::of(pieces, &config.backbone))
+        Ok(TokenSequence::of(pieces, &config.backbone))
     }
 }

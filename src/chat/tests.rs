@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::picture::{Script, Token, passes};
+use super::picture::{Token, TokenSequence, passes};
 use super::session::Row;
 use super::*;
 use crate::backbone::{Context, Layout, Rope};
@@ -71,9 +71,9 @@ fn everything_is_as_the_reference_computes_it() {
         for picture in session.pictures() {
             close(case, picture.features(), of("features"), 1e-4);
         }
-        let Script { tokens, layout } = session.render(Row::Said, true).unwrap();
+        let TokenSequence { tokens, layout } = session.render(Row::Conditional, true).unwrap();
         let pad = model.pad.unwrap();
-        let words: Vec<u32> = tokens.iter().map(|t| if let Token::Word(id) = t { *id } else { pad }).collect();
+        let words: Vec<u32> = tokens.iter().map(|t| if let Token::Text(id) = t { *id } else { pad }).collect();
         assert_eq!(words, ids(of("ids")), "{case}");
         let positions = of("positions").to_dtype(DType::F32).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(layout.positions.iter().map(|p| p.to_vec()).collect::<Vec<_>>(), positions, "{case}");
@@ -112,17 +112,17 @@ fn a_conversation_with_two_images_is_as_the_reference_reads_it() {
     let pad = model.pad.unwrap();
     let mut want = ids(&golden["two.ids"]).into_iter().peekable();
     session.push(Role::User, vec![Part::Image(first.clone()), Part::Image(second.clone())]);
-    let mut script = Script::default();
+    let mut sequence = TokenSequence::default();
     let mut pictures = [&first, &second].into_iter();
     while let Some(id) = want.next() {
         if id != pad {
-            script.words(&[id]);
+            sequence.push_text(&[id]);
             continue;
         }
         while want.next_if_eq(&pad).is_some() {}
-        script.picture(pictures.next().unwrap(), &model.config.backbone);
+        sequence.push_picture(pictures.next().unwrap(), &model.config.backbone);
     }
-    let Script { tokens, layout } = script;
+    let TokenSequence { tokens, layout } = sequence;
     let positions = golden["two.positions"].to_dtype(DType::F32).unwrap().t().unwrap().to_vec2::<f32>().unwrap();
     assert_eq!(layout.positions.iter().map(|p| p.to_vec()).collect::<Vec<_>>(), positions);
     close("embeddings", &session.embed(&tokens).unwrap().get(0).unwrap(), &golden["two.embeddings"], 1e-4);
@@ -198,21 +198,21 @@ fn an_edit_is_what_the_masked_pass_says() {
     let codes = drawn.codes().unwrap();
     let config = &model.config.backbone;
     let inputs = crate::generate::schedule::codes(&codes.scales) - 1;
-    let logits = [Row::Said, Row::Images].map(|row| {
+    let logits = [Row::Conditional, Row::ImageConditional].map(|row| {
         let mut question = Session::new(&model).unwrap();
         let [asked, answered] = session.turns() else { panic!("one question and its answer") };
         question.push(Role::User, asked.parts.clone());
         question.reply = answered.parts.iter().filter(|part| part.image().is_none()).cloned().collect();
-        let mut script = question.render(row, true).unwrap();
-        let first = script.tokens.len();
-        let mut image = Script::default();
-        image.picture(&drawn, config);
-        script.tokens.extend(&image.tokens[..1 + inputs]);
-        script.layout.push_image(&codes.scales, config.spatial_extent);
-        let x = session.embed(&script.tokens).unwrap();
-        let tokens = script.layout.len();
-        let rope = Rope::new(config, &[&script.layout.positions], &Device::Cpu).unwrap();
-        let mask = Tensor::from_vec(script.layout.mask(), (tokens, tokens), &Device::Cpu).unwrap();
+        let mut sequence = question.render(row, true).unwrap();
+        let first = sequence.tokens.len();
+        let mut image = TokenSequence::default();
+        image.push_picture(&drawn, config);
+        sequence.tokens.extend(&image.tokens[..1 + inputs]);
+        sequence.layout.push_image(&codes.scales, config.spatial_extent);
+        let x = session.embed(&sequence.tokens).unwrap();
+        let tokens = sequence.layout.len();
+        let rope = Rope::new(config, &[&sequence.layout.positions], &Device::Cpu).unwrap();
+        let mask = Tensor::from_vec(sequence.layout.mask(), (tokens, tokens), &Device::Cpu).unwrap();
         let hidden = model.reader.backbone().unwrap().forward(&x, &rope, Context::Masked(&mask)).unwrap();
         model
             .reader
@@ -234,14 +234,14 @@ fn an_edit_is_what_the_masked_pass_says() {
     let (next, _) =
         (session.turns().len(), session.say(vec![], "what is it?", &options, &mut |_| ControlFlow::Continue(())));
     assert_eq!(session.turns().len(), next + 2);
-    let script = Script::of(
+    let sequence = TokenSequence::of(
         model
             .template
             .render(&model.text, "", session.turns()[..3].iter().map(|t| (t.role, &t.parts[..])), &[])
             .unwrap(),
         config,
     );
-    assert!(session.read[0].starts_with(&script.tokens));
+    assert!(session.read[0].starts_with(&sequence.tokens));
 }
 
 /// Where guidance ends early its row has not read the whole image: the next edit reads the rest, and draws what a session draws

@@ -23,9 +23,15 @@ use crate::ops;
 ///
 /// The folder appears whole or not at all. Errors: `Kind::Usage` if it exists, `Kind::Model` for a
 /// source that does not fit, `Kind::Failure` if it cannot be written.
-pub fn quantise(source: &Source, asked: &Weights, weights: WeightType, others: &[&str], folder: &Path) -> Result<()> {
+pub fn quantise(
+    source: &Source,
+    requested: &Weights,
+    weights: WeightType,
+    others: &[&str],
+    folder: &Path,
+) -> Result<()> {
     whole_folder(folder, |part| {
-        let tensors = blocks(source, "model.safetensors", asked, weights)?;
+        let tensors = blocks(source, "model.safetensors", requested, weights)?;
         write_gguf(&part.join("model.gguf"), &tensors)?;
         for name in SMALL {
             if source.has_file(name) {
@@ -52,8 +58,8 @@ pub fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) -> Result<()> {
 /// dump of a training, the weights.
 ///
 /// Errors: as [`blocks`], and `Kind::Failure` if it cannot be written.
-pub fn extract(source: &Source, file: &str, asked: &Weights, dtype: DType, path: &Path) -> Result<()> {
-    let tensors = blocks(source, file, asked, WeightType::F32)?;
+pub fn extract(source: &Source, file: &str, requested: &Weights, dtype: DType, path: &Path) -> Result<()> {
+    let tensors = blocks(source, file, requested, WeightType::F32)?;
     let plain = |(key, tensor): (String, QTensor)| Ok((key, tensor.dequantize(&Device::Cpu)?.to_dtype(dtype)?));
     archive::save(path, tensors.into_iter().map(plain).collect::<candle_core::Result<_>>()?, None)
 }
@@ -105,9 +111,9 @@ pub fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
 /// others in f32.
 ///
 /// Errors: `Kind::Model` for a file that does not fit.
-pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
+pub fn blocks(source: &Source, file: &str, requested: &Weights, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
     let misfit = |what: String| Error::model(what).hint("nextflow info FOLDER lists what does not fit");
-    let fit = Inventory::of(source, file)?.compare(asked);
+    let fit = Inventory::of(source, file)?.compare(requested);
     if let Some(key) = fit.missing.first() {
         return Err(misfit(format!("{key} is missing from {file} of {source}")));
     }
@@ -116,11 +122,11 @@ pub fn blocks(source: &Source, file: &str, asked: &Weights, weights: WeightType)
     }
     let archives = source.archives(file)?;
     let mut tensors = Vec::new();
-    for (key, asked) in asked.wishes() {
+    for (key, requested) in requested.requests() {
         let Some(archive) = archives.iter().rev().find(|a| a.entry(&key).is_some()) else { continue };
         let tensor = archive.read(&key, DType::F32, &Device::Cpu).map_err(|e| misfit(e.to_string()))?;
         let blocks = match tensor.dims() {
-            &[_, columns] if asked.matrix => weights.blocks().and_then(|blocks| fitting(blocks, columns)),
+            &[_, columns] if requested.matrix => weights.blocks().and_then(|blocks| fitting(blocks, columns)),
             _ => None,
         };
         let tensor = match (blocks, tensor.dims()) {

@@ -12,7 +12,7 @@ use super::archive::Archive;
 use super::header::{Stored, dims};
 use super::init::Init;
 use super::trainable::initial;
-use super::weights::{Asked, Weights};
+use super::weights::{Request, Weights};
 use crate::error::{Error, Result};
 
 /// Spread of new rows in a table that has others: the initializer_range of Qwen2.5.
@@ -21,7 +21,7 @@ const NEW_ROWS: Init = Init::Normal { std: 0.02 };
 /// A tensor to write, made when its turn comes: no more than one is ever in memory.
 struct Extended<'a> {
     key: String,
-    asked: Asked,
+    requested: Request,
     archive: Option<&'a Archive>,
     dtype: Dtype,
     seed: u64,
@@ -31,11 +31,11 @@ struct Extended<'a> {
 
 impl Extended<'_> {
     fn tensor(&self) -> candle_core::Result<Tensor> {
-        let shape = self.asked.shape.as_slice();
+        let shape = self.requested.shape.as_slice();
         let dtype = if self.dtype == Dtype::BF16 { DType::BF16 } else { DType::F32 };
         let new =
             |shape: &[usize], init| initial(&self.key, shape.into(), init, self.seed, &Device::Cpu)?.to_dtype(dtype);
-        let Some(archive) = self.archive else { return new(shape, self.asked.init) };
+        let Some(archive) = self.archive else { return new(shape, self.requested.init) };
         let old = archive.read(&self.key, dtype, &Device::Cpu)?;
         match shape[0] - old.dim(0)? {
             0 => Ok(old),
@@ -50,7 +50,7 @@ impl View for &Extended<'_> {
     }
 
     fn shape(&self) -> &[usize] {
-        &self.asked.shape
+        &self.requested.shape
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
@@ -68,7 +68,7 @@ impl View for &Extended<'_> {
     }
 
     fn data_len(&self) -> usize {
-        self.asked.shape.iter().product::<usize>() * if self.dtype == Dtype::BF16 { 2 } else { 4 }
+        self.requested.shape.iter().product::<usize>() * if self.dtype == Dtype::BF16 { 2 } else { 4 }
     }
 }
 
@@ -82,7 +82,7 @@ impl View for &Extended<'_> {
 pub fn extend(
     source: &Source,
     file: &str,
-    asked: &Weights,
+    requested: &Weights,
     fresh: impl Fn(&str) -> bool,
     seed: u64,
     path: &Path,
@@ -93,24 +93,24 @@ pub fn extend(
     let failure = RefCell::new(None);
     let mut tensors: Vec<Extended> = Vec::new();
     let mut narrow = true;
-    for (key, asked) in asked.wishes() {
+    for (key, requested) in requested.requests() {
         let found = archives.iter().rev().find_map(|archive| Some((archive, archive.entry(&key)?)));
         match found {
             None if fresh(&key) => {}
             None => return Err(misfit(format!("{key} is missing"))),
             Some((archive, entry)) => {
-                let fits = entry.shape.len() == asked.shape.len()
-                    && entry.shape[1..] == asked.shape[1..]
-                    && entry.shape.first() <= asked.shape.first();
+                let fits = entry.shape.len() == requested.shape.len()
+                    && entry.shape[1..] == requested.shape[1..]
+                    && entry.shape.first() <= requested.shape.first();
                 if !fits || archive.readable(&key, entry).is_err() {
-                    let (found, expected) = (dims(&entry.shape), dims(&asked.shape));
+                    let (found, expected) = (dims(&entry.shape), dims(&requested.shape));
                     return Err(misfit(format!("{key} is {found} of {}, {expected} are needed", entry.stored)));
                 }
                 narrow &= entry.stored == Stored::Plain(Dtype::BF16);
             }
         }
         let archive = found.map(|(archive, _)| archive);
-        tensors.push(Extended { key, asked, archive, dtype: Dtype::F32, seed, failure: &failure });
+        tensors.push(Extended { key, requested, archive, dtype: Dtype::F32, seed, failure: &failure });
     }
     if narrow {
         tensors.iter_mut().for_each(|tensor| tensor.dtype = Dtype::BF16);

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::archive::Archive;
 use super::header::{Fault, Stored};
-use super::weights::{Asked, Weights, check};
+use super::weights::{Request, Weights, check};
 use super::{Source, layout};
 use crate::error::{Error, Result};
 
@@ -95,7 +95,7 @@ impl Inventory {
     /// Bytes that are stored of what `model`, an [inventory](Weights::inventory), was asked for.
     pub fn bytes_of(&self, model: &Weights) -> u64 {
         let stored = |key: &String| self.archives.iter().rev().find_map(|archive| archive.entry(key));
-        model.wishes().keys().filter_map(stored).map(|entry| entry.length).sum()
+        model.requests().keys().filter_map(stored).map(|entry| entry.length).sum()
     }
 
     /// Why no config can fit these files: their layout or encoding is not read.
@@ -130,8 +130,8 @@ impl Inventory {
     /// Compares all files with the tensors of `model`, an [inventory](Weights::inventory) that a
     /// model was built on.
     pub fn compare(&self, model: &Weights) -> Fit {
-        let (asked, mut fit) = (model.wishes(), Fit::default());
-        for (key, Asked { shape, required, .. }) in &asked {
+        let (requested, mut fit) = (model.requests(), Fit::default());
+        for (key, Request { shape, required, .. }) in &requested {
             match check(&self.archives, key, shape) {
                 Err((_, Fault::Missing)) if !required && !self.has(key) => {}
                 // Tensors that are not loaded may have any type.
@@ -142,7 +142,7 @@ impl Inventory {
             }
         }
         let keys = self.archives.iter().flat_map(|a| a.tensors().map(|(key, _)| key.clone()));
-        fit.unknown = keys.filter(|key| !asked.contains_key(key)).collect();
+        fit.unknown = keys.filter(|key| !requested.contains_key(key)).collect();
         fit.unknown.sort();
         fit
     }

@@ -181,13 +181,13 @@ fn types_are_converted_and_bf16_makes_a_round_trip() {
         save(&path, BTreeMap::from([("a".into(), tensor(&values, &[200_000]).to_dtype(stored).unwrap())]), None)
             .unwrap();
         let expected: Vec<f32> = values.iter().map(|&v| round(v)).collect();
-        for asked in [DType::F32, DType::BF16, DType::F16, DType::F64] {
-            let weights = Weights::from_safetensors(std::slice::from_ref(&path), asked, &Device::Cpu).unwrap();
+        for requested in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+            let weights = Weights::from_safetensors(std::slice::from_ref(&path), requested, &Device::Cpu).unwrap();
             let read = weights.get(200_000, "a", Init::Zeros).unwrap();
-            assert_eq!(read.dtype(), asked);
-            let expected = tensor(&expected, &[200_000]).to_dtype(asked).unwrap().to_dtype(DType::F32).unwrap();
+            assert_eq!(read.dtype(), requested);
+            let expected = tensor(&expected, &[200_000]).to_dtype(requested).unwrap().to_dtype(DType::F32).unwrap();
             let read = read.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
-            assert_eq!(read, expected.to_vec1::<f32>().unwrap(), "{stored:?} as {asked:?}");
+            assert_eq!(read, expected.to_vec1::<f32>().unwrap(), "{stored:?} as {requested:?}");
         }
     }
 }

@@ -48,12 +48,12 @@ enum Store {
     /// Random numbers.
     Synthetic(DType),
     /// No file: the tensors that are loaded are recorded.
-    Inventory(Mutex<BTreeMap<String, Asked>>),
+    Inventory(Mutex<BTreeMap<String, Request>>),
 }
 
 /// A tensor that a model loads.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Asked {
+pub(super) struct Request {
     pub(super) shape: Vec<usize>,
     /// Not [unused](Weights::unused).
     pub(super) required: bool,
@@ -107,7 +107,7 @@ impl Weights {
         Self::new(Store::Plan(archives, dtype, Mutex::default()), &Device::Cpu)
     }
 
-    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::asked`]
+    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::requested`]
     /// then lists the keys and shapes of a model without its memory.
     pub fn inventory() -> Self {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
@@ -186,14 +186,14 @@ impl Weights {
 
     /// Keys and shapes loaded from an [inventory](Self::inventory) so far, [unused](Self::unused)
     /// ones included; none of other weights.
-    pub fn asked(&self) -> BTreeMap<String, Vec<usize>> {
-        self.wishes().into_iter().map(|(key, asked)| (key, asked.shape)).collect()
+    pub fn requested(&self) -> BTreeMap<String, Vec<usize>> {
+        self.requests().into_iter().map(|(key, requested)| (key, requested.shape)).collect()
     }
 
-    /// As [`Self::asked`], with whether each is required.
-    pub(super) fn wishes(&self) -> BTreeMap<String, Asked> {
+    /// As [`Self::requested`], with whether each is required.
+    pub(super) fn requests(&self) -> BTreeMap<String, Request> {
         match &*self.store {
-            Store::Inventory(asked) => lock(asked).clone(),
+            Store::Inventory(requested) => lock(requested).clone(),
             _ => BTreeMap::new(),
         }
     }
@@ -201,24 +201,24 @@ impl Weights {
     /// Bytes of everything that was loaded from an [inventory](Self::inventory), as `dtype`, with
     /// matrices stored as `matrices`.
     pub fn bytes(&self, dtype: DType, matrices: Matrices) -> u64 {
-        let bytes = |asked: &Asked| {
-            let elements: usize = asked.shape.iter().product();
-            let dtype = asked.dtype.unwrap_or(dtype);
+        let bytes = |requested: &Request| {
+            let elements: usize = requested.shape.iter().product();
+            let dtype = requested.dtype.unwrap_or(dtype);
             match matrices {
-                Matrices::Bytes if asked.matrix && Int8Matrix::supports(asked.shape[1]) => {
-                    elements + 4 * asked.shape[0]
+                Matrices::Bytes if requested.matrix && Int8Matrix::supports(requested.shape[1]) => {
+                    elements + 4 * requested.shape[0]
                 }
-                Matrices::Bytes if matches!(asked.shape[..], [o, c, k, l] if Int8Filters::supports([o, c, k, l])) => {
-                    elements + 4 * asked.shape[0]
+                Matrices::Bytes if matches!(requested.shape[..], [o, c, k, l] if Int8Filters::supports([o, c, k, l])) => {
+                    elements + 4 * requested.shape[0]
                 }
-                Matrices::Blocks(blocks) if asked.matrix => match fitting(blocks, asked.shape[1]) {
+                Matrices::Blocks(blocks) if requested.matrix => match fitting(blocks, requested.shape[1]) {
                     Some(blocks) => elements / blocks.block_size() * blocks.type_size(),
                     None => elements * dtype.size_in_bytes(),
                 },
                 _ => elements * dtype.size_in_bytes(),
             }
         };
-        self.wishes().values().filter(|asked| asked.required).map(|asked| bytes(asked) as u64).sum()
+        self.requests().values().filter(|requested| requested.required).map(|requested| bytes(requested) as u64).sum()
     }
 
     /// What [`Self::plan`] found.
@@ -236,10 +236,10 @@ impl Weights {
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (key, shape) = (self.key(name), shape.into());
         match &*self.store {
-            Store::Inventory(asked) => {
+            Store::Inventory(requested) => {
                 let (dims, required) = (shape.dims().to_vec(), !self.unused);
                 let dtype = self.dtype;
-                lock(asked).insert(key, Asked { shape: dims, required, matrix: false, init, dtype });
+                lock(requested).insert(key, Request { shape: dims, required, matrix: false, init, dtype });
                 placeholder(shape)
             }
             _ if self.unused => placeholder(shape),
@@ -270,10 +270,10 @@ impl Weights {
     /// or none are used.
     pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<WeightMatrix> {
         match &*self.store {
-            Store::Inventory(asked) => {
+            Store::Inventory(requested) => {
                 let required = !self.unused;
-                let wish = Asked { shape: vec![shape.0, shape.1], required, matrix: true, init, dtype: None };
-                lock(asked).insert(self.key(name), wish);
+                let wish = Request { shape: vec![shape.0, shape.1], required, matrix: true, init, dtype: None };
+                lock(requested).insert(self.key(name), wish);
                 placeholder(shape).map(WeightMatrix::Dense)
             }
             Store::Synthetic(_) => match (self.matrices, self.blocks(shape.1)) {
@@ -311,8 +311,8 @@ impl Weights {
 
     /// Every tensor that was loaded from an [inventory](Self::inventory), as a GGUF file stores it:
     /// matrices in the blocks of these weights, others in f32.
-    pub fn all_blocks(&self, asked: &Self) -> Result<Vec<(String, QTensor)>> {
-        let tensor = |(key, Asked { shape, matrix, init, .. }): (String, Asked)| {
+    pub fn all_blocks(&self, requested: &Self) -> Result<Vec<(String, QTensor)>> {
+        let tensor = |(key, Request { shape, matrix, init, .. }): (String, Request)| {
             if let (true, &[rows, columns]) = (matrix, &shape[..]) {
                 match self.matrix((rows, columns), &key, init)? {
                     WeightMatrix::Packed(blocks) => return Ok((key, blocks.to_qtensor()?)),
@@ -327,7 +327,7 @@ impl Weights {
             let tensor = self.get(shape, &key, init)?;
             Ok((key, QTensor::quantize(&tensor, GgmlDType::F32)?))
         };
-        asked.wishes().into_iter().map(tensor).collect()
+        requested.requests().into_iter().map(tensor).collect()
     }
 
     /// As [`Self::get`], for the filters (O, C, K, K) of a convolution.

@@ -61,8 +61,8 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
     let tokenizer: TokenizerSource = of(&args.tokenizer).tokenizer()?;
     let name = Path::new(&args.out).file_name().unwrap_or_default().to_string_lossy();
     let config = ModelConfig::nextflow(&name, QwenConfig::read(&source)?.backbone, tokenizer.tokenflow()?.clone());
-    let asked = Weights::inventory();
-    Backbone::load(&asked, &config.backbone)?;
+    let requested = Weights::inventory();
+    Backbone::load(&requested, &config.backbone)?;
     let tied = config.backbone.tie_word_embeddings;
     // Without a tie the head has rows already, to which those of the codes are added.
     let fresh = |key: &str| {
@@ -78,7 +78,7 @@ pub(super) fn run(args: &AssembleArgs) -> Result<()> {
             }
         }
         tokenizer.copy(part)?;
-        checkpoint::extend(&source, TRANSFORMER, &asked, fresh, args.seed, &part.join(TRANSFORMER))
+        checkpoint::extend(&source, TRANSFORMER, &requested, fresh, args.seed, &part.join(TRANSFORMER))
     })?;
     terminal::emit_path(&args.out).map(drop)
 }

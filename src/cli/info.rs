@@ -199,20 +199,20 @@ fn of_model(source: &Source) -> Result<Info> {
 fn of_weights(inventory: &Inventory) -> Result<Info> {
     let files = inventory.files();
     if let Some(config) = BitTokenizerConfig::of_weights(inventory) {
-        let asked = Weights::inventory();
-        BitEncoder::load(&asked, &config)?;
-        BitDecoder::load(&asked, &config)?;
-        let fit = Some(inventory.compare(&asked));
+        let requested = Weights::inventory();
+        BitEncoder::load(&requested, &config)?;
+        BitDecoder::load(&requested, &config)?;
+        let fit = Some(inventory.compare(&requested));
         let family = format!("Infinity image tokenizer {}", bit_names(&config));
         let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
         return Ok(Info { family, config: Some(config), files, words: None, fit });
     }
     if InfinityConfig::is(inventory) {
         let shape = InfinityConfig::of(inventory, "the file")?;
-        let asked = Weights::inventory();
-        Infinity::load(&asked, &shape)?;
+        let requested = Weights::inventory();
+        Infinity::load(&requested, &shape)?;
         let name = Variant::of_shape(&shape).map_or("Infinity", |variant| variant.title);
-        let (family, fit) = (format!("{name}, the transformer"), Some(inventory.compare(&asked)));
+        let (family, fit) = (format!("{name}, the transformer"), Some(inventory.compare(&requested)));
         return Ok(Info { family, config: None, files, words: None, fit });
     }
     if is_onecat(inventory) {
@@ -220,9 +220,9 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         let Ok(config) = OneCatConfig::of(inventory, &serde_json::Value::Null) else {
             return Ok(Info { family, config: None, files, words: None, fit: None });
         };
-        let asked = Weights::inventory();
-        config.ask(&asked)?;
-        let (json, fit) = (serde_json::json!({ "onecat": config.to_json() }), Some(inventory.compare(&asked)));
+        let requested = Weights::inventory();
+        config.ask(&requested)?;
+        let (json, fit) = (serde_json::json!({ "onecat": config.to_json() }), Some(inventory.compare(&requested)));
         return Ok(Info { family, config: Some(json), files, words: None, fit });
     }
     if inventory.has("quantize.embedding_vqgan.weight") {

@@ -36,7 +36,7 @@ pub struct QuantizeArgs {
 pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     let source = args.model.source()?;
     terminal::interrupts_after(checkpoint::abandon)?;
-    let asked = Weights::inventory();
+    let requested = Weights::inventory();
     let config = source.read_config()?;
     if infinity::is_config(&config) {
         InfinitySetup::read(&source)?.quantise(&source, args.weights, &args.output)?;
@@ -52,15 +52,15 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<()> {
     if chat::is_qwen(&config) {
         let config = ChatConfig::read(&source)?;
         ChatModel::check(&source, &config)?;
-        config.build(&asked)?;
-        checkpoint::quantise_model(&source, &asked, args.weights, &[], &args.output)?;
+        config.build(&requested)?;
+        checkpoint::quantise_model(&source, &requested, args.weights, &[], &args.output)?;
     } else {
         let config = ModelConfig::read(&source)?;
         Model::check(&source, &config)?;
-        Backbone::load(&asked, &config.backbone)?;
+        Backbone::load(&requested, &config.backbone)?;
         let mut others = vec![config.tokenizer_file(&source)];
         others.extend(config.refiner.as_ref().filter(|_| source.has(REFINER)).map(|_| REFINER));
-        checkpoint::quantise_model(&source, &asked, args.weights, &others, &args.output)?;
+        checkpoint::quantise_model(&source, &requested, args.weights, &others, &args.output)?;
     }
     terminal::emit_path(&args.output).map(drop)
 }

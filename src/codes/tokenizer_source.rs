@@ -216,10 +216,11 @@ fn room(
     scales: &[(usize, usize)],
     device: &Device,
 ) -> Result<()> {
-    let asked = Weights::inventory();
-    build(&asked)?;
+    let requested = Weights::inventory();
+    build(&requested)?;
     let cells = scales.last().map_or(0, |(h, w)| h * w * config.bits.patch * config.bits.patch);
-    let needed = asked.bytes(DType::F32, Matrices::Tensors) + cost::decoding(half, cells, DType::F32.size_in_bytes());
+    let needed =
+        requested.bytes(DType::F32, Matrices::Tensors) + cost::decoding(half, cells, DType::F32.size_in_bytes());
     memory::check(needed, device, "nextflow encode IMAGE --size 256x256 makes codes of a smaller image")
 }
 
@@ -268,9 +269,9 @@ pub fn nearest(inventory: &Inventory) -> Result<(Preset, Fit)> {
             .hint("nextflow info FILE shows its content; a whole model is named by its folder"));
     }
     let fit = |preset: Preset| {
-        let asked = Weights::inventory();
-        ImageTokenizer::load(&asked, &preset.config)?;
-        let fit = inventory.compare(&asked);
+        let requested = Weights::inventory();
+        ImageTokenizer::load(&requested, &preset.config)?;
+        let fit = inventory.compare(&requested);
         Ok((preset, fit))
     };
     let fits = Preset::all().into_iter().map(fit).collect::<Result<Vec<_>>>()?;

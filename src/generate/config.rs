@@ -204,13 +204,13 @@ impl ModelConfig {
         let refiner = self.refiner.as_ref().filter(|_| source.has(REFINER)).map(|_| REFINER);
         for file in [TRANSFORMER, self.tokenizer_file(source)].into_iter().chain(refiner) {
             let inventory = Inventory::of(source, file)?;
-            let asked = Weights::inventory();
+            let requested = Weights::inventory();
             match (file, &self.refiner) {
-                (TRANSFORMER, _) => drop(Backbone::load(&asked, &self.backbone)?),
-                (REFINER, Some(config)) => drop(Refiner::load(&asked, config)?),
-                _ => drop(ImageTokenizer::load(&asked, &self.tokenizer)?),
+                (TRANSFORMER, _) => drop(Backbone::load(&requested, &self.backbone)?),
+                (REFINER, Some(config)) => drop(Refiner::load(&requested, config)?),
+                _ => drop(ImageTokenizer::load(&requested, &self.tokenizer)?),
             }
-            let part = inventory.compare(&asked);
+            let part = inventory.compare(&requested);
             files.extend(inventory.files());
             fit.missing.extend(part.missing);
             fit.misshapen.extend(part.misshapen);

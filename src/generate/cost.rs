@@ -136,10 +136,10 @@ pub fn refiner(
     images: usize,
 ) -> Result<u64> {
     let Some(refiner) = &config.refiner else { return Ok(0) };
-    let asked = Weights::inventory();
-    Refiner::load(&asked, refiner)?;
+    let requested = Weights::inventory();
+    Refiner::load(&requested, refiner)?;
     let (_, matrices) = source.placed(REFINER, weights.filter(|weights| *weights == WeightType::F32), device);
-    Ok(asked.bytes(DType::F32, matrices) + refiner.activations(scales, images))
+    Ok(requested.bytes(DType::F32, matrices) + refiner.activations(scales, images))
 }
 
 /// As [`memory`], for random weights, with the storage of the transformer's matrices and of the tokenizer's filters.

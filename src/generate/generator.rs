@@ -125,7 +125,7 @@ impl GeneratorConfig {
         match self {
             Self::NextFlow(config) => config.prompt.padded_to,
             // The last one is `</s>`.
-            Self::Infinity(_) => Some(t5::MAX_WORDS - 1),
+            Self::Infinity(_) => Some(t5::MAX_TOKENS - 1),
             Self::OneCat(_) => None,
         }
     }

@@ -23,7 +23,7 @@ pub struct InfinityConfig {
     /// Heads that pool the text.
     pub text_heads: usize,
     /// Rows of the learned text of unconditional rows: the most tokens of a prompt.
-    pub max_words: usize,
+    pub max_tokens: usize,
     /// Rows of the level embedding: the most scales.
     pub levels: usize,
     /// Bits of a token.
@@ -83,7 +83,7 @@ impl InfinityConfig {
             &[1, heads, _] => heads,
             other => return Err(bad(format!("{MARK} has the shape {other:?}"))),
         };
-        let (max_words, text_width) = two("cfg_uncond")?;
+        let (max_tokens, text_width) = two("cfg_uncond")?;
         let config = Self {
             depth,
             chunk,
@@ -92,7 +92,7 @@ impl InfinityConfig {
             mlp: two("block_chunks.0.module.0.ffn.fc1.weight")?.0,
             text_width,
             text_heads,
-            max_words,
+            max_tokens,
             levels: two("lvl_embed.weight")?.0,
             bits,
             heads_first,
@@ -104,7 +104,7 @@ impl InfinityConfig {
     /// Errors: a value that would make the transformer panic, as one sentence.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { width, heads, text_heads, .. } = *self;
-        let counts = [self.depth, self.chunk, heads, text_heads, self.max_words, self.levels, self.mlp, self.bits];
+        let counts = [self.depth, self.chunk, heads, text_heads, self.max_tokens, self.levels, self.mlp, self.bits];
         if !counts.iter().all(|n| (1..=MOST).contains(n)) || !(1..=MOST).contains(&self.text_width) {
             return Err("its sizes are those of no transformer".into());
         }
@@ -146,7 +146,7 @@ pub mod presets {
         mlp: 8192,
         text_width: 2048,
         text_heads: 16,
-        max_words: 512,
+        max_tokens: 512,
         levels: 15,
         bits: 32,
         heads_first: true,

@@ -20,7 +20,7 @@ pub(super) struct TextProjections {
     pool_kv: Linear,
     pool_proj: Linear,
     to_blocks: [Linear; 2],
-    /// The learned text of unconditional rows, (max_words, text_width).
+    /// The learned text of unconditional rows, (max_tokens, text_width).
     unconditional: Tensor,
 }
 
@@ -52,7 +52,7 @@ impl TextProjections {
             ),
             pool_proj: exact(&pool.pp("proj"), width, width)?,
             to_blocks: [exact(&to_blocks.pp(0), text, width)?, exact(&to_blocks.pp(2), width, width)?],
-            unconditional: w.get((c.max_words, text), "cfg_uncond", normal)?,
+            unconditional: w.get((c.max_tokens, text), "cfg_uncond", normal)?,
         })
     }
 

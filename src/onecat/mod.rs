@@ -225,14 +225,14 @@ impl Reading {
     /// (tokens, hidden) of the source of an edit.
     pub fn prefix(&self, trunk: &Trunk, pieces: &[Piece], picture: Option<&Tensor>) -> Result<Cache> {
         let tokens = pieces.iter().map(|piece| match piece {
-            Piece::Words(ids) => ids.len(),
+            Piece::Tokens(ids) => ids.len(),
             Piece::Picture => picture.map_or(0, |features| features.dims()[0]),
         });
         let mut cache = trunk.cache(tokens.sum())?;
         let rounded = trunk.config.bf16_frequencies;
         for piece in pieces {
             let (x, picture) = match (piece, picture) {
-                (Piece::Words(ids), _) => (self.embed(&Tensor::new(&ids[..], &trunk.device)?.unsqueeze(0)?)?, false),
+                (Piece::Tokens(ids), _) => (self.embed(&Tensor::new(&ids[..], &trunk.device)?.unsqueeze(0)?)?, false),
                 (Piece::Picture, Some(features)) => (features.unsqueeze(0)?, true),
                 (Piece::Picture, None) => bail!("there is no picture to edit"),
             };

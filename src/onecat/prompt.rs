@@ -8,7 +8,7 @@ use crate::text::Text;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece {
     /// Ids of text and control tokens.
-    Words(Vec<u32>),
+    Tokens(Vec<u32>),
     /// The source of an edit.
     Picture,
 }
@@ -74,7 +74,7 @@ impl Marks {
             Row::Edit(prompt) => {
                 ids.extend(text.encode("user\n")?);
                 ids.push(self.picture[0]);
-                pieces.extend([Piece::Words(std::mem::take(&mut ids)), Piece::Picture]);
+                pieces.extend([Piece::Tokens(std::mem::take(&mut ids)), Piece::Picture]);
                 ids.push(self.picture[1]);
                 ids.extend(text.encode(prompt)?);
             }
@@ -82,7 +82,7 @@ impl Marks {
         ids.extend([self.end, self.start]);
         ids.extend(text.encode("assistant\n")?);
         ids.push(self.draw);
-        pieces.push(Piece::Words(ids));
+        pieces.push(Piece::Tokens(ids));
         Ok(pieces)
     }
 }

@@ -23,7 +23,7 @@ pub const TEXT_CONFIG: &str = "text_encoder/config.json";
 pub const TEXT_WORDS: &str = "text_encoder/tokenizer.json";
 
 /// The most tokens of a prompt, `</s>` among them: the rest is cut off, as the reference does.
-pub const MAX_WORDS: usize = 512;
+pub const MAX_TOKENS: usize = 512;
 
 /// A loaded encoder with its text tokenizer. It is needed before drawing, and can be dropped then.
 #[derive(Debug)]
@@ -53,10 +53,10 @@ impl Words {
         }
     }
 
-    /// The ids of a prompt and `</s>`, at most [`MAX_WORDS`].
+    /// The ids of a prompt and `</s>`, at most [`MAX_TOKENS`].
     fn ids(&self, prompt: &str) -> Result<Vec<u32>> {
         let mut ids = self.text.encode(prompt)?;
-        ids.truncate(MAX_WORDS - 1);
+        ids.truncate(MAX_TOKENS - 1);
         ids.push(self.end);
         Ok(ids)
     }
@@ -108,18 +108,18 @@ impl TextEncoder {
 /// Memory of encoding a prompt of `words` tokens, with weights as [`TextEncoder::load`] loads them,
 /// in bytes; `gguf` is the size of the weights in a GGUF file.
 pub fn memory(config: &Config, weights: Option<WeightType>, gguf: Option<u64>, words: usize) -> Result<u64> {
-    let asked = Weights::inventory();
-    plain(&asked, config)?;
+    let requested = Weights::inventory();
+    plain(&requested, config)?;
     let (inner, f32s) = (config.num_heads * config.d_kv, 4);
     let table = (config.vocab_size * config.d_model * f32s) as u64;
     let kept = match (gguf, weights.and_then(WeightType::blocks).filter(|_| weights.is_some_and(is_small))) {
         (Some(bytes), _) => bytes + table,
         // The file in memory, and the tensors made of it.
-        (None, Some(blocks)) => 2 * asked.bytes(DType::F32, Matrices::Blocks(blocks)) + table,
+        (None, Some(blocks)) => 2 * requested.bytes(DType::F32, Matrices::Blocks(blocks)) + table,
         (None, None) => {
             // Of 16 bits, every matrix becomes f32 when it is needed.
             let at_once = if dtype(weights) == DType::F32 { 0 } else { 2 * config.d_ff * config.d_model * f32s };
-            asked.bytes(dtype(weights), Matrices::Tensors) + at_once as u64
+            requested.bytes(dtype(weights), Matrices::Tensors) + at_once as u64
         }
     };
     let block = words * (3 * config.d_ff + 4 * inner + 4 * config.d_model) + 4 * config.num_heads * words * words;

@@ -132,9 +132,9 @@ fn gguf_tensors(
     config: &Config,
     tensors: impl FnOnce(&Weights) -> Result<Vec<(String, QTensor)>>,
 ) -> Result<Vec<(String, QTensor)>> {
-    let asked = Weights::inventory();
-    plain(&asked, config)?;
-    let mut tensors = tensors(&asked)?;
+    let requested = Weights::inventory();
+    plain(&requested, config)?;
+    let mut tensors = tensors(&requested)?;
     let own = format!("encoder.{LAST_NORM}");
     if let Some((_, norm)) = tensors.iter().find(|(key, _)| *key == own) {
         let norm = QTensor::quantize(&norm.dequantize(&Device::Cpu)?, norm.dtype())?;
@@ -147,7 +147,7 @@ fn gguf_tensors(
 ///
 /// Errors: weights that do not fit their config.
 pub fn blocks(source: &Source, weights: WeightType) -> Result<Vec<(String, QTensor)>> {
-    gguf_tensors(&read_config(source)?, |asked| checkpoint::blocks(source, TEXT_ENCODER, asked, weights))
+    gguf_tensors(&read_config(source)?, |requested| checkpoint::blocks(source, TEXT_ENCODER, requested, weights))
 }
 
 /// A file of these tensors in memory, for candle-transformers takes nothing else.
@@ -184,7 +184,7 @@ impl Encoder {
         let network = match weights.filter(|weights| is_small(*weights)).and_then(WeightType::blocks) {
             Some(blocks) => {
                 let random = Weights::synthetic(DType::F32, &Device::Cpu).with_matrices(Matrices::Blocks(blocks));
-                let tensors = gguf_tensors(config, |asked| Ok(random.all_blocks(asked)?))?;
+                let tensors = gguf_tensors(config, |requested| Ok(random.all_blocks(requested)?))?;
                 Network::Blocks(quantised(in_memory(tensors, device)?, config)?)
             }
             None => Network::Plain(Box::new(plain(&Weights::synthetic(dtype(weights), device), config)?)),

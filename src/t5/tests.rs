@@ -88,8 +88,8 @@ fn shapes_of_no_encoder_are_refused() {
 
 #[test]
 fn the_encoder_of_flan_t5_xl_has_its_published_size() {
-    let asked = Weights::inventory();
-    plain(&asked, &flan_t5_xl()).unwrap();
-    let elements: usize = asked.asked().values().map(|shape| shape.iter().product::<usize>()).sum();
+    let requested = Weights::inventory();
+    plain(&requested, &flan_t5_xl()).unwrap();
+    let elements: usize = requested.requested().values().map(|shape| shape.iter().product::<usize>()).sum();
     assert_eq!(elements / 100_000, 12_235, "{elements}");
 }

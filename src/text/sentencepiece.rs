@@ -12,7 +12,7 @@ use tokenizers::decoders::strip::Strip;
 use tokenizers::normalizers::{Prepend, Replace};
 
 use super::Text;
-use super::vocabulary::{MAX_MERGES, MAX_WORDS, Merges, ModelFile, Words};
+use super::vocabulary::{MAX_MERGES, MAX_TOKENS, Merges, ModelFile, Words};
 use crate::error::{Error, Result};
 
 /// Kinds of pieces for text; the others are control tokens and single bytes.
@@ -114,7 +114,7 @@ fn pieces(bytes: &[u8]) -> Option<Vec<Piece>> {
     let (mut pieces, mut bpe, mut plain) = (Vec::new(), false, false);
     for field in Fields(bytes) {
         match field? {
-            (1, Data::Bytes(piece)) if pieces.len() < MAX_WORDS => pieces.push(read_piece(piece)?),
+            (1, Data::Bytes(piece)) if pieces.len() < MAX_TOKENS => pieces.push(read_piece(piece)?),
             (1, _) => return None,
             (2, Data::Bytes(trainer)) => bpe = number(trainer, 3)? == Some(BPE),
             (3, Data::Bytes(normalizer)) => {

@@ -12,7 +12,7 @@ use tokenizers::models::unigram::Unigram;
 use super::guard::guard;
 
 /// Largest vocabulary: Gemma's size; Qwen2.5's is 151,643. Each token takes about 400 bytes.
-pub(super) const MAX_WORDS: usize = 1 << 18;
+pub(super) const MAX_TOKENS: usize = 1 << 18;
 /// Most merges of a BPE: Llama's has two per token.
 pub(super) const MAX_MERGES: usize = 1 << 19;
 /// Longest token of a BPE, in bytes.
@@ -191,8 +191,8 @@ impl<'de> Deserialize<'de> for Words {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Words, A::Error> {
                 let mut words = Vec::new();
                 while let Some((Word(word), id)) = map.next_entry()? {
-                    if words.len() == MAX_WORDS {
-                        return Err(too_many("words", MAX_WORDS));
+                    if words.len() == MAX_TOKENS {
+                        return Err(too_many("words", MAX_TOKENS));
                     }
                     words.push((word, id));
                 }
@@ -202,8 +202,8 @@ impl<'de> Deserialize<'de> for Words {
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Words, A::Error> {
                 let mut words = Vec::new();
                 while let Some((Word(word), score)) = list.next_element()? {
-                    if words.len() == MAX_WORDS {
-                        return Err(too_many("words", MAX_WORDS));
+                    if words.len() == MAX_TOKENS {
+                        return Err(too_many("words", MAX_TOKENS));
                     }
                     words.push((word, score));
                 }

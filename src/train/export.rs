@@ -44,9 +44,9 @@ pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {
 
 /// The shape of the run's image tokenizer: with the third stage's decoder if its weights are there.
 fn tokenizer_config(run: &Run) -> Result<TokenizerConfig> {
-    let (last, asked) = (run.recipe.tokenizer_final(), Weights::inventory());
-    ImageTokenizer::load(&asked, &last)?;
-    let has_last = Inventory::open(&run.file(IMAGE_TOKENIZER))?.compare(&asked).is_complete();
+    let (last, requested) = (run.recipe.tokenizer_final(), Weights::inventory());
+    ImageTokenizer::load(&requested, &last)?;
+    let has_last = Inventory::open(&run.file(IMAGE_TOKENIZER))?.compare(&requested).is_complete();
     Ok(if has_last { last } else { run.recipe.tokenizer.clone() })
 }
 

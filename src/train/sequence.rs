@@ -20,7 +20,7 @@ pub(super) enum Kind {
     /// A code.
     Code,
     /// A text token or a marker.
-    Word,
+    Text,
 }
 
 /// A token to predict.
@@ -42,7 +42,7 @@ pub struct Sequence {
     /// (index, scale) of codes, and their input features, D each.
     codes: Vec<(usize, usize)>,
     features: Vec<f32>,
-    pub(super) word_targets: Vec<Target>,
+    pub(super) text_targets: Vec<Target>,
     pub(super) code_targets: Vec<Target>,
 }
 
@@ -60,15 +60,15 @@ pub struct Picture<'a> {
 
 impl Sequence {
     /// Appends text tokens or markers.
-    pub fn push_words(&mut self, ids: &[u32]) {
+    pub fn push_text(&mut self, ids: &[u32]) {
         self.words.extend(ids.iter().enumerate().map(|(i, &id)| (self.layout.len() + i, id)));
         self.layout.push_text(ids.len());
     }
 
     /// The next token is text or a marker, and the target of the last one.
-    pub fn expect_word(&mut self, id: u32) {
+    pub fn expect_text(&mut self, id: u32) {
         if let Some(at) = self.layout.len().checked_sub(1) {
-            self.word_targets.push(Target { at, id, weight: 0.0, scale: 0 });
+            self.text_targets.push(Target { at, id, weight: 0.0, scale: 0 });
         }
     }
 
@@ -76,7 +76,7 @@ impl Sequence {
     pub(super) fn targets(&self, kind: Kind) -> &[Target] {
         match kind {
             Kind::Code => &self.code_targets,
-            Kind::Word => &self.word_targets,
+            Kind::Text => &self.text_targets,
         }
     }
 
@@ -84,13 +84,13 @@ impl Sequence {
     pub(super) fn weights(&self, kind: Kind) -> Vec<f32> {
         match kind {
             Kind::Code => self.code_targets.iter().map(|target| target.weight).collect(),
-            Kind::Word => self.word_weights(),
+            Kind::Text => self.text_weights(),
         }
     }
 
     /// Weight of every text target: all answers weigh the same, and so do all tokens of one.
-    fn word_weights(&self) -> Vec<f32> {
-        let answers = || self.word_targets.chunk_by(|a, b| a.at + 1 == b.at);
+    fn text_weights(&self) -> Vec<f32> {
+        let answers = || self.text_targets.chunk_by(|a, b| a.at + 1 == b.at);
         let answer = WORDS / (answers().count() as f32).sqrt();
         answers().flat_map(|words| std::iter::repeat_n(answer / words.len() as f32, words.len())).collect()
     }
@@ -187,7 +187,7 @@ impl Batch<'_> {
             total = (&total + (&losses * Tensor::new(weights, losses.device())?)?.sum_all()?)?;
             let losses = losses.detach();
             match kind {
-                Kind::Word => all.words.push(losses),
+                Kind::Text => all.words.push(losses),
                 Kind::Code => {
                     let targets = rows.iter().flat_map(|&row| self.0[row].targets(kind));
                     all.codes.push((losses, targets.map(|target| target.scale).collect()));
@@ -237,7 +237,7 @@ impl Part<'_> {
             let rows = self.0.iter().enumerate();
             rows.flat_map(|(row, s)| s.targets(kind).iter().map(move |t| (row, t))).collect::<Vec<_>>()
         };
-        let kinds = [(Kind::Code, of(Kind::Code)), (Kind::Word, of(Kind::Word))];
+        let kinds = [(Kind::Code, of(Kind::Code)), (Kind::Text, of(Kind::Text))];
         let all = kinds.iter().flat_map(|(_, targets)| targets);
         let at: Vec<u32> = all.map(|(row, t)| (row * length + t.at) as u32).collect();
         if at.is_empty() {
@@ -248,7 +248,7 @@ impl Part<'_> {
             let hidden = hidden.narrow(0, first, targets.len())?;
             let logits = match kind {
                 Kind::Code => backbone.code_logits(&hidden)?,
-                Kind::Word => backbone.text_logits(&hidden)?,
+                Kind::Text => backbone.text_logits(&hidden)?,
             };
             let ids: Vec<u32> = targets.iter().map(|(_, t)| t.id).collect();
             visit(kind, cross_entropy(&logits, &ids)?)?;

@@ -167,7 +167,7 @@ impl Lesson<'_> {
             let item = shelf.sample(&rng, shapes);
             let mut sequence = Sequence::default();
             if rng.uniform(100) >= CAPTION_DROP {
-                sequence.push_words(item.caption(&rng));
+                sequence.push_text(item.caption(&rng));
             }
             self.push_image(&mut sequence, &item.features, shelf.grids, Learn::Corrections(&noise), false)?;
             Ok(sequence)
@@ -252,18 +252,18 @@ impl Lesson<'_> {
         let pieces = template.render(text, "", turns.iter().map(|(role, parts)| (*role, &parts[..])), &[])?;
         for (i, (piece, said)) in pieces.into_iter().enumerate() {
             match piece {
-                Piece::Words(ids) => {
+                Piece::Tokens(ids) => {
                     for id in ids {
                         if said {
-                            sequence.expect_word(id);
+                            sequence.expect_text(id);
                         }
-                        sequence.push_words(&[id]);
+                        sequence.push_text(&[id]);
                     }
                 }
                 Piece::Image(features) => {
                     let noise = self.rng(index, 4 << 32 | i as u64);
                     if said {
-                        sequence.expect_word(config.boi());
+                        sequence.expect_text(config.boi());
                     }
                     if said && short {
                         break;

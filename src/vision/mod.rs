@@ -280,9 +280,9 @@ mod tests {
             window_size: 112,
             fullatt_block_indexes: vec![1],
         };
-        let asked = Weights::inventory();
-        VisionTower::load(&asked, &config).unwrap();
-        let shapes = asked.asked();
+        let requested = Weights::inventory();
+        VisionTower::load(&requested, &config).unwrap();
+        let shapes = requested.requested();
         let counted: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
         assert_eq!(config.parameters(), counted);
         for broken in [

@@ -115,7 +115,7 @@ impl ChatTemplate {
             let probe = |parts: &[Part<()>]| {
                 let pieces = self.render(text, "", [(Role::User, parts)], &[])?;
                 let words =
-                    pieces.iter().filter_map(|(piece, _)| if let Piece::Words(w) = piece { Some(w) } else { None });
+                    pieces.iter().filter_map(|(piece, _)| if let Piece::Tokens(w) = piece { Some(w) } else { None });
                 let words = words.map(|ids| text.decode(ids)).collect::<Result<Vec<_>>>()?;
                 let printed = words.iter().any(|words| words.contains(PROBE));
                 let images = pieces.iter().filter(|(piece, _)| matches!(piece, Piece::Image(()))).count();
@@ -157,7 +157,7 @@ impl ChatTemplate {
         let whole: String = marked
             .iter()
             .map(|stretch| match stretch {
-                Stretch::Words(words) => (*words).into(),
+                Stretch::Text(words) => (*words).into(),
                 Stretch::Control(id) => controls.word(*id).to_string(),
                 Stretch::Mark(i) => texts.get(*i).map_or_else(
                     || mark.text(*i),

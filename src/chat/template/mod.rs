@@ -56,7 +56,7 @@ impl<I> Part<I> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece<'a, I> {
     /// Ids of text and control tokens.
-    Words(Vec<u32>),
+    Tokens(Vec<u32>),
     /// An image.
     Image(&'a I),
 }
@@ -130,24 +130,24 @@ impl Template {
         }
         let newline = text.encode("\n")?;
         let close = |pieces: &mut Pieces<I>, said| {
-            pieces.push((Piece::Words(vec![self.end]), said));
-            pieces.push((Piece::Words(newline.clone()), false));
+            pieces.push((Piece::Tokens(vec![self.end]), said));
+            pieces.push((Piece::Tokens(newline.clone()), false));
         };
         let mut pieces = Pieces::new();
         if !system.is_empty() {
-            pieces.push((Piece::Words(vec![self.start]), false));
-            pieces.push((Piece::Words(text.encode(&format!("system\n{system}"))?), false));
+            pieces.push((Piece::Tokens(vec![self.start]), false));
+            pieces.push((Piece::Tokens(text.encode(&format!("system\n{system}"))?), false));
             close(&mut pieces, false);
         }
         let mut last = Role::Assistant;
         for (role, parts) in turns {
             last = role;
-            pieces.push((Piece::Words(vec![self.start]), false));
+            pieces.push((Piece::Tokens(vec![self.start]), false));
             self.message(text, role, parts, &mut pieces)?;
             close(&mut pieces, role == Role::Assistant);
         }
         if last == Role::User {
-            pieces.push((Piece::Words(vec![self.start]), false));
+            pieces.push((Piece::Tokens(vec![self.start]), false));
             self.message(text, Role::Assistant, reply, &mut pieces)?;
         }
         Ok(pieces)
@@ -166,11 +166,11 @@ impl Template {
             let mut ids = text.encode(&std::mem::take(open))?;
             if let Some(head) = Some(text.encode(head)?).filter(|head| first && ids.starts_with(head)) {
                 let rest = ids.split_off(head.len());
-                pieces.push((Piece::Words(ids), false));
+                pieces.push((Piece::Tokens(ids), false));
                 ids = rest;
             }
             first = false;
-            pieces.push((Piece::Words(ids), said));
+            pieces.push((Piece::Tokens(ids), said));
             Ok::<_, Error>(())
         };
         for part in parts {
@@ -178,11 +178,11 @@ impl Template {
                 Part::Text(words) => open += words,
                 Part::Drawn(_, ids) => {
                     flush(&mut open, pieces)?;
-                    pieces.push((Piece::Words(ids.clone()), said));
+                    pieces.push((Piece::Tokens(ids.clone()), said));
                 }
                 Part::Image(image) => {
                     flush(&mut open, pieces)?;
-                    let around = |mark: Option<u32>| (Piece::Words(mark.into_iter().collect()), false);
+                    let around = |mark: Option<u32>| (Piece::Tokens(mark.into_iter().collect()), false);
                     pieces.push(around(self.around_images.map(|marks| marks.0)));
                     pieces.push((Piece::Image(image), said));
                     pieces.push(around(self.around_images.map(|marks| marks.1)));

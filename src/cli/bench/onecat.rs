@@ -109,7 +109,7 @@ fn measure(
     let loaded = seconds(since);
     let since = Instant::now();
     let features = picture.map(|grid| reading.features(&[synthetic(&setup.transformer, grid)])).transpose()?;
-    let said = |count: usize| Piece::Words((0..count as u32).collect());
+    let said = |count: usize| Piece::Tokens((0..count as u32).collect());
     let prefix = |pieces: &[Piece]| reading.prefix(&trunk, pieces, features.as_ref());
     let guided = sampling.guided_scales(scales.len()) > 0;
     let mut prefixes: Vec<Cache> = vec![match picture {
@@ -169,8 +169,8 @@ pub(super) fn synthetic(config: &OneCatConfig, tokens: (usize, usize)) -> Patche
 fn adapters(c: &OneCatConfig, dtype: DType, matrices: crate::checkpoint::Matrices) -> u64 {
     let none = OneCatConfig { adapters: 1, ..c.clone() };
     let bytes = |config: &OneCatConfig| {
-        let asked = Weights::inventory();
-        Drawing::load(&asked, config).map_or(0, |_| asked.bytes(dtype, matrices))
+        let requested = Weights::inventory();
+        Drawing::load(&requested, config).map_or(0, |_| requested.bytes(dtype, matrices))
     };
     (bytes(c) - bytes(&none)) / (c.adapters as u64 - 1).max(1) * c.adapters as u64
 }

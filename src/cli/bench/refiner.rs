@@ -57,9 +57,9 @@ pub(super) fn run(args: &BenchArgs, name: &str, config: &RefinerConfig, usual: u
         (None, true) if name == "nano-refiner" => (DType::F32, Matrices::Bytes),
         (quant, cpu) => quant.unwrap_or(WeightType::F32).placed(cpu),
     };
-    let asked = Weights::inventory();
-    Refiner::load(&asked, config)?;
-    let weight_bytes = asked.bytes(dtype, matrices);
+    let requested = Weights::inventory();
+    Refiner::load(&requested, config)?;
+    let weight_bytes = requested.bytes(dtype, matrices);
     let forecast = weight_bytes + config.activations(&[(h, w)], batch) + cost::PROGRAM;
     let smaller = "--quant q8_0, or a smaller --size or --batch";
     let Run { stop, .. } = Load { source: None, device: &device, peak: forecast, smaller }.start(Level::Quiet, 1)?;
@@ -86,7 +86,7 @@ pub(super) fn run(args: &BenchArgs, name: &str, config: &RefinerConfig, usual: u
     let report = Report {
         model: name.into(),
         weights: args.quant,
-        parameters: asked.asked().values().map(|shape| shape.iter().product::<usize>()).sum(),
+        parameters: requested.requested().values().map(|shape| shape.iter().product::<usize>()).sum(),
         weight_bytes,
         load_seconds,
         size: (width, height),

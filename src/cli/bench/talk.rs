@@ -96,12 +96,12 @@ pub(super) fn run(args: &BenchArgs, model: &'static str, config: &ChatConfig) ->
         };
         Part { name, tokens, seconds, floor_seconds }
     });
-    let asked = Weights::inventory();
-    config.build(&asked)?;
+    let requested = Weights::inventory();
+    config.build(&requested)?;
     let report = Report {
         model,
         weights: args.quant,
-        parameters: asked.asked().values().map(|shape| shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
+        parameters: requested.requested().values().map(|shape| shape.iter().map(|&n| n as u64).product::<u64>()).sum(),
         weight_bytes: forecast.weights,
         load_seconds,
         parts: parts.collect(),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use image::RgbImage;
 use serde::Serialize;
 
-use crate::chat::{ChatModel, Ending, Picture, Reply, ReplyEvent, ReplyOptions, Session};
+use crate::chat::{ChatModel, FinishReason, Picture, Reply, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::png_info::{self, PngInfo};
 use crate::generate::{Job, Sampling, Size};
@@ -116,7 +116,7 @@ impl<'a> ReplyPrinter<'a> {
     fn event(&mut self, event: ReplyEvent) -> ControlFlow<()> {
         let flow = match event {
             ReplyEvent::Read => Ok(ControlFlow::Continue(())),
-            ReplyEvent::Words(text) => self.text(text),
+            ReplyEvent::Text(text) => self.text(text),
             ReplyEvent::Drawing(event) => {
                 self.host.console.event(&event);
                 Ok(ControlFlow::Continue(()))
@@ -178,7 +178,7 @@ impl<'a> ReplyPrinter<'a> {
                 reply.prompt_tokens, reply.cached_tokens, reply.tokens
             ));
         }
-        if reply.ending == Ending::Length && !host.json {
+        if reply.ending == FinishReason::Length && !host.json {
             terminal::note("(cut at --max-tokens)");
         }
         Ok(())

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::run::{Load, Run, memory_line};
 use super::{LoadArgs, ReportArgs, request};
-use crate::chat::{ChatConfig, ChatMemory, ChatModel, Ending, Picture, ReplyOptions, Session, TextSampling};
+use crate::chat::{ChatConfig, ChatMemory, ChatModel, FinishReason, Picture, ReplyOptions, Session, TextSampling};
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, Size};
@@ -162,7 +162,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
         Some(text) => {
             let reply = host.say(&mut session, pictures, &text, Ask::Answer)?;
             // A reader that goes away ends the reply as well, and is no error.
-            match reply.ending == Ending::Interrupted && host.stop.check().is_break() {
+            match reply.ending == FinishReason::Interrupted && host.stop.check().is_break() {
                 true => Err(terminal::interrupted()),
                 false => Ok(()),
             }

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::host::{self, Ask, Host};
 use super::lines::{self, Lines};
 use super::saved;
-use crate::chat::{ChatModel, Ending, Picture, Role, Session};
+use crate::chat::{ChatModel, FinishReason, Picture, Role, Session};
 use crate::error::{Error, Kind, Result};
 use crate::generate::Size;
 use crate::io::input;
@@ -150,7 +150,7 @@ impl<'a> Repl<'a> {
         let reply = self.host.say(&mut self.session, pictures, text, ask)?;
         self.pictures.clear();
         self.asked = Some(ask);
-        if reply.ending == Ending::Interrupted && !self.quiet {
+        if reply.ending == FinishReason::Interrupted && !self.quiet {
             terminal::note("(stopped)");
         }
         Ok(())

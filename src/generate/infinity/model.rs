@@ -163,7 +163,7 @@ impl InfinityModel {
         let mut store = self.texts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let all: Vec<&str> = prompts.iter().copied().chain(negative).collect();
         store.encode(&self.setup, &all, false)?;
-        let most = self.setup.transformer.max_words;
+        let most = self.setup.transformer.max_tokens;
         let of = |prompt: &str| {
             let features = store.of(prompt)?;
             Ok(features.narrow(0, 0, features.dim(0)?.min(most))?)

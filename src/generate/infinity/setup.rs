@@ -134,13 +134,13 @@ impl InfinitySetup {
         let text = self.text.as_ref().map(|_| TEXT_ENCODER);
         for file in [TRANSFORMER, IMAGE_TOKENIZER].into_iter().chain(text) {
             let inventory = Inventory::of(source, file)?;
-            let asked = Weights::inventory();
+            let requested = Weights::inventory();
             match (file, &self.text) {
-                (TRANSFORMER, _) => drop(Infinity::load(&asked, &self.transformer)?),
-                (TEXT_ENCODER, Some(text)) => encoder::ask(&asked, text, source.is_gguf(TEXT_ENCODER))?,
-                _ => self.ask_for_images(&asked)?,
+                (TRANSFORMER, _) => drop(Infinity::load(&requested, &self.transformer)?),
+                (TEXT_ENCODER, Some(text)) => encoder::ask(&requested, text, source.is_gguf(TEXT_ENCODER))?,
+                _ => self.ask_for_images(&requested)?,
             }
-            let part = inventory.compare(&asked);
+            let part = inventory.compare(&requested);
             files.extend(inventory.files());
             fit.missing.extend(part.missing);
             fit.misshapen.extend(part.misshapen);
@@ -178,10 +178,10 @@ impl InfinitySetup {
                 }
                 // GGUF with 16 bits a number takes as much memory as f32 in candle-transformers' network.
                 false => {
-                    let asked = Weights::inventory();
-                    encoder::ask(&asked, &encoder::read_config(source)?, false)?;
+                    let requested = Weights::inventory();
+                    encoder::ask(&requested, &encoder::read_config(source)?, false)?;
                     let dtype = encoder::dtype(Some(weights));
-                    checkpoint::extract(source, TEXT_ENCODER, &asked, dtype, &part.join(TEXT_ENCODER))?;
+                    checkpoint::extract(source, TEXT_ENCODER, &requested, dtype, &part.join(TEXT_ENCODER))?;
                 }
             }
             for file in [TEXT_CONFIG, TEXT_WORDS] {
@@ -206,7 +206,7 @@ impl InfinitySetup {
             "name": self.name,
             "transformer": {
                 "depth": c.depth, "width": c.width, "heads": c.heads, "mlp": c.mlp, "text_width": c.text_width,
-                "max_words": c.max_words, "levels": c.levels, "bits": c.bits
+                "max_tokens": c.max_tokens, "levels": c.levels, "bits": c.bits
             },
             "tokenizer": self.tokenizer,
             "sampling": self.sampling,
@@ -237,7 +237,7 @@ impl InfinitySetup {
         let codes = schedule::codes(&scales[..drawn]);
         let last = scales[..drawn].last().map_or(0, |(h, w)| h * w);
         let largest = scales.last().map_or(0, |(h, w)| h * w);
-        let words = words.min(c.max_words);
+        let words = words.min(c.max_tokens);
         // Keys and values: of all scales but the last, and of the text for every block.
         let kept = codes - last + words;
         let cache = c.depth * rows * 2 * kept * c.width * width;

@@ -162,9 +162,9 @@ impl OneCatSetup {
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
         let (mut files, mut fit) = compare_transformer(source, &self.transformer)?;
         let inventory = Inventory::of(source, IMAGE_TOKENIZER)?;
-        let asked = Weights::inventory();
-        self.ask_for_images(&asked)?;
-        let part = inventory.compare(&asked);
+        let requested = Weights::inventory();
+        self.ask_for_images(&requested)?;
+        let part = inventory.compare(&requested);
         files.extend(inventory.files());
         fit.missing.extend(part.missing);
         fit.misshapen.extend(part.misshapen);
@@ -224,9 +224,9 @@ impl OneCatSetup {
         Trunk::load(&drawing, &self.transformer)?;
         Drawing::load(&drawing, &self.transformer)?;
         ImageDecoder::load_bits(&tokenizer, &self.tokenizer)?;
-        let bytes = |asked: &Weights| match source.filter(|source| source.is_gguf(TRANSFORMER)) {
-            Some(source) => Ok::<_, Error>(Inventory::of(source, TRANSFORMER)?.bytes_of(asked)),
-            None => Ok(asked.bytes(dtype, matrices)),
+        let bytes = |requested: &Weights| match source.filter(|source| source.is_gguf(TRANSFORMER)) {
+            Some(source) => Ok::<_, Error>(Inventory::of(source, TRANSFORMER)?.bytes_of(requested)),
+            None => Ok(requested.bytes(dtype, matrices)),
         };
         let (t, width) = (&self.transformer.transformer, dtype.size_in_bytes());
         let token = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim() * width;
@@ -265,7 +265,7 @@ impl OneCatSetup {
 /// Errors: a file that is missing or broken.
 pub fn compare_transformer(source: &Source, config: &OneCatConfig) -> Result<(Vec<FileSummary>, Fit)> {
     let inventory = Inventory::of(source, TRANSFORMER)?;
-    let asked = Weights::inventory();
-    config.ask(&asked)?;
-    Ok((inventory.files(), inventory.compare(&asked)))
+    let requested = Weights::inventory();
+    config.ask(&requested)?;
+    Ok((inventory.files(), inventory.compare(&requested)))
 }

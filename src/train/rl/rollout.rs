@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::task::{Gallery, Outcome, Task};
 use crate::backbone::{Backbone, BackboneConfig};
 use crate::chat::template::{ImageMarks, Piece, Template};
-use crate::chat::{ChatModel, Ending, Part, Picture, ReplyOptions, Role, Session, TextSampling};
+use crate::chat::{ChatModel, FinishReason, Part, Picture, ReplyOptions, Role, Session, TextSampling};
 use crate::checkpoint::Weights;
 use crate::error::{Error, Kind, Result};
 use crate::generate::next_input::NextInput;
@@ -119,7 +119,7 @@ impl Policy {
     /// The draw of a caption.
     fn captioned(&self, task: &Task, codes: &ImageCodes, gallery: &Gallery) -> Result<Rollout> {
         let mut sequence = Sequence::default();
-        sequence.push_words(&self.chat.text().encode(task.request().0)?);
+        sequence.push_text(&self.chat.text().encode(task.request().0)?);
         self.push_drawn(&mut sequence, codes)?;
         let image = self.chat.pixels(codes, &self.grids)?;
         let reward = task.reward(&Outcome { words: "", image: Some(&image) }, gallery, self.tokenizer()?)?;
@@ -145,7 +145,7 @@ impl Policy {
             let drawn = session.last_image().map(|drawn| self.chat.decode(drawn)).transpose()?;
             let outcome = Outcome { words: &reply.text, image: drawn.as_ref() };
             let reward = task.reward(&outcome, gallery, self.tokenizer()?)?;
-            let ended = reply.ending == Ending::Stop && !task.draws();
+            let ended = reply.ending == FinishReason::Stop && !task.draws();
             rollouts.push(Rollout { sequence: self.answered(&session, ended)?, reward });
             // The next answer finds the question in the cache.
             session.undo();
@@ -174,7 +174,7 @@ impl Policy {
         let turns = before.iter().map(|turn| (turn.role, &turn.parts[..]));
         for (piece, _) in self.template.render(self.chat.text(), session.system(), turns, &[])? {
             match piece {
-                Piece::Words(ids) => sequence.push_words(&ids),
+                Piece::Tokens(ids) => sequence.push_text(&ids),
                 Piece::Image(picture) => {
                     let codes = picture.codes().ok_or_else(ChatModel::sees_nothing)?;
                     let grid = self.grids.last().copied().unwrap_or_default();
@@ -187,8 +187,8 @@ impl Policy {
         }
         let learn = |sequence: &mut Sequence, ids: &[u32]| {
             for &id in ids {
-                sequence.expect_word(id);
-                sequence.push_words(&[id]);
+                sequence.expect_text(id);
+                sequence.push_text(&[id]);
             }
         };
         for part in &answer.parts {

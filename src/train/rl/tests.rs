@@ -61,14 +61,14 @@ fn draws_become_sequences_of_the_trained_scales() -> Result<()> {
     assert_eq!(rollouts.iter().map(Vec::len).collect::<Vec<_>>(), [3; 4]);
     let ids = |rollout: &Rollout| -> Vec<u32> {
         let sequence = &rollout.sequence;
-        sequence.word_targets.iter().chain(&sequence.code_targets).map(|target| target.id).collect()
+        sequence.text_targets.iter().chain(&sequence.code_targets).map(|target| target.id).collect()
     };
     for (kind, (group, again)) in rollouts.iter().zip(&again).enumerate() {
         for (rollout, again) in group.iter().zip(again) {
             assert_eq!(ids(rollout), ids(again));
             // 1 + 4 + 9 codes, but none of an answer in words.
             assert_eq!(rollout.sequence.code_targets.len(), if KINDS[kind] == "questions" { 0 } else { 14 });
-            assert_eq!(rollout.sequence.word_targets.is_empty(), kind < 2);
+            assert_eq!(rollout.sequence.text_targets.is_empty(), kind < 2);
             assert!(rollout.reward.is_finite());
         }
         assert!(ids(&group[0]) != ids(&group[1]), "{kind}");

@@ -63,7 +63,7 @@ fn images_are_learnt_as_they_are_drawn() -> Result<()> {
         assert_ne!(encoded.codes, encoded.targets);
         let words = [3, 1, 4];
         let mut sequence = Sequence::default();
-        sequence.push_words(&words);
+        sequence.push_text(&words);
         sequence.push_image(
             config,
             &quantizer,
@@ -119,9 +119,9 @@ fn images_to_look_at_are_read_as_in_a_conversation() -> Result<()> {
     let grids = schedule::nearest(1.0).prefix(4);
     let encoded = image(&quantizer, grids);
     let mut sequence = Sequence::default();
-    sequence.push_words(&[3, 1]);
+    sequence.push_text(&[3, 1]);
     sequence.push_image(config, &quantizer, &Picture { grids, encoded: &encoded, context: true, alpha: None })?;
-    sequence.push_words(&[4]);
+    sequence.push_text(&[4]);
 
     let mut layout = Layout::new();
     layout.push_text(2);
@@ -162,9 +162,9 @@ fn padding_and_parts_change_nothing() -> crate::error::Result<()> {
     let words = |sequence: &mut Sequence, count: u32| {
         for id in 0..count {
             if id > 0 {
-                sequence.expect_word(7 * id);
+                sequence.expect_text(7 * id);
             }
-            sequence.push_words(&[7 * id]);
+            sequence.push_text(&[7 * id]);
         }
     };
     let mut sequences: Vec<Sequence> = (0..5).map(|_| Sequence::default()).collect();

@@ -52,7 +52,7 @@ fn only_what_the_model_says_and_draws_is_learnt() -> Result<()> {
         let mark = |id: &u32| [end, boi, eoi].contains(id);
         for (short, marks) in [(false, vec![end, boi, end]), (true, vec![end, boi])] {
             let sequence = lesson.dialogue(text, &template, index, &turns, short)?;
-            let targets = &sequence.word_targets;
+            let targets = &sequence.text_targets;
             let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
             let words = ids.split(mark).filter(|words| !words.is_empty());
             let words = words.map(|ids| Ok(text.decode(ids)?.trim().to_string())).collect::<Result<Vec<_>>>()?;

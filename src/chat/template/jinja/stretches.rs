@@ -12,7 +12,7 @@ pub(super) type Said<'a> = (&'a str, Option<&'a [u32]>, bool);
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Stretch<'a> {
     /// Text of the template.
-    Words(&'a str),
+    Text(&'a str),
     /// A control token.
     Control(u32),
     /// The mark of this number.
@@ -96,12 +96,12 @@ impl<'a> Controls<'a> {
                 at += c.len_utf8();
                 continue;
             };
-            stretches.extend((begin < at).then(|| Stretch::Words(&rendered[begin..at])));
+            stretches.extend((begin < at).then(|| Stretch::Text(&rendered[begin..at])));
             stretches.push(stretch);
             at += length;
             begin = at;
         }
-        stretches.extend((begin < at).then(|| Stretch::Words(&rendered[begin..at])));
+        stretches.extend((begin < at).then(|| Stretch::Text(&rendered[begin..at])));
         stretches
     }
 
@@ -134,19 +134,19 @@ impl<'w, 'a, I> Writer<'w, 'a, I> {
     fn flush(&mut self) -> Result<()> {
         if !self.open.is_empty() {
             let ids = self.text.encode(&std::mem::take(&mut self.open))?;
-            self.pieces.push((Piece::Words(ids), false));
+            self.pieces.push((Piece::Tokens(ids), false));
         }
         Ok(())
     }
 
     pub(super) fn stretch(&mut self, stretch: Stretch) -> Result<()> {
         match stretch {
-            Stretch::Words(words) => self.open += words,
+            Stretch::Text(words) => self.open += words,
             Stretch::Mark(_) => {}
             Stretch::Control(id) => {
                 self.flush()?;
                 let image = if self.controls.word(id) == IMAGE { self.images.pop() } else { None };
-                self.pieces.push((image.map_or_else(|| Piece::Words(vec![id]), Piece::Image), false));
+                self.pieces.push((image.map_or_else(|| Piece::Tokens(vec![id]), Piece::Image), false));
             }
         }
         Ok(())
@@ -157,7 +157,7 @@ impl<'w, 'a, I> Writer<'w, 'a, I> {
             None => self.open += words,
             Some(ids) => {
                 self.flush()?;
-                self.pieces.push((Piece::Words(ids.to_vec()), spoken));
+                self.pieces.push((Piece::Tokens(ids.to_vec()), spoken));
             }
         }
         Ok(())

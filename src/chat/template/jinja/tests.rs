@@ -22,7 +22,7 @@ fn printed(template: &ChatTemplate, system: &str, turns: &[(Role, Vec<Part<&str>
         ids => text.decode(ids).unwrap(),
     };
     let piece = |piece: &Piece<&str>| match piece {
-        Piece::Words(ids) => words(ids),
+        Piece::Tokens(ids) => words(ids),
         Piece::Image(name) => format!("[{name}]"),
     };
     Ok(pieces.iter().map(|(p, _)| piece(p)).collect())
@@ -87,7 +87,7 @@ fn the_models_own_tokens_are_kept() {
     let turns = [(Role::User, vec![words("a")]), (Role::Assistant, drawn), (Role::User, vec![words("b")])];
     let turns = turns.iter().map(|(role, parts)| (*role, &parts[..]));
     let pieces = template.render(&text, "", turns, &[]).unwrap();
-    assert!(pieces.iter().any(|(piece, said)| *said && *piece == Piece::Words(vec![64, 65])), "{pieces:?}");
+    assert!(pieces.iter().any(|(piece, said)| *said && *piece == Piece::Tokens(vec![64, 65])), "{pieces:?}");
 }
 
 #[test]

@@ -317,7 +317,7 @@ fn on_a_gpu_experts_of_onecat() -> Result<()> {
         let reading = Reading::load(&weights, &config, ReadingParts { pictures: true, head: true })?;
         let drawing = Drawing::load(&weights, &config)?;
         let features = reading.features(&[Patches { values: values.clone(), tokens: grid }])?;
-        let words = |from: u32| Piece::Words((from..from + 9).collect());
+        let words = |from: u32| Piece::Tokens((from..from + 9).collect());
         let edit = reading.prefix(&trunk, &[words(0), Piece::Picture, words(20)], Some(&features))?;
         let text = reading.prefix(&trunk, &[words(0)], None)?;
         let scales = [(1, 1), (6, 6)];
