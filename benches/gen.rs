@@ -10,7 +10,8 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use nextflow::checkpoint::Source;
 use nextflow::generate::{Event, ImageCodes, Job, Model, schedule};
 
-/// Draws one image and gives the time of the part between two events: part 0 is the prompt, part k the k-th scale.
+/// Draws one image and gives the time of the part between two events: part 0 is the prompt, part k
+/// the k-th scale.
 fn part(model: &Model, job: &Job, part: usize) -> Duration {
     let mut marks = vec![Instant::now()];
     let drawn = model.draw(job, &mut |event| {

@@ -1,5 +1,5 @@
-//! The kernels one by one, at nano's sizes and at those of a large model: products in operations a second, the others in
-//! numbers a second.
+//! The kernels one by one, at nano's sizes and at those of a large model: products in operations a
+//! second, the others in numbers a second.
 //!
 //! `cargo bench --bench kernels` or, for some of them, `cargo bench --bench kernels -- product`
 
@@ -21,8 +21,8 @@ fn random(shape: &[usize]) -> Tensor {
     Tensor::from_vec(values(shape.iter().product()), shape, &Device::Cpu).expect("random values")
 }
 
-/// Gate and up of nano, of Qwen2.5-0.5B and of its 3B: for a word, for the smallest grids of two rows, and for many
-/// tokens; and the same products by candle's `QMatMul`.
+/// Gate and up of nano, of Qwen2.5-0.5B and of its 3B: for a word, for the smallest grids of two
+/// rows, and for many tokens; and the same products by candle's `QMatMul`.
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("product");
     for (rows, columns) in [(768, 256), (4864, 896), (11008, 2048)] {

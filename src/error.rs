@@ -1,5 +1,5 @@
-//! The error type of the whole crate: a sentence, a hint with an exact command, an exit code, and the
-//! chain of its causes.
+//! The error type of the whole crate: a sentence, a hint with an exact command, an exit code, and
+//! the chain of its causes.
 
 use std::fmt;
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! No number of a config.json makes the program allocate, wrap or panic: every one of them is set to values that no model
-//! has, and shapes are compared with the headers of the weights before anything of that size is made.
+//! No number of a config.json makes the program allocate, wrap or panic: every one of them is set
+//! to values that no model has, and shapes are compared with the headers of the weights before
+//! anything of that size is made.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;

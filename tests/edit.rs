@@ -1,4 +1,5 @@
-//! `nextflow edit`, `gen --think` and `nextflow chat` with the embedded model, from the flags to the files.
+//! `nextflow edit`, `gen --think` and `nextflow chat` with the embedded model, from the flags to
+//! the files.
 #![cfg(feature = "nano")]
 
 mod common;
@@ -157,7 +158,8 @@ fn a_conversation_draws_edits_and_looks() {
     // A new image has nothing to do with those before.
     let [r, g, b] = image(3).get_pixel(64, 64).0;
     assert!(r > 150 && g > 120 && b < 120, "{r} {g} {b} is not yellow");
-    // An edit of an edit goes on from what is in the cache: the image, bar the sum of its codes and what ends it.
+    // An edit of an edit goes on from what is in the cache: the image, bar the sum of its codes and
+    // what ends it.
     let number = |i: usize, key: &str| lines[i][key].as_u64().unwrap();
     assert!(number(1, "cached_tokens") >= number(0, "prompt_tokens") + 203, "{stdout}");
     for part in [

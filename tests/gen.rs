@@ -277,7 +277,8 @@ fn a_png_is_drawn_again_but_for_what_is_given() {
     gen_ok(here, &["-p", "a red circle", "--size", "8:5", "--seed", "1", "-o", "wide.png"]);
     gen_ok(here, &["--from", "wide.png", "-o", "wide-again.png"]);
     assert!(read("wide-again.png") == read("wide.png"));
-    // Passes that this model does not take are left out, as another model's are; typed, they are refused.
+    // Passes that this model does not take are left out, as another model's are; typed, they are
+    // refused.
     let mut told = PngInfo::of_png(&read("one.png")).unwrap();
     told.passes = Some(2);
     let picture = image::open(here.join("one.png")).unwrap().to_rgb8();

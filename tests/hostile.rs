@@ -1,4 +1,5 @@
-//! Files and prompts that would take memory or time without bound: each is refused in a sentence, quickly.
+//! Files and prompts that would take memory or time without bound: each is refused in a sentence,
+//! quickly.
 
 #![cfg(target_os = "linux")]
 
@@ -60,7 +61,8 @@ fn nextflow(folder: &Path, args: &[&str], input: &[u8]) -> Run {
 
 const MB: u64 = 1_000_000;
 
-/// Refused with this exit code, by one sentence that has `part` in it, and a hint, within some memory.
+/// Refused with this exit code, by one sentence that has `part` in it, and a hint, within some
+/// memory.
 fn refused(folder: &Path, args: &[&str], input: &[u8], code: i32, part: &str, most: u64) {
     let Run { code: got, err, peak, .. } = nextflow(folder, args, input);
     assert_eq!(got, code, "{args:?}: {err}");
@@ -82,7 +84,8 @@ fn model(folder: &Path, of: &Path, name: &str, tokenizer: &[u8]) -> String {
     copy.path().display().to_string()
 }
 
-/// nano's tokenizer, or that of the tiny Qwen2.5-VL, with some parts replaced; `a.b` names `b` of `a`.
+/// nano's tokenizer, or that of the tiny Qwen2.5-VL, with some parts replaced; `a.b` names `b` of
+/// `a`.
 fn tokenizer(of: &Path, changes: &Value) -> Vec<u8> {
     let mut file: Value = serde_json::from_slice(&fs::read(of.join("tokenizer.json")).unwrap()).unwrap();
     for (key, value) in changes.as_object().unwrap() {

@@ -1,5 +1,5 @@
-//! Infinity's transformer and its loop against the reference's own numbers. Which models and runs there are, their shapes and
-//! settings, is read from tests/data/infinity/infinity.json.
+//! Infinity's transformer and its loop against the reference's own numbers. Which models and runs
+//! there are, their shapes and settings, is read from tests/data/infinity/infinity.json.
 
 #[path = "common/headers.rs"]
 mod headers;
@@ -123,7 +123,8 @@ impl Loaded {
 
 impl Run {
     fn sampling(&self) -> Sampling {
-        // 1 stands for guidance of probabilities, which the reference takes for an option and never does.
+        // 1 stands for guidance of probabilities, which the reference takes for an option and never
+        // does.
         let idle = self.cfg_insertion_layer.contains(&1);
         let layers: Vec<usize> =
             self.cfg_insertion_layer.iter().filter(|&&l| l <= 0).map(|l| l.unsigned_abs() as usize).collect();
@@ -170,7 +171,8 @@ impl Golden {
         Self { run: run.into(), all: tensors(&format!("{run}.io.safetensors")), seen: RefCell::default() }
     }
 
-    /// Compares with a tensor, if there is one, of as many rows: the reference reads unconditional rows that nothing needs.
+    /// Compares with a tensor, if there is one, of as many rows: the reference reads unconditional
+    /// rows that nothing needs.
     fn close(&self, key: &str, got: &Tensor) {
         let Some(want) = self.all.get(key).map(|want| want.to_dtype(DType::F32).unwrap()) else { return };
         self.seen.borrow_mut().insert(key.into());

@@ -1,5 +1,5 @@
-//! Infinity on the real program: a tiny model in a folder, with the reference's tiny transformer and tokenizer and a text encoder
-//! of random weights.
+//! Infinity on the real program: a tiny model in a folder, with the reference's tiny transformer
+//! and tokenizer and a text encoder of random weights.
 
 #[path = "common/headers.rs"]
 mod headers;
@@ -240,7 +240,8 @@ fn files_of_one_model_are_found_and_others_refused() {
     let folder = wrong.path().to_str().unwrap();
     let error = fails(&gen_args(folder, "x.png", &[]), 3, "infinity_vae_d32.pth");
     assert!(error.contains("hf download FoundationVision/Infinity infinity_vae_d32reg.pth"), "{error}");
-    // With the right one beside it, that one is taken, and the text encoder's width is what does not fit.
+    // With the right one beside it, that one is taken, and the text encoder's width is what does
+    // not fit.
     header_only(&data("keys_infinity_vae_d32reg.txt"), &wrong.path().join("infinity_vae_d32reg.pth"));
     fails(&gen_args(folder, "x.png", &[]), 3, "gives 256 features, its transformer reads 2048");
     std::fs::remove_dir_all(wrong.path().join("flan-t5-xl")).unwrap();

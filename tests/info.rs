@@ -16,7 +16,8 @@ fn works(folder: &Path, args: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-/// A safetensors file of nothing but a header: the tensors of a list of keys and dimensions, whose data is a hole.
+/// A safetensors file of nothing but a header: the tensors of a list of keys and dimensions, whose
+/// data is a hole.
 fn header_only(path: &Path, list: &str, change: impl Fn(&str) -> Option<Vec<u64>>) {
     let (mut entries, mut end) = (Vec::new(), 0);
     for line in list.lines() {

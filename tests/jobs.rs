@@ -133,7 +133,8 @@ fn lines_that_make_no_sense_are_told_before_anything_is_drawn() {
     assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("line 2 of bad.jsonl: "));
     fs::write(here.join("bad.jsonl"), format!("{{\"prompt\": \"{}\"}}", "x".repeat(2 << 20))).unwrap();
     assert!(run(here, &["--jsonl", "bad.jsonl"]).2.contains("longer than 1 MB"));
-    // What is too long is passed over where the rest goes on, and a hint is for a line, not for flags.
+    // What is too long is passed over where the rest goes on, and a hint is for a line, not for
+    // flags.
     let long = format!("{{\"prompt\": \"{}\"}}\n{{\"prompt\": \"x\", \"cfg_until\": 9}}\n", "x".repeat(2 << 20));
     fs::write(here.join("bad.jsonl"), long).unwrap();
     let (_, told, _) = run(here, &["--jsonl", "bad.jsonl", "--keep-going"]);
@@ -328,8 +329,8 @@ fn files_of_other_systems_are_read() {
     }
 }
 
-/// What a process that is killed in the middle of a file leaves is removed by the next one; what another still writes
-/// is not.
+/// What a process that is killed in the middle of a file leaves is removed by the next one; what
+/// another still writes is not.
 #[cfg(target_os = "linux")]
 #[test]
 fn what_a_killed_process_left_is_removed() {

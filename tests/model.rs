@@ -32,8 +32,8 @@ fn run(args: &[&str], dir: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_nextflow")).args(args).current_dir(dir).output().unwrap()
 }
 
-/// Draws with a model whose folder was changed; asserts the exit code and that nothing was written. What is broken, and not just
-/// meaningless, is also found without drawing.
+/// Draws with a model whose folder was changed; asserts the exit code and that nothing was written.
+/// What is broken, and not just meaningless, is also found without drawing.
 fn fails(code: i32, change: impl FnOnce(&Path)) -> String {
     let dir = tempfile::tempdir().unwrap();
     let model = folder(dir.path());

@@ -115,7 +115,8 @@ fn the_forecast_holds() {
         let (Some(peak), forecast) = (report["peak_bytes"].as_f64(), report["forecast_bytes"].as_f64().unwrap()) else {
             continue;
         };
-        // What the program itself takes differs by a few MB between machines and their numbers of threads.
+        // What the program itself takes differs by a few MB between machines and their numbers of
+        // threads.
         assert!((forecast - peak).abs() < 0.1 * peak + 1e7, "{weights:?}: forecast {forecast}, peak {peak}");
     }
 }

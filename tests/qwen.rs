@@ -1,5 +1,5 @@
-//! Qwen2.5-VL folders as transformers 4.49 to 5.24 and other programs write them. Expected tokens are greedy ones of
-//! transformers 5.24 in f32 on the same folders (tests/data/qwen/README.md).
+//! Qwen2.5-VL folders as transformers 4.49 to 5.24 and other programs write them. Expected tokens
+//! are greedy ones of transformers 5.24 in f32 on the same folders (tests/data/qwen/README.md).
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,7 +12,8 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 const QUESTION: &str = "what is this";
-/// What is said to the folder as it is, after `wide.png`, and the same without an image to the message "no".
+/// What is said to the folder as it is, after `wide.png`, and the same without an image to the
+/// message "no".
 const USUAL: [u32; 24] =
     [19, 158, 28, 116, 255, 5, 277, 252, 143, 60, 100, 91, 104, 110, 274, 158, 275, 101, 158, 158, 112, 3, 22, 137];
 const TIED: [u32; 24] = [
@@ -72,7 +73,8 @@ impl Folder {
         self.write(name, &value)
     }
 
-    /// The tensors with other names, those without one left out, in as many files with an index, or in one.
+    /// The tensors with other names, those without one left out, in as many files with an index, or
+    /// in one.
     fn rename(&self, shards: usize, name: impl Fn(&str) -> Option<String>) -> &Self {
         let bytes = fs::read(data("tiny/model.safetensors")).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
@@ -111,8 +113,8 @@ impl Folder {
         (answer["prompt_tokens"].as_u64().unwrap(), answer["text"].as_str().unwrap().into())
     }
 
-    /// Every command that reads the folder: the answer is these tokens, `info` finds all of it, and copies made of it
-    /// answer the same.
+    /// Every command that reads the folder: the answer is these tokens, `info` finds all of it, and
+    /// copies made of it answer the same.
     #[track_caller]
     fn answers(&self, prompt: u64, ids: &[u32]) {
         assert_eq!(self.ask(), (prompt, words(ids)));
@@ -217,7 +219,8 @@ fn configs_of_every_version_are_read() {
         if version == "4.57" {
             tied.copies_answer(&TIED);
         }
-        // A head that is there although it is tied is another one: transformers 5 then ties nothing.
+        // A head that is there although it is tied is another one: transformers 5 then ties
+        // nothing.
         Folder::new().write("config.json", &config("tied")).answers(141, &USUAL);
     }
 }
@@ -320,7 +323,8 @@ fn fields_that_are_null_or_left_out_are_the_librarys() {
     folder.answers(141, &USUAL);
 }
 
-/// What other programs leave in a folder: settings of trainers, a video processor, tables of added tokens, another vocabulary.
+/// What other programs leave in a folder: settings of trainers, a video processor, tables of added
+/// tokens, another vocabulary.
 #[test]
 fn extra_files_and_fields_of_other_programs_change_nothing() {
     let folder = Folder::new();
@@ -496,7 +500,8 @@ fn pointers_of_git_lfs_are_named_in_any_file() {
     }
 }
 
-/// Sizes that the weights do not have are refused by the shapes, before anything of that size is made.
+/// Sizes that the weights do not have are refused by the shapes, before anything of that size is
+/// made.
 #[test]
 fn sizes_that_the_weights_do_not_have_are_refused_at_once() {
     for (width, part) in [(1u64 << 20, "1048576"), (1 << 24, "16777216"), (1 << 31, "2147483648"), (u64::MAX, "")] {

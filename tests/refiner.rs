@@ -1,4 +1,5 @@
-//! The refiner against PyTorch on the same random weights: the network at three times, and a whole refinement.
+//! The refiner against PyTorch on the same random weights: the network at three times, and a whole
+//! refinement.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;

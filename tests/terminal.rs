@@ -42,7 +42,8 @@ impl Terminal {
         let state = tempfile::tempdir().unwrap();
         let (mut master, mut slave) = (0, 0);
         let size = libc::winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the pointers are to variables of the types that are asked for, or null where that is allowed.
+        // SAFETY: the pointers are to variables of the types that are asked for, or null where that
+        // is allowed.
         #[allow(unsafe_code)]
         let opened =
             unsafe { libc::openpty(&mut master, &mut slave, std::ptr::null_mut(), std::ptr::null(), &raw const size) };

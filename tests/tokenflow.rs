@@ -1,5 +1,5 @@
-//! TokenFlow's public tokenizers from outside: their key lists, how images reach them, what their codes tell a language
-//! model.
+//! TokenFlow's public tokenizers from outside: their key lists, how images reach them, what their
+//! codes tell a language model.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
-//! TokenFlow-t2i's language model and its loop against the public reference, run at tiny widths (tests/data/tokenflow).
+//! TokenFlow-t2i's language model and its loop against the public reference, run at tiny widths
+//! (tests/data/tokenflow).
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -66,7 +67,8 @@ fn ids(t: &Tensor, row: usize) -> Vec<u32> {
     t.get(row).unwrap().to_vec1::<i64>().unwrap().into_iter().map(|i| i as u32).collect()
 }
 
-/// The conditional and unconditional prefix of one of the reference's two prompts, laid out anew from their texts.
+/// The conditional and unconditional prefix of one of the reference's two prompts, laid out anew
+/// from their texts.
 fn prefixes(golden: &HashMap<String, Tensor>, row: usize) -> [Prefix; 2] {
     const PAD: u32 = 32;
     let config = PromptConfig { bos: Some(1), padded_to: Some(8), ..PromptConfig::default() };
@@ -193,7 +195,8 @@ fn hidden_states_equal_the_reference_layer_by_layer() {
             let got = cut.forward(x, &rope, Context::Masked(mask)).unwrap();
             let want = &golden[&format!("final_hidden_{layers}")];
             let want = if layers == 3 { want.clone() } else { ops::rms_norm(want, &norm, 1e-5).unwrap() };
-            // Rows of the first prompt: three pads, and five in the negative prompt. What pads hold is nobody's business.
+            // Rows of the first prompt: three pads, and five in the negative prompt. What pads hold
+            // is nobody's business.
             for (row, (from, pads)) in [(0, 3), (2, 5)].into_iter().enumerate() {
                 let seen = |t: &Tensor, row| t.get(row).unwrap().narrow(0, pads, 49 - pads).unwrap();
                 close(&format!("{run}, layer {layers}"), &seen(&got, from), &seen(&want, row), FEATURES);
@@ -216,7 +219,8 @@ fn keys() -> Vec<(String, Vec<usize>)> {
     keys
 }
 
-/// What the full model says of a file with a header of these tensors; none of their data is ever read or written.
+/// What the full model says of a file with a header of these tensors; none of their data is ever
+/// read or written.
 fn verdict<'a>(keys: impl Iterator<Item = &'a (String, Vec<usize>)>) -> String {
     let mut end = 0;
     let mut entry = |(key, shape): &(String, Vec<usize>)| {
@@ -245,7 +249,8 @@ fn the_7b_model_asks_for_exactly_the_public_tensors() {
     assert_eq!(keys.len(), 363);
     let elements: usize = keys.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     assert_eq!(elements - 2, TOKENFLOW_T2I_7B.parameters());
-    // All that is asked for is there, in its shape; and it is as much as there is, but for the two scalars.
+    // All that is asked for is there, in its shape; and it is as much as there is, but for the two
+    // scalars.
     let all = verdict(keys.iter());
     assert!(all.contains("cannot load") && all.contains("all there"), "{all}");
     let none = verdict(keys.iter().filter(|(_, shape)| shape.is_empty()));

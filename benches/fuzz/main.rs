@@ -4,8 +4,9 @@
 //!
 //! A worker process mutates known inputs of its target, and those of their mutants that were read
 //! without an error, and reads each. It is a fault if a reader panics, dies of a signal, takes more
-//! processor time than [`MAX_TIME`] or allocates more than [`MAX_MEMORY`]. Inputs that were at fault stay in FOLDER;
-//! the parent starts the next worker after one that died. Prints one JSON object a target.
+//! processor time than [`MAX_TIME`] or allocates more than [`MAX_MEMORY`]. Inputs that were at
+//! fault stay in FOLDER; the parent starts the next worker after one that died. Prints one JSON
+//! object a target.
 
 mod mutate;
 mod targets;
@@ -24,7 +25,8 @@ use targets::Target;
 
 /// The most processor time that one input may take.
 const MAX_TIME: Duration = Duration::from_secs(2);
-/// The most that one input may have allocated at a time, in bytes: twice the limit of decoded images.
+/// The most that one input may have allocated at a time, in bytes: twice the limit of decoded
+/// images.
 const MAX_MEMORY: usize = 512 << 20;
 /// Where a worker gives up on an input, by the clock: others may have the processors.
 const HUNG: Duration = Duration::from_secs(120);

@@ -107,7 +107,8 @@ impl Target {
         }
     }
 
-    /// A mutant of one of the inputs. Where a format has lengths and checksums around what is read, most mutants have right ones.
+    /// A mutant of one of the inputs. Where a format has lengths and checksums around what is read,
+    /// most mutants have right ones.
     pub fn mutant(self, mutator: &mut Mutator, pool: &[Vec<u8>]) -> Vec<u8> {
         let (mut input, other) = (mutator.pick(pool).clone(), mutator.pick(pool).clone());
         let raw = mutator.below(4) == 0;

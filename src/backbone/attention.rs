@@ -170,8 +170,8 @@ impl SelfAttention {
         self.o_proj.forward_add(residual, &self.heads(x, rope, layer, context)?)
     }
 
-    /// x plus [`Self::forward`] of its norm, as one operation that can be trained; None where there is
-    /// none.
+    /// x plus [`Self::forward`] of its norm, as one operation that can be trained; None where there
+    /// is none.
     pub(super) fn trained_branch(
         &self,
         x: &Tensor,

@@ -1,5 +1,6 @@
-//! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or after it (TokenFlow-t2i).
-//! candle-transformers' Qwen2 has neither three-dimensional positions nor a cache that is allocated beforehand.
+//! The block: grouped-query attention and SwiGLU, each with an RMSNorm before it (Qwen2.5) or after
+//! it (TokenFlow-t2i). candle-transformers' Qwen2 has neither three-dimensional positions nor a
+//! cache that is allocated beforehand.
 
 use candle_core::{Result, Tensor};
 
@@ -40,8 +41,8 @@ impl SwiGlu {
         self.down_proj.forward_add(residual, &self.gated(x)?)
     }
 
-    /// x plus [`Self::forward`] of its norm, as one operation that can be trained; None where there is
-    /// none.
+    /// x plus [`Self::forward`] of its norm, as one operation that can be trained; None where there
+    /// is none.
     fn trained_branch(&self, x: &Tensor, norm: &RmsNorm) -> Result<Option<Tensor>> {
         let Projections::Apart([gate, up]) = &self.gate_up_proj else { return Ok(None) };
         ops::swiglu_branch(x, norm.parts(), [gate.weight(), up.weight(), self.down_proj.weight()])

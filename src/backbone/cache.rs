@@ -4,8 +4,9 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::BackboneConfig;
 
-/// Preallocated from the schedule: nothing grows while an image is drawn, and a conversation grows it in large steps. Every
-/// row of a batch has one of its own, so rows with prompts of different lengths need neither padding nor a mask.
+/// Preallocated from the schedule: nothing grows while an image is drawn, and a conversation grows
+/// it in large steps. Every row of a batch has one of its own, so rows with prompts of different
+/// lengths need neither padding nor a mask.
 #[derive(Debug)]
 pub struct Cache {
     /// Keys and values of every layer, each (1, capacity, kv_heads, head_dim).
@@ -21,7 +22,8 @@ impl Cache {
         Self::of_layers(c.num_hidden_layers, (c.num_key_value_heads, c.head_dim()), capacity, dtype, device)
     }
 
-    /// Room for `capacity` positions of so many layers, whose keys and values are (heads, head_dim).
+    /// Room for `capacity` positions of so many layers, whose keys and values are
+    /// (heads, head_dim).
     pub(crate) fn of_layers(
         layers: usize,
         (heads, head_dim): (usize, usize),
@@ -34,8 +36,8 @@ impl Cache {
         Ok(Self { layers, length: 0, capacity })
     }
 
-    /// Makes room for `capacity` positions; what is there stays. Grows by half at least, so that a conversation is not copied
-    /// at every word.
+    /// Makes room for `capacity` positions; what is there stays. Grows by half at least, so that a
+    /// conversation is not copied at every word.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
         if capacity <= self.capacity {
             return Ok(());
@@ -68,7 +70,8 @@ impl Cache {
         self.length == 0
     }
 
-    /// Holds what `other`, of the same model, holds, in place of what it held. Errors if there is no room.
+    /// Holds what `other`, of the same model, holds, in place of what it held. Errors if there is
+    /// no room.
     pub fn copy(&mut self, other: &Self) -> Result<()> {
         self.length = 0;
         for (layer, (keys, values)) in other.layers.iter().enumerate() {
@@ -78,8 +81,8 @@ impl Cache {
         Ok(())
     }
 
-    /// Writes keys and values (1, T, kv_heads, head_dim) after what it holds and returns all of them.
-    /// The length moves on only with [`Cache::advance`], after the last layer.
+    /// Writes keys and values (1, T, kv_heads, head_dim) after what it holds and returns all of
+    /// them. The length moves on only with [`Cache::advance`], after the last layer.
     pub(crate) fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (start, tokens) = (self.length, k.dim(1)?);
         if start + tokens > self.capacity {
@@ -112,7 +115,8 @@ impl Cache {
         Ok((Tensor::cat(&[&keys, k], 1)?, Tensor::cat(&[&values, v], 1)?))
     }
 
-    /// All keys and values, with these (1, T, kv_heads, head_dim) in the place of the last T; nothing is written.
+    /// All keys and values, with these (1, T, kv_heads, head_dim) in the place of the last T;
+    /// nothing is written.
     pub(super) fn with_last(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Some(start) = self.length.checked_sub(k.dim(1)?) else {
             candle_core::bail!("a sequence of {} has no {} last tokens", self.length, k.dim(1)?);

@@ -1,4 +1,5 @@
-//! Input embedding of image codes: connector, per-scale embedding, and the paper's scale-length embedding.
+//! Input embedding of image codes: connector, per-scale embedding, and the paper's scale-length
+//! embedding.
 
 use candle_core::{D, Result, Tensor, bail};
 
@@ -7,14 +8,16 @@ use crate::checkpoint::{Init, Weights};
 use crate::nn::Linear;
 use crate::ops;
 
-/// Connector, scale embedding and scale-length embedding: from features of codes to inputs of the transformer.
+/// Connector, scale embedding and scale-length embedding: from features of codes to inputs of the
+/// transformer.
 #[derive(Debug)]
 pub(super) struct CodeEmbedding {
     connector: [Linear; 2],
-    /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with `code_positions`. The first
-    /// scale is never an input, so its row is not used.
+    /// Row k is added to the tokens of scale k, or row k + 1 if row 0 is added to text: with
+    /// `code_positions`. The first scale is never an input, so its row is not used.
     scale_embed: Tensor,
-    /// Row 0 is added to the token that predicts the first code, the others to the codes of the other scales in order.
+    /// Row 0 is added to the token that predicts the first code, the others to the codes of the
+    /// other scales in order.
     code_positions: Option<Tensor>,
     hidden_size: usize,
     /// Add [`scale_length_embedding`] to every row of `scale_embed`.
@@ -22,8 +25,8 @@ pub(super) struct CodeEmbedding {
 }
 
 impl CodeEmbedding {
-    /// TokenFlow's `mm_projector` for the connector; the scale embedding is our `scale_embed`, or TokenFlow-t2i's
-    /// `lvl_embed` with its code positions `pos_1LC`.
+    /// TokenFlow's `mm_projector` for the connector; the scale embedding is our `scale_embed`, or
+    /// TokenFlow-t2i's `lvl_embed` with its code positions `pos_1LC`.
     pub(super) fn load(model: &Weights, config: &BackboneConfig) -> Result<Self> {
         let hidden = config.hidden_size;
         let connector = model.pp("mm_projector");
@@ -55,9 +58,9 @@ impl CodeEmbedding {
         x.broadcast_add(&positions.narrow(0, 0, 1)?.pad_with_zeros(0, x.dim(1)? - 1, 0)?)
     }
 
-    /// Code features (..., T, code_dim) of images of `count` scales -> (..., T, hidden). `indices` are the scales (0-based) that
-    /// they feed, one for all or one for each. Codes of one image follow one another after its `first` codes; those of many
-    /// images have no such number.
+    /// Code features (..., T, code_dim) of images of `count` scales -> (..., T, hidden). `indices`
+    /// are the scales (0-based) that they feed, one for all or one for each. Codes of one image
+    /// follow one another after its `first` codes; those of many images have no such number.
     ///
     /// Errors: codes of many images, for a model with code positions.
     pub(super) fn codes(
@@ -81,8 +84,8 @@ impl CodeEmbedding {
         fc2.forward(&ops::gelu_erf(&fc1.forward(features)?)?)
     }
 
-    /// Scale embedding plus scale-length embedding of the scales `indices` (0-based) of an image of `count` scales:
-    /// (indices, hidden).
+    /// Scale embedding plus scale-length embedding of the scales `indices` (0-based) of an image of
+    /// `count` scales: (indices, hidden).
     fn scale_rows(&self, indices: &[usize], count: usize) -> Result<Tensor> {
         let text = usize::from(self.code_positions.is_some());
         let (table, device) = (&self.scale_embed, self.scale_embed.device());
@@ -96,9 +99,10 @@ impl CodeEmbedding {
     }
 }
 
-/// The paper's scale-length embedding: the sinusoidal embedding of K, the number of scales of an image, added to every
-/// grid that is an input, so from the second scale on: the first is predicted by the text's last token. As in "Attention Is All You Need": sines,
-/// then cosines, of geometric frequencies from 1 to 1e-4; (hidden,).
+/// The paper's scale-length embedding: the sinusoidal embedding of K, the number of scales of an
+/// image, added to every grid that is an input, so from the second scale on: the first is predicted
+/// by the text's last token. As in "Attention Is All You Need": sines, then cosines, of geometric
+/// frequencies from 1 to 1e-4; (hidden,).
 fn scale_length_embedding(scales: usize, hidden: usize) -> Vec<f32> {
     let half = hidden / 2;
     let angle = |i: usize| scales as f64 * (1e-4f64).powf(i as f64 / half as f64);

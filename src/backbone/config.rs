@@ -33,7 +33,8 @@ pub enum Vocabulary {
     /// Text, `<boi>`, `<eoi>`, codes. Codes have rows in the head only.
     #[default]
     Markers,
-    /// Text, codes. Codes have rows in the embedding too, and words of the text open an image (TokenFlow-t2i).
+    /// Text, codes. Codes have rows in the embedding too, and words of the text open an image
+    /// (TokenFlow-t2i).
     Plain,
 }
 
@@ -62,8 +63,8 @@ pub struct BackboneConfig {
     pub rope_scaling: Option<RopeScaling>,
     /// Rotary pairs of the scale (or text), row and column axes; their sum is half the head.
     pub mrope_section: [usize; 3],
-    /// C of the paper's Eq. 1: extent of the spatial axes, whatever the grid. Without it codes stand where text would:
-    /// at their index in the sequence, pads included.
+    /// C of the paper's Eq. 1: extent of the spatial axes, whatever the grid. Without it codes
+    /// stand where text would: at their index in the sequence, pads included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spatial_extent: Option<f64>,
     /// The text rows of the head are the embedding's.
@@ -76,10 +77,12 @@ pub struct BackboneConfig {
     pub input_mode: InputMode,
     /// The most scales an image may have: rows of the scale embedding.
     pub max_scales: usize,
-    /// Add the paper's scale-length embedding: the sinusoidal embedding of an image's number of scales.
+    /// Add the paper's scale-length embedding: the sinusoidal embedding of an image's number of
+    /// scales.
     pub scale_length_embedding: bool,
-    /// An image that others follow in the sequence ends with one more grid: the sum of all its scales. Without it
-    /// nothing after an image sees the codes of its last scale, which are never an input.
+    /// An image that others follow in the sequence ends with one more grid: the sum of all its
+    /// scales. Without it nothing after an image sees the codes of its last scale, which are never
+    /// an input.
     #[serde(default, skip_serializing_if = "is_default")]
     pub context_last_scale: bool,
     /// How codes join the vocabulary.
@@ -94,11 +97,12 @@ pub struct BackboneConfig {
     /// Epsilon of the RMSNorm over every head's queries and keys, if there is one.
     #[serde(default, skip_serializing_if = "is_default")]
     pub qk_norm_eps: Option<f64>,
-    /// Round the rotary frequencies to bf16, as TokenFlow-t2i's reference does when it casts the model.
+    /// Round the rotary frequencies to bf16, as TokenFlow-t2i's reference does when it casts the
+    /// model.
     #[serde(default, skip_serializing_if = "is_default")]
     pub bf16_frequencies: bool,
-    /// Rows of TokenFlow's learned table of code positions: the codes of a whole image. With it the scale embedding has
-    /// a row in front, which is added to text.
+    /// Rows of TokenFlow's learned table of code positions: the codes of a whole image. With it the
+    /// scale embedding has a row in front, which is added to text.
     #[serde(default, skip_serializing_if = "is_default")]
     pub code_positions: Option<usize>,
 }
@@ -107,7 +111,8 @@ fn yes() -> bool {
     true
 }
 
-/// Left out of a config that is written, so that one without TokenFlow's choices looks as if there were none.
+/// Left out of a config that is written, so that one without TokenFlow's choices looks as if there
+/// were none.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -144,7 +149,8 @@ impl BackboneConfig {
         }
     }
 
-    /// Rows of the head that are its own: all, or those of the codes if the others are the embedding's.
+    /// Rows of the head that are its own: all, or those of the codes if the others are the
+    /// embedding's.
     pub(super) fn head_rows(&self) -> usize {
         self.codebook_size + if self.tie_word_embeddings { 0 } else { self.first_code() }
     }

@@ -1,9 +1,10 @@
-//! The layout of text and images in one sequence: positions, and the tokens that each token attends to.
+//! The layout of text and images in one sequence: positions, and the tokens that each token attends
+//! to.
 
 use super::rope::{Position, grid_positions, text_position};
 
-/// The tokens of a sequence in order: text, `<boi>`, grids from the second scale on (the 1x1 grid is predicted by
-/// `<boi>` and never an input), `<eoi>`.
+/// The tokens of a sequence in order: text, `<boi>`, grids from the second scale on (the 1x1 grid
+/// is predicted by `<boi>` and never an input), `<eoi>`.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     /// Position of every token.
@@ -19,7 +20,8 @@ impl Layout {
         Self::default()
     }
 
-    /// An empty sequence that counts from `counter`, the number of left pads: they are masked, and therefore need not be stored.
+    /// An empty sequence that counts from `counter`, the number of left pads: they are masked, and
+    /// therefore need not be stored.
     pub fn after(counter: usize) -> Self {
         Self { counter, ..Self::default() }
     }
@@ -43,7 +45,8 @@ impl Layout {
     }
 
     /// Appends `<boi>`, or the last word that opens an image, and the grids of an image. `<eoi>` is
-    /// [`Layout::push_eoi`], which may be left out at the end of a sequence. Without an `extent` codes count on like text.
+    /// [`Layout::push_eoi`], which may be left out at the end of a sequence. Without an `extent`
+    /// codes count on like text.
     pub fn push_image(&mut self, scales: &[(usize, usize)], extent: Option<f64>) {
         self.push_marker();
         for (index, &(h, w)) in scales.iter().enumerate().skip(1) {
@@ -59,8 +62,8 @@ impl Layout {
         self.counter += if extent.is_some() { scales.len() } else { 1 };
     }
 
-    /// Appends an image that others may follow: with `whole` one more grid, that of its sum, in the place of a further scale, and
-    /// `<eoi>` after it.
+    /// Appends an image that others may follow: with `whole` one more grid, that of its sum, in the
+    /// place of a further scale, and `<eoi>` after it.
     pub fn push_context_image(&mut self, scales: &[(usize, usize)], extent: Option<f64>, whole: bool) {
         self.push_image(scales, extent);
         if let (true, Some(&grid), Some(extent)) = (whole, scales.last(), extent) {
@@ -71,8 +74,9 @@ impl Layout {
         self.push_eoi();
     }
 
-    /// Appends the tokens of an image of Qwen2.5-VL's vision encoder, a grid of (height, width): rows and columns count from the text
-    /// position, and text continues after the larger of the two. They are causal, like text.
+    /// Appends the tokens of an image of Qwen2.5-VL's vision encoder, a grid of (height, width):
+    /// rows and columns count from the text position, and text continues after the larger of the
+    /// two. They are causal, like text.
     pub fn push_patches(&mut self, (h, w): (usize, usize)) {
         let t = self.counter;
         for i in 0..h * w {

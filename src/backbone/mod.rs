@@ -1,5 +1,5 @@
-//! The decoder-only transformer: its blocks, rotary positions, and the input and output layers for image codes. NextFlow,
-//! TokenFlow-t2i and Qwen2.5-VL are configurations of it.
+//! The decoder-only transformer: its blocks, rotary positions, and the input and output layers for
+//! image codes. NextFlow, TokenFlow-t2i and Qwen2.5-VL are configurations of it.
 
 mod attention;
 mod block;
@@ -29,7 +29,8 @@ use crate::ops::WeightMatrix;
 use block::Block;
 use code_embedding::CodeEmbedding;
 
-/// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once for all rows.
+/// With fewer tokens a row, reading the weights takes longer than multiplying with them: then once
+/// for all rows.
 const APART: usize = 24;
 
 /// A loaded transformer. It holds no state: the keys and values of a sequence are in its [`Cache`].
@@ -49,8 +50,8 @@ pub struct Backbone {
 }
 
 impl Backbone {
-    /// Qwen2.5-VL's keys: `model.embed_tokens`, `model.layers.N`, `model.norm` and `lm_head`, where it is not tied. With
-    /// codes also a connector and tables (the README lists their keys).
+    /// Qwen2.5-VL's keys: `model.embed_tokens`, `model.layers.N`, `model.norm` and `lm_head`, where
+    /// it is not tied. With codes also a connector and tables (the README lists their keys).
     pub fn load(w: &Weights, config: &BackboneConfig) -> Result<Self> {
         config.check().map_err(candle_core::Error::Msg)?;
         let hidden = config.hidden_size;
@@ -102,7 +103,8 @@ impl Backbone {
         }
     }
 
-    /// Text of which the last token predicts the first code of an image: as [`Backbone::embed_text`].
+    /// Text of which the last token predicts the first code of an image: as
+    /// [`Backbone::embed_text`].
     pub fn embed_prefix(&self, ids: &Tensor) -> Result<Tensor> {
         self.image()?.prefix(self.embed_text(ids)?)
     }
@@ -114,8 +116,8 @@ impl Backbone {
         self.image()?.codes(features, &[index], scales.len(), Some(first))
     }
 
-    /// As [`Backbone::embed_codes`], for codes of many images of `count` scales at once, each of which feeds the scale in its
-    /// place of `indices`: (N, code_dim) -> (N, hidden).
+    /// As [`Backbone::embed_codes`], for codes of many images of `count` scales at once, each of
+    /// which feeds the scale in its place of `indices`: (N, code_dim) -> (N, hidden).
     ///
     /// Errors: a model with code positions.
     pub fn embed_mixed_codes(&self, features: &Tensor, indices: &[usize], count: usize) -> Result<Tensor> {
@@ -149,8 +151,8 @@ impl Backbone {
         }
     }
 
-    /// As [`Backbone::forward`] of whole sequences under a mask, for some of the R * T tokens only, `rows` (N) u32: (N, hidden).
-    /// The last layer's feed-forward half is computed for no others.
+    /// As [`Backbone::forward`] of whole sequences under a mask, for some of the R * T tokens only,
+    /// `rows` (N) u32: (N, hidden). The last layer's feed-forward half is computed for no others.
     pub fn forward_selected(&self, x: &Tensor, rope: &Rope, mask: &Tensor, rows: &Tensor) -> Result<Tensor> {
         let context = Context::Masked(mask);
         let mut y = if x.device().is_cpu() { x.clone() } else { x.copy()? };
@@ -161,8 +163,9 @@ impl Backbone {
         self.norm.forward(&self.layers[last].forward_selected(y, rope, last, &context, rows)?)
     }
 
-    /// Whether this is a CPU whose caches hold the weights, or nearly. Then threads are better given a row each than a part
-    /// of every product: they wait less for each other, and that they read the weights more than once costs little.
+    /// Whether this is a CPU whose caches hold the weights, or nearly. Then threads are better
+    /// given a row each than a part of every product: they wait less for each other, and that they
+    /// read the weights more than once costs little.
     pub fn stays_in_cache(&self) -> bool {
         const CACHED: usize = 64 << 20;
         self.device.is_cpu() && self.config.parameters() * self.dtype().size_in_bytes() <= CACHED

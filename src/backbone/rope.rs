@@ -1,5 +1,5 @@
-//! Multi-scale 3D RoPE (paper, Eq. 1 and Fig. 5), one-dimensional where an image is read like text: positions of text
-//! and image tokens, and their rotations.
+//! Multi-scale 3D RoPE (paper, Eq. 1 and Fig. 5), one-dimensional where an image is read like text:
+//! positions of text and image tokens, and their rotations.
 
 use candle_core::{Device, Tensor};
 use half::bf16;
@@ -14,8 +14,8 @@ pub fn text_position(t: usize) -> Position {
     [t as f32; 3]
 }
 
-/// The positions of one grid, row-major. `t` is the counter of `<boi>` plus the index of the scale; row and column
-/// axes run over (0, C * sqrt(h / w)) and (0, C * sqrt(w / h)) whatever the scale.
+/// The positions of one grid, row-major. `t` is the counter of `<boi>` plus the index of the scale;
+/// row and column axes run over (0, C * sqrt(h / w)) and (0, C * sqrt(w / h)) whatever the scale.
 pub fn grid_positions(t: usize, (h, w): (usize, usize), extent: f64) -> impl Iterator<Item = Position> {
     let step = extent / ((h * w) as f64).sqrt();
     let at = move |i: usize| (step * (i as f64 + 0.5)) as f32;
@@ -32,9 +32,10 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// Tables for `rows` of equally many positions. Pair j turns by `theta^(-2j / head_dim)`, scaled as the config has
-    /// it, times the coordinate of the axis that owns it: the first `mrope_section[0]` pairs belong to the scale, then rows, then columns. Where all
-    /// positions are [`text_position`]s that is the plain one-dimensional rotation.
+    /// Tables for `rows` of equally many positions. Pair j turns by `theta^(-2j / head_dim)`,
+    /// scaled as the config has it, times the coordinate of the axis that owns it: the first
+    /// `mrope_section[0]` pairs belong to the scale, then rows, then columns. Where all positions
+    /// are [`text_position`]s that is the plain one-dimensional rotation.
     pub fn new(config: &BackboneConfig, rows: &[&[Position]], device: &Device) -> candle_core::Result<Self> {
         let half = config.head_dim() / 2;
         let axes = config.mrope_section.iter().enumerate().flat_map(|(axis, &n)| std::iter::repeat_n(axis, n));

@@ -1,4 +1,5 @@
-//! Rotary frequencies for sequences longer than those of the training, as transformers computes them.
+//! Rotary frequencies for sequences longer than those of the training, as transformers computes
+//! them.
 
 use serde::{Deserialize, Serialize};
 

@@ -40,7 +40,8 @@ impl ChatMemory {
 }
 
 impl ChatConfig {
-    /// The grid (height, width) of the largest pass over an image of (width, height) pixels, and all its tokens.
+    /// The grid (height, width) of the largest pass over an image of (width, height) pixels, and
+    /// all its tokens.
     ///
     /// Errors: usage, for an image that is too narrow, or if the model sees none.
     pub fn image_tokens(&self, size: (u32, u32)) -> Result<((usize, usize), usize)> {
@@ -60,8 +61,8 @@ impl ChatConfig {
         }
     }
 
-    /// Memory of a conversation of `tokens` tokens, the largest of whose images is a grid of tokens `image`, with the weights as
-    /// `source` stores them (GGUF, or random) or as `weights`.
+    /// Memory of a conversation of `tokens` tokens, the largest of whose images is a grid of tokens
+    /// `image`, with the weights as `source` stores them (GGUF, or random) or as `weights`.
     ///
     /// Errors: a source whose header cannot be read.
     pub fn memory(

@@ -1,4 +1,5 @@
-//! Letterboxing: images of any size in a model's grids, and back, for `nextflow edit` and `nextflow chat`.
+//! Letterboxing: images of any size in a model's grids, and back, for `nextflow edit` and
+//! `nextflow chat`.
 
 use image::{RgbImage, imageops};
 
@@ -6,19 +7,22 @@ use crate::error::Result;
 use crate::generate::{ModelConfig, Size};
 use crate::pixels;
 
-/// The place of an image in the model's: scaled to fit and centred; where the ratios differ its border pixels are repeated.
+/// The place of an image in the model's: scaled to fit and centred; where the ratios differ its
+/// border pixels are repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Letterbox {
     /// Grids (height, width) coarse to fine.
     pub scales: Vec<(usize, usize)>,
     /// The model's image, (width, height) in pixels.
     outer: (u32, u32),
-    /// Left, top, width and height of the crop: the given image, or all of it if a size was asked for.
+    /// Left, top, width and height of the crop: the given image, or all of it if a size was asked
+    /// for.
     kept: [u32; 4],
 }
 
 impl Letterbox {
-    /// For an image of (width, height) pixels, in grids of its own ratio or of `size`, if that is not `auto`.
+    /// For an image of (width, height) pixels, in grids of its own ratio or of `size`, if that is
+    /// not `auto`.
     ///
     /// Errors: usage, for a size that the model does not draw.
     pub fn of(config: &ModelConfig, dimensions: (u32, u32), size: Size) -> Result<Self> {

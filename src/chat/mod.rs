@@ -171,7 +171,8 @@ impl ChatConfig {
         Self { backbone, vision, drawing: None, system, sampling, context: 32_768, notes, stops, template: None }
     }
 
-    /// Summaries of a checkpoint's files, and how their tensors compare with those that this config's modules load.
+    /// Summaries of a checkpoint's files, and how their tensors compare with those that this
+    /// config's modules load.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -218,7 +219,8 @@ pub struct ChatModel {
 }
 
 impl ChatModel {
-    /// Checks that [`ChatModel::load`] can load the checkpoint of `config`, by its text tokenizer and the headers of its weights.
+    /// Checks that [`ChatModel::load`] can load the checkpoint of `config`, by its text tokenizer
+    /// and the headers of its weights.
     ///
     /// Errors: those of [`ChatModel::load`].
     pub fn check(source: &Source, config: &ChatConfig) -> Result<()> {
@@ -229,7 +231,8 @@ impl ChatModel {
         })
     }
 
-    /// Loads the checkpoint of `config` onto `device`, as `weights`, by default f32 on a CPU and bf16 elsewhere.
+    /// Loads the checkpoint of `config` onto `device`, as `weights`, by default f32 on a CPU and
+    /// bf16 elsewhere.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not chat.
     pub fn load(source: &Source, mut config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
@@ -253,7 +256,8 @@ impl ChatModel {
 
     /// NextFlow with weights in memory.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a text tokenizer without the tokens of conversations.
+    /// Errors: [`crate::error::Kind::Model`] for a text tokenizer without the tokens of
+    /// conversations.
     pub fn nextflow(config: ModelConfig, text: Text, backbone: Backbone, tokenizer: ImageTokenizer) -> Result<Self> {
         let template = Template::of(&text, ImageMarks::NONE)?;
         let reader = Reader::Backbone(Box::new(backbone), None);
@@ -367,7 +371,8 @@ impl ChatModel {
         }
     }
 
-    /// The beginning of generated text, without the space that a tokenizer like Llama's puts before the first word.
+    /// The beginning of generated text, without the space that a tokenizer like Llama's puts before
+    /// the first word.
     fn opening<'a>(&self, words: &'a str, first: bool) -> &'a str {
         if first && self.spaced { words.strip_prefix(' ').unwrap_or(words) } else { words }
     }
@@ -377,8 +382,8 @@ impl ChatModel {
         self.config.drawing.as_ref().is_some_and(|config| config.conversation.draws)
     }
 
-    /// Logits of all text tokens and, where it draws of its own accord, of `<boi>`, for hidden states
-    /// (1, 1, hidden).
+    /// Logits of all text tokens and, where it draws of its own accord, of `<boi>`, for hidden
+    /// states (1, 1, hidden).
     fn logits(&self, hidden: &Tensor) -> candle_core::Result<Vec<f32>> {
         let logits = self.reader.text_logits(hidden)?.flatten_all()?;
         let words = self.config.backbone.vocab_size + usize::from(self.draws());

@@ -41,7 +41,8 @@ pub struct PictureCodes {
     pub codes: ImageCodes,
     /// Grids (height, width).
     pub scales: Vec<(usize, usize)>,
-    /// Input features (h * w, D) of every scale from the second on and, where the model reads it, of the whole.
+    /// Input features (h * w, D) of every scale from the second on and, where the model reads it,
+    /// of the whole.
     inputs: Vec<Vec<f32>>,
 }
 
@@ -129,7 +130,8 @@ pub(super) enum Token {
 }
 
 impl Token {
-    /// What tokens that are read in one pass have in common: the input of an image, or that they are none.
+    /// What tokens that are read in one pass have in common: the input of an image, or that they
+    /// are none.
     fn input(&self) -> Option<(u64, u32)> {
         match *self {
             Token::Code(id, input, _) => Some((id, input)),

@@ -35,8 +35,8 @@ impl TextSampling {
         within("top_p", self.top_p, false, 1.0)
     }
 
-    /// Samples the token at `position` from `logits`; `before` marks the tokens so far. None if a logit is NaN or the largest is not
-    /// finite.
+    /// Samples the token at `position` from `logits`; `before` marks the tokens so far. None if a
+    /// logit is NaN or the largest is not finite.
     pub fn sample(&self, mut logits: Vec<f32>, before: &[bool], seed: u64, position: usize) -> Option<u32> {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if logits.iter().any(|v| v.is_nan()) || !largest.is_finite() {

@@ -35,7 +35,8 @@ impl Turn {
     }
 }
 
-/// A sequence: the whole conversation, or its images alone, from which guidance leads away (as in InstructPix2Pix).
+/// A sequence: the whole conversation, or its images alone, from which guidance leads away (as in
+/// InstructPix2Pix).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Row {
     Conditional,
@@ -123,11 +124,12 @@ impl<'a> Session<'a> {
         self.turns.push(Turn { role, parts });
     }
 
-    /// Sends a message and returns the model's reply; `observe` gets its events. A reply that the observer stops stays as far as it
-    /// got; after an error the conversation is as before.
+    /// Sends a message and returns the model's reply; `observe` gets its events. A reply that the
+    /// observer stops stays as far as it got; after an error the conversation is as before.
     ///
-    /// Errors: usage, if the conversation is longer than the model's context, [`Kind::NonFinite`] if the model gives no
-    /// finite numbers, [`Kind::Interrupted`] if `observe` breaks before the first word or image.
+    /// Errors: usage, if the conversation is longer than the model's context, [`Kind::NonFinite`]
+    /// if the model gives no finite numbers, [`Kind::Interrupted`] if `observe` breaks before the
+    /// first word or image.
     pub fn say(
         &mut self,
         pictures: Vec<Picture>,
@@ -138,8 +140,9 @@ impl<'a> Session<'a> {
         self.take_turn(pictures, text, |session| session.answer(options, observe))
     }
 
-    /// Sends a message that the model answers with an image in any case: of the grids `scales` or, without them, of those of the
-    /// last image, as for an edit. Before it the model may announce it in text.
+    /// Sends a message that the model answers with an image in any case: of the grids `scales` or,
+    /// without them, of those of the last image, as for an edit. Before it the model may announce
+    /// it in text.
     ///
     /// Errors: as [`Session::say`], and usage if the model does not draw.
     pub fn draw(
@@ -327,7 +330,8 @@ impl<'a> Session<'a> {
         before
     }
 
-    /// Prefills the part of a sequence that a row's cache lacks. Returns how many tokens it had, and the hidden state of the last one.
+    /// Prefills the part of a sequence that a row's cache lacks. Returns how many tokens it had,
+    /// and the hidden state of the last one.
     pub(super) fn catch_up(
         &mut self,
         row: Row,

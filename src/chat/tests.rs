@@ -1,4 +1,5 @@
-//! Against transformers' `Qwen2_5_VLForConditionalGeneration` at tiny widths (tests/data/qwen/README.md).
+//! Against transformers' `Qwen2_5_VLForConditionalGeneration` at tiny widths
+//! (tests/data/qwen/README.md).
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -107,8 +108,8 @@ fn a_conversation_with_two_images_is_as_the_reference_reads_it() {
     close("features", &features, &golden["two.features"], 1e-4);
     let mut session = Session::new(&model).unwrap();
     session.set_system("Be brief.");
-    // The golden conversation has text between its images, which a message of ours has after them: the tokens are put
-    // together by hand.
+    // The golden conversation has text between its images, which a message of ours has after them:
+    // the tokens are put together by hand.
     let pad = model.pad.unwrap();
     let mut want = ids(&golden["two.ids"]).into_iter().peekable();
     session.push(Role::User, vec![Part::Image(first.clone()), Part::Image(second.clone())]);
@@ -175,7 +176,8 @@ fn texts_become_the_ids_of_the_reference() {
     assert!(!typed.contains(&151_644) && typed.len() > 1);
 }
 
-/// An edit in a conversation, greedy and guided: every code is the likeliest under one masked pass over the whole of it.
+/// An edit in a conversation, greedy and guided: every code is the likeliest under one masked pass
+/// over the whole of it.
 #[cfg(feature = "nano")]
 #[test]
 fn an_edit_is_what_the_masked_pass_says() {
@@ -230,7 +232,8 @@ fn an_edit_is_what_the_masked_pass_says() {
         assert!(likeliest.into_iter().map(u64::from).eq(codes.iter().copied()), "scale {scale}");
         at += h * w;
     }
-    // What was drawn is in the cache: the next turn reads the sum of its codes, its end, and what is new.
+    // What was drawn is in the cache: the next turn reads the sum of its codes, its end, and what
+    // is new.
     let (next, _) =
         (session.turns().len(), session.say(vec![], "what is it?", &options, &mut |_| ControlFlow::Continue(())));
     assert_eq!(session.turns().len(), next + 2);
@@ -244,8 +247,8 @@ fn an_edit_is_what_the_masked_pass_says() {
     assert!(session.read[0].starts_with(&sequence.tokens));
 }
 
-/// Where guidance ends early its row has not read the whole image: the next edit reads the rest, and draws what a session draws
-/// that reads all of it anew.
+/// Where guidance ends early its row has not read the whole image: the next edit reads the rest,
+/// and draws what a session draws that reads all of it anew.
 #[cfg(feature = "nano")]
 #[test]
 fn guidance_that_ended_early_goes_on_with_the_next_edit() {

@@ -107,8 +107,8 @@ impl Weights {
         Self::new(Store::Plan(archives, dtype, Mutex::default()), &Device::Cpu)
     }
 
-    /// Weights without a file, whose tensors are a zero broadcast to their shape: [`Self::requested`]
-    /// then lists the keys and shapes of a model without its memory.
+    /// Weights without a file, whose tensors are a zero broadcast to their shape:
+    /// [`Self::requested`] then lists the keys and shapes of a model without its memory.
     pub fn inventory() -> Self {
         Self::new(Store::Inventory(Mutex::default()), &Device::Cpu)
     }

@@ -80,7 +80,8 @@ pub struct SamplingArgs {
     /// model's]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Refine the image by diffusion in STEPS steps, to twice its size [default: as the model does; edit: off]
+    /// Refine the image by diffusion in STEPS steps, to twice its size [default: as the model does;
+    /// edit: off]
     #[arg(long, value_name = "STEPS", num_args = 0..=1, require_equals = true, conflicts_with = "no_refine")]
     pub refine: Option<Option<usize>>,
     /// Do not refine the image

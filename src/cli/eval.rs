@@ -47,12 +47,12 @@ pub struct EvalArgs {
     /// Pictures of 256 pixels, for texture [default: data/library-256.safetensors if it exists]
     #[arg(long, value_name = "FILE")]
     pub originals: Option<PathBuf>,
-    /// Draw 48 everyday things and write a numbered sheet of them to DIR, and the key to DIR/key: for somebody who names them
-    /// without having seen the key
+    /// Draw 48 everyday things and write a numbered sheet of them to DIR, and the key to DIR/key:
+    /// for somebody who names them without having seen the key
     #[arg(long, value_name = "DIR", conflicts_with_all = ["suite", "json", "limit", "compare", "wordings"])]
     pub sheet: Option<PathBuf>,
-    /// Instead of --model, run two models on the same cases and print both, their differences, and which of these exceed
-    /// chance; each is a folder, a hub id, or embedded, the built-in model
+    /// Instead of --model, run two models on the same cases and print both, their differences, and
+    /// which of these exceed chance; each is a folder, a hub id, or embedded, the built-in model
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "wordings")]
     pub compare: Vec<String>,
     /// Refine drawn images in STEPS steps [default: as the model does]

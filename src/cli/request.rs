@@ -145,8 +145,8 @@ pub fn any_seed() -> u64 {
     RandomState::new().hash_one(0) >> 32
 }
 
-/// Steps of the refiner for an image of a size. Where the flags leave it to the model, an exact size that only the picture
-/// without refinement has turns it off.
+/// Steps of the refiner for an image of a size. Where the flags leave it to the model, an exact
+/// size that only the picture without refinement has turns it off.
 ///
 /// Errors: usage, for steps of a refiner that the model does not have.
 pub(super) fn refine(args: &SamplingArgs, config: &GeneratorConfig, size: Size) -> Result<usize> {

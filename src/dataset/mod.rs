@@ -1,9 +1,9 @@
 //! The picture library: concepts ("red apple") with captions and pictures, for training and
 //! evaluation.
 //!
-//! One safetensors file: the tensor `rgba`, u8, (pictures, side, side, 4), straight alpha, and in the
-//! metadata under `library` the JSON of [`Concept`]s and [`CaptionedImage`]s. `nextflow train data`
-//! writes it; other fields of older versions are ignored.
+//! One safetensors file: the tensor `rgba`, u8, (pictures, side, side, 4), straight alpha, and in
+//! the metadata under `library` the JSON of [`Concept`]s and [`CaptionedImage`]s.
+//! `nextflow train data` writes it; other fields of older versions are ignored.
 
 mod folder;
 mod words;
@@ -160,8 +160,8 @@ impl Dataset {
 
     /// Reads the library at `path` into memory.
     ///
-    /// Errors: there is no such file, or it is truncated, not a picture library or one whose pictures
-    /// have another side than [`SIDE`]; the hint says how to build one.
+    /// Errors: there is no such file, or it is truncated, not a picture library or one whose
+    /// pictures have another side than [`SIDE`]; the hint says how to build one.
     pub fn load(path: &Path) -> Result<Self> {
         let library = Self::load_any(path)?;
         match library.side {

@@ -1,4 +1,5 @@
-//! GenEval's six categories, on compositions that no model was trained on or, to see the difference, on others.
+//! GenEval's six categories, on compositions that no model was trained on or, to see the
+//! difference, on others.
 
 use image::RgbImage;
 use serde::Serialize;
@@ -15,7 +16,8 @@ use crate::scenes::{KINDS, Kind, Scene, Split};
 pub struct Drawn {
     /// Among those the model drew.
     pub score: Share,
-    /// Score of the rendered scenes of the same prompts after encoding and decoding: the limit of the tokenizer.
+    /// Score of the rendered scenes of the same prompts after encoding and decoding: the limit of
+    /// the tokenizer.
     pub ceiling: Share,
     /// Score of the rendered scenes of the same prompts: the limit of the detector.
     pub ground_truth: Share,
@@ -55,8 +57,8 @@ impl Drawn {
     }
 }
 
-/// Draws `per_kind` compositions of every category, the i-th with seed `seed + i`, and judges them. `redraw`
-/// takes an image through the tokenizer and back.
+/// Draws `per_kind` compositions of every category, the i-th with seed `seed + i`, and judges them.
+/// `redraw` takes an image through the tokenizer and back.
 pub fn compositions(draw: Draw, redraw: Redraw, split: Split, per_kind: usize, seed: u64) -> Result<Vec<Category>> {
     let category = |(step, kind): (u64, Kind)| {
         let mut drawn = Drawn::default();

@@ -51,9 +51,10 @@ type Part = (Vec<usize>, Rgb);
 
 /// Finds the objects of `image`.
 ///
-/// Every pixel is called by the nearest of the background and the palette. Pixels deep inside an area of one name are the
-/// cores of objects: the blends along outlines, which may be near a third colour, are too thin for that. From the cores
-/// objects grow back to where their colour fades into the background.
+/// Every pixel is called by the nearest of the background and the palette. Pixels deep inside an
+/// area of one name are the cores of objects: the blends along outlines, which may be near a third
+/// colour, are too thin for that. From the cores objects grow back to where their colour fades into
+/// the background.
 pub fn detect(image: &RgbImage) -> Detection {
     let Some(view) = View::new(image) else {
         return Detection { background: [0; 3], extent: (0.0, 0.0), objects: Vec::new() };
@@ -219,7 +220,8 @@ impl View {
         grown
     }
 
-    /// Joins a part that is like no silhouette with a larger one that it touches, if that stays one: a shade of it.
+    /// Joins a part that is like no silhouette with a larger one that it touches, if that stays
+    /// one: a shade of it.
     fn merge(&self, parts: &mut Vec<Part>, covers: &[f32]) {
         let fit = |pixels: &[usize]| fit(pixels, covers, EDGE, self.width).iou;
         parts.sort_by_key(|(pixels, _)| pixels.len());
@@ -243,7 +245,8 @@ impl View {
         }
     }
 
-    /// The silhouette of a component, or those of the objects that it falls into when eroded, if they are clearer.
+    /// The silhouette of a component, or those of the objects that it falls into when eroded, if
+    /// they are clearer.
     fn fits(&self, pixels: Vec<usize>, covers: &[f32]) -> Vec<Fit> {
         let whole = fit(&pixels, covers, EDGE, self.width);
         if whole.iou >= DOUBTFUL {

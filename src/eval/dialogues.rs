@@ -1,5 +1,5 @@
-//! Dialogues that no model was trained on: edits, questions, several turns and reasoning, each with the score of a trivial
-//! answer.
+//! Dialogues that no model was trained on: edits, questions, several turns and reasoning, each with
+//! the score of a trivial answer.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
@@ -32,7 +32,8 @@ pub struct Edits {
     pub copying: Share,
     /// The same for the true result after encoding and decoding.
     pub ceiling: Share,
-    /// PSNR in dB of all right results in either wording, against the source's own reconstruction where nothing may change; none if all may.
+    /// PSNR in dB of all right results in either wording, against the source's own reconstruction
+    /// where nothing may change; none if all may.
     pub unchanged: Option<f64>,
 }
 
@@ -89,7 +90,8 @@ pub struct Turns {
     pub copying: Share,
 }
 
-/// Riddles about shapes, by pairs of clues that are not trained, answered by an image; and riddles about things.
+/// Riddles about shapes, by pairs of clues that are not trained, answered by an image; and riddles
+/// about things.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reasoning {
     /// Riddles.
@@ -150,7 +152,8 @@ impl Examiner<'_> {
         Rng::new(self.seed, case as u64, Stream::Train, step)
     }
 
-    /// Where the wordings of edits and questions are from: the split, and then those that were trained.
+    /// Where the wordings of edits and questions are from: the split, and then those that were
+    /// trained.
     fn wordings(&self) -> &'static [Split] {
         match self.split {
             Split::HeldOut => &[Split::HeldOut, Split::Train],
@@ -329,18 +332,19 @@ fn render(scene: &Scene) -> Result<RgbImage> {
     RgbImage::from_raw(128, 128, scene.render(128, 128)).ok_or_else(wrong)
 }
 
-/// Whether an image shows the target of an edit: objects drawn before need not be where their scene has them.
+/// Whether an image shows the target of an edit: objects drawn before need not be where their scene
+/// has them.
 fn as_asked(edit: &Edit, found: &Detection) -> bool {
     judge(&edit.target, found) && on_its_background(&edit.target, found)
 }
 
-/// How far the centre of an object may be from where it should, in 1/128 of the image, and how much larger or smaller
-/// it may be.
+/// How far the centre of an object may be from where it should, in 1/128 of the image, and how much
+/// larger or smaller it may be.
 const NEAR: f64 = 9.0;
 const SIZE: f64 = 1.2;
 
-/// Whether an image shows what an edit makes of its source: every object in its shape, colour, place and size, nothing
-/// else, and the right background.
+/// Whether an image shows what an edit makes of its source: every object in its shape, colour,
+/// place and size, nothing else, and the right background.
 pub fn as_edited(edit: &Edit, found: &Detection) -> bool {
     let mut rest: Vec<_> = found.objects.iter().collect();
     let there = edit.target.objects.iter().all(|object| {

@@ -40,14 +40,16 @@ fn moments(shape: Shape) -> Moments {
     Moments { shape, area: 4.0 * f64::from(count) / (CELLS * CELLS) as f64, drop: sum / f64::from(count.max(1)) }
 }
 
-/// Passes of the 1-2-1 kernel over a template (variance 1/2 px^2 each): from a sharp rendering to a soft reconstruction.
+/// Passes of the 1-2-1 kernel over a template (variance 1/2 px^2 each): from a sharp rendering to a
+/// soft reconstruction.
 const SOFTNESS: [usize; 4] = [0, 2, 6, 12];
 /// Pixels around the object, for what a soft template spreads.
 const MARGIN: usize = 4;
 
-/// The best of all silhouettes for `pixels`, indices into rows of `width`, each of which the object covers to a share
-/// `cover` (0 to 1; of the whole image), `edge` or more. Each silhouette is given the area and the centroid of the pixels,
-/// which blur and noise along the outline move less than they do the bounding box, and is compared at several softnesses.
+/// The best of all silhouettes for `pixels`, indices into rows of `width`, each of which the object
+/// covers to a share `cover` (0 to 1; of the whole image), `edge` or more. Each silhouette is given
+/// the area and the centroid of the pixels, which blur and noise along the outline move less than
+/// they do the bounding box, and is compared at several softnesses.
 pub fn fit(pixels: &[usize], cover: &[f32], edge: f32, width: usize) -> Fit {
     let place = |p: usize| ((p % width) as f64 + 0.5, (p / width) as f64 + 0.5);
     let weighed = || pixels.iter().map(|&p| (place(p), f64::from(cover[p])));
@@ -112,7 +114,8 @@ impl Patch {
         pass(&pass(v, 1), self.width)
     }
 
-    /// Intersection over union of two fuzzy sets; what of the template lies below `edge` does not count, as in the covers.
+    /// Intersection over union of two fuzzy sets; what of the template lies below `edge` does not
+    /// count, as in the covers.
     fn overlap(&self, template: &[f32], edge: f32) -> f64 {
         let (mut both, mut any) = (0.0, 0.0);
         for (&t, &c) in template.iter().zip(&self.cover) {

@@ -11,10 +11,12 @@ const ASIDE: f64 = 8.0;
 /// How much larger a large object is than a small one beside it, at least.
 const LARGER: f64 = 1.2;
 
-/// Whether the objects of an image are those that `scene` names, each in its shape and colour, and nothing else; where
-/// the prompt says so, on the right side of each other or of the image, large or small, and on the named background.
+/// Whether the objects of an image are those that `scene` names, each in its shape and colour, and
+/// nothing else; where the prompt says so, on the right side of each other or of the image, large
+/// or small, and on the named background.
 ///
-/// Stricter than GenEval, whose prompts name colours in two categories only and which ignores extra objects.
+/// Stricter than GenEval, whose prompts name colours in two categories only and which ignores extra
+/// objects.
 pub fn judge(scene: &Scene, found: &Detection) -> bool {
     let Some(order) = in_order(&scene.objects, &found.objects) else { return false };
     if scene.background.is_some() && !on_its_background(scene, found) {

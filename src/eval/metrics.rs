@@ -4,7 +4,8 @@ use image::RgbImage;
 
 use crate::pixels::GridResampling;
 
-/// Peak signal-to-noise ratio of two equally large images in dB, over all channels; infinite for equal images.
+/// Peak signal-to-noise ratio of two equally large images in dB, over all channels; infinite for
+/// equal images.
 pub fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
     let square = |(&a, &b): (&u8, &u8)| (f64::from(a) - f64::from(b)).powi(2);
     let error = a.iter().zip(b.iter()).map(square).sum::<f64>() / a.len().max(1) as f64;
@@ -15,8 +16,8 @@ pub fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
 const WINDOW: usize = 11;
 const SIGMA: f64 = 1.5;
 
-/// Structural similarity (Wang et al., 2004) of two equally large images: Gaussian windows of 11 x 11 that lie inside the
-/// image, per channel, averaged. NaN if no window fits.
+/// Structural similarity (Wang et al., 2004) of two equally large images: Gaussian windows of 11 x
+/// 11 that lie inside the image, per channel, averaged. NaN if no window fits.
 pub fn ssim(a: &RgbImage, b: &RgbImage) -> f64 {
     let (width, height) = (a.width() as usize, a.height() as usize);
     let (c1, c2) = ((0.01_f64 * 255.0).powi(2), (0.03_f64 * 255.0).powi(2));
@@ -55,14 +56,16 @@ fn windowed(plane: &[f64], width: usize, height: usize) -> Vec<f64> {
     (0..rows * columns).map(|i| slide(i, columns, &across)).collect()
 }
 
-/// The entry of `gallery` at the smallest Euclidean distance, which for unit vectors is that of the largest cosine.
+/// The entry of `gallery` at the smallest Euclidean distance, which for unit vectors is that of the
+/// largest cosine.
 pub fn nearest(query: &[f32], gallery: &[Vec<f32>]) -> Option<usize> {
     let distance = |v: &Vec<f32>| v.iter().zip(query).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
     let distances = gallery.iter().map(distance).enumerate();
     distances.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
 }
 
-/// Pixel features of an image: means of its areas on a grid of 32 x 32, (32 * 32 * 3), minus their overall mean.
+/// Pixel features of an image: means of its areas on a grid of 32 x 32, (32 * 32 * 3), minus their
+/// overall mean.
 pub fn pixel_feature(image: &RgbImage) -> Vec<f32> {
     let rgb: Vec<f32> = image.iter().map(|&v| f32::from(v) / 255.0).collect();
     let size = (image.height() as usize, image.width() as usize);
@@ -91,10 +94,12 @@ mod tests {
 
     #[test]
     fn ssim_equals_values_by_hand() {
-        // Without structure only the means count: (2 * 100 * 120 + 6.5025) / (100^2 + 120^2 + 6.5025).
+        // Without structure only the means count: (2 * 100 * 120 + 6.5025) / (100^2 + 120^2 +
+        // 6.5025).
         assert!((ssim(&plain(16, 100), &plain(16, 120)) - 0.983_611_0).abs() < 1e-6);
         assert!(ssim(&plain(10, 1), &plain(10, 1)).is_nan());
-        // One point of 255 in the middle of a single window: with w the largest weight, m = 255 w, v = 255^2 w (1 - w).
+        // One point of 255 in the middle of a single window: with w the largest weight, m = 255 w,
+        // v = 255^2 w (1 - w).
         let mut point = plain(11, 0);
         point.put_pixel(5, 5, image::Rgb([255; 3]));
         assert!((ssim(&point, &point) - 1.0).abs() < 1e-12);

@@ -1,4 +1,5 @@
-//! Measures a model: compositions judged by a detector, recognition of what it draws, and its tokenizer's fidelity.
+//! Measures a model: compositions judged by a detector, recognition of what it draws, and its
+//! tokenizer's fidelity.
 
 mod colour;
 mod compare;
@@ -77,7 +78,8 @@ pub struct Fidelity {
     pub ssim: f64,
 }
 
-/// Pictures of held-out concepts, which the tokenizer was not trained on, through encoding and decoding.
+/// Pictures of held-out concepts, which the tokenizer was not trained on, through encoding and
+/// decoding.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reconstruction {
     /// In the style that the model draws in.
@@ -141,8 +143,9 @@ pub fn recognisable(library: &Dataset, limit: Option<usize>) -> usize {
     spread(drawable(library).len(), limit).count()
 }
 
-/// Draws every everyday concept, or `limit` of them, by its canonical caption, looks for the nearest among the true pictures
-/// of all, and compares textures with the `originals`, the same pictures in the size that a refiner draws.
+/// Draws every everyday concept, or `limit` of them, by its canonical caption, looks for the
+/// nearest among the true pictures of all, and compares textures with the `originals`, the same
+/// pictures in the size that a refiner draws.
 pub fn recognition(
     subject: &Subject,
     library: &Dataset,

@@ -1,8 +1,10 @@
-//! The blind naming test: a sheet of numbered images that somebody names who has not seen the prompts.
+//! The blind naming test: a sheet of numbered images that somebody names who has not seen the
+//! prompts.
 
 use image::{Rgb, RgbImage, imageops};
 
-/// What is drawn, in the order of the sheet: the names of 48 of the 768 everyday things with the smallest hashes.
+/// What is drawn, in the order of the sheet: the names of 48 of the 768 everyday things with the
+/// smallest hashes.
 const THINGS: &str = include_str!("sheet.txt");
 /// Images in a row.
 const COLUMNS: u32 = 8;
@@ -31,7 +33,8 @@ pub fn things() -> impl Iterator<Item = &'static str> {
     THINGS.lines()
 }
 
-/// The sheet of images: each enlarged or reduced to one size, below its number, which counts from 1.
+/// The sheet of images: each enlarged or reduced to one size, below its number, which counts from
+/// 1.
 pub fn sheet(images: &[RgbImage]) -> RgbImage {
     let rows = (images.len() as u32).div_ceil(COLUMNS);
     let mut sheet = RgbImage::from_pixel(COLUMNS * CELL, rows * (CELL + STRIP), Rgb([230; 3]));

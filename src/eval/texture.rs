@@ -1,5 +1,5 @@
-//! What drawn images look like close by, compared with true pictures: patches of a Laplacian pyramid, edges, and the
-//! distribution of semantic features.
+//! What drawn images look like close by, compared with true pictures: patches of a Laplacian
+//! pyramid, edges, and the distribution of semantic features.
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
@@ -11,8 +11,9 @@ use crate::rng::{Rng, Stream};
 /// How far images are from true pictures.
 #[derive(Clone, Debug, Serialize)]
 pub struct Texture {
-    /// Sliced Wasserstein distance between patches of the Laplacian pyramid's levels, fine to coarse, times 1000 (Karras et
-    /// al., 2018, but with both sets normalised by the true pictures' statistics, so that blur counts).
+    /// Sliced Wasserstein distance between patches of the Laplacian pyramid's levels, fine to
+    /// coarse, times 1000 (Karras et al., 2018, but with both sets normalised by the true pictures'
+    /// statistics, so that blur counts).
     pub wasserstein: Vec<f64>,
     /// Energy of edges, relative to the true pictures'.
     pub edges: f64,
@@ -46,8 +47,8 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Adds the RGB bytes (side, side, 3) of an image and its semantic features. The places of its patches are those of the
-    /// image with the same number in another set.
+    /// Adds the RGB bytes (side, side, 3) of an image and its semantic features. The places of its
+    /// patches are those of the image with the same number in another set.
     pub fn add(&mut self, rgb: &[u8], side: usize, features: Vec<f32>) {
         let mut image: Vec<f32> = rgb.iter().map(|&v| f32::from(v) / 127.5 - 1.0).collect();
         self.edges += edges(&image, side);
@@ -109,7 +110,8 @@ fn statistics(patches: &[f32]) -> [(f32, f32); 3] {
     })
 }
 
-/// The sliced Wasserstein distance of two sets of as many patches, in standard deviations of the true ones.
+/// The sliced Wasserstein distance of two sets of as many patches, in standard deviations of the
+/// true ones.
 fn wasserstein(patches: &[f32], truth: &[f32]) -> f64 {
     let statistics = statistics(truth);
     let distance = |direction: usize| {
@@ -152,7 +154,8 @@ fn gaussian(rows: &[Vec<f32>]) -> Result<(Tensor, Tensor)> {
     Ok((mean, (centred.t()?.matmul(&centred)? / (count.max(2) - 1) as f64)?))
 }
 
-/// The square root of a symmetric positive semidefinite matrix, by Newton and Schulz's coupled iteration.
+/// The square root of a symmetric positive semidefinite matrix, by Newton and Schulz's coupled
+/// iteration.
 fn square_root(m: &Tensor) -> Result<Tensor> {
     let eye = Tensor::eye(m.dim(0)?, m.dtype(), m.device())?;
     let norm = m.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt().max(1e-300);

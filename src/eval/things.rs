@@ -1,5 +1,6 @@
-//! Edits of everyday things of which no edit was trained (their pictures were): a right result is nearer to the true one than
-//! to the source, to other answers that one could give, and to the true ones of ten other things.
+//! Edits of everyday things of which no edit was trained (their pictures were): a right result is
+//! nearer to the true one than to the source, to other answers that one could give, and to the true
+//! ones of ten other things.
 
 use image::RgbImage;
 use serde::Serialize;
@@ -53,12 +54,14 @@ fn canvas(library: &Dataset, picture: usize, background: [u8; 3]) -> Canvas {
     Canvas { width: SIDE, height: SIDE, rgb: library.over(picture, background) }
 }
 
-/// Concepts without trained edits, with a name: concepts with their own captions cannot be named in an instruction.
+/// Concepts without trained edits, with a name: concepts with their own captions cannot be named in
+/// an instruction.
 fn things(library: &Dataset) -> Vec<usize> {
     library.everyday(true).filter(|&c| !library.concepts[c].names.is_empty()).collect()
 }
 
-/// The case of these draws, among the [`things`], of which there are some; none if the library has no such pictures.
+/// The case of these draws, among the [`things`], of which there are some; none if the library has
+/// no such pictures.
 fn case(library: &Dataset, kind: ThingEdit, rng: &Rng) -> Option<Case> {
     let concepts = things(library);
     let concept = |counter| concepts[rng.below(counter, concepts.len())];
@@ -110,7 +113,8 @@ fn image(canvas: &Canvas) -> Result<RgbImage> {
     RgbImage::from_raw(canvas.width as u32, canvas.height as u32, canvas.rgb.clone()).ok_or_else(wrong)
 }
 
-/// Plain pixels, with the colour of a corner: a background is little but brightness, which they leave out.
+/// Plain pixels, with the colour of a corner: a background is little but brightness, which they
+/// leave out.
 fn feature(image: &RgbImage) -> Vec<f32> {
     let corner = image.get_pixel(2, 2).0.map(|v| f32::from(v) / 255.0 * 30.0);
     pixel_feature(image).into_iter().chain(corner).collect()

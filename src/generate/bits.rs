@@ -1,4 +1,5 @@
-//! From logits to bits. Every bit is drawn by itself, by noise that depends on (seed, scale, position, channel) alone.
+//! From logits to bits. Every bit is drawn by itself, by noise that depends on
+//! (seed, scale, position, channel) alone.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -6,9 +7,9 @@ use super::Filter;
 use super::sampler::{COLD, Fault, NON_FINITE_BIT, SampleParams};
 use crate::rng::{Rng, Stream};
 
-/// The bits (images, T, bits) u8 of the positions from `first` on, by their logits (R, T, 2 * bits), those of 0 and of 1 side by
-/// side, on the device of the logits. The rows are one of every image and then, with guidance, the unconditional one of every
-/// image.
+/// The bits (images, T, bits) u8 of the positions from `first` on, by their logits
+/// (R, T, 2 * bits), those of 0 and of 1 side by side, on the device of the logits. The rows are
+/// one of every image and then, with guidance, the unconditional one of every image.
 ///
 /// Errors: logits that are not finite, unless a GPU draws: there the bit is [`NON_FINITE_BIT`].
 pub fn sample(logits: &Tensor, params: &SampleParams, first: usize) -> std::result::Result<Tensor, Fault> {
@@ -39,7 +40,8 @@ pub fn sample(logits: &Tensor, params: &SampleParams, first: usize) -> std::resu
     Ok(drawn)
 }
 
-/// Logits (R, T, 2 * bits) of the images in f32, under guidance and divided by the temperature: (images, T, 2 * bits).
+/// Logits (R, T, 2 * bits) of the images in f32, under guidance and divided by the temperature:
+/// (images, T, 2 * bits).
 pub fn guided(logits: &Tensor, params: &SampleParams) -> Result<Tensor> {
     let (images, t) = (params.seeds.len(), params.guidance);
     let logits = logits.to_dtype(DType::F32)?;
@@ -54,8 +56,9 @@ pub fn guided(logits: &Tensor, params: &SampleParams) -> Result<Tensor> {
     }
 }
 
-/// A bit is 1 if the logit of 1 exceeds that of 0 by more than this, where `u` is uniform on (0, 1). The filter `kept` applies to
-/// the two values: the rarer one is dropped if its probability is at most 1 - top_p.
+/// A bit is 1 if the logit of 1 exceeds that of 0 by more than this, where `u` is uniform on
+/// (0, 1). The filter `kept` applies to the two values: the rarer one is dropped if its probability
+/// is at most 1 - top_p.
 fn threshold(u: f64, kept: Filter) -> f32 {
     if kept.top_k == Some(1) {
         return 0.0;

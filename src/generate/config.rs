@@ -1,4 +1,5 @@
-//! A checkpoint's `config.json`: shapes of the networks, schedules, sampling, prompts and conversation.
+//! A checkpoint's `config.json`: shapes of the networks, schedules, sampling, prompts and
+//! conversation.
 
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
@@ -105,7 +106,8 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Pixels of an image for one of the tokenizer's, along each side: more than 1 where a refiner enlarges it.
+    /// Pixels of an image for one of the tokenizer's, along each side: more than 1 where a refiner
+    /// enlarges it.
     pub fn upscale(&self, sampling: &Sampling) -> usize {
         self.refiner.as_ref().filter(|_| sampling.refine > 0).map_or(1, |refiner| refiner.upscale)
     }
@@ -130,7 +132,8 @@ impl ModelConfig {
         scales.last().map_or((0, 0), |&(h, w)| ((w * cell) as u32, (h * cell) as u32))
     }
 
-    /// NextFlow as the paper has it, up to 1024 pixels, on a `transformer` that reads text and a public tokenizer.
+    /// NextFlow as the paper has it, up to 1024 pixels, on a `transformer` that reads text and a
+    /// public tokenizer.
     pub fn nextflow(name: &str, transformer: BackboneConfig, tokenizer: TokenizerConfig) -> Self {
         let backbone = BackboneConfig {
             spatial_extent: Some(64.0),
@@ -160,8 +163,8 @@ impl ModelConfig {
         }
     }
 
-    /// The image tokenizer without the transformer: in f32, except the pixel decoder on a GPU, and int8 filters, which stay int8
-    /// unless `weights` is f32.
+    /// The image tokenizer without the transformer: in f32, except the pixel decoder on a GPU, and
+    /// int8 filters, which stay int8 unless `weights` is f32.
     pub fn load_tokenizer(
         &self,
         source: &Source,
@@ -184,7 +187,8 @@ impl ModelConfig {
         source.load(self.tokenizer_file(source), DType::F32, device, build)
     }
 
-    /// How the image tokenizer's filters are stored beside a transformer of `weights`: as in the file, unless everything is f32.
+    /// How the image tokenizer's filters are stored beside a transformer of `weights`: as in the
+    /// file, unless everything is f32.
     pub(crate) fn filters(&self, source: &Source, device: &Device, weights: Option<WeightType>) -> Matrices {
         source.placed(self.tokenizer_file(source), weights.filter(|weights| *weights == WeightType::F32), device).1
     }
@@ -196,7 +200,8 @@ impl ModelConfig {
         if public && !source.has(IMAGE_TOKENIZER) { PUBLIC } else { IMAGE_TOKENIZER }
     }
 
-    /// Summaries of a checkpoint's files, and how their tensors compare with those that this config's modules load.
+    /// Summaries of a checkpoint's files, and how their tensors compare with those that this
+    /// config's modules load.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {

@@ -54,7 +54,8 @@ impl Memory {
         let loaded = self.transformer + self.tokenizer + self.program;
         let drawing = loaded + self.cache;
         let decoding = match self.text {
-            // The cache lives until all images are decoded, except where batches are drawn one by one.
+            // The cache lives until all images are decoded, except where batches are drawn one by
+            // one.
             0 => drawing + self.decode.max(self.refiner),
             _ => loaded + self.decode,
         };
@@ -126,7 +127,8 @@ pub fn memory(
     Ok(memory)
 }
 
-/// Bytes of a refiner's weights and of what a step holds at once for so many images; 0 for a model without one.
+/// Bytes of a refiner's weights and of what a step holds at once for so many images; 0 for a model
+/// without one.
 ///
 /// Errors: a config that no refiner has.
 pub fn refiner(
@@ -142,7 +144,8 @@ pub fn refiner(
     Ok(requested.bytes(DType::F32, matrices) + refiner.activations(scales, images))
 }
 
-/// As [`memory`], for random weights, with the storage of the transformer's matrices and of the tokenizer's filters.
+/// As [`memory`], for random weights, with the storage of the transformer's matrices and of the
+/// tokenizer's filters.
 pub fn synthetic_memory(
     config: &ModelConfig,
     dtype: DType,
@@ -174,13 +177,14 @@ pub fn synthetic_memory(
     })
 }
 
-/// Peak bytes of a transformer block for `tokens` tokens, with numbers of `width` bytes: gate and up, each with its packed copy,
-/// beside the residual stream and its norm.
+/// Peak bytes of a transformer block for `tokens` tokens, with numbers of `width` bytes: gate and
+/// up, each with its packed copy, beside the residual stream and its norm.
 pub fn pass(c: &BackboneConfig, tokens: usize, width: usize) -> u64 {
     (tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * width) as u64
 }
 
-/// Peak bytes of a pass over a grid of `codes` codes in each of `images` images, guided or not, with numbers of `width` bytes.
+/// Peak bytes of a pass over a grid of `codes` codes in each of `images` images, guided or not,
+/// with numbers of `width` bytes.
 pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool), width: usize) -> u64 {
     let rows = if guided { 2 * images } else { images };
     // Logits of both rows, the guided ones, and the copy that is filtered.
@@ -188,7 +192,8 @@ pub fn drawing(c: &BackboneConfig, codes: usize, (images, guided): (usize, bool)
     pass(c, rows * codes, width).max((copies * images * at_once * c.codebook_size * 4) as u64)
 }
 
-/// Peak bytes of decoding, or encoding, the pixels of a grid of `cells` cells, with numbers of `width` bytes.
+/// Peak bytes of decoding, or encoding, the pixels of a grid of `cells` cells, with numbers of
+/// `width` bytes.
 pub fn decoding(cnn: &CnnConfig, cells: usize, width: usize) -> u64 {
     let side = cnn.stride() / cnn.patch;
     let first = cnn.ch * cnn.ch_mult.first().copied().unwrap_or(1);
@@ -200,8 +205,8 @@ const OPENING: usize = 8;
 /// Feature maps of full size that the decoder holds at once.
 const DECODE: usize = 5;
 
-/// Floating-point operations of one pass of `tokens` tokens in each of `rows` rows after `seen` ones, `heads` of which
-/// tokens go through the head.
+/// Floating-point operations of one pass of `tokens` tokens in each of `rows` rows after `seen`
+/// ones, `heads` of which tokens go through the head.
 pub fn flops(c: &BackboneConfig, rows: usize, tokens: usize, seen: usize, heads: usize) -> f64 {
     let (hidden, inner, head) = (c.hidden_size, c.intermediate_size, c.head_dim());
     let (queries, keys) = (c.num_attention_heads * head, c.num_key_value_heads * head);
@@ -227,7 +232,8 @@ mod tests {
             ..crate::backbone::presets::QWEN2_5_VL_7B
         };
         let (tokens, seen) = (5, 7);
-        // (m, k) by (k, n): q, k, v, output, gate, up, down; then of both heads the scores and the sums of values.
+        // (m, k) by (k, n): q, k, v, output, gate, up, down; then of both heads the scores and the
+        // sums of values.
         let linear = [(5, 8, 8), (5, 8, 4), (5, 8, 4), (5, 8, 8), (5, 8, 20), (5, 8, 20), (5, 20, 8)];
         let attention = [(5, 4, 12), (5, 12, 4), (5, 4, 12), (5, 12, 4)];
         let count = |products: &[(usize, usize, usize)]| products.iter().map(|(m, k, n)| 2 * m * k * n).sum::<usize>();

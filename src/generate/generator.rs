@@ -28,7 +28,8 @@ pub enum GeneratorConfig {
 }
 
 impl GeneratorConfig {
-    /// Reads and checks the config of a checkpoint, and the headers of its weights where it has none.
+    /// Reads and checks the config of a checkpoint, and the headers of its weights where it has
+    /// none.
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not draw.
     pub fn read(source: &Source) -> Result<Self> {
@@ -138,8 +139,8 @@ impl GeneratorConfig {
         }
     }
 
-    /// Checks that the model can be loaded, by its text tokenizer and the headers of its weights; `features` are stored features of
-    /// prompts.
+    /// Checks that the model can be loaded, by its text tokenizer and the headers of its weights;
+    /// `features` are stored features of prompts.
     ///
     /// Errors: those of [`Generator::load`].
     pub fn check(&self, source: &Source, features: Option<&Path>) -> Result<()> {
@@ -150,7 +151,8 @@ impl GeneratorConfig {
         }
     }
 
-    /// Summaries of a checkpoint's files, and how their tensors compare with those that the model loads.
+    /// Summaries of a checkpoint's files, and how their tensors compare with those that the model
+    /// loads.
     ///
     /// Errors: a file that is missing or broken.
     pub fn compare(&self, source: &Source) -> Result<(Vec<FileSummary>, Fit)> {
@@ -161,7 +163,8 @@ impl GeneratorConfig {
         }
     }
 
-    /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as `weights`.
+    /// What `work` needs, with the weights as `source` has them or, where it is not GGUF, as
+    /// `weights`.
     ///
     /// Errors: a source whose header cannot be read.
     pub fn memory(&self, source: &Source, weights: Option<WeightType>, work: Work, device: &Device) -> Result<Memory> {

@@ -44,8 +44,9 @@ pub enum Event<'a> {
     },
     /// One more scale was drawn or, on a GPU, queued.
     Scale {
-        /// Codes of every scale so far, coarse to fine: (images, h * w) u32, or (images, h * w,
-        /// bits) u8 for bitwise codes. Reading them ([`super::sampler::to_host`]) waits for the device.
+        /// Codes of every scale so far, coarse to fine: (images, h * w) u32, or
+        /// (images, h * w, bits) u8 for bitwise codes. Reading them ([`super::sampler::to_host`])
+        /// waits for the device.
         codes: &'a [Tensor],
         /// All grids of the image.
         scales: &'a [(usize, usize)],

@@ -1,4 +1,5 @@
-//! From a prompt to an image: schedules, guidance, sampling and the next-scale loop, [`draw_codes`].
+//! From a prompt to an image: schedules, guidance, sampling and the next-scale loop,
+//! [`draw_codes`].
 
 pub mod bits;
 mod config;
@@ -38,13 +39,16 @@ use crate::error::{Error, Kind, Result};
 use next_input::NextInput;
 use sampler::{Fault, SampleParams};
 
-/// Draws the codes of images, coarse to fine: the next-scale loop. Returns the codes of every scale of every image.
+/// Draws the codes of images, coarse to fine: the next-scale loop. Returns the codes of every scale
+/// of every image.
 ///
-/// In the paper's terms an image is r_1, ..., r_K, the code maps of its K scales; f_hat_k is the sum of the code features of r_1
-/// to r_k, resampled to one grid. The loop samples r_k ~ p(r_k | prompt, r_1, ..., r_k-1), all codes of a scale at once.
+/// In the paper's terms an image is r_1, ..., r_K, the code maps of its K scales; f_hat_k is the
+/// sum of the code features of r_1 to r_k, resampled to one grid. The loop samples r_k ~
+/// p(r_k | prompt, r_1, ..., r_k-1), all codes of a scale at once.
 ///
-/// - `rows` are the sequences of the batch: a conditional one per image and, with guidance, as many unconditional ones, read up to
-///   the token that opens the image; `hidden` are the states of that token, (R, 1, hidden), which predict r_1.
+/// - `rows` are the sequences of the batch: a conditional one per image and, with guidance, as many
+///   unconditional ones, read up to the token that opens the image; `hidden` are the states of that
+///   token, (R, 1, hidden), which predict r_1.
 /// - Each later scale is one forward pass over its grid against the KV cache, without a mask.
 /// - Once guidance ends, the loop goes on with the conditional rows.
 /// - On a GPU with a sampling kernel all scales are queued without synchronising.
@@ -75,7 +79,8 @@ pub fn draw_codes(
     to_host(&codes, scales)
 }
 
-/// TokenFlow-t2i only: samples the codes of a scale again in further passes, which see the codes of the pass before.
+/// TokenFlow-t2i only: samples the codes of a scale again in further passes, which see the codes of
+/// the pass before.
 fn refined(
     rows: &mut impl Sequences,
     input: &NextInput,
@@ -91,22 +96,26 @@ fn refined(
     Ok(sampled)
 }
 
-/// The sequences that a batch is drawn in, as far as they have been read: those of the images' prompts and, with guidance, as many
-/// unconditional ones.
+/// The sequences that a batch is drawn in, as far as they have been read: those of the images'
+/// prompts and, with guidance, as many unconditional ones.
 pub trait Sequences {
-    /// The forward pass of scale `si`: from the features (images, h * w, D) of each image, which its rows share, to the hidden
-    /// states (R, h * w, hidden) that predict the scale's codes. [`Step::Again`] (TokenFlow-t2i only) repeats the pass of a scale
-    /// with other features and leaves the cache as it was.
+    /// The forward pass of scale `si`: from the features (images, h * w, D) of each image, which
+    /// its rows share, to the hidden states (R, h * w, hidden) that predict the scale's codes.
+    /// [`Step::Again`] (TokenFlow-t2i only) repeats the pass of a scale with other features and
+    /// leaves the cache as it was.
     fn forward(&mut self, si: usize, features: &Tensor, step: Step) -> candle_core::Result<Tensor>;
 
-    /// From here on there is no guidance for the `images`: their unconditional rows are not read any more.
+    /// From here on there is no guidance for the `images`: their unconditional rows are not read
+    /// any more.
     fn drop_unconditional(&mut self, images: usize) -> candle_core::Result<()>;
 
-    /// The codes that hidden states (R, T, hidden) of every image predict: (images, T) u32 or (images, T, bits) u8.
+    /// The codes that hidden states (R, T, hidden) of every image predict: (images, T) u32 or
+    /// (images, T, bits) u8.
     fn sample(&self, hidden: &Tensor, params: &SampleParams) -> std::result::Result<Tensor, Fault>;
 }
 
-/// Draws the codes of images, each after a prompt's prefix and, with guidance, the unconditional one.
+/// Draws the codes of images, each after a prompt's prefix and, with guidance, the unconditional
+/// one.
 pub fn draw_after(
     backbone: &Backbone,
     input: NextInput,

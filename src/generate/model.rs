@@ -14,8 +14,8 @@ use crate::text::Text;
 use crate::tokenizer::{Code, ImageDecoder};
 
 impl ModelConfig {
-    /// Reads and checks the config of a checkpoint, without its weights. The config of the public TokenFlow-t2i is replaced by
-    /// [`tokenflow::config`].
+    /// Reads and checks the config of a checkpoint, without its weights. The config of the public
+    /// TokenFlow-t2i is replaced by [`tokenflow::config`].
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.read_config()?;
         if infinity::is_config(&config) {
@@ -57,7 +57,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Checks that [`Model::load`] can load a checkpoint, by its text tokenizer and the headers of its weights.
+    /// Checks that [`Model::load`] can load a checkpoint, by its text tokenizer and the headers of
+    /// its weights.
     ///
     /// Errors: those of [`Model::load`].
     pub fn check(source: &Source, config: &ModelConfig) -> Result<()> {
@@ -78,8 +79,9 @@ impl Model {
         Ok((text, opening))
     }
 
-    /// Loads what drawing needs onto `device`: the transformer as `weights`, by default f32 on a CPU and bf16 elsewhere, or
-    /// as a GGUF file has it; the image tokenizer's half that draws as [`ModelConfig::load_tokenizer`] does.
+    /// Loads what drawing needs onto `device`: the transformer as `weights`, by default f32 on a
+    /// CPU and bf16 elsewhere, or as a GGUF file has it; the image tokenizer's half that draws as
+    /// [`ModelConfig::load_tokenizer`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
         let (text, opening) = Self::words(source, &config)?;
@@ -111,16 +113,17 @@ impl Model {
 
     /// Draws one image.
     ///
-    /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks, [`crate::error::Kind::NonFinite`] if the
-    /// model gives no finite numbers.
+    /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks,
+    /// [`crate::error::Kind::NonFinite`] if the model gives no finite numbers.
     pub fn draw(&self, job: &Job, observe: Observer) -> Result<RgbImage> {
         let batch = Batch { scales: &job.scales, sampling: &job.sampling, seeds: &[job.seed] };
         let mut images = self.draw_batch(&[&job.prompt], job.negative.as_deref(), batch, observe)?;
         images.pop().ok_or_else(|| Error::new(Kind::Failure, "one seed draws one image"))
     }
 
-    /// Draws an image of each prompt, with the seed at its index, in one pass over every scale, guided away from `negative` or the
-    /// config's negative prompt. Each image equals the one drawn alone, up to the order of floating-point sums.
+    /// Draws an image of each prompt, with the seed at its index, in one pass over every scale,
+    /// guided away from `negative` or the config's negative prompt. Each image equals the one drawn
+    /// alone, up to the order of floating-point sums.
     ///
     /// Errors: as [`Model::draw`].
     pub fn draw_batch(

@@ -6,7 +6,8 @@ use crate::backbone::InputMode;
 use crate::pixels::GridResampling;
 use crate::tokenizer::{BitQuantizer, Code, ImageDecoder, Quantizer};
 
-/// Turns the codes of one scale into the input of the next, for several images at once, on the device that has the codes.
+/// Turns the codes of one scale into the input of the next, for several images at once, on the
+/// device that has the codes.
 #[derive(Clone, Debug)]
 pub struct NextInput<'a> {
     rule: Rule<'a>,

@@ -117,7 +117,8 @@ impl PngInfo {
         serde_json::from_str(&text(&info(png)?, "nextflow")?).ok()
     }
 
-    /// The same in the form that other tools read: the prompt, then one line of `Key: value` pairs (A1111).
+    /// The same in the form that other tools read: the prompt, then one line of `Key: value` pairs
+    /// (A1111).
     fn parameters(&self) -> String {
         let some = |key: &str, n: Option<usize>| n.map(|n| format!(", {key}: {n}")).unwrap_or_default();
         // Numbers of a list have no commas between them, which separate settings.
@@ -153,7 +154,8 @@ impl PngInfo {
     }
 }
 
-/// The PNG of `image`, with `settings` in the text chunks `parameters` and `nextflow`. Same input, same bytes.
+/// The PNG of `image`, with `settings` in the text chunks `parameters` and `nextflow`. Same input,
+/// same bytes.
 pub fn encode(image: &RgbImage, settings: &PngInfo) -> Result<Vec<u8>> {
     let failed = |e: &dyn std::fmt::Display| Error::new(Kind::Failure, format!("cannot encode the PNG: {e}"));
     let json = serde_json::to_string(settings).map_err(|e| failed(&e))?;
@@ -162,7 +164,8 @@ pub fn encode(image: &RgbImage, settings: &PngInfo) -> Result<Vec<u8>> {
         let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
-        // The default level takes 94 ms instead of 3 for 768x512 pixels, and does not make drawn images smaller.
+        // The default level takes 94 ms instead of 3 for 768x512 pixels, and does not make drawn
+        // images smaller.
         encoder.set_compression(png::Compression::Fast);
         for (key, text) in [("parameters", settings.parameters()), ("nextflow", json.clone())] {
             match is_latin1(&text) {
@@ -194,8 +197,8 @@ fn info(png: &[u8]) -> Option<png::Info<'static>> {
     Some(reader.info().clone())
 }
 
-/// The text of a keyword, if there is one and it is not longer than [`MAX_TEXT`]. A few megabytes that are compressed
-/// may hold some billions.
+/// The text of a keyword, if there is one and it is not longer than [`MAX_TEXT`]. A few megabytes
+/// that are compressed may hold some billions.
 fn text(info: &png::Info, keyword: &str) -> Option<String> {
     if let Some(utf8) = info.utf8_text.iter().rfind(|chunk| chunk.keyword == keyword) {
         let mut utf8 = utf8.clone();
@@ -311,7 +314,8 @@ mod tests {
         image.write_to(&mut io::Cursor::new(&mut plain), image::ImageFormat::Png).unwrap();
         assert!(PngInfo::of_png(&plain).is_none());
     }
-    /// A PNG of one pixel with texts before its pixels and behind them: the kind of a chunk, its keyword and its text.
+    /// A PNG of one pixel with texts before its pixels and behind them: the kind of a chunk, its
+    /// keyword and its text.
     fn with(before: &[(char, &str, &str)], behind: &[(char, &str, &str)]) -> Vec<u8> {
         use png::text_metadata::{ITXtChunk, TEXtChunk, ZTXtChunk};
         let mut png = Vec::new();

@@ -10,8 +10,8 @@ pub const THINK: &str = "think, then draw ";
 /// Separates reasoning and prompt (the paper's chain of thought).
 pub const FINAL: &str = "the final prompt is: ";
 
-/// How a prompt becomes tokens. The default is NextFlow's: the text, then `<boi>`; nothing but `<boi>` for the
-/// unconditional row of guidance.
+/// How a prompt becomes tokens. The default is NextFlow's: the text, then `<boi>`; nothing but
+/// `<boi>` for the unconditional row of guidance.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptConfig {
@@ -19,7 +19,8 @@ pub struct PromptConfig {
     pub bos: Option<u32>,
     /// Text that opens an image in place of `<boi>`.
     pub image_start: String,
-    /// Positions count as if text and `bos` were padded on the left to this many tokens; longer prompts are cut to it.
+    /// Positions count as if text and `bos` were padded on the left to this many tokens; longer
+    /// prompts are cut to it.
     pub padded_to: Option<usize>,
     /// Text of the unconditional row.
     pub negative: String,
@@ -49,7 +50,8 @@ impl PromptCounter {
 
     /// Tokens of a prompt.
     ///
-    /// Errors: usage, if there are more than the model reads; [`crate::error::Kind::Model`] for a tokenizer that cannot be used.
+    /// Errors: usage, if there are more than the model reads; [`crate::error::Kind::Model`] for a
+    /// tokenizer that cannot be used.
     pub fn count(&self, prompt: &str) -> Result<usize> {
         let Some(text) = &self.text else { return Ok(prompt.len().div_ceil(3)) };
         match (text.encode(prompt)?.len(), self.limit) {
@@ -67,7 +69,8 @@ impl PromptCounter {
 pub struct Prefix {
     /// Token ids; never empty.
     pub ids: Vec<u32>,
-    /// Left pads before them. Pads are masked, so they are never computed: the positions begin after them.
+    /// Left pads before them. Pads are masked, so they are never computed: the positions begin
+    /// after them.
     pub pads: usize,
 }
 

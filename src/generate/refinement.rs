@@ -1,4 +1,5 @@
-//! The refiner of a checkpoint: from the codes of drawn images to sharper pictures of twice the size.
+//! The refiner of a checkpoint: from the codes of drawn images to sharper pictures of twice the
+//! size.
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
@@ -34,7 +35,8 @@ pub struct Refined<'a> {
 impl Refinement {
     /// Loads the refiner of a checkpoint.
     ///
-    /// Errors: usage, for a model without one; [`crate::error::Kind::Model`] for files that are missing, broken or do not fit.
+    /// Errors: usage, for a model without one; [`crate::error::Kind::Model`] for files that are
+    /// missing, broken or do not fit.
     pub fn load(
         source: &Source,
         config: &ModelConfig,
@@ -51,10 +53,11 @@ impl Refinement {
         })
     }
 
-    /// Refines images of the grids `scales`, decoded as `pictures`, in so many steps: all in one batch.
+    /// Refines images of the grids `scales`, decoded as `pictures`, in so many steps: all in one
+    /// batch.
     ///
-    /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks, [`crate::error::Kind::NonFinite`] for pixels that
-    /// are not finite.
+    /// Errors: [`crate::error::Kind::Interrupted`] if the observer breaks,
+    /// [`crate::error::Kind::NonFinite`] for pixels that are not finite.
     pub fn refine(
         &self,
         (images, text): (&TableDecoder, &Text),

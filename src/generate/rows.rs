@@ -1,4 +1,5 @@
-//! The KV-cached sequences of a batch: a conditional one per image and, for guidance, an unconditional one per image.
+//! The KV-cached sequences of a batch: a conditional one per image and, for guidance, an
+//! unconditional one per image.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -10,8 +11,8 @@ use crate::backbone::{Backbone, Cache, Context, Layout, Position, Rope, Step};
 /// Tokens whose logits are in memory at a time: those of a whole 64x64 grid would take 1 GB.
 pub const POSITIONS: usize = 1024;
 
-/// A batch of rows with separate prefixes and caches: a conditional one per image and, with guidance, an unconditional one per
-/// image, which gets the same codes.
+/// A batch of rows with separate prefixes and caches: a conditional one per image and, with
+/// guidance, an unconditional one per image, which gets the same codes.
 #[derive(Debug)]
 pub struct Rows<'a> {
     backbone: &'a Backbone,
@@ -32,8 +33,8 @@ impl<'a> Rows<'a> {
         prefixes.iter().map(|_| cache()).collect()
     }
 
-    /// Prefills empty caches with the prefixes of images of the grids `scales`. Also returns the hidden states that predict the
-    /// first code, (R, 1, hidden). Errors: an empty prefix.
+    /// Prefills empty caches with the prefixes of images of the grids `scales`. Also returns the
+    /// hidden states that predict the first code, (R, 1, hidden). Errors: an empty prefix.
     pub fn start(
         backbone: &'a Backbone,
         caches: &'a mut [Cache],
@@ -54,7 +55,8 @@ impl<'a> Rows<'a> {
         Ok((Self::resume(backbone, caches, layouts, scales)?, hidden))
     }
 
-    /// Rows that are prefilled up to the token that opens the image, one per layout; the layouts include the image.
+    /// Rows that are prefilled up to the token that opens the image, one per layout; the layouts
+    /// include the image.
     pub fn resume(
         backbone: &'a Backbone,
         caches: &'a mut [Cache],
@@ -108,8 +110,8 @@ impl Sequences for Rows<'_> {
     }
 }
 
-/// Prefills every prefix by itself, on all threads, and equal ones once. Returns the hidden states of the last tokens,
-/// (R, 1, hidden).
+/// Prefills every prefix by itself, on all threads, and equal ones once. Returns the hidden states
+/// of the last tokens, (R, 1, hidden).
 fn prefill_apart(
     backbone: &Backbone,
     caches: &mut [Cache],
@@ -135,8 +137,8 @@ fn prefill_apart(
     Tensor::cat(&hidden.into_iter().flatten().collect::<Vec<_>>(), 0)
 }
 
-/// The same in one pass, which reads the weights once: shorter prefixes are padded with zeros at the end, which causal attention
-/// ignores and the caches drop.
+/// The same in one pass, which reads the weights once: shorter prefixes are padded with zeros at
+/// the end, which causal attention ignores and the caches drop.
 fn prefill_together(
     backbone: &Backbone,
     caches: &mut [Cache],

@@ -1,4 +1,5 @@
-//! From logits to codes: temperature, top-k, top-p, and noise that depends on (seed, scale, position) alone.
+//! From logits to codes: temperature, top-k, top-p, and noise that depends on
+//! (seed, scale, position) alone.
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -40,7 +41,8 @@ pub struct SampleParams<'a> {
     pub pass: usize,
 }
 
-/// The code that a GPU samples where the logits are not finite, so that nothing has to wait for it: no codebook is as large.
+/// The code that a GPU samples where the logits are not finite, so that nothing has to wait for it:
+/// no codebook is as large.
 pub const NON_FINITE: u32 = u32::MAX;
 /// The same mark in place of a bit, which is 0 or 1.
 pub const NON_FINITE_BIT: u8 = u8::MAX;
@@ -66,8 +68,9 @@ pub fn to_host(codes: &Tensor) -> Result<Vec<Vec<Code>>, Fault> {
     all.chunks_exact(tokens * bits).map(row).collect()
 }
 
-/// One code for each of the positions from `first` on, by their [`guided`] logits: (R, T, codes) -> (images, T) u32 on the
-/// same device. The rows are one of every image and then, with guidance, the unconditional one of every image.
+/// One code for each of the positions from `first` on, by their [`guided`] logits: (R, T, codes) ->
+/// (images, T) u32 on the same device. The rows are one of every image and then, with guidance, the
+/// unconditional one of every image.
 ///
 /// Errors: logits that are not finite, unless a GPU draws: there the code is [`NON_FINITE`].
 pub fn sample(logits: &Tensor, params: &SampleParams, first: usize) -> Result<Tensor, Fault> {
@@ -121,7 +124,8 @@ fn on_gpu(
     crate::ops::sample(logits, &sample, noise)
 }
 
-/// Logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, codes) -> T rows.
+/// Logits in f32 under VAR's guidance, (1 + t) conditional - t unconditional: (R, T, codes) -> T
+/// rows.
 pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
     let (rows, tokens, codes) = logits.dims3()?;
     let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -137,8 +141,8 @@ pub fn guided(logits: &Tensor, t: f64) -> candle_core::Result<Vec<Vec<f32>>> {
 /// Below this temperature sampling is argmax; dividing the logits by less could overflow.
 pub(super) const COLD: f64 = 1e-6;
 
-/// Samples an entry of a row of logits with a finite maximum, filtered by `kept`, with `u` uniform on (0, 1); at temperature 0 the
-/// largest.
+/// Samples an entry of a row of logits with a finite maximum, filtered by `kept`, with `u` uniform
+/// on (0, 1); at temperature 0 the largest.
 pub fn sample_row(mut row: Vec<f32>, temperature: f64, kept: Filter, u: f64) -> u32 {
     if temperature < COLD || kept.top_k == Some(1) {
         return argmax(&row);
@@ -168,8 +172,8 @@ fn softmax(row: &[f32], kept: &[u32]) -> Vec<f64> {
     kept.iter().map(|&i| f64::from(row[i as usize] - top).exp()).collect()
 }
 
-/// The entries that survive top-k (ties with the k-th stay) and then top-p (the smallest set of the likeliest whose
-/// probabilities exceed p; always at least one), likeliest first.
+/// The entries that survive top-k (ties with the k-th stay) and then top-p (the smallest set of the
+/// likeliest whose probabilities exceed p; always at least one), likeliest first.
 pub fn filter(row: &[f32], top_k: Option<usize>, top_p: f64) -> Vec<u32> {
     let likelier = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
     let top_k = top_k.filter(|&k| k < row.len());
@@ -198,8 +202,8 @@ pub fn filter(row: &[f32], top_k: Option<usize>, top_p: f64) -> Vec<u32> {
     order
 }
 
-/// Of many more than k numbers, what at least k of them reach, and few others do: the k-th largest of the largest of each
-/// part of the row.
+/// Of many more than k numbers, what at least k of them reach, and few others do: the k-th largest
+/// of the largest of each part of the row.
 fn bound(row: &[f32], k: usize) -> Option<f32> {
     let part = Some(row.len() / (2 * k)).filter(|&part| part > 1)?;
     let largest = |part: &[f32]| part.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });

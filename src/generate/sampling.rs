@@ -23,7 +23,8 @@ const MAX_TEMPERATURE: f64 = 1e6;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Guidance {
-    /// VAR's t at the last scale, from 0 at the first: (1 + t) conditional - t unconditional. 0 is off.
+    /// VAR's t at the last scale, from 0 at the first: (1 + t) conditional - t unconditional. 0 is
+    /// off.
     #[default]
     Ramp,
     /// c at every scale: c conditional + (1 - c) unconditional. 1 is off, and so is 0.
@@ -60,8 +61,8 @@ pub struct Sampling {
     /// The temperature of every scale, in place of `temperature`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub temperature_scales: Vec<f64>,
-    /// Infinity only: guidance is applied inside the network, each of these numbers of blocks before its end; 0 means on the logits,
-    /// as without any.
+    /// Infinity only: guidance is applied inside the network, each of these numbers of blocks
+    /// before its end; 0 means on the logits, as without any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cfg_layers: Vec<usize>,
     /// How much the words alone, without the picture that is edited, count beside both in guidance.
@@ -124,7 +125,8 @@ impl Sampling {
         faults.into_iter().find_map(|(good, fault)| (!good).then_some(fault))
     }
 
-    /// Errors: usage, if the draft leaves none of `scales` scales, or a list has another number of values.
+    /// Errors: usage, if the draft leaves none of `scales` scales, or a list has another number of
+    /// values.
     pub fn check(&self, scales: usize) -> Result<()> {
         if self.guidance == Guidance::Ramp && !self.cfg_scales.is_empty() {
             return Err(Error::usage("--cfg with a value for every scale is for Infinity").hint("--cfg 3"));

@@ -23,7 +23,8 @@ impl Entry {
     }
 }
 
-/// Scales of the paper's 128, 256, 512 and 1024 px levels, as far as a model of `max` scales goes, and these.
+/// Scales of the paper's 128, 256, 512 and 1024 px levels, as far as a model of `max` scales goes,
+/// and these.
 pub fn levels(max: usize) -> impl Iterator<Item = usize> {
     [8, 12, 16].into_iter().filter(move |level| *level < max).chain([max])
 }
@@ -44,8 +45,9 @@ pub fn nearest(h_over_w: f64) -> &'static Entry {
     table().iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(&TABLE[0])
 }
 
-/// Of the entries whose first `count` scales end in the grid that comes nearest to a ratio, in log space, the nearest itself.
-/// Small grids round: at the 128 px level the entry nearest to 3:2 ends in a grid of 5:3.
+/// Of the entries whose first `count` scales end in the grid that comes nearest to a ratio, in log
+/// space, the nearest itself. Small grids round: at the 128 px level the entry nearest to 3:2 ends
+/// in a grid of 5:3.
 pub fn nearest_of(h_over_w: f64, count: usize) -> &'static Entry {
     let off = |ratio: f64| (ratio.ln() - h_over_w.ln()).abs();
     let distance = |e: &Entry| {
@@ -65,9 +67,9 @@ pub fn codes(scales: &[(usize, usize)]) -> usize {
 mod tests {
     use super::*;
 
-    /// The coefficients of h^2 (linear layers) and of h (attention) in the paper's count of operations for one image
-    /// after `text` tokens: 12 * tokens, and 4 * (sum of s_t * cum_t + text^2), where cum_t counts everything that scale t
-    /// sees, the text included.
+    /// The coefficients of h^2 (linear layers) and of h (attention) in the paper's count of
+    /// operations for one image after `text` tokens: 12 * tokens, and 4 * (sum of s_t * cum_t +
+    /// text^2), where cum_t counts everything that scale t sees, the text included.
     fn flop_coefficients(scales: &[(usize, usize)], text: usize) -> (u64, u64) {
         let (mut seen, mut attention) = (text, text * text);
         for (h, w) in scales {

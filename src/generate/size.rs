@@ -49,7 +49,8 @@ impl FromStr for Size {
 }
 
 impl Size {
-    /// This size or, for `auto`, the ratio of an image of (width, height) pixels, if the model draws several ratios.
+    /// This size or, for `auto`, the ratio of an image of (width, height) pixels, if the model
+    /// draws several ratios.
     pub fn or_of(self, config: &ModelConfig, (width, height): (u32, u32)) -> Self {
         match self {
             Self::Auto if config.grids.is_empty() => {
@@ -77,7 +78,8 @@ impl Size {
         }
     }
 
-    /// The grids of a model of at most `max` scales of the paper's table, with `cell` pixels for a code along each side.
+    /// The grids of a model of at most `max` scales of the paper's table, with `cell` pixels for a
+    /// code along each side.
     fn scales(self, max: usize, cell: u64) -> Result<Vec<(usize, usize)>> {
         let max = max.clamp(1, 18);
         match self {

@@ -209,7 +209,8 @@ fn job(cfg: f64, seed: u64) -> Job {
 
 #[test]
 fn the_loop_draws_what_the_masked_pass_says() {
-    // Greedy codes must be the argmax of a teacher-forced pass over those very codes, guidance rows included.
+    // Greedy codes must be the argmax of a teacher-forced pass over those very codes, guidance rows
+    // included.
     for (mode, until) in [(InputMode::Residual, None), (InputMode::Cumulative, None), (InputMode::Residual, Some(3))] {
         let (backbone, q) = model(mode);
         let mut job = job(3.0, 1);
@@ -334,7 +335,8 @@ fn nextflow_adds_image_ends_to_a_transformer() {
     assert_eq!((model.backbone.input_mode, model.backbone.max_scales), (InputMode::Residual, 18));
     let c = model.backbone;
     assert_eq!(c.check(), Ok(()));
-    // Two markers in embedding and head, the codes' rows in the head, connector and scale embedding.
+    // Two markers in embedding and head, the codes' rows in the head, connector and scale
+    // embedding.
     let image_ends = (2 + 2 + 32_768 + 40 + 1 + 3584 + 1 + 18) * 3584;
     assert_eq!(c.parameters(), QWEN2_5_VL_7B.parameters() + image_ends);
     assert_eq!((c.boi(), c.eoi(), c.first_code()), (152_064, 152_065, 152_066));

@@ -31,7 +31,8 @@ pub fn sampling(passes: usize) -> Sampling {
     Sampling { cfg: 7.5, top_k: first.top_k, top_p: first.top_p, later_passes, ..Sampling::default() }
 }
 
-/// Whether a model may draw a scale in several passes: its inputs are sums of scales, so that it can read a scale's own codes.
+/// Whether a model may draw a scale in several passes: its inputs are sums of scales, so that it
+/// can read a scale's own codes.
 pub fn takes_passes(config: &ModelConfig) -> bool {
     config.backbone.input_mode == InputMode::Cumulative
 }
@@ -67,16 +68,19 @@ pub fn config() -> ModelConfig {
     }
 }
 
-/// Whether a `config.json` is the public checkpoint's: no other Llama has this number of tokens and codes.
+/// Whether a `config.json` is the public checkpoint's: no other Llama has this number of tokens and
+/// codes.
 pub fn is_public(config: &serde_json::Value) -> bool {
     let words = (TOKENFLOW_T2I_7B.vocab_size + TOKENFLOW_T2I_7B.codebook_size) as u64;
     config.get("backbone").is_none() && config.get("vocab_size").and_then(|v| v.as_u64()) == Some(words)
 }
 
-/// The file that holds its image tokenizer, and the model of the hub that has the file: the two are published apart.
+/// The file that holds its image tokenizer, and the model of the hub that has the file: the two are
+/// published apart.
 const TOKENIZER: (&str, &str) = ("ByteVisionLab/TokenFlow", "tokenflow_clipb_32k_enhanced.pt");
 
-/// Where on the hub the image tokenizer of a public checkpoint is that comes without one: model and file.
+/// Where on the hub the image tokenizer of a public checkpoint is that comes without one: model and
+/// file.
 pub fn tokenizer_elsewhere(source: &Source) -> Option<(&'static str, &'static str)> {
     let public = source.read_config().is_ok_and(|c| is_public(&c));
     (public && !source.has(config().tokenizer_file(source))).then_some(TOKENIZER)

@@ -1,6 +1,6 @@
 //! The two halves of a block for training on a CPU, each with its norm and its residual as one
-//! operation. candle adds every gradient of every operation to zeros that it allocates first: of the
-//! dozen operations of a half that took longer than what stands between the products.
+//! operation. candle adds every gradient of every operation to zeros that it allocates first: of
+//! the dozen operations of a half that took longer than what stands between the products.
 //!
 //! Unlike other operations they keep what the forward pass has computed, until the backward pass,
 //! of which there can be one only.

@@ -7,8 +7,8 @@ use super::cpu::operand::{Operand, are_f32};
 use super::cpu::reduce::{self, vectorized};
 use super::custom_op::{Op, apply2};
 
-/// Convolves each channel of x (B, H, W, C) with its own square kernel w (K * K, C), K odd, at stride
-/// 1 with zero padding: x's shape and dtype.
+/// Convolves each channel of x (B, H, W, C) with its own square kernel w (K * K, C), K odd, at
+/// stride 1 with zero padding: x's shape and dtype.
 ///
 /// Errors: kernels that do not fit.
 pub fn depthwise_conv2d(x: &Tensor, w: &Tensor) -> Result<Tensor> {

@@ -63,7 +63,8 @@ pub(super) fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
 pub(super) struct Linear {
     /// All factors are rounded to bf16: [`bf16::supports`] the sizes.
     bf16: bool,
-    /// A backward pass follows. Then there are many rows, for which the crate `gemm` is the fastest.
+    /// A backward pass follows. Then there are many rows, for which the crate `gemm` is the
+    /// fastest.
     trains: bool,
 }
 
@@ -90,8 +91,8 @@ impl Op<3> for Linear {
 
 /// The products, for weights (out, inner).
 impl Linear {
-    /// For a backward pass, with weights (out, inner) of these `shapes`: in mixed precision where the
-    /// CPU multiplies bf16.
+    /// For a backward pass, with weights (out, inner) of these `shapes`: in mixed precision where
+    /// the CPU multiplies bf16.
     pub(super) fn training(mixed: bool, shapes: &[(usize, usize)]) -> Self {
         Self { bf16: mixed && shapes.iter().all(|&(out, inner)| bf16::supports(out, inner)), trains: true }
     }

@@ -67,7 +67,8 @@ pub(super) struct ModulatedNorm {
 /// Of x, y and the gate.
 pub(super) struct AddGated;
 
-/// Calls `f` with the row of every position of (R, T, C), the position and its output, on all threads.
+/// Calls `f` with the row of every position of (R, T, C), the position and its output, on all
+/// threads.
 fn positions(out: &mut [f32], (tokens, c): (usize, usize), f: impl Fn(usize, usize, &mut [f32]) + Sync) {
     let at_once = (CHUNK / c).max(1);
     out.par_chunks_mut(at_once * c).enumerate().for_each(|(chunk, out)| {
@@ -83,7 +84,8 @@ fn positions(out: &mut [f32], (tokens, c): (usize, usize), f: impl Fn(usize, usi
     });
 }
 
-/// As [`positions`], with each row on one thread: `f` also gets `width` sums of the row, (R, width).
+/// As [`positions`], with each row on one thread: `f` also gets `width` sums of the row,
+/// (R, width).
 fn rows(
     out: &mut [f32],
     (tokens, c): (usize, usize),

@@ -17,8 +17,8 @@ pub struct Captions {
 }
 
 impl Captions {
-    /// Of the token ids of every caption, of which the first `max_tokens` are read; an empty one stands
-    /// for any picture.
+    /// Of the token ids of every caption, of which the first `max_tokens` are read; an empty one
+    /// stands for any picture.
     pub fn new(captions: &[&[u32]], config: &CaptionConfig, device: &Device) -> Result<Self> {
         let read = |ids: &[u32]| ids.len().min(config.max_tokens);
         // Every caption begins with a token of its own, so that an empty one has something to see.
@@ -53,8 +53,8 @@ pub(super) struct CaptionEncoder {
 }
 
 impl CaptionEncoder {
-    /// Keys `embed` (tokens + 1, width), of which the last row begins every caption, `embed_positions`,
-    /// `blocks.N` and `norm`.
+    /// Keys `embed` (tokens + 1, width), of which the last row begins every caption,
+    /// `embed_positions`, `blocks.N` and `norm`.
     pub(super) fn load(w: &Weights, config: &RefinerConfig) -> Result<Self> {
         let CaptionConfig { vocab_size, width, blocks, heads, max_tokens } = config.caption;
         let block = |i: usize| -> Result<_> {

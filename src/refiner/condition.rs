@@ -10,9 +10,11 @@ use crate::pixels::GridResampling;
 pub struct Condition {
     /// The tokenizer's picture, folded: (B, T, c).
     pub(super) picture: Tensor,
-    /// The same enlarged to the refined picture's size, folded: what the network's output is added to.
+    /// The same enlarged to the refined picture's size, folded: what the network's output is added
+    /// to.
     base: Tensor,
-    /// Code embeddings and semantic features (B, h * w, code_dim + semantic_dim), on the codes' grid.
+    /// Code embeddings and semantic features (B, h * w, code_dim + semantic_dim), on the codes'
+    /// grid.
     pub(super) codes: Tensor,
     /// Height and width of the codes' grid.
     pub(super) code_grid: (usize, usize),
@@ -20,8 +22,8 @@ pub struct Condition {
 }
 
 impl Condition {
-    /// Of the tokenizer's pictures (B, 3, H, W) around [-1, 1], the code embeddings F (B, h, w, D) and the
-    /// semantic features (B, h * w, S) decoded from them.
+    /// Of the tokenizer's pictures (B, 3, H, W) around [-1, 1], the code embeddings F (B, h, w, D)
+    /// and the semantic features (B, h * w, S) decoded from them.
     ///
     /// Errors: shapes that do not fit each other or the config.
     pub fn new(picture: &Tensor, f: &Tensor, semantic: &Tensor, config: &RefinerConfig) -> Result<Self> {

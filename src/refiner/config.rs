@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RefinerConfig {
-    /// Pixels of the refined picture that one token of the finest level stands for, along each side.
+    /// Pixels of the refined picture that one token of the finest level stands for, along each
+    /// side.
     pub patch: usize,
     /// Pixels of the refined picture for one of the tokenizer's, along each side (the paper's 2x2
     /// upsampling task).
@@ -17,8 +18,8 @@ pub struct RefinerConfig {
     pub down_blocks: Vec<usize>,
     /// Blocks of every level but the last on the way up, fine to coarse.
     pub up_blocks: Vec<usize>,
-    /// How many of the last blocks of a level attend to the picture and the caption, fine to coarse: on
-    /// the way up, and in the middle.
+    /// How many of the last blocks of a level attend to the picture and the caption, fine to
+    /// coarse: on the way up, and in the middle.
     pub attention: Vec<usize>,
     /// Channels of an attention head.
     pub head_dim: usize,
@@ -36,8 +37,8 @@ pub struct RefinerConfig {
     pub code_cell: usize,
     /// Channels that the codes have at every token of the finest level.
     pub code_channels: usize,
-    /// Standard deviation of the noise that is added to the tokenizer's picture in the beginning, in pixels of [-1, 1]: about
-    /// that of what the picture lacks.
+    /// Standard deviation of the noise that is added to the tokenizer's picture in the beginning,
+    /// in pixels of [-1, 1]: about that of what the picture lacks.
     pub noise: f64,
     /// The caption encoder.
     pub caption: CaptionConfig,
@@ -128,8 +129,8 @@ impl RefinerConfig {
         Ok(())
     }
 
-    /// A U-Net of the paper's class (1 B parameters), from pictures of 512 to 1024 pixels by TokenFlow's `siglip_32k` codes and
-    /// Qwen2.5's words. The paper gives no shape.
+    /// A U-Net of the paper's class (1 B parameters), from pictures of 512 to 1024 pixels by
+    /// TokenFlow's `siglip_32k` codes and Qwen2.5's words. The paper gives no shape.
     pub fn one_b() -> Self {
         Self {
             patch: 8,
@@ -152,8 +153,8 @@ impl RefinerConfig {
         }
     }
 
-    /// Floating-point operations of a step for so many images whose codes have the grids `scales`: those of all matrix products
-    /// of the U-Net.
+    /// Floating-point operations of a step for so many images whose codes have the grids `scales`:
+    /// those of all matrix products of the U-Net.
     pub fn flops(&self, scales: &[(usize, usize)], images: usize) -> f64 {
         let (h, w) = scales.last().copied().unwrap_or_default();
         let finest = h * w * self.tokens_per_code().pow(2);
@@ -171,7 +172,8 @@ impl RefinerConfig {
         2.0 * (images * sum) as f64
     }
 
-    /// Bytes that a step holds at once for so many images whose codes have the grids `scales`, in f32.
+    /// Bytes that a step holds at once for so many images whose codes have the grids `scales`, in
+    /// f32.
     pub fn activations(&self, scales: &[(usize, usize)], images: usize) -> u64 {
         let (h, w) = scales.last().copied().unwrap_or_default();
         let tokens = images * h * w * self.tokens_per_code().pow(2);

@@ -2,8 +2,8 @@
 //! noise, z_0, to the true one, x. The network predicts x; the loss and the steps are those of the
 //! velocity (x - z) / (1 - t).
 //!
-//! It begins at the picture, and not at noise alone, because most of the picture is right: what is left
-//! to draw has a much smaller scale than the picture has, and noise of that scale serves.
+//! It begins at the picture, and not at noise alone, because most of the picture is right: what is
+//! left to draw has a much smaller scale than the picture has, and noise of that scale serves.
 
 use std::ops::ControlFlow;
 
@@ -50,8 +50,8 @@ pub(super) fn noise(rngs: &[Rng], (tokens, channels): (usize, usize), device: &D
     Tensor::from_vec(values, (rngs.len(), tokens, channels), device)
 }
 
-/// Euler's method in equal steps from `start` at t = 0 to a picture at t = 1, where `predict` says what
-/// picture it sees in z at a time. `None` if `progress` breaks.
+/// Euler's method in equal steps from `start` at t = 0 to a picture at t = 1, where `predict` says
+/// what picture it sees in z at a time. `None` if `progress` breaks.
 pub(super) fn integrate(
     start: Tensor,
     steps: usize,
@@ -86,8 +86,8 @@ mod tests {
         Ok(())
     }
 
-    /// With a perfect prediction every number of steps arrives; with that of a linear flow each step is
-    /// Euler's.
+    /// With a perfect prediction every number of steps arrives; with that of a linear flow each
+    /// step is Euler's.
     #[test]
     fn steps_are_those_of_euler() -> Result<()> {
         let start = Tensor::new(&[[3f32, -1.0]], &Device::Cpu)?;

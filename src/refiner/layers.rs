@@ -44,8 +44,8 @@ pub(super) struct Angles {
     pub(super) sin: Tensor,
 }
 
-/// Pre-norm attention of tokens to each other and, in the U-Net, to the caption as well: one softmax
-/// over both.
+/// Pre-norm attention of tokens to each other and, in the U-Net, to the caption as well: one
+/// softmax over both.
 #[derive(Debug)]
 pub(super) struct Attention {
     norm: RmsNorm,
@@ -59,7 +59,8 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    /// Keys `norm`, `q`, `k`, `v`, `out` and, with the width of captions, `caption_k` and `caption_v`.
+    /// Keys `norm`, `q`, `k`, `v`, `out` and, with the width of captions, `caption_k` and
+    /// `caption_v`.
     pub(super) fn load(w: &Weights, width: usize, heads: usize, caption: Option<usize>) -> Result<Self> {
         let load = |name: &str, from| Linear::load_with(&w.pp(name), from, width, false, lecun_normal(from));
         Ok(Self {
@@ -75,8 +76,8 @@ impl Attention {
         })
     }
 
-    /// x (B, T, C) plus what it attends to; queries and keys of x are rotated by `angles`. `kept` masks
-    /// the keys of x, `text` has keys of its own.
+    /// x (B, T, C) plus what it attends to; queries and keys of x are rotated by `angles`. `kept`
+    /// masks the keys of x, `text` has keys of its own.
     pub(super) fn forward(
         &self,
         x: &Tensor,

@@ -1,9 +1,9 @@
 //! The diffusion decoder (paper: "optional diffusion decoder"): from an image's codes and its
 //! caption to a sharper picture of twice the size.
 //!
-//! The condition has two branches that are never mixed. The visual one is what the tokenizer makes of
-//! the codes: its picture, the code embeddings and the decoded semantic features (`condition`). The
-//! text one is the caption, encoded by a small transformer (`caption`) that the U-Net (`unet`)
+//! The condition has two branches that are never mixed. The visual one is what the tokenizer makes
+//! of the codes: its picture, the code embeddings and the decoded semantic features (`condition`).
+//! The text one is the caption, encoded by a small transformer (`caption`) that the U-Net (`unet`)
 //! attends to. Noise becomes the picture along a rectified flow (`flow`).
 
 mod caption;
@@ -63,9 +63,9 @@ impl Refiner {
         self.unet.forward(z, t, condition, &text)
     }
 
-    /// Refines a batch in so many steps: pixels (B, 3, H, W) around [-1, 1], twice as many on each side
-    /// as the condition's picture has. The noise of an image is that of its `rng`. `None` if `progress`
-    /// breaks.
+    /// Refines a batch in so many steps: pixels (B, 3, H, W) around [-1, 1], twice as many on each
+    /// side as the condition's picture has. The noise of an image is that of its `rng`. `None` if
+    /// `progress` breaks.
     pub fn refine(
         &self,
         condition: &Condition,

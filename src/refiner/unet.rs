@@ -95,8 +95,8 @@ pub(super) struct Unet {
 }
 
 impl Unet {
-    /// Keys `time.N`, `caption`, `codes`, `input`, `levels.N.{down, merge, split, up}`, `middle`, `norm` and
-    /// `output`.
+    /// Keys `time.N`, `caption`, `codes`, `input`, `levels.N.{down, merge, split, up}`, `middle`,
+    /// `norm` and `output`.
     pub(super) fn load(w: &Weights, config: &RefinerConfig) -> Result<Self> {
         let (widths, embedding) = (&config.widths, config.embedding);
         let last = widths.len() - 1;
@@ -128,8 +128,8 @@ impl Unet {
         })
     }
 
-    /// The picture that is seen in z (B, T, p * p * 3) at the times t of the batch, with its condition:
-    /// folded as z.
+    /// The picture that is seen in z (B, T, p * p * 3) at the times t of the batch, with its
+    /// condition: folded as z.
     pub(super) fn forward(&self, z: &Tensor, t: &[f32], condition: &Condition, text: &Text) -> Result<Tensor> {
         let (b, tokens, _) = z.dims3()?;
         let mut grid = condition.grid();
@@ -202,8 +202,8 @@ impl Unet {
         features.reshape((b, h * side * w * side, channels))
     }
 
-    /// Rotary angles of a level's positions, relative to the middle, in tokens of the coarsest level: half
-    /// of the frequencies turn by rows, half by columns.
+    /// Rotary angles of a level's positions, relative to the middle, in tokens of the coarsest
+    /// level: half of the frequencies turn by rows, half by columns.
     fn angles(&self, (h, w): (usize, usize), level: usize, device: &Device) -> Result<Angles> {
         let half = self.config.head_dim / 4;
         let step = 0.5f64.powi((self.config.widths.len() - 1 - level) as i32);

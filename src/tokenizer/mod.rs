@@ -252,7 +252,8 @@ impl SemanticFeatures {
         })
     }
 
-    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) -> (B, h * w, out_dim).
+    /// The semantic encoder's features as the codes hold them: F (B, h, w, D) ->
+    /// (B, h * w, out_dim).
     pub fn decode(&self, f: &Tensor) -> Result<Tensor> {
         let x = self.decoder.forward(&f.narrow(3, 0, self.channels)?.contiguous()?)?;
         self.task.1.forward(&self.task.0.forward(&x)?.tanh()?)

@@ -1,4 +1,5 @@
-//! The codebook learns as online k-means: every entry is a moving average of the residuals it was nearest to.
+//! The codebook learns as online k-means: every entry is a moving average of the residuals it was
+//! nearest to.
 
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
@@ -10,7 +11,8 @@ use crate::tokenizer::{CodebookConfig, Quantizer};
 
 /// Decay of the averages per step.
 const DECAY: f32 = 0.97;
-/// An entry that is nearest to fewer residuals than this, on average per step, is given another place.
+/// An entry that is nearest to fewer residuals than this, on average per step, is given another
+/// place.
 const DEAD: f32 = 0.02;
 
 /// Which code was nearest to which residual.
@@ -58,8 +60,8 @@ impl Codebook {
         self.counts.iter().filter(|&&c| c > DEAD).count()
     }
 
-    /// Spreads the entries over features (n, D): shrunken copies of random ones, since most of what a code will see is
-    /// residual. Entry 0 starts at zero: nothing to add.
+    /// Spreads the entries over features (n, D): shrunken copies of random ones, since most of what
+    /// a code will see is residual. Entry 0 starts at zero: nothing to add.
     pub fn spread(&mut self, features: &[f32], rng: &Rng) {
         let dim = self.config.dim();
         for (i, entry) in self.table.chunks_exact_mut(dim).enumerate() {
@@ -70,7 +72,8 @@ impl Codebook {
         self.sums.copy_from_slice(&self.table);
     }
 
-    /// Moves every entry towards the mean of its residuals, and dead entries onto random residuals of this batch.
+    /// Moves every entry towards the mean of its residuals, and dead entries onto random residuals
+    /// of this batch.
     pub fn learn<'a>(&mut self, batch: impl Iterator<Item = &'a Assignments>, rng: &Rng) {
         let dim = self.config.dim();
         self.counts.iter_mut().for_each(|c| *c *= DECAY);
@@ -78,7 +81,8 @@ impl Codebook {
         let mut seen: Vec<&[f32]> = Vec::new();
         for assignments in batch {
             let all = assignments.codes.iter().zip(assignments.residuals.chunks_exact(dim));
-            // The optimizer skips a step that is not finite, and so do the averages, which would never recover.
+            // The optimizer skips a step that is not finite, and so do the averages, which would
+            // never recover.
             for (&code, z) in all.filter(|(_, z)| z.iter().all(|x| x.is_finite())) {
                 self.counts[code as usize] += 1.0 - DECAY;
                 let sum = &mut self.sums[code as usize * dim..][..dim];

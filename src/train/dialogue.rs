@@ -1,5 +1,5 @@
-//! Dialogues for supervised training: edits, questions, drawing on request, reasoning, stories and small talk. Every one
-//! is a pure function of the seed and its index.
+//! Dialogues for supervised training: edits, questions, drawing on request, reasoning, stories and
+//! small talk. Every one is a pure function of the seed and its index.
 
 use super::samples::Samples;
 use super::thing_edits::{ThingEdit, is_plural};
@@ -101,7 +101,8 @@ fn drawing(dataset: &Samples, rng: &Rng) -> Turns {
     vec![user(vec![], &request), model("", Some(canvas))]
 }
 
-/// Questions about a composition are so many at most, beside images that are drawn and where they are all there is.
+/// Questions about a composition are so many at most, beside images that are drawn and where they
+/// are all there is.
 const FEW: usize = 4;
 const MANY: usize = 12;
 
@@ -201,7 +202,8 @@ fn edit(rng: &Rng, questions: usize) -> Turns {
     turns
 }
 
-/// An edit of a composition that is told, not shown: what the words of an instruction make of those of a picture.
+/// An edit of a composition that is told, not shown: what the words of an instruction make of those
+/// of a picture.
 fn told_edit(rng: &Rng) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
     let text = edit.instruction(&rng.fork(2), Split::Train).text;

@@ -15,10 +15,11 @@ use crate::tokenizer::{ImageTokenizer, TokenizerConfig};
 /// The file of the text tokenizer.
 const TEXT: &str = "tokenizer.json";
 
-/// Writes `config.json`, `tokenizer.json`, `model.safetensors`, `image_tokenizer.safetensors` and, if it was trained,
-/// `refiner.safetensors` (matrices as bytes) to `out`.
-/// The decoder is the third stage's if its weights are there. Of a run that has trained nothing but a refiner, it is added to
-/// the model that is in `out`. Whether images are refined by default (`sampling.refine`) is not decided here.
+/// Writes `config.json`, `tokenizer.json`, `model.safetensors`, `image_tokenizer.safetensors` and,
+/// if it was trained, `refiner.safetensors` (matrices as bytes) to `out`. The decoder is the third
+/// stage's if its weights are there. Of a run that has trained nothing but a refiner, it is added
+/// to the model that is in `out`. Whether images are refined by default (`sampling.refine`) is not
+/// decided here.
 ///
 /// Errors: [`crate::error::Kind::Model`] for a run without one of these files.
 pub fn export(run: &Run, out: &Path, sampling: Sampling) -> Result<()> {

@@ -1,7 +1,8 @@
 //! Tables: concepts of emojibase that people do not distinguish, and common names of the others.
 
-/// Everyday concepts are those of `EVERYDAY_GROUPS` except clock faces and these. The rule is use, not ease: of several
-/// concepts that differ only by a phase, state, direction or mark, the one that a person would ask for by name stays.
+/// Everyday concepts are those of `EVERYDAY_GROUPS` except clock faces and these. The rule is use,
+/// not ease: of several concepts that differ only by a phase, state, direction or mark, the one
+/// that a person would ask for by name stays.
 pub(super) const NEAR_DUPLICATES: &str = "\
     new moon; waxing crescent moon; first quarter moon; waxing gibbous moon; waning gibbous moon; last quarter moon; \
     waning crescent moon; new moon face; first quarter moon face; last quarter moon face; full moon face; \
@@ -17,7 +18,8 @@ pub(super) const NEAR_DUPLICATES: &str = "\
     round pushpin; linked paperclips; locked with pen; locked with key; \
     love hotel; Japanese post office; admission tickets";
 
-/// `label: canonical name, synonyms` where the label of emojibase is not what a person would type, or not all of it.
+/// `label: canonical name, synonyms` where the label of emojibase is not what a person would type,
+/// or not all of it.
 pub(super) const NAMES: &str = "\
     automobile: car, automobile; sport utility vehicle: SUV; articulated lorry: truck, lorry; delivery truck: delivery van; \
     minibus: van, minibus; fire engine: fire truck, fire engine; locomotive: steam train, locomotive; metro: subway train; \

@@ -1,5 +1,5 @@
-//! Images already encoded: the transformer's training material, as the tokenizer's features before quantisation, so
-//! that self-correction can draw other codes every time.
+//! Images already encoded: the transformer's training material, as the tokenizer's features before
+//! quantisation, so that self-correction can draw other codes every time.
 
 use rayon::prelude::*;
 
@@ -67,8 +67,8 @@ pub struct Pool {
 
 /// Images encoded at once.
 const BATCH: usize = 64;
-/// Height over width of the other aspect ratios that are trained: what lies between and beyond is left to the
-/// positions, which are relative to the image's extent.
+/// Height over width of the other aspect ratios that are trained: what lies between and beyond is
+/// left to the positions, which are relative to the image's extent.
 const RATIOS: [f64; 10] = [0.25, 0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0, 4.0];
 /// One batch of captioned images in this many is not square.
 const OBLONG: usize = 5;

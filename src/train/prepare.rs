@@ -1,7 +1,8 @@
 //! Builds the picture library from the packages that `fetch-data.sh` fetches.
 //!
-//! Every picture is cropped to its object and scaled so that the object's longer side spans seven eighths of its own, centred:
-//! then size and place carry no noise, and scenes put them where the sentence says.
+//! Every picture is cropped to its object and scaled so that the object's longer side spans seven
+//! eighths of its own, centred: then size and place carry no noise, and scenes put them where the
+//! sentence says.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -31,12 +32,12 @@ const FAINT: u8 = 8;
 
 /// Groups of emojibase: all but component (2) and flags (9).
 const GROUPS: [u32; 8] = [0, 1, 3, 4, 5, 6, 7, 8];
-/// Of these, things a person would ask to have drawn: animals and nature, food and drink, travel and places, activities,
-/// objects.
+/// Of these, things a person would ask to have drawn: animals and nature, food and drink, travel
+/// and places, activities, objects.
 const EVERYDAY_GROUPS: std::ops::RangeInclusive<u32> = 3..=7;
 
-/// The library of the packages under `packages`, with pictures of `side` pixels; beyond [`SIDE`] only those that models learn
-/// to draw.
+/// The library of the packages under `packages`, with pictures of `side` pixels; beyond [`SIDE`]
+/// only those that models learn to draw.
 ///
 /// Errors: a package is missing or holds something unreadable.
 pub fn prepare(packages: &Path, side: usize) -> Result<Dataset> {
@@ -76,8 +77,8 @@ struct Emoji {
     order: Option<u32>,
 }
 
-/// All concepts in the order of Unicode, each after the [`key`] of its pictures. Skin-tone variants are nested within their
-/// base form and so left out.
+/// All concepts in the order of Unicode, each after the [`key`] of its pictures. Skin-tone variants
+/// are nested within their base form and so left out.
 fn concepts(emojibase: &Path) -> Result<Vec<(String, Concept)>> {
     let mut english: Vec<Emoji> = read(&emojibase.join("en/data.json"))?;
     let chinese: Vec<Emoji> = read(&emojibase.join("zh/data.json"))?;
@@ -257,7 +258,8 @@ fn fit_raster(image: &RgbaImage, side: usize) -> Option<Vec<u8>> {
     Some(out.into_raw())
 }
 
-/// A vector picture, `extent` units wide or high, rendered so that it is cropped, scaled and centred; `flip` of -1 mirrors it.
+/// A vector picture, `extent` units wide or high, rendered so that it is cropped, scaled and
+/// centred; `flip` of -1 mirrors it.
 fn fit_vector(tree: &Tree, extent: f32, flip: f32, side: usize) -> Option<Vec<u8>> {
     // Rendered once to see where the object is, then again so that it falls into place.
     let probe = 2.0 * side as f32;

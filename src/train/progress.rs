@@ -1,4 +1,5 @@
-//! A readable log line: means since the last one, speed and time left; and when to write a checkpoint.
+//! A readable log line: means since the last one, speed and time left; and when to write a
+//! checkpoint.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,8 @@ pub struct Progress {
 /// Between two lines: as many steps, or as much time where these take long.
 const EVERY: usize = 50;
 const AT_MOST: Duration = Duration::from_secs(120);
-/// Between two checkpoints, but ten times as long as one takes at least: what an end before the next one costs.
+/// Between two checkpoints, but ten times as long as one takes at least: what an end before the
+/// next one costs.
 const BETWEEN: Duration = Duration::from_secs(60);
 
 impl Progress {

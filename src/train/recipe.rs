@@ -21,11 +21,13 @@ pub struct Recipe {
     /// It learns to answer with an image of its own accord, as dialogues teach it.
     #[serde(default = "yes")]
     pub draws: bool,
-    /// Seed of all initial weights and, with the name of a part of the training, of all that part draws.
+    /// Seed of all initial weights and, with the name of a part of the training, of all that part
+    /// draws.
     pub seed: u64,
     /// The image tokenizer as its first two stages train it.
     pub tokenizer: TokenizerConfig,
-    /// The pixel decoder of the third stage; it begins as the one of the second, with blocks that do nothing yet.
+    /// The pixel decoder of the third stage; it begins as the one of the second, with blocks that
+    /// do nothing yet.
     pub decoder_final: CnnConfig,
     /// The transformer.
     pub backbone: BackboneConfig,
@@ -58,7 +60,8 @@ fn yes() -> bool {
 const NANO: &str = include_str!("nano.json");
 
 impl Recipe {
-    /// Reads and checks the recipe in the file `path`; where there is none, nano's is written there.
+    /// Reads and checks the recipe in the file `path`; where there is none, nano's is written
+    /// there.
     ///
     /// Errors: usage, for a broken recipe, and for parts that do not fit each other.
     pub fn open(path: &Path) -> Result<Self> {

@@ -1,8 +1,8 @@
 //! What the refiner learns from: pictures, and codes from which it is to restore them.
 //!
 //! Codes are of two kinds: those that the transformer draws from the picture's caption, so that the
-//! refiner learns to repair what the transformer gets wrong, and the tokenizer's own of the picture,
-//! with self-correction's noise or without the last scales.
+//! refiner learns to repair what the transformer gets wrong, and the tokenizer's own of the
+//! picture, with self-correction's noise or without the last scales.
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
@@ -125,7 +125,8 @@ impl<'a> RefinePool<'a> {
         }
     }
 
-    /// The versions of pictures by the tokenizer's codes: one with self-correction's noise, the others without the last scales.
+    /// The versions of pictures by the tokenizer's codes: one with self-correction's noise, the
+    /// others without the last scales.
     fn encode(
         &self,
         samples: &[Sample],

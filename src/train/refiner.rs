@@ -1,5 +1,5 @@
-//! The refiner learns to restore pictures from codes and captions: flow matching, with an exponential
-//! moving average of its weights, which is what is kept.
+//! The refiner learns to restore pictures from codes and captions: flow matching, with an
+//! exponential moving average of its weights, which is what is kept.
 
 use std::collections::BTreeMap;
 

@@ -23,11 +23,13 @@ pub struct Run {
 }
 
 impl Run {
-    /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's, to train on a device.
+    /// Opens `folder`, made if need be, with the recipe in its `recipe.json`, or nano's, to train
+    /// on a device.
     ///
     /// Errors: those of [`Recipe::open`].
     pub fn open(folder: &Path, device: Device) -> Result<Self> {
-        // TF32 keeps 10 bits of what goes into a product; the transformer's on a CPU may keep bf16's 7.
+        // TF32 keeps 10 bits of what goes into a product; the transformer's on a CPU may keep
+        // bf16's 7.
         #[cfg(feature = "cuda")]
         candle_core::cuda_backend::set_gemm_reduced_precision_f32(device.is_cuda());
         std::fs::create_dir_all(folder)?;
@@ -35,8 +37,8 @@ impl Run {
         Ok(Self { folder: folder.to_path_buf(), recipe, device })
     }
 
-    /// The seed of the draws of a part of the training (a step of `nextflow train`, stage or part, by its name): no two learn
-    /// from the same samples.
+    /// The seed of the draws of a part of the training (a step of `nextflow train`, stage or part,
+    /// by its name): no two learn from the same samples.
     pub fn seed(&self, part: &str) -> u64 {
         self.recipe.seed ^ fnv1a(part)
     }
@@ -46,10 +48,11 @@ impl Run {
         self.folder.join(name)
     }
 
-    /// What `build` makes of trainable weights that start from those of `files` that exist, and these weights by key. A later
-    /// file wins, and an exported checkpoint's files will do.
+    /// What `build` makes of trainable weights that start from those of `files` that exist, and
+    /// these weights by key. A later file wins, and an exported checkpoint's files will do.
     ///
-    /// Errors: a file that is broken, and [`Kind::Model`] for weights of other shapes than the recipe's.
+    /// Errors: a file that is broken, and [`Kind::Model`] for weights of other shapes than the
+    /// recipe's.
     pub fn load<T>(
         &self,
         files: &[&Path],
@@ -78,7 +81,8 @@ impl Run {
         crate::checkpoint::save(&self.file(name), tensors, Some(HashMap::from([(PART.into(), part.into())])))
     }
 
-    /// Checks that a part of the training may go on from its state, whose values take the place of those in a file of the run.
+    /// Checks that a part of the training may go on from its state, whose values take the place of
+    /// those in a file of the run.
     ///
     /// Errors: usage, if another part has gone on from these since.
     pub fn check_last_part(&self, name: &str, part: &str) -> Result<()> {
@@ -87,7 +91,8 @@ impl Run {
         Err(Error::usage(message).hint(format!("--part {part}-more goes on from {other}")))
     }
 
-    /// The part of the training that last [saved](Self::save) a file of the run, where the file is there and tells.
+    /// The part of the training that last [saved](Self::save) a file of the run, where the file is
+    /// there and tells.
     pub fn last_part(&self, name: &str) -> Result<Option<String>> {
         let path = self.file(name);
         if path.exists() { Ok(crate::checkpoint::metadata(&path)?.remove(PART)) } else { Ok(None) }

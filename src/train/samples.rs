@@ -22,8 +22,9 @@ pub struct Samples<'a> {
     pictures: Vec<usize>,
     /// Those of them that are drawn as the transformer draws.
     drawn: Vec<usize>,
-    /// Such pictures of all everyday concepts: the transformer's. The tokenizer never sees the held-out ones, so that its
-    /// reconstructions are measured on unseen concepts; the transformer learns all, to be of use.
+    /// Such pictures of all everyday concepts: the transformer's. The tokenizer never sees the
+    /// held-out ones, so that its reconstructions are measured on unseen concepts; the transformer
+    /// learns all, to be of use.
     everyday: Vec<usize>,
     /// Those of them that have a name and are not held out: the dialogues'.
     things: Vec<usize>,
@@ -66,8 +67,8 @@ impl<'a> Samples<'a> {
         !self.things.is_empty()
     }
 
-    /// A thing that may be asked about or edited in training, of those that [there are](Self::has_things): its picture, its name
-    /// and its name in Chinese.
+    /// A thing that may be asked about or edited in training, of those that [there
+    /// are](Self::has_things): its picture, its name and its name in Chinese.
     pub fn thing(&self, rng: &Rng, counter: u64) -> (usize, &'a str, &'a str) {
         let picture = self.things[rng.below(counter, self.things.len())];
         let library: &'a Dataset = self.library;
@@ -100,8 +101,8 @@ impl<'a> Samples<'a> {
         canvas
     }
 
-    /// A square image for the tokenizer: half of them as the transformer will draw them, else any picture at any size,
-    /// place, background and style, or a scene.
+    /// A square image for the tokenizer: half of them as the transformer will draw them, else any
+    /// picture at any size, place, background and style, or a scene.
     pub fn picture(&self, index: u64) -> Vec<u8> {
         let rng = self.rng(index, 1);
         match rng.below(0, 100) {
@@ -140,7 +141,8 @@ impl<'a> Samples<'a> {
         }
     }
 
-    /// A picture with a caption, for the semantic encoder: any style, small shifts. Also returns the concept.
+    /// A picture with a caption, for the semantic encoder: any style, small shifts. Also returns
+    /// the concept.
     pub fn captioned(&self, index: u64) -> (Vec<u8>, String, usize) {
         let rng = self.rng(index, 3);
         let picture = self.pictures[rng.below(0, self.pictures.len())];
@@ -178,8 +180,8 @@ impl<'a> Samples<'a> {
         captions
     }
 
-    /// One picture in the middle of a canvas, white or of a named colour, with every wording. An opaque one has no background to
-    /// be told of.
+    /// One picture in the middle of a canvas, white or of a named colour, with every wording. An
+    /// opaque one has no background to be told of.
     pub fn single(&self, picture: usize, background: Option<&Background>, width: usize, height: usize) -> Sample {
         let background = self.shown(picture, background);
         let captions = self.captions(picture, background);

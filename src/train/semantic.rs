@@ -1,4 +1,5 @@
-//! The semantic encoder learns what pictures are called: sigmoid contrastive loss on captions (SigLIP).
+//! The semantic encoder learns what pictures are called: sigmoid contrastive loss on captions
+//! (SigLIP).
 
 use std::collections::BTreeMap;
 
@@ -15,7 +16,8 @@ use crate::text::Text;
 use crate::tokenizer::SemanticEncoder;
 use crate::{error, ops, pixels};
 
-/// The caption side, used in training only: the mean of the token embeddings and one residual layer.
+/// The caption side, used in training only: the mean of the token embeddings and one residual
+/// layer.
 struct TextTower {
     embedding: Tensor,
     hidden: Tensor,
@@ -71,7 +73,8 @@ pub fn train(run: &Run, dataset: &Samples, text: &Text, batch: usize, plan: &Hyp
         let captions = samples.iter().map(|s| text.encode(&s.1)).collect::<error::Result<Vec<_>>>()?;
         let images = encoder.embed(&pixels::to_tensor(&rows, SIDE, SIDE, &run.device)?)?;
         let logits = images.matmul(&tower.embed(&captions)?.t()?)?;
-        // exp(ln 10 * s) starts at SigLIP's 10. Its bias of -10 fits batches of 32,768 pairs: -4 is the log-odds of ours.
+        // exp(ln 10 * s) starts at SigLIP's 10. Its bias of -10 fits batches of 32,768 pairs: -4 is
+        // the log-odds of ours.
         let scale = (&tower.log_scale * std::f64::consts::LN_10)?.exp()?;
         let logits = logits.broadcast_mul(&scale)?.broadcast_add(&((&tower.bias - 1.0)? * 4.0)?)?;
         let same = |i: usize, j: usize| if samples[i].2 == samples[j].2 { 1f32 } else { -1.0 };

@@ -10,8 +10,8 @@ use crate::generate::next_input::NextInput;
 use crate::ops;
 use crate::tokenizer::{Code, Encoded, Quantizer};
 
-/// What the words to learn of one answer weigh together, where the codes of one image weigh 1; of N answers in a sequence each
-/// weighs this by the root of N.
+/// What the words to learn of one answer weigh together, where the codes of one image weigh 1; of N
+/// answers in a sequence each weighs this by the root of N.
 const WORDS: f32 = 0.5;
 
 /// What a token to predict is.
@@ -54,7 +54,8 @@ pub struct Picture<'a> {
     pub encoded: &'a Encoded,
     /// Others follow it.
     pub context: bool,
-    /// The model is to draw it, with weights 1 / (h w)^alpha for the codes of an h x w grid, normalised to sum to 1.
+    /// The model is to draw it, with weights 1 / (h w)^alpha for the codes of an h x w grid,
+    /// normalised to sum to 1.
     pub alpha: Option<f64>,
 }
 
@@ -169,16 +170,16 @@ impl Losses {
     }
 }
 
-/// Sequences of a part of a batch have this share of the tokens of its longest, or more: the rest are pads, which cost as much
-/// as tokens.
+/// Sequences of a part of a batch have this share of the tokens of its longest, or more: the rest
+/// are pads, which cost as much as tokens.
 const ALIKE: f64 = 0.75;
 
 /// Sequences to learn from together.
 pub struct Batch<'a>(pub &'a [Sequence]);
 
 impl Batch<'_> {
-    /// The loss, a scalar, averaged over the sequences, and those of all targets. `count` is the number of scales of a whole
-    /// image.
+    /// The loss, a scalar, averaged over the sequences, and those of all targets. `count` is the
+    /// number of scales of a whole image.
     pub fn loss(&self, backbone: &Backbone, count: usize) -> Result<(Tensor, Losses)> {
         let mut total = Tensor::zeros((), DType::F32, backbone.device())?;
         let mut all = Losses { codes: Vec::new(), words: Vec::new(), count };
@@ -198,8 +199,9 @@ impl Batch<'_> {
         Ok(((total / self.0.len() as f64)?, all))
     }
 
-    /// The cross-entropies (N) of all targets, in several calls of `visit`, each with the targets of one kind of some of the
-    /// sequences: with the indices of these, in whose order the targets are.
+    /// The cross-entropies (N) of all targets, in several calls of `visit`, each with the targets
+    /// of one kind of some of the sequences: with the indices of these, in whose order the targets
+    /// are.
     pub(super) fn cross_entropies(
         &self,
         backbone: &Backbone,
@@ -263,7 +265,8 @@ impl Part<'_> {
         let words: Vec<u32> = self.0.iter().flat_map(|s| s.words.iter().map(|w| w.1)).collect();
         let scales: Vec<usize> = self.0.iter().flat_map(|s| s.codes.iter().map(|c| c.1)).collect();
         let features: Vec<f32> = self.0.iter().flat_map(|s| &s.features).copied().collect();
-        // From tokens in the order of words and then codes to their places; pads read the first word.
+        // From tokens in the order of words and then codes to their places; pads read the first
+        // word.
         let mut order = vec![0u32; size * length];
         let of_words = self.0.iter().enumerate().flat_map(|(row, s)| s.words.iter().map(move |w| (row, w.0)));
         let of_codes = self.0.iter().enumerate().flat_map(|(row, s)| s.codes.iter().map(move |c| (row, c.0)));

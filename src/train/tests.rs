@@ -17,7 +17,8 @@ use crate::error::Result;
 use crate::text::Text;
 use crate::tokenizer::ImageTokenizer;
 
-/// Warm-up beyond the last step: then the learning rate of a step is the same whatever the number of steps.
+/// Warm-up beyond the last step: then the learning rate of a step is the same whatever the number
+/// of steps.
 const WARMUP: usize = 100;
 
 fn plan(steps: usize) -> Hyperparameters {

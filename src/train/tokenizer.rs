@@ -1,5 +1,6 @@
-//! The tokenizer's three stages (paper): the pixel branch alone; both branches and the dual codebook jointly, the
-//! semantic encoder fixed; the pixel decoder alone, at twice its capacity, for fixed codes.
+//! The tokenizer's three stages (paper): the pixel branch alone; both branches and the dual
+//! codebook jointly, the semantic encoder fixed; the pixel decoder alone, at twice its capacity,
+//! for fixed codes.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -45,7 +46,8 @@ impl Stage {
         run.file(&format!("tokenizer-{}.state", self.name()))
     }
 
-    /// The draws of a step for one purpose: of the image of an index in the batch, or of the codebook.
+    /// The draws of a step for one purpose: of the image of an index in the batch, or of the
+    /// codebook.
     fn rng(self, run: &Run, purpose: Purpose, index: usize, step: u64) -> Rng {
         Rng::new(run.seed(&self.name()), index as u64, Stream::Train, (purpose as u64) << 48 | step)
     }
@@ -73,20 +75,23 @@ enum Purpose {
     Revive,
 }
 
-/// Share of the images of a batch of which a random prefix of the scales is decoded (the paper's 50%).
+/// Share of the images of a batch of which a random prefix of the scales is decoded (the paper's
+/// 50%).
 const SCALE_DROP: f64 = 0.5;
 /// Weight of the pull of the encoder towards its codes (VQ-VAE's beta).
 const COMMITMENT: f64 = 0.25;
-/// Weight of the reconstruction of the semantic features: the share of their energy that is missed. More than this, and
-/// the codes serve meaning at the cost of the picture.
+/// Weight of the reconstruction of the semantic features: the share of their energy that is missed.
+/// More than this, and the codes serve meaning at the cost of the picture.
 const SEMANTIC: f64 = 0.05;
 /// Weight of the absolute error beside the squared one.
 const ABSOLUTE: f64 = 0.1;
 
-/// First steps of the first stage without codes: the codebook starts on features that already mean something.
+/// First steps of the first stage without codes: the codebook starts on features that already mean
+/// something.
 const CONTINUOUS: usize = 300;
 
-/// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
+/// Trains one stage for `plan.steps` steps of `batch` images and writes the weights into the run's
+/// folder.
 pub fn train(run: &Run, dataset: &Samples, stage: Stage, batch: usize, plan: &Hyperparameters) -> error::Result<()> {
     let config = if stage == Stage::Decoder { run.recipe.tokenizer_final() } else { run.recipe.tokenizer.clone() };
     let files = [run.file(FILE), run.file("semantic.safetensors")];
@@ -287,7 +292,8 @@ pub(super) fn square_scales(side: usize) -> &'static [(usize, usize)] {
     &scales[..count]
 }
 
-/// F of all scales or, for half of the images, of a random prefix; whether it is whole; the codes' residuals.
+/// F of all scales or, for half of the images, of a random prefix; whether it is whole; the codes'
+/// residuals.
 fn quantise(
     quantizer: &Quantizer,
     f: &[f32],

@@ -1,5 +1,6 @@
-//! Training of the transformer: cross-entropy over the codes of every scale and over text, with the paper's scale reweighting
-//! and self-correction. First on captions, then on dialogues, with targets in the model's turns only.
+//! Training of the transformer: cross-entropy over the codes of every scale and over text, with the
+//! paper's scale reweighting and self-correction. First on captions, then on dialogues, with
+//! targets in the model's turns only.
 
 use std::collections::BTreeMap;
 
@@ -32,7 +33,8 @@ const CAPTION_DROP: f64 = 0.1;
 pub struct Lesson<'a> {
     /// The run.
     pub run: &'a Run,
-    /// Names this part of the training and its state: a later part goes on from the weights of an earlier one.
+    /// Names this part of the training and its state: a later part goes on from the weights of an
+    /// earlier one.
     pub part: &'a str,
     /// The images' tokenizer, whose weights are fixed.
     pub tokenizer: &'a ImageTokenizer,
@@ -89,7 +91,8 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()
 /// Measurements of a step for the log, by name.
 type Told = Vec<(&'static str, f64)>;
 
-/// One step down the loss of all groups of sequences. What was measured, and the mean loss of each scale of the first group.
+/// One step down the loss of all groups of sequences. What was measured, and the mean loss of each
+/// scale of the first group.
 fn learn(
     backbone: &Backbone,
     optimizer: &mut Optimizer,
@@ -120,8 +123,9 @@ fn learn(
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step, in groups of which each counts as much: those with images, then those of dialogues that end
-    /// where images would begin, each by the name that the log has for the loss of its words.
+    /// The sequences of a step, in groups of which each counts as much: those with images, then
+    /// those of dialogues that end where images would begin, each by the name that the log has for
+    /// the loss of its words.
     fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
         let mut groups = vec![("interleaved", self.sequences(size, step)?)];
         if let Some((dataset, text)) = self.dialogues {
@@ -133,8 +137,8 @@ impl Lesson<'_> {
         Ok(groups)
     }
 
-    /// The sequences with images. With dialogues one step in three has long ones, half as many, and the others some short ones:
-    /// what a model draws most often it draws for a caption.
+    /// The sequences with images. With dialogues one step in three has long ones, half as many, and
+    /// the others some short ones: what a model draws most often it draws for a caption.
     fn sequences(&self, size: usize, step: usize) -> Result<Vec<Sequence>> {
         let Some((dataset, text)) = self.dialogues else {
             return self.captioned(self.pool.shelf(step), size, step);
@@ -212,7 +216,8 @@ impl Lesson<'_> {
         dialogues.par_iter().map(|(index, turns)| self.dialogue(text, &template, *index, turns, short)).collect()
     }
 
-    /// What is quantised, of all images in the order of the dialogues, or of those that the user shows: (h * w, D) each.
+    /// What is quantised, of all images in the order of the dialogues, or of those that the user
+    /// shows: (h * w, D) each.
     fn features(&self, dialogues: &[Turns], shown: bool) -> Result<Vec<Vec<f32>>> {
         let turns = dialogues.iter().flatten().filter(|(role, _)| !shown || *role == Role::User);
         let parts = turns.flat_map(|(_, parts)| parts);
@@ -244,8 +249,8 @@ impl Lesson<'_> {
                 (*role, parts.iter().filter(heard).cloned().collect())
             })
             .collect();
-        // Half of the images to draw are encoded without errors to correct: then what is kept has the very codes of its
-        // source, which shows where to look for them.
+        // Half of the images to draw are encoded without errors to correct: then what is kept has
+        // the very codes of its source, which shows where to look for them.
         let exact = rng.uniform(1) < 0.5;
         let grids = schedule::nearest(1.0).prefix(self.run.recipe.scales);
         let mut sequence = Sequence::default();

@@ -37,8 +37,8 @@ impl Default for ImageProcessor {
     }
 }
 
-/// An image in patches, those of a token of the transformer together: (token rows, token columns, patch row, patch
-/// column, channel, y, x).
+/// An image in patches, those of a token of the transformer together: (token rows, token columns,
+/// patch row, patch column, channel, y, x).
 #[derive(Clone, Debug)]
 pub struct Patches {
     /// Normalised pixels.
@@ -61,8 +61,9 @@ impl ImageProcessor {
         Ok(())
     }
 
-    /// The size (width, height) that an image of (width, height) is brought to: multiples of `factor` pixels, with about
-    /// its ratio, and pixels within the limits where the ratio allows it.
+    /// The size (width, height) that an image of (width, height) is brought to: multiples of
+    /// `factor` pixels, with about its ratio, and pixels within the limits where the ratio allows
+    /// it.
     ///
     /// Errors: usage, if one side is more than 200 times the other.
     pub fn size(&self, (width, height): (u32, u32), factor: usize) -> Result<(u32, u32)> {

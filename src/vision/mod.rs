@@ -1,4 +1,5 @@
-//! Qwen2.5-VL's own image encoder: a ViT with windowed attention at any size, whose patches are merged two by two.
+//! Qwen2.5-VL's own image encoder: a ViT with windowed attention at any size, whose patches are
+//! merged two by two.
 
 mod image;
 mod windows;
@@ -18,8 +19,8 @@ const EPS: f64 = 1e-6;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-/// Shape of the encoder; names as in `vision_config` of the public config.json. Fields that are left
-/// out have transformers' defaults.
+/// Shape of the encoder; names as in `vision_config` of the public config.json. Fields that are
+/// left out have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct VisionConfig {
@@ -189,7 +190,8 @@ impl Block {
 /// The encoder.
 #[derive(Debug)]
 pub struct VisionTower {
-    /// (hidden, 3 * patch * patch): the kernel summed over its frames, which are all the same image.
+    /// (hidden, 3 * patch * patch): the kernel summed over its frames, which are all the same
+    /// image.
     patch_embed: Tensor,
     blocks: Vec<Block>,
     ln_q: RmsNorm,
@@ -221,8 +223,8 @@ impl VisionTower {
         &self.config
     }
 
-    /// Features of an image, one row per token of the transformer, row by row: (h * w, out), where (h, w) is
-    /// [`Patches::tokens`].
+    /// Features of an image, one row per token of the transformer, row by row: (h * w, out), where
+    /// (h, w) is [`Patches::tokens`].
     pub fn forward(&self, patches: &Patches) -> Result<Tensor> {
         let (c, (h, w)) = (&self.config, patches.tokens);
         let (unit, device) = (c.spatial_merge_size * c.spatial_merge_size, self.patch_embed.device());
@@ -244,7 +246,8 @@ impl VisionTower {
         x.index_select(&Tensor::new(windows.places(), device)?, 0)
     }
 
-    /// Cosines and sines (N, head / 2): the first half of the pairs turns by the row, the second by the column.
+    /// Cosines and sines (N, head / 2): the first half of the pairs turns by the row, the second by
+    /// the column.
     fn rotations(&self, windows: &Windows, width: usize) -> Result<(Tensor, Tensor)> {
         let (merge, quarter) = (self.config.spatial_merge_size, self.config.head_dim() / 4);
         let frequencies: Vec<f64> = (0..quarter).map(|j| THETA.powf(-(j as f64) / quarter as f64)).collect();

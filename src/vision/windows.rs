@@ -21,8 +21,9 @@ pub(super) struct Windows {
 }
 
 impl Windows {
-    /// Windows of `side` by `side` tokens of `unit` patches over a grid (height, width); what is left at the right and at
-    /// the bottom is smaller ones. Windows do not see each other, so those of one size may stand together.
+    /// Windows of `side` by `side` tokens of `unit` patches over a grid (height, width); what is
+    /// left at the right and at the bottom is smaller ones. Windows do not see each other, so those
+    /// of one size may stand together.
     pub fn new((h, w): (usize, usize), side: usize, unit: usize) -> Self {
         let mut windows: Vec<Vec<u32>> = Vec::new();
         for top in (0..h).step_by(side) {

@@ -217,7 +217,8 @@ fn a_pasted_address_is_a_name() {
     );
 }
 
-/// Infinity's repository holds models of all sizes; one is chosen by name, and its text encoder comes from another repository.
+/// Infinity's repository holds models of all sizes; one is chosen by name, and its text encoder
+/// comes from another repository.
 #[test]
 fn one_of_infinitys_models_is_chosen_with_what_it_needs() {
     const ID: &str = "FoundationVision/Infinity";

@@ -1,4 +1,5 @@
-//! The cache: whose layout it has, what may be planted in it, and file systems without locks or links.
+//! The cache: whose layout it has, what may be planted in it, and file systems without locks or
+//! links.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -274,7 +274,8 @@ fn mirrors_state_sizes_and_hashes_where_they_like() {
         assert!(hub.ranges("model.safetensors").len() <= before + 1, "{what}: downloaded twice");
     }
 
-    // Wrong bytes are found by a hash from there, too; what states no length cannot be checked at all.
+    // Wrong bytes are found by a hash from there, too; what states no length cannot be checked at
+    // all.
     let wrong = ok(vec![1; bytes.len()]).with("x-linked-etag", sha256(&bytes));
     let endless = Answer { chunked: true, ..ok(bytes.clone()) };
     for (answer, said) in

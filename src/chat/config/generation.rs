@@ -10,7 +10,8 @@ use crate::error::Result;
 
 const FILE: &str = "generation_config.json";
 
-/// Settings of transformers' `generate` that are not supported, with the value at which each has no effect.
+/// Settings of transformers' `generate` that are not supported, with the value at which each has no
+/// effect.
 const UNSUPPORTED: [(&str, f64); 14] = [
     ("num_beams", 1.0),
     ("min_p", 0.0),
@@ -101,7 +102,8 @@ pub(in crate::chat) fn generation(source: &Source) -> Result<Generation> {
     let file: Public = serde_json::from_value(fields).map_err(|e| bad(source, FILE, e.to_string()))?;
     let sampling = TextSampling {
         temperature: if file.do_sample { file.temperature.unwrap_or(1.0) } else { 0.0 },
-        // The library's value where the file has none; none are left out by 0, or by -1 as in other programs.
+        // The library's value where the file has none; none are left out by 0, or by -1 as in other
+        // programs.
         top_k: usize::try_from(file.top_k.unwrap_or(50)).ok().filter(|&k| k > 0),
         top_p: file.top_p.unwrap_or(1.0),
         repetition_penalty: file.repetition_penalty.unwrap_or(1.0),

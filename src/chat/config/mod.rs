@@ -1,4 +1,5 @@
-//! Qwen2.5-VL's public files: shape, image limits, stops, sampling and chat template, in every form in which transformers
+//! Qwen2.5-VL's public files: shape, image limits, stops, sampling and chat template, in every form
+//! in which transformers
 //! 4.49 to 5 writes them. Settings that change results and are not supported are refused by name.
 
 mod generation;
@@ -74,7 +75,8 @@ impl QwenConfig {
         let context = text.max_position_embeddings;
         let mut backbone = text.backbone().map_err(broken)?;
         if public::is_tied(&config) && source.has(TRANSFORMER) {
-            // If the file stores lm_head despite tie_word_embeddings, transformers uses the stored one.
+            // If the file stores lm_head despite tie_word_embeddings, transformers uses the stored
+            // one.
             backbone.tie_word_embeddings = !source.has_tensor(TRANSFORMER, "lm_head.weight")?;
         } else {
             backbone.tie_word_embeddings = public::is_tied(&config);

@@ -115,7 +115,8 @@ fn usual_section() -> [usize; 3] {
     QWEN2_5_VL_7B.mrope_section
 }
 
-/// The fields of the transformer: those of `text_config`, or of the top where it has none (up to transformers 4.51).
+/// The fields of the transformer: those of `text_config`, or of the top where it has none (up to
+/// transformers 4.51).
 pub(super) fn text(config: &Value) -> Result<Text, String> {
     let nested = config.get("text_config").filter(|text| text.get("hidden_size").is_some());
     let fields = nested.unwrap_or(config);
@@ -132,7 +133,8 @@ pub(super) fn text(config: &Value) -> Result<Text, String> {
 impl Text {
     /// The shape of the transformer.
     ///
-    /// Errors: sizes that do not fit together, and settings that are not supported, as one sentence.
+    /// Errors: sizes that do not fit together, and settings that are not supported, as one
+    /// sentence.
     pub(super) fn backbone(&self) -> Result<BackboneConfig, String> {
         silu("hidden_act", &self.hidden_act)?;
         self.check_attention()?;

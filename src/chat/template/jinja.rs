@@ -1,9 +1,10 @@
 //! A checkpoint's own chat template, in Jinja, rendered as transformers renders it.
 //!
-//! Control tokens may come from the template alone. It is rendered twice: once with a mark in the place of every text,
-//! which shows where the template's own words are, and once with the texts, in which words of control tokens are replaced by
-//! marks. If the second rendering has other control tokens than the first, a text has reached the structure of the
-//! conversation, and the conversation is refused.
+//! Control tokens may come from the template alone. It is rendered twice: once with a mark in the
+//! place of every text, which shows where the template's own words are, and once with the texts, in
+//! which words of control tokens are replaced by marks. If the second rendering has other control
+//! tokens than the first, a text has reached the structure of the conversation, and the
+//! conversation is refused.
 
 mod stretches;
 #[cfg(test)]
@@ -69,8 +70,8 @@ enum Content<'a, I> {
 }
 
 impl ChatTemplate {
-    /// The template of a folder, in the order in which transformers looks for it, or why it cannot be used, as a sentence
-    /// for the user.
+    /// The template of a folder, in the order in which transformers looks for it, or why it cannot
+    /// be used, as a sentence for the user.
     ///
     /// Errors: a file that is broken.
     pub fn read(source: &Source) -> Result<Option<Result<Self, String>>> {
@@ -104,8 +105,8 @@ impl ChatTemplate {
         Ok(Self { environment, file, names: names.into_iter().collect(), shape })
     }
 
-    /// The template for a vocabulary, once it has shown that it prints texts and images; else why it cannot be used, as a
-    /// sentence for the user.
+    /// The template for a vocabulary, once it has shown that it prints texts and images; else why
+    /// it cannot be used, as a sentence for the user.
     pub fn fitted(mut self, text: &Text) -> Result<Self, String> {
         let shapes = [(false, false), (true, false), (false, true)];
         let parts = [Part::Image(()), Part::Text(PROBE.into())];
@@ -259,8 +260,8 @@ fn named(value: &serde_json::Value) -> Option<String> {
     }
 }
 
-/// transformers marks what the model says by `{% generation %}`, for training alone; blocks that are always taken have no
-/// effect either.
+/// transformers marks what the model says by `{% generation %}`, for training alone; blocks that
+/// are always taken have no effect either.
 fn without_generation(mut template: String) -> String {
     for (tag, block) in [("generation", "if true"), ("endgeneration", "endif")] {
         for (open, close) in [("{% ", " %}"), ("{%- ", " %}"), ("{% ", " -%}"), ("{%- ", " -%}")] {

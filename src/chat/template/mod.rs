@@ -1,5 +1,5 @@
-//! The chat template: from a conversation to control tokens, text and images. It is Qwen2.5-VL's ChatML, or the checkpoint's
-//! own.
+//! The chat template: from a conversation to control tokens, text and images. It is Qwen2.5-VL's
+//! ChatML, or the checkpoint's own.
 
 mod jinja;
 
@@ -61,7 +61,8 @@ pub enum Piece<'a, I> {
     Image(&'a I),
 }
 
-/// A rendered conversation; `said` is whether a piece is the model's, the token that ends its message included.
+/// A rendered conversation; `said` is whether a piece is the model's, the token that ends its
+/// message included.
 pub type Pieces<'a, I> = Vec<(Piece<'a, I>, bool)>;
 
 /// What stands around an image that is no code.
@@ -97,7 +98,8 @@ pub struct Template {
 impl Template {
     /// The template of a vocabulary, with images between `marks`.
     ///
-    /// Errors: [`crate::error::Kind::Model`] if its control tokens are missing: then the model does not chat.
+    /// Errors: [`crate::error::Kind::Model`] if its control tokens are missing: then the model does
+    /// not chat.
     pub fn of(text: &Text, marks: ImageMarks) -> Result<Self> {
         let id = |word: &str| {
             text.control(word).ok_or_else(|| {
@@ -116,8 +118,8 @@ impl Template {
         Self { own: Some(Arc::new(own)), ..self }
     }
 
-    /// A whole conversation. After the last user message come the assistant's header and `reply`, the
-    /// part of its message so far.
+    /// A whole conversation. After the last user message come the assistant's header and `reply`,
+    /// the part of its message so far.
     pub fn render<'a, I>(
         &self,
         text: &Text,

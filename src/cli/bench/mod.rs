@@ -86,8 +86,8 @@ pub struct BenchArgs {
     /// OneCAT only: what to measure [default: gen]
     #[arg(long, value_name = "TASK", value_enum)]
     pub task: Option<Task>,
-    /// Type of the transformer's weights: f32, bf16, f16, q8_0, q4_0 or q4_K [default: f32 on a CPU,
-    /// bf16 on a GPU]
+    /// Type of the transformer's weights: f32, bf16, f16, q8_0, q4_0 or q4_K [default: f32 on a
+    /// CPU, bf16 on a GPU]
     #[arg(long, value_name = "TYPE", value_enum, hide_possible_values = true)]
     pub quant: Option<WeightType>,
     /// Image size: WIDTHxHEIGHT in pixels, WIDTH:HEIGHT as a ratio, or auto (largest square; of an

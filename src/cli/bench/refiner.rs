@@ -1,4 +1,5 @@
-//! Measures the diffusion decoder: every step of a refinement, against the arithmetic of its products.
+//! Measures the diffusion decoder: every step of a refinement, against the arithmetic of its
+//! products.
 
 use std::ops::ControlFlow;
 use std::time::Instant;

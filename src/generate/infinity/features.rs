@@ -1,4 +1,5 @@
-//! Features of prompts that need not be encoded again: files of safetensors, whose keys are the prompts.
+//! Features of prompts that need not be encoded again: files of safetensors, whose keys are the
+//! prompts.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,8 @@ impl FeatureStore {
 
     /// The features (tokens, width) of those of the prompts that it holds.
     ///
-    /// Errors: [`crate::error::Kind::Model`] for a file that is broken, or was made by another text encoder.
+    /// Errors: [`crate::error::Kind::Model`] for a file that is broken, or was made by another text
+    /// encoder.
     pub fn read(&self, prompts: &[&str], width: usize) -> Result<BTreeMap<String, Tensor>> {
         let mut known = BTreeMap::new();
         match self {

@@ -1,4 +1,5 @@
-//! Where the files of a model are: Infinity is published as a transformer, an image tokenizer and, elsewhere, a text encoder.
+//! Where the files of a model are: Infinity is published as a transformer, an image tokenizer and,
+//! elsewhere, a text encoder.
 
 use std::path::{Path, PathBuf};
 
@@ -49,8 +50,8 @@ pub fn choose(name: &str, found: &[&Variant]) -> Error {
         .hint(format!("--model {name}:{}", all[0].name))
 }
 
-/// The model in a folder with public files of Infinity; nothing if there are none. `text` is a folder with the text encoder, if
-/// one is known elsewhere.
+/// The model in a folder with public files of Infinity; nothing if there are none. `text` is a
+/// folder with the text encoder, if one is known elsewhere.
 ///
 /// Errors: several models without a `choice`, and files that are missing or do not belong together.
 pub fn in_folder(folder: &Path, choice: Option<&'static Variant>, text: Option<&Path>) -> Result<Option<Source>> {

@@ -16,7 +16,8 @@ pub use variants::{HUB, TEXT_HUB, VARIANTS, Variant};
 
 use super::ratios::LEVELS;
 
-/// The grid (height, width) that all scales of an image are placed on (RoPE): the last one of its ratio's largest level.
+/// The grid (height, width) that all scales of an image are placed on (RoPE): the last one of its
+/// ratio's largest level.
 pub fn lattice(scales: &[(usize, usize)]) -> Option<(usize, usize)> {
     setup::ratio_of(scales)?.scales.last().copied()
 }

@@ -1,4 +1,5 @@
-//! A loaded model. Its text encoder is loaded for the prompts and dropped before the transformer comes.
+//! A loaded model. Its text encoder is loaded for the prompts and dropped before the transformer
+//! comes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -47,7 +48,8 @@ struct Texts {
 }
 
 impl Texts {
-    /// Makes sure that the features of prompts are known. With `last` no more are expected: the encoder goes.
+    /// Makes sure that the features of prompts are known. With `last` no more are expected: the
+    /// encoder goes.
     fn encode(&mut self, setup: &InfinitySetup, prompts: &[&str], last: bool) -> Result<()> {
         let missing = |known: &BTreeMap<String, Tensor>| -> Vec<String> {
             let mut missing: Vec<&str> =
@@ -91,8 +93,9 @@ impl Texts {
 }
 
 impl InfinityModel {
-    /// Encodes the `prompts`, negative ones included, and loads the drawing networks onto `device`, the transformer's blocks as
-    /// `weights`, by default f32 on a CPU and bf16 elsewhere. `features` is a cache of encoded prompts, to which new ones are added.
+    /// Encodes the `prompts`, negative ones included, and loads the drawing networks onto `device`,
+    /// the transformer's blocks as `weights`, by default f32 on a CPU and bf16 elsewhere.
+    /// `features` is a cache of encoded prompts, to which new ones are added.
     pub fn load(
         source: &Source,
         setup: &InfinitySetup,

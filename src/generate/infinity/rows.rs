@@ -1,4 +1,5 @@
-//! The rows that Infinity's images are drawn in: one of every image and, with guidance, an unconditional one of every image.
+//! The rows that Infinity's images are drawn in: one of every image and, with guidance, an
+//! unconditional one of every image.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -21,8 +22,8 @@ pub struct InfinityRows<'a> {
 }
 
 impl<'a> InfinityRows<'a> {
-    /// Rows for the `texts` of images of the grids `scales`, whose ratio has the `lattice`, and the states that predict the first
-    /// token, (R, 1, C).
+    /// Rows for the `texts` of images of the grids `scales`, whose ratio has the `lattice`, and the
+    /// states that predict the first token, (R, 1, C).
     pub fn start(
         model: &'a Infinity,
         sampling: &'a Sampling,

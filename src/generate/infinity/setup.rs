@@ -105,7 +105,8 @@ impl InfinitySetup {
         scales.last().map_or((0, 0), |&(h, w)| ((w * CELL) as u32, (h * CELL) as u32))
     }
 
-    /// The grids of an image of a size: a ratio at the level that the model was trained for, or the schedule with these pixels.
+    /// The grids of an image of a size: a ratio at the level that the model was trained for, or the
+    /// schedule with these pixels.
     ///
     /// Errors: usage, for pixels that no level has.
     pub fn grids(&self, size: Size) -> Result<Vec<(usize, usize)>> {
@@ -113,7 +114,8 @@ impl InfinitySetup {
         size.of_ratios(1.0, &levels, |_| self.level, CELL)
     }
 
-    /// Checks that the model can be loaded, by text tokenizer and headers. Prompts with stored features need no text encoder.
+    /// Checks that the model can be loaded, by text tokenizer and headers. Prompts with stored
+    /// features need no text encoder.
     ///
     /// Errors: those of loading.
     pub fn check(&self, source: &Source, features: Option<&FeatureStore>) -> Result<()> {
@@ -152,10 +154,11 @@ impl InfinitySetup {
         Ok((files, fit))
     }
 
-    /// Writes the model at `source` to `folder`, which must not exist: transformer and text encoder in blocks of `weights`, and the
-    /// needed part of the image tokenizer's file.
+    /// Writes the model at `source` to `folder`, which must not exist: transformer and text encoder
+    /// in blocks of `weights`, and the needed part of the image tokenizer's file.
     ///
-    /// Errors: those of loading; usage, if the folder exists; [`crate::error::Kind::Failure`] if it cannot be written.
+    /// Errors: those of loading; usage, if the folder exists; [`crate::error::Kind::Failure`] if it
+    /// cannot be written.
     pub fn quantise(&self, source: &Source, weights: WeightType, folder: &Path) -> Result<()> {
         self.check(source, None)?;
         for file in [TRANSFORMER, TEXT_ENCODER] {
@@ -176,7 +179,8 @@ impl InfinitySetup {
                 true => {
                     checkpoint::write_gguf(&part.join("text_encoder/model.gguf"), &encoder::blocks(source, weights)?)?
                 }
-                // GGUF with 16 bits a number takes as much memory as f32 in candle-transformers' network.
+                // GGUF with 16 bits a number takes as much memory as f32 in candle-transformers'
+                // network.
                 false => {
                     let requested = Weights::inventory();
                     encoder::ask(&requested, &encoder::read_config(source)?, false)?;
@@ -214,7 +218,8 @@ impl InfinitySetup {
         })
     }
 
-    /// What `work` needs, with weights as `source` has them or as `weights`. Without a source they are made up.
+    /// What `work` needs, with weights as `source` has them or as `weights`. Without a source they
+    /// are made up.
     ///
     /// Errors: a source whose header cannot be read.
     pub fn memory(

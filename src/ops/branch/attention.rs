@@ -15,9 +15,9 @@ use crate::ops::rope::rotate_rows;
 const ROWS: usize = 64;
 
 /// `x + attention(n) oᵀ` with `n` the RMS norm of x (B, T, hidden) by weights (hidden) and epsilon:
-/// attention of [`linear_each`](crate::ops::linear_each) of n with `qkv`, in heads of `head_dim`, of
-/// which queries and keys are turned by [`rope`](crate::ops::rope), under a mask (T, T) or (B, T, T),
-/// u8; of x's shape. None unless all are trained in f32 on a CPU.
+/// attention of [`linear_each`](crate::ops::linear_each) of n with `qkv`, in heads of `head_dim`,
+/// of which queries and keys are turned by [`rope`](crate::ops::rope), under a mask (T, T) or
+/// (B, T, T), u8; of x's shape. None unless all are trained in f32 on a CPU.
 pub fn attention_branch(
     x: &Tensor,
     (norm, eps): (&Tensor, f32),
@@ -103,7 +103,8 @@ struct Kept {
 }
 
 impl AttentionBranch {
-    /// The projections (width, hidden), that back (hidden, queries), and the biases (width), if any.
+    /// The projections (width, hidden), that back (hidden, queries), and the biases (width), if
+    /// any.
     fn split<'a>(&self, weights: &'a [f32]) -> (&'a [f32], &'a [f32], Option<&'a [f32]>) {
         let Size { hidden, queries, .. } = self.size;
         let (qkv, rest) = weights.split_at(self.size.width() * hidden);

@@ -13,9 +13,9 @@ use crate::ops::norm::RmsNorm;
 /// Rows of gates per task.
 const ROWS: usize = 32;
 
-/// `x + (silu(n gateᵀ) * (n upᵀ)) downᵀ` with `n` the RMS norm of x (..., hidden) by weights (hidden)
-/// and epsilon, gate and up (inner, hidden) and down (hidden, inner): of x's shape. None unless all
-/// are trained in f32 on a CPU.
+/// `x + (silu(n gateᵀ) * (n upᵀ)) downᵀ` with `n` the RMS norm of x (..., hidden) by weights
+/// (hidden) and epsilon, gate and up (inner, hidden) and down (hidden, inner): of x's shape. None
+/// unless all are trained in f32 on a CPU.
 pub fn swiglu_branch(
     x: &Tensor,
     (norm, eps): (&Tensor, f32),

@@ -114,8 +114,8 @@ unsafe fn multiply(out: *mut f32, stride: usize, update: Update, lhs: Matrix, rh
         Update::Add => (true, 1.0),
         Update::Overwrite => (false, 0.0),
     };
-    // SAFETY: the two slices above hold every element that these shapes and strides address, and the
-    // caller vouches for the destination.
+    // SAFETY: the two slices above hold every element that these shapes and strides address, and
+    // the caller vouches for the destination.
     unsafe {
         gemm::gemm(
             m,

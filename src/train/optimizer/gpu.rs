@@ -1,4 +1,5 @@
-//! Parameters on a GPU, those that are stepped alike side by side in one tensor: a launch takes longer than a small matrix.
+//! Parameters on a GPU, those that are stepped alike side by side in one tensor: a launch takes
+//! longer than a small matrix.
 
 use std::collections::BTreeMap;
 
@@ -134,8 +135,8 @@ fn joined(kind: Kind, tensors: &[Tensor]) -> Result<Tensor> {
     Tensor::cat(&shaped, 0)
 }
 
-/// One step of all, unless the norm of their gradients is not finite. Returns that norm, which is not waited for before the
-/// step is under way.
+/// One step of all, unless the norm of their gradients is not finite. Returns that norm, which is
+/// not waited for before the step is under way.
 pub(super) fn descend(groups: &mut [Group], grads: &GradStore, pace: Pace) -> Result<f64> {
     let grads = groups.iter().map(|group| group.gradients(grads)).collect::<Result<Vec<_>>>()?;
     let squares = grads.iter().map(|(grad, _)| grad.sqr()?.sum_all()).collect::<Result<Vec<_>>>()?;

@@ -1,5 +1,5 @@
-//! Muon for the matrices inside the network and AdamW for everything else, with gradient clipping and a cosine
-//! schedule, and the exact state to resume from.
+//! Muon for the matrices inside the network and AdamW for everything else, with gradient clipping
+//! and a cosine schedule, and the exact state to resume from.
 
 mod gpu;
 mod host;
@@ -61,12 +61,14 @@ const TINY: f64 = 1e-6;
 const BETA1: f32 = 0.9;
 const EPS: f32 = 1e-8;
 
-/// Whether a parameter is a matrix, a kernel or a table: no vector, however many dimensions it is written with.
+/// Whether a parameter is a matrix, a kernel or a table: no vector, however many dimensions it is
+/// written with.
 fn is_matrix(var: &Var) -> bool {
     var.dims().iter().filter(|&&size| size > 1).count() > 1
 }
 
-/// Whether Muon trains a parameter: matrices and kernels that take features to features, not tables of vectors.
+/// Whether Muon trains a parameter: matrices and kernels that take features to features, not tables
+/// of vectors.
 fn muon(name: &str, var: &Var) -> bool {
     is_matrix(var) && !["embed", "lm_head", "pos_1LC", "depthwise"].iter().any(|table| name.contains(table))
 }
@@ -126,8 +128,8 @@ impl Optimizer {
         self.count
     }
 
-    /// One step down the gradient of `loss` (a scalar). Returns the gradient's norm before clipping; a norm that is
-    /// not finite skips the update.
+    /// One step down the gradient of `loss` (a scalar). Returns the gradient's norm before
+    /// clipping; a norm that is not finite skips the update.
     pub fn descend(&mut self, loss: &Tensor, plan: &Hyperparameters) -> Result<f64> {
         let grads = loss.backward()?;
         let lr = plan.lr_at(self.step) as f32;
@@ -140,7 +142,8 @@ impl Optimizer {
         }
     }
 
-    /// Writes values, moments and step, and what `more` a part resumes from, in one file: all of the same step.
+    /// Writes values, moments and step, and what `more` a part resumes from, in one file: all of
+    /// the same step.
     pub fn save(&self, path: &Path, more: BTreeMap<String, Tensor>) -> error::Result<()> {
         let mut tensors = match &self.trained {
             Trained::Host(params) => host::state(params)?,
@@ -219,8 +222,8 @@ mod tests {
         Ok(())
     }
 
-    /// One run of steps on the host, one with the groups of a GPU (of the CPU, here), each from the same values and through
-    /// a save and a restore.
+    /// One run of steps on the host, one with the groups of a GPU (of the CPU, here), each from the
+    /// same values and through a save and a restore.
     #[test]
     fn a_gpu_takes_the_steps_of_the_host() -> error::Result<()> {
         let plan = Hyperparameters { lr: 0.02, warmup: 2, steps: 8, clip: 0.5, weight_decay: 0.1, beta2: 0.98 };

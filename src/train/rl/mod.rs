@@ -1,9 +1,10 @@
-//! Reinforcement learning over the first scales (GRPO with prefix tuning): a step draws groups of answers to the same
-//! requests, and makes those more likely that are worth more than the mean of their group.
+//! Reinforcement learning over the first scales (GRPO with prefix tuning): a step draws groups of
+//! answers to the same requests, and makes those more likely that are worth more than the mean of
+//! their group.
 //!
-//! The objective is the paper's, with the weights k_t = 1 / (h w)^alpha of a scale normalised to sum to 1 over the trained
-//! codes of an image; words weigh what they weigh in supervised training. Draws have no guidance, and all finer scales are
-//! drawn and not trained.
+//! The objective is the paper's, with the weights k_t = 1 / (h w)^alpha of a scale normalised to
+//! sum to 1 over the trained codes of an image; words weigh what they weigh in supervised training.
+//! Draws have no guidance, and all finer scales are drawn and not trained.
 
 mod objective;
 mod rollout;
@@ -63,8 +64,8 @@ struct Measured {
     differ: f64,
 }
 
-/// Trains the run's transformer for `plan.steps` steps of the optimizer, from the weights in its folder, which are the
-/// reference; writes the weights there.
+/// Trains the run's transformer for `plan.steps` steps of the optimizer, from the weights in its
+/// folder, which are the reference; writes the weights there.
 ///
 /// Errors: usage, without a transformer to start from.
 pub fn train(

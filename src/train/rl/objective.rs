@@ -1,4 +1,5 @@
-//! The objective of GRPO: advantages within a group, the clipped surrogate and the distance from the reference model.
+//! The objective of GRPO: advantages within a group, the clipped surrogate and the distance from
+//! the reference model.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -8,8 +9,8 @@ use crate::train::sequence::{Batch, Kind, Sequence};
 /// Standard deviation of a group's rewards below which they count as equal.
 const EQUAL: f64 = 1e-6;
 
-/// How far each draw of a group is above the group's mean, in its standard deviations; zeros where all draws are worth the
-/// same, so that there is nothing to learn from their differences.
+/// How far each draw of a group is above the group's mean, in its standard deviations; zeros where
+/// all draws are worth the same, so that there is nothing to learn from their differences.
 pub fn advantages(rewards: &[f64]) -> Vec<f64> {
     let count = rewards.len().max(1) as f64;
     let mean = rewards.iter().sum::<f64>() / count;
@@ -62,12 +63,14 @@ pub struct Measured {
 }
 
 impl Objective {
-    /// Minus the objective, averaged over the sequences, each of which has its advantage A: the sum over its targets, by their
-    /// weights, of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - beta KL.
+    /// Minus the objective, averaged over the sequences, each of which has its advantage A: the sum
+    /// over its targets, by their weights, of min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - beta
+    /// KL.
     ///
-    /// The ratio is that of a token's probability to the one with which it was drawn, `old`; without `old` this is the first
-    /// step since the draws, so that all ratios are 1. KL is estimated by r - 1 - log r, where r is the ratio of the
-    /// reference's probability to the model's.
+    /// The ratio is that of a token's probability to the one with which it was drawn, `old`;
+    /// without `old` this is the first step since the draws, so that all ratios are 1. KL is
+    /// estimated by r - 1 - log r, where r is the ratio of the reference's probability to the
+    /// model's.
     pub fn loss(
         &self,
         backbone: &Backbone,
@@ -107,12 +110,14 @@ impl Objective {
         let within = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)?;
         let (free, bound) = ((&ratio * advantage)?, (within * advantage)?);
         let clipped = bound.lt(&free)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
-        // candle gives equal arguments of a minimum half of the gradient each; the first is the one that has one.
+        // candle gives equal arguments of a minimum half of the gradient each; the first is the one
+        // that has one.
         Ok((bound.lt(&free)?.where_cond(&bound, &free)?, f64::from(clipped)))
     }
 }
 
-/// r - 1 - log r of every token: an estimate of the divergence from the reference that is never negative.
+/// r - 1 - log r of every token: an estimate of the divergence from the reference that is never
+/// negative.
 fn divergence(log_prob: &Tensor, reference: &Tensor) -> Result<Tensor> {
     let log_ratio = (reference - log_prob)?;
     (log_ratio.exp()? - &log_ratio)? - 1.0

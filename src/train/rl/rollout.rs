@@ -1,4 +1,5 @@
-//! Draws of the model that is trained: what it says and draws for a task, with the sequence to learn from.
+//! Draws of the model that is trained: what it says and draws for a task, with the sequence to
+//! learn from.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -25,7 +26,8 @@ const AT_ONCE: usize = 32;
 
 /// One draw.
 pub struct Rollout {
-    /// The request, and the answer as targets: all of its words, and the codes of the trained scales.
+    /// The request, and the answer as targets: all of its words, and the codes of the trained
+    /// scales.
     pub sequence: Sequence,
     /// What it is worth.
     pub reward: f64,
@@ -53,7 +55,8 @@ pub struct Policy {
 impl Policy {
     /// A model of these tensors.
     ///
-    /// Errors: tensors that do not fit the config, and [`Kind::Model`] for a text tokenizer without the tokens of conversations.
+    /// Errors: tensors that do not fit the config, and [`Kind::Model`] for a text tokenizer without
+    /// the tokens of conversations.
     pub fn new(
         config: ModelConfig,
         text: Text,
@@ -79,7 +82,8 @@ impl Policy {
         self.chat.tokenizer().ok_or_else(|| self.chat.draws_nothing())
     }
 
-    /// `group` draws for each of the tasks, without guidance and at temperature 1, each with a seed of its own from `seed` on.
+    /// `group` draws for each of the tasks, without guidance and at temperature 1, each with a seed
+    /// of its own from `seed` on.
     pub fn draw(&self, tasks: &[Task], group: usize, seed: u64, gallery: &Gallery) -> Result<Vec<Vec<Rollout>>> {
         let mut pictures = self.draw_captions(tasks, group, seed)?.into_iter();
         let seed = |task: usize, i: usize| seed.wrapping_add((task * group + i) as u64);
@@ -161,8 +165,8 @@ impl Policy {
         self.chat.encode("scene", &image, &self.grids)
     }
 
-    /// The conversation so far as a sequence that ends with the model's answer: its words and, where it `ended` them, the token
-    /// for that are targets, and the codes of its image.
+    /// The conversation so far as a sequence that ends with the model's answer: its words and,
+    /// where it `ended` them, the token for that are targets, and the codes of its image.
     fn answered(&self, session: &Session, ended: bool) -> Result<Sequence> {
         let config = &self.chat.config().backbone;
         let (answer, before) = session

@@ -146,8 +146,8 @@ fn right_objects(scene: &Scene, found: &Detection) -> f64 {
     matched(&scene.objects, &found.objects) as f64 / scene.objects.len().max(found.objects.len()).max(1) as f64
 }
 
-/// The pictures that models learn to draw, which draws of everyday things are compared with: of each its index, its concept and
-/// its semantic features, of length 1.
+/// The pictures that models learn to draw, which draws of everyday things are compared with: of
+/// each its index, its concept and its semantic features, of length 1.
 pub struct Gallery(Vec<(usize, usize, Vec<f32>)>);
 
 impl Gallery {
@@ -160,7 +160,8 @@ impl Gallery {
         dataset.everyday().iter().map(embedded).collect::<Result<_>>().map(Self)
     }
 
-    /// By how much an image is more like a picture than like those of other concepts: the difference of cosines.
+    /// By how much an image is more like a picture than like those of other concepts: the
+    /// difference of cosines.
     fn margin(&self, picture: usize, image: &RgbImage, tokenizer: &ImageTokenizer) -> Result<f64> {
         let drawn = features(image.as_raw(), (image.height() as usize, image.width() as usize), tokenizer)?;
         let cosine = |other: &[f32]| f64::from(other.iter().zip(&drawn).map(|(a, b)| a * b).sum::<f32>());

@@ -50,8 +50,8 @@ fn drawn(library: &Dataset, run: &Run, mixture: Mixture, group: usize) -> Result
     Ok((backbone, rollouts))
 }
 
-/// The draws of a group differ, are the same with the same seed, and are what a sequence learns: its words, and its codes up to
-/// the last trained scale.
+/// The draws of a group differ, are the same with the same seed, and are what a sequence learns:
+/// its words, and its codes up to the last trained scale.
 #[test]
 fn draws_become_sequences_of_the_trained_scales() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -76,8 +76,8 @@ fn draws_become_sequences_of_the_trained_scales() -> Result<()> {
     Ok(())
 }
 
-/// The gradient of the objective at the first step is that of the advantage-weighted log-likelihood, and a step along it makes
-/// what was worth more more likely.
+/// The gradient of the objective at the first step is that of the advantage-weighted
+/// log-likelihood, and a step along it makes what was worth more more likely.
 #[test]
 fn what_is_worth_more_becomes_more_likely() -> Result<()> {
     let folder = tempfile::tempdir()?;

@@ -1,4 +1,5 @@
-//! Sequences to learn from against those that are drawn and read, and batches of them against each alone.
+//! Sequences to learn from against those that are drawn and read, and batches of them against each
+//! alone.
 
 use candle_core::{Device, Var};
 
@@ -111,7 +112,8 @@ fn codes_weigh_by_the_size_of_their_grid_and_one_together() -> Result<()> {
     Ok(())
 }
 
-/// An image that others follow is read as in a conversation: its scales, their sum, and the end of it.
+/// An image that others follow is read as in a conversation: its scales, their sum, and the end of
+/// it.
 #[test]
 fn images_to_look_at_are_read_as_in_a_conversation() -> Result<()> {
     let (backbone, quantizer) = model(InputMode::Residual)?;
@@ -144,7 +146,8 @@ fn images_to_look_at_are_read_as_in_a_conversation() -> Result<()> {
     assert_same(&hidden(&backbone, &sequence, grids.len())?, &read.squeeze(0)?)
 }
 
-/// Sequences of words, of an image to draw, and of one that is looked at: together they lose what each loses alone.
+/// Sequences of words, of an image to draw, and of one that is looked at: together they lose what
+/// each loses alone.
 #[test]
 fn padding_and_parts_change_nothing() -> crate::error::Result<()> {
     let recipe = Recipe::nano();

@@ -1,4 +1,5 @@
-//! What sequences are made of: which words and codes are learnt, and how often captions are left out.
+//! What sequences are made of: which words and codes are learnt, and how often captions are left
+//! out.
 
 use super::*;
 use crate::train::pool::PoolSizes;

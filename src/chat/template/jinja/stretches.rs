@@ -1,4 +1,5 @@
-//! The output of a template in stretches: its own words, control tokens, and marks of what a user or the model has said.
+//! The output of a template in stretches: its own words, control tokens, and marks of what a user
+//! or the model has said.
 
 use super::IMAGE;
 use crate::chat::template::{Piece, Pieces};
@@ -63,8 +64,8 @@ impl<'a> Controls<'a> {
         self.words.iter().find(|(_, other)| *other == id).map_or("", |(word, _)| word)
     }
 
-    /// A text in which words of control tokens are marks, numbered from `first` on; what the model has `spoken` keeps those
-    /// that are shown, for templates look for `</think>`.
+    /// A text in which words of control tokens are marks, numbered from `first` on; what the model
+    /// has `spoken` keeps those that are shown, for templates look for `</think>`.
     pub(super) fn escaped(&self, text: &str, spoken: bool, mark: &Mark, first: usize) -> String {
         let (mut escaped, mut rest) = (String::new(), text);
         while let Some(c) = rest.chars().next() {

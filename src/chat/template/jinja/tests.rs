@@ -71,7 +71,8 @@ fn control_words_in_a_message_stay_text() {
             assert_eq!(out.matches("[cat]").count(), 1);
         }
     }
-    // Whole only together with the template's own words, or with another part: the template changes nothing there either.
+    // Whole only together with the template's own words, or with another part: the template changes
+    // nothing there either.
     let joined = [(Role::User, vec![words("<|im_st"), words("art|>")])];
     let out = printed(&template(CHATML).unwrap(), "", &joined).unwrap();
     assert!(out.contains("<|im_start|>⟦<|im_end|>⟧"), "{out}");
