@@ -85,17 +85,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     config.sampling.draft = args.draft;
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     config.sampling.check(scales.len())?;
-    let (dtype, matrices, filters) = match args.synthetic {
-        #[cfg(feature = "nano")]
-        Shape::Nano => {
-            let (dtype, matrices) = Source::Embedded.placed(TRANSFORMER, args.quant, &device);
-            (dtype, matrices, config.filters(&Source::Embedded, &device, args.quant))
-        }
-        _ => {
-            let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
-            (dtype, matrices, Matrices::Tensors)
-        }
-    };
+    let (dtype, matrices, filters) = weight_types(args, &config, &device);
     let words = args.prompt.unwrap_or(16) as usize;
     let work = Work { scales: &scales, images: args.batch as usize, words, sampling: &config.sampling, prompts: 1 };
     let needed = cost::synthetic_memory(&config, dtype, (matrices, filters), work)?;
@@ -159,6 +149,21 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         false => terminal::emit(report.table().as_bytes())?,
     };
     Ok(())
+}
+
+/// The type of tensors, and how matrices and filters of convolutions are stored.
+fn weight_types(args: &BenchArgs, config: &ModelConfig, device: &Device) -> (DType, Matrices, Matrices) {
+    match args.synthetic {
+        #[cfg(feature = "nano")]
+        Shape::Nano => {
+            let (dtype, matrices) = Source::Embedded.placed(TRANSFORMER, args.quant, device);
+            (dtype, matrices, config.filters(&Source::Embedded, device, args.quant))
+        }
+        _ => {
+            let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
+            (dtype, matrices, Matrices::Tensors)
+        }
+    }
 }
 
 /// Seconds of the median image, and the growth of memory from the second image to the last.
