@@ -5,14 +5,16 @@
 mod headers;
 
 use std::collections::BTreeMap;
+use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::t5::Config;
 use nextflow::checkpoint::Weights;
 use nextflow::t5;
 use serde_json::{Value, json};
+use zip::write::{SimpleFileOptions, ZipWriter};
 
 fn data(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/infinity").join(name)
@@ -68,6 +70,27 @@ fn tuned(transformer: &str, tokenizer: &str, as_tokenizer: &str) -> tempfile::Te
     std::fs::copy(data(&format!("{tokenizer}.weights.safetensors")), place.path().join(as_tokenizer)).unwrap();
     text_encoder(&place.path().join("flan-t5-xl"));
     place
+}
+
+/// Completes a file of `torch.save`, whose numbers tests/data does not repeat: storage i is the f32
+/// of tensor i of `weights` in the order of names. The pickle, and the storages of tensors that
+/// `weights` lacks (unused biases, optimizer states), are as PyTorch wrote them.
+fn pytorch_file(saved: &str, weights: &str, to: &Path) {
+    let saved_bytes = std::fs::read(data(&format!("{saved}.pth"))).unwrap();
+    let mut zip = ZipWriter::new_append(Cursor::new(saved_bytes)).unwrap();
+    let stored = SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    let weights = candle_core::safetensors::load(data(&format!("{weights}.weights.safetensors")), &Device::Cpu);
+    let weights: BTreeMap<String, Tensor> = weights.unwrap().into_iter().collect();
+    for (i, tensor) in weights.values().enumerate() {
+        let numbers = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        zip.start_file(format!("{saved}/data/{i}"), stored).unwrap();
+        zip.write_all(&numbers.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+    }
+    std::fs::write(to, zip.finish().unwrap().into_inner()).unwrap();
+}
+
+fn pixels(path: &Path) -> Vec<u8> {
+    image::open(path).unwrap().to_rgb8().into_raw()
 }
 
 fn nextflow(args: &[&str]) -> Output {
@@ -214,9 +237,31 @@ fn a_smaller_copy_draws() {
         // The same weights, made smaller on the way.
         let direct = out.path().join(format!("direct-{kind}.png"));
         ok(&gen_args(folder, direct.to_str().unwrap(), &["--quant", kind]));
-        let pixels = |path: &Path| image::open(path).unwrap().to_rgb8().into_raw();
         assert!(pixels(Path::new(image)) == pixels(&direct), "{kind}");
         fails(&gen_args(small, "x.png", &["--quant", "q8_0"]), 2, "have their type already");
+    }
+}
+
+/// The published layout (a flat dictionary of f32 tensors with attributes) and that of a checkpoint
+/// of the trainer (`trainer.gpt_fsdp`, beside an optimizer and a tokenizer), each with the dump that
+/// the tokenizer's trainer writes (`vae`, beside a discriminator and optimizers).
+#[test]
+fn pytorch_files_draw_what_safetensors_draw() {
+    let (model, out) = (model(), tempfile::tempdir().unwrap());
+    let image = |name: &str| out.path().join(name);
+    ok(&gen_args(model.path().to_str().unwrap(), image("want.png").to_str().unwrap(), &[]));
+    let want = pixels(&image("want.png"));
+    for (saved, name) in [("pickle_t2i_tiny", "infinity_tiny.pth"), ("pickle_t2i_tiny_trainer", "ar-ckpt-last.pth")] {
+        let folder = tempfile::tempdir().unwrap();
+        pytorch_file(saved, "t2i_tiny", &folder.path().join(name));
+        pytorch_file("pickle_tok_f16_tiny", "tok_f16_tiny", &folder.path().join("infinity_vae_tiny.pth"));
+        text_encoder(&folder.path().join("flan-t5-xl"));
+        let folder = folder.path().to_str().unwrap();
+        let info = ok(&["info", folder]);
+        assert!(info.contains("complete") && !info.contains("unknown"), "{info}");
+        let got = image(&format!("{saved}.png"));
+        ok(&gen_args(folder, got.to_str().unwrap(), &[]));
+        assert!(pixels(&got) == want, "{saved}");
     }
 }
 
@@ -263,5 +308,5 @@ fn files_of_one_model_are_found_and_others_refused() {
 
 /// A file with the keys and shapes of a list, without any data on the disk.
 fn header_only(list: &Path, file: &Path) {
-    headers::header_only(&headers::keys(list), candle_core::DType::F32, file);
+    headers::header_only(&headers::keys(list), DType::F32, file);
 }
