@@ -59,10 +59,12 @@ impl Terminal {
         let end = || slave.try_clone().unwrap();
         command.stdin(end()).stdout(end()).stderr(end());
         let terminal = slave.as_raw_fd();
-        // SAFETY: both calls may be made between fork and exec.
+        // SAFETY: all of these calls may be made between fork and exec.
         #[allow(unsafe_code)]
         unsafe {
             command.pre_exec(move || {
+                // Under nohup it would be ignored.
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
                 libc::setsid();
                 libc::ioctl(terminal, libc::TIOCSCTTY, 0);
                 Ok(())
