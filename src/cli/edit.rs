@@ -6,15 +6,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use image::RgbImage;
 
 use super::delivery::Delivery;
 use super::request::{Request, TEMPLATE_TOKENS};
 use super::run::{Load, Plan};
 use super::{DrawArgs, PromptArgs};
-use crate::chat::{ChatConfig, ChatModel, Letterbox, ReplyEvent, ReplyOptions, Session};
+use crate::chat::{ChatConfig, ChatModel, Letterbox, Picture, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::refinement::{CodeRefiner, Refined};
-use crate::generate::{GeneratorConfig, cost, prompt, schedule};
+use crate::generate::{GeneratorConfig, Job, cost, prompt, schedule};
 use crate::pixels;
 use crate::tokenizer::Code;
 
@@ -63,13 +64,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         return onecat::run(args, &setup, request, &sources);
     }
     let model = request.config.nextflow()?;
-    if args.image_cfg.is_some() {
-        return Err(Error::usage(format!("--image-cfg is for OneCAT, this is {}", request.model))
-            .hint("leave it out, or --model onecat-ai/OneCAT-3B"));
-    }
-    if args.free && request.sampling.cfg == 0.0 {
-        return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
-    }
+    args.check(&request)?;
     let letterbox = Letterbox::of(model, first.dimensions(), request.size)?;
     args.draw.sampling.check_scales(&request.sampling, letterbox.scales.len())?;
     let config = ChatConfig::read(&request.source)?;
@@ -108,6 +103,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     for (n, image) in sources.iter().enumerate().skip(1) {
         pictures.push(model.picture(&format!("${}", n + 1), image)?);
     }
+    let editor = Editor { model: &model, refiner, letterbox: &letterbox, sources: pictures, free: args.free };
     let mut session = Session::new(&model)?;
     let mut delivery = Delivery::new(&request, run, args.draw.report.json);
     (delivery.preview, delivery.free) = (preview, args.free);
@@ -115,14 +111,53 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     for job in request.jobs(&letterbox.scales) {
         let started = Instant::now();
         delivery.console.start(1);
+        let (image, text) = editor.edit(&mut session, &job, &mut delivery)?;
+        let thought = Some(text.trim()).filter(|thought| !thought.is_empty());
+        if delivery.emit(&job, &image, thought, started.elapsed())?.is_break() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl EditArgs {
+    /// Errors: usage, for flags without effect on the model of the request.
+    fn check(&self, request: &Request) -> Result<()> {
+        if self.image_cfg.is_some() {
+            return Err(Error::usage(format!("--image-cfg is for OneCAT, this is {}", request.model))
+                .hint("leave it out, or --model onecat-ai/OneCAT-3B"));
+        }
+        if self.free && request.sampling.cfg == 0.0 {
+            return Err(Error::usage("--free without guidance changes nothing").hint("leave out --free, or --cfg 3"));
+        }
+        Ok(())
+    }
+}
+
+/// A model, and the images that it edits.
+struct Editor<'a> {
+    model: &'a ChatModel,
+    refiner: Option<CodeRefiner>,
+    letterbox: &'a Letterbox,
+    sources: Vec<Picture>,
+    /// Guidance does not hold on to the sources.
+    free: bool,
+}
+
+impl Editor<'_> {
+    /// The image of a job, cropped, and the text before it. The sources stay in the session's cache
+    /// for the next one.
+    fn edit(&self, session: &mut Session, job: &Job, delivery: &mut Delivery) -> Result<(RgbImage, String)> {
+        let Self { model, letterbox, .. } = *self;
         let options = ReplyOptions {
             sampling: model.config().sampling,
             max_tokens: THOUGHT,
             image: Some(job.sampling.clone()),
             seed: job.seed,
-            guide_from_sources: !args.free,
+            guide_from_sources: !self.free,
         };
-        let reply = session.draw(pictures.clone(), &job.prompt, &options, Some(&letterbox.scales), &mut |heard| {
+        let scales = Some(&letterbox.scales[..]);
+        let reply = session.draw(self.sources.clone(), &job.prompt, &options, scales, &mut |heard| {
             let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(letterbox.crop(&model.pixels(codes, scales)?));
             match heard {
                 ReplyEvent::Drawing(event) => delivery.event(&event, pixels),
@@ -131,7 +166,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
         })?;
         let drawn = session.last_image().ok_or_else(|| model.draws_nothing())?;
         let mut image = model.decode(drawn)?;
-        if let (Some(refiner), Some(codes)) = (&refiner, drawn.codes()) {
+        if let (Some(refiner), Some(codes)) = (&self.refiner, drawn.codes()) {
             // The instruction describes no image; what the model says that it will draw does.
             let caption = reply.text.split_once(prompt::FINAL).map_or("", |(_, caption)| caption.trim());
             let refined = Refined { codes: &codes.codes, caption, seed: job.seed };
@@ -139,15 +174,9 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
                 delivery.event(&event, |codes, scales| model.pixels(codes, scales))
             })?;
         }
-        let image = letterbox.crop(&image);
-        // The sources stay in the cache for the next one.
         session.undo();
-        let thought = Some(reply.text.trim()).filter(|thought| !thought.is_empty());
-        if delivery.emit(&job, &image, thought, started.elapsed())?.is_break() {
-            break;
-        }
+        Ok((letterbox.crop(&image), reply.text))
     }
-    Ok(())
 }
 
 fn no_image() -> Error {
