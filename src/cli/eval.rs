@@ -115,8 +115,9 @@ impl EvalArgs {
             Ok((name.cloned().unwrap_or_else(|| source.to_string()), source))
         };
         let named = |name: &String| {
-            let model = if name == "embedded" && !Path::new(name).exists() { NANO } else { name };
-            source(ModelArgs { model: Some(model.to_string()), ..self.load.model.clone() }, Some(name))
+            let mut args = self.load.model.clone();
+            args.model = Some(if name == "embedded" && !Path::new(name).exists() { NANO } else { name }.to_string());
+            source(args, Some(name))
         };
         match &self.compare[..] {
             [] => Ok(vec![source(self.load.model.clone(), None)?]),

@@ -152,6 +152,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 }
 
 /// The type of tensors, and how matrices and filters of convolutions are stored.
+#[cfg_attr(not(feature = "nano"), allow(unused_variables))]
 fn weight_types(args: &BenchArgs, config: &ModelConfig, device: &Device) -> (DType, Matrices, Matrices) {
     match args.synthetic {
         #[cfg(feature = "nano")]
