@@ -4,11 +4,11 @@
 use image::RgbImage;
 use serde::Serialize;
 
-use super::detector::detect;
-use super::judge::judge;
 use super::{Draw, Redraw, Share};
 use crate::error::{Error, Kind as Failure, Result};
 use crate::rng::{Rng, Stream};
+use crate::scenes::detector::detect;
+use crate::scenes::judge::judge;
 use crate::scenes::{KINDS, Kind, Scene, Split};
 
 /// Shares of right images.

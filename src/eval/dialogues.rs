@@ -8,13 +8,13 @@ use std::ops::ControlFlow;
 use image::RgbImage;
 use serde::Serialize;
 
-use super::detector::{Detection, detect};
-use super::judge::{judge, on_its_background};
 use super::{Share, metrics};
 use crate::chat::{ChatModel, Picture, ReplyOptions, Session};
 use crate::error::{Error, Kind as Failure, Result};
 use crate::generate::prompt::{FINAL, THINK};
 use crate::rng::{Rng, Stream};
+use crate::scenes::detector::{Detection, detect};
+use crate::scenes::judge::{as_edited, judge, on_its_background};
 use crate::scenes::{EDIT_KINDS, Edit, EditKind, QUESTION_KINDS, Question, QuestionKind, Riddle, Scene, Split};
 
 /// Edits of one kind.
@@ -336,27 +336,6 @@ fn render(scene: &Scene) -> Result<RgbImage> {
 /// has them.
 fn as_asked(edit: &Edit, found: &Detection) -> bool {
     judge(&edit.target, found) && on_its_background(&edit.target, found)
-}
-
-/// How far the centre of an object may be from where it should, in 1/128 of the image, and how much
-/// larger or smaller it may be.
-const NEAR: f64 = 9.0;
-const SIZE: f64 = 1.2;
-
-/// Whether an image shows what an edit makes of its source: every object in its shape, colour,
-/// place and size, nothing else, and the right background.
-pub fn as_edited(edit: &Edit, found: &Detection) -> bool {
-    let mut rest: Vec<_> = found.objects.iter().collect();
-    let there = edit.target.objects.iter().all(|object| {
-        let near = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).hypot(a.1 - b.1) <= NEAR;
-        let at = rest.iter().position(|f| {
-            let ratio = f.radius / object.radius;
-            let same = f.shape == Some(object.shape) && f.colour == object.colour;
-            same && near(f.centre, object.centre) && (1.0 / SIZE..SIZE).contains(&ratio)
-        });
-        at.map(|at| rest.remove(at)).is_some()
-    });
-    there && rest.is_empty() && on_its_background(&edit.target, found)
 }
 
 /// PSNR in dB of two images outside boxes (left, top, right, bottom); none if they leave nothing.

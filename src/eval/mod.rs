@@ -1,13 +1,9 @@
 //! Measures a model: compositions judged by a detector, recognition of what it draws, and its
 //! tokenizer's fidelity.
 
-mod colour;
 mod compare;
 mod compositions;
-pub mod detector;
 pub mod dialogues;
-mod fit;
-pub mod judge;
 pub mod metrics;
 mod report;
 mod share;

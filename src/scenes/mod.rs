@@ -3,9 +3,13 @@
 //! function of an [`Rng`].
 
 mod caption;
+mod colour;
 mod describe;
+pub mod detector;
 mod edit;
+mod fit;
 mod grammar;
+pub mod judge;
 mod question;
 mod render;
 mod riddle;

@@ -1,9 +1,9 @@
 use image::RgbImage;
 
 use super::*;
-use crate::eval::detector::detect;
-use crate::eval::judge::judge;
 use crate::rng::Stream;
+use crate::scenes::detector::detect;
+use crate::scenes::judge::judge;
 use crate::scenes::{BACKGROUNDS, COLOURS};
 
 fn rng(i: u64) -> Rng {

@@ -3,8 +3,8 @@ use std::collections::HashSet;
 use image::RgbImage;
 
 use super::*;
-use crate::eval::detector::{Detection, Found, detect};
 use crate::rng::Stream;
+use crate::scenes::detector::{Detection, Found, detect};
 
 fn rng(i: u64) -> Rng {
     Rng::new(22, i, Stream::Train, 0)

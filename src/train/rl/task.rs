@@ -4,11 +4,10 @@ use image::RgbImage;
 
 use crate::dataset::{Canvas, SIDE};
 use crate::error::Result;
-use crate::eval::detector::{Detection, detect};
-use crate::eval::dialogues::as_edited;
-use crate::eval::judge::{judge, matched};
 use crate::pixels;
 use crate::rng::Rng;
+use crate::scenes::detector::{Detection, detect};
+use crate::scenes::judge::{as_edited, judge, matched};
 use crate::scenes::{Edit, Question, Scene, Split};
 use crate::tokenizer::ImageTokenizer;
 use crate::train::samples::Samples;

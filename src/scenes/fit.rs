@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use crate::scenes::{SHAPES, Shape, inside};
+use super::{SHAPES, Shape, inside};
 
 /// A silhouette laid over a set of pixels.
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use super::colour;
 use super::detector::{Detection, Found};
-use crate::scenes::{BACKGROUNDS, Kind, Object, ObjectSize, Place, Scene, radii};
+use super::{BACKGROUNDS, Edit, Kind, Object, ObjectSize, Place, Scene, radii};
 
 /// Units by which the centres of two objects must differ for one to be beside or above the other.
 const APART: f64 = 12.0;
@@ -38,6 +38,27 @@ pub fn judge(scene: &Scene, found: &Detection) -> bool {
         }
         _ => true,
     }
+}
+
+/// How far the centre of an object may be from where it should, in 1/128 of the image, and how much
+/// larger or smaller it may be.
+const NEAR: f64 = 9.0;
+const SIZE: f64 = 1.2;
+
+/// Whether an image shows what an edit makes of its source: every object in its shape, colour,
+/// place and size, nothing else, and the right background.
+pub fn as_edited(edit: &Edit, found: &Detection) -> bool {
+    let mut rest: Vec<_> = found.objects.iter().collect();
+    let there = edit.target.objects.iter().all(|object| {
+        let near = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).hypot(a.1 - b.1) <= NEAR;
+        let at = rest.iter().position(|f| {
+            let ratio = f.radius / object.radius;
+            let same = f.shape == Some(object.shape) && f.colour == object.colour;
+            same && near(f.centre, object.centre) && (1.0 / SIZE..SIZE).contains(&ratio)
+        });
+        at.map(|at| rest.remove(at)).is_some()
+    });
+    there && rest.is_empty() && on_its_background(&edit.target, found)
 }
 
 /// Whether the background is nearest to the scene's, of white and all named ones.
@@ -86,9 +107,8 @@ mod tests {
     use image::RgbImage;
 
     use super::*;
-    use crate::eval::detector::detect;
-    use crate::eval::metrics::psnr;
     use crate::rng::{Rng, Stream};
+    use crate::scenes::detector::detect;
     use crate::scenes::{COLOURS, KINDS, SHAPES, Split};
 
     fn image(scene: &Scene) -> RgbImage {
@@ -97,6 +117,12 @@ mod tests {
 
     fn scenes(kind: Kind, count: u64) -> impl Iterator<Item = Scene> {
         (0..count).map(move |i| Scene::of_kind(&Rng::new(11, i, Stream::Train, 9), kind, Split::HeldOut))
+    }
+
+    /// In dB.
+    fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
+        let error: f64 = a.iter().zip(b.iter()).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+        10.0 * (255.0 * 255.0 / (error / a.len() as f64)).log10()
     }
 
     /// What a reconstruction does: outlines soften and noise comes in.

@@ -1,13 +1,13 @@
-//! An exact detector for [`crate::scenes`]: what GenEval's object detector is for photographs.
+//! An exact detector for compositions: what GenEval's object detector is for photographs.
 
 use std::collections::VecDeque;
 
 use image::RgbImage;
 
+use super::Shape;
 use super::colour::{Rgb, cover, distance, nearest_colour, oklab, palette};
 use super::fit::{Fit, fit};
 use crate::pixels::GridResampling;
-use crate::scenes::Shape;
 
 /// One object.
 #[derive(Clone, Debug, PartialEq)]
