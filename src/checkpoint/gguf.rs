@@ -127,10 +127,10 @@ fn stored(kind: u32) -> Option<Stored> {
     match kind {
         0 => Some(Stored::Plain(Dtype::F32)),
         1 => Some(Stored::Blocks(GgmlDType::F16)),
-        30 => Some(Stored::Blocks(GgmlDType::BF16)),
         2 => Some(Stored::Blocks(GgmlDType::Q4_0)),
         8 => Some(Stored::Blocks(GgmlDType::Q8_0)),
         12 => Some(Stored::Blocks(GgmlDType::Q4K)),
+        30 => Some(Stored::Blocks(GgmlDType::BF16)),
         _ => None,
     }
 }

@@ -17,7 +17,7 @@ use super::samples::Samples;
 use super::sequence::{Batch, Picture, Sequence};
 use crate::backbone::Backbone;
 use crate::chat::template::{ImageMarks, Part, Piece, Role, Template};
-use crate::checkpoint::{Matrices, Weights};
+use crate::checkpoint::{Matrices, TRANSFORMER, Weights};
 use crate::dataset::Canvas;
 use crate::error::Result;
 use crate::generate::schedule;
@@ -52,17 +52,16 @@ pub struct Lesson<'a> {
 ///
 /// Errors: usage, for a part with steps left from which another one has gone on.
 pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()> {
-    const FILE: &str = "model.safetensors";
     let (run, part) = (lesson.run, lesson.part);
     let mixed = Matrices::Blocks(GgmlDType::BF16);
     let build = |w: &Weights| Backbone::load(&w.with_matrices(mixed), &run.recipe.backbone);
-    let (backbone, vars) = run.load(&[&run.file(FILE)], build)?;
+    let (backbone, vars) = run.load(&[&run.file(TRANSFORMER)], build)?;
     let mut optimizer = Optimizer::new(&vars, |_| true)?;
     let state = run.file(&format!("transformer-{part}.state"));
     if state.exists() {
         optimizer.restore(&state)?;
         if optimizer.step < plan.steps {
-            run.check_last_part(FILE, part)?;
+            run.check_last_part(TRANSFORMER, part)?;
         }
     }
     let mut progress = Progress::new(&format!("transformer {part}"), plan.steps, optimizer.step, batch);
@@ -80,7 +79,7 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()
         told.extend(names.iter().map(String::as_str).zip(scales));
         progress.step(&told);
         progress.checkpoint(|| {
-            run.save(FILE, part, &vars)?;
+            run.save(TRANSFORMER, part, &vars)?;
             optimizer.save(&state, BTreeMap::new())
         })?;
         next = more?;

@@ -69,10 +69,6 @@ impl RlArgs {
     /// Trains the transformer of a run.
     pub(super) fn run(&self, run: &Run, dataset: &Samples, text: Text) -> Result<()> {
         let settings = self.settings(run.recipe.scales)?;
-        if !dataset.has_things() && settings.mixture.things > 0 {
-            let message = "the picture library has no everyday things with names";
-            return Err(Error::usage(message).hint("--things 0"));
-        }
         let tokenizer = train::export::image_tokenizer(run)?;
         train::rl::train(run, dataset, text, tokenizer, &settings, &self.hyperparameters())
     }

@@ -20,6 +20,7 @@ pub(crate) mod gemm_f32;
 pub(crate) mod gemv;
 pub(crate) mod im2col;
 pub(crate) mod int8;
+mod integer_isa;
 pub(crate) mod matmul;
 pub(crate) mod operand;
 #[cfg(target_arch = "x86_64")]

@@ -281,7 +281,7 @@ fn product(x: &Inputs, w: &PackedBlocks, up: Option<&PackedBlocks>, bias: Option
     assert!(x.columns() == w.columns && up.is_none_or(|up| up.is_aligned_with(w)), "matrices of other shapes");
     filled(x.count() * w.rows, |y| {
         by_columns(y, w.rows, TASK, |y| {
-            x.kernel().products(x, w, up, bias, y);
+            x.kernel().block_products(x, w, up, bias, y);
             Ok(())
         })
     })

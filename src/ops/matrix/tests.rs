@@ -3,6 +3,7 @@ use candle_core::quantized::GgmlDType;
 use super::*;
 use crate::ops::cpu::gemv::GEMV_ROWS;
 use crate::ops::cpu::quants::quantize;
+use crate::ops::swiglu;
 use crate::ops::testing::{distance, random};
 
 #[test]

@@ -1,16 +1,15 @@
 //! The micro-kernels of [`int8`](super), for AVX2 and for AVX-512 VNNI.
 
-use std::sync::OnceLock;
-
 use super::image::Image;
 use super::{Activations, Panels};
 use crate::ops::cpu::columns::Columns;
+pub(super) use crate::ops::cpu::integer_isa::IntegerIsa as Kernel;
 
 /// Calls a function of a [`Kernel`], compiled for CPU features.
 #[cfg(target_arch = "x86_64")]
 macro_rules! has_features {
     ($call:expr) => {{
-        // SAFETY: `Kernel::all`, the only source of kernels, has checked the CPU features.
+        // SAFETY: `IntegerIsa::all`, the only source of these, has checked the CPU features.
         #[allow(unsafe_code)]
         unsafe {
             $call
@@ -18,40 +17,7 @@ macro_rules! has_features {
     }};
 }
 
-/// Instruction sets with a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kernel {
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
 impl Kernel {
-    /// Those of this CPU, the widest first.
-    pub(super) fn all() -> Vec<Self> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            let avx512 = avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vnni");
-            [(avx512, Self::Avx512), (avx2, Self::Avx2)]
-                .into_iter()
-                .filter_map(|(has, kernel)| has.then_some(kernel))
-                .collect()
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        Vec::new()
-    }
-
-    /// The widest of this CPU, if any.
-    pub(super) fn best() -> Option<Self> {
-        static BEST: OnceLock<Option<Kernel>> = OnceLock::new();
-        *BEST.get_or_init(|| Self::all().first().copied())
-    }
-
     /// Rows of weights in a panel.
     pub(super) fn rows(self) -> usize {
         match self {

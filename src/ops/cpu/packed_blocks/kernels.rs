@@ -1,45 +1,10 @@
 //! The micro-kernels of [`packed_blocks`](super), for AVX2 and for AVX-512 VNNI.
 
-use std::sync::OnceLock;
-
 use super::super::columns::Columns;
+pub(super) use super::super::integer_isa::IntegerIsa as Kernel;
 use super::{Inputs, PackedBlocks};
 
-/// Instruction sets with a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kernel {
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
 impl Kernel {
-    /// Those of this CPU, the widest first.
-    pub(super) fn all() -> Vec<Self> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            let avx512 = avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vnni");
-            [(avx512, Self::Avx512), (avx2, Self::Avx2)]
-                .into_iter()
-                .filter_map(|(has, kernel)| has.then_some(kernel))
-                .collect()
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        Vec::new()
-    }
-
-    /// The widest of this CPU, if any.
-    pub(super) fn best() -> Option<Self> {
-        static BEST: OnceLock<Option<Kernel>> = OnceLock::new();
-        *BEST.get_or_init(|| Self::all().first().copied())
-    }
-
     /// The most rows of inputs in a tile.
     pub(super) fn inputs(self) -> usize {
         match self {
@@ -53,7 +18,7 @@ impl Kernel {
     /// The products of the rows of weights that are the columns of `y` with all rows of inputs,
     /// which are rounded for this kernel: with `up`, `silu` of them times those with `up`; plus the
     /// bias of each row, if any.
-    pub(super) fn products(
+    pub(super) fn block_products(
         self,
         x: &Inputs,
         w: &PackedBlocks,
@@ -62,7 +27,7 @@ impl Kernel {
         y: &mut Columns,
     ) {
         match self {
-            // SAFETY: `Kernel::all`, the only source of kernels, has checked the CPU features.
+            // SAFETY: `IntegerIsa::all`, the only source of these, has checked the CPU features.
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code)]
             Self::Avx2 => unsafe { avx2::products(x, w, up, bias, y) },
@@ -109,7 +74,7 @@ macro_rules! kernel {
             /// multiplies and adds.
             const FEW: usize = 6;
 
-            /// See [`super::Kernel::products`].
+            /// See [`super::Kernel::block_products`].
             #[target_feature(enable = $features)]
             pub(super) fn products(
                 x: &Inputs,
