@@ -55,7 +55,10 @@ fn a_model_does_not_differ_from_itself() {
 
 #[test]
 fn dialogues_are_told_apart_by_wording() {
-    let args = ["eval", "--suite", "dialogues", "--per-category", "1", "--json"];
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cases.jsonl");
+    let cases = file.to_str().unwrap();
+    let args = ["eval", "--suite", "dialogues", "--per-category", "1", "--json", "--cases", cases];
     let report = json(&args);
     for (kind, count) in [("edits", 9), ("questions", 6)] {
         let rows = report["dialogues"][kind].as_array().unwrap();
@@ -67,6 +70,14 @@ fn dialogues_are_told_apart_by_wording() {
             let right = |share: &serde_json::Value| share["cases"].as_str().unwrap().matches('1').count();
             assert_eq!(wordings.iter().map(|w| right(&w["score"])).sum::<usize>(), right(&row["score"]), "{row}");
         }
+    }
+    let lines = std::fs::read_to_string(file).unwrap();
+    let cases: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |task: &str| cases.iter().filter(|case| case["task"] == task).count();
+    // Edits and questions in held-out wordings and in trained ones; riddles about shapes and things.
+    assert_eq!(["edit", "question", "draw then edit", "riddle"].map(of), [18, 12, 1, 2]);
+    for case in cases.iter().filter(|case| case["task"] == "question") {
+        assert_eq!(case["right"], case["expected"].as_str().unwrap() == case["reply"].as_str().unwrap().trim());
     }
 }
 

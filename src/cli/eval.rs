@@ -79,6 +79,10 @@ pub struct EvalArgs {
     /// Print a row for every held-out wording of edits and questions, too
     #[arg(long)]
     pub wordings: bool,
+    /// Write every dialogue to FILE, one a line in JSON: what was asked and expected, what the model
+    /// said, and whether it was right
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["compare", "sheet"])]
+    pub cases: Option<PathBuf>,
     /// Print JSON instead of a table, with every case
     #[arg(long)]
     pub json: bool,
@@ -258,10 +262,19 @@ fn evaluate(args: &EvalArgs, source: &Source, device: &Device, libraries: &Libra
     if asked(Suite::Dialogues) && model.config().conversation.draws {
         let model = ChatModel::load(source, ChatConfig::read(source)?, device, args.load.quant)?;
         let examiner = Examiner { model: &model, per_kind: args.per_category, seed: args.seed, split: args.split };
-        let watch = &mut || stop.check();
+        let mut cases = Vec::new();
+        let watch = &mut |case| {
+            cases.push(case);
+            stop.check()
+        };
         report.dialogues = Some(examiner.run(watch)?);
         if let Some(library) = library {
             report.thing_edits = eval::thing_edits(&examiner, library, watch)?;
+        }
+        if let Some(path) = &args.cases {
+            let lines = cases.iter().map(|case| Ok(serde_json::to_string(case)? + "\n"));
+            let lines: Vec<String> = lines.collect::<serde_json::Result<_>>().map_err(candle_core::Error::wrap)?;
+            output::write(path, lines.concat().as_bytes())?;
         }
         done(&mut console, "dialogues");
     }

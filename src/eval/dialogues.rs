@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use image::RgbImage;
 use serde::Serialize;
 
+use super::case::{Case, Watch, done};
 use super::{Share, metrics};
 use crate::chat::{ChatModel, Picture, ReplyOptions, Session};
 use crate::error::{Error, Kind as Failure, Result};
@@ -120,9 +121,6 @@ pub struct Dialogues {
     pub reasoning: Reasoning,
 }
 
-/// Called with every piece of work that is done; `Break` stops the evaluation.
-pub type Watch<'a> = &'a mut dyn FnMut() -> ControlFlow<()>;
-
 /// A model under examination.
 pub struct Examiner<'a> {
     /// The model.
@@ -173,15 +171,16 @@ impl Examiner<'_> {
         self.model.encode("scene", &render(scene)?, &self.model.usual_scales()?)
     }
 
-    /// The model's edit of an image.
-    pub(super) fn edit(&self, image: &RgbImage, text: &str, case: usize) -> Result<RgbImage> {
+    /// The model's edit of an image, and what it says before it draws.
+    pub(super) fn edit(&self, image: &RgbImage, text: &str, case: usize) -> Result<(RgbImage, String)> {
         self.edit_picture(self.model.encode("source", image, &self.model.usual_scales()?)?, text, case)
     }
 
-    fn edit_picture(&self, source: Picture, text: &str, case: usize) -> Result<RgbImage> {
+    fn edit_picture(&self, source: Picture, text: &str, case: usize) -> Result<(RgbImage, String)> {
         let mut session = Session::new(self.model)?;
-        session.draw(vec![source], text, &self.options(case)?, None, &mut |_| ControlFlow::Continue(()))?;
-        self.last_image(&session)
+        let options = self.options(case)?;
+        let reply = session.draw(vec![source], text, &options, None, &mut |_| ControlFlow::Continue(()))?;
+        Ok((self.last_image(&session)?, reply.text))
     }
 
     fn edits(&self, kind: EditKind, step: u64, watch: Watch) -> Result<Edits> {
@@ -195,14 +194,14 @@ impl Examiner<'_> {
             let succeeded = |image: &RgbImage| as_edited(&edit, &detect(image));
             for (right, &words) in right.iter_mut().zip(self.wordings()) {
                 let said = edit.instruction(&rng.fork(1), words);
-                let image = self.edit_picture(source.clone(), &said.text, case)?;
-                let done = succeeded(&image);
-                right.push(done);
+                let (image, reply) = self.edit_picture(source.clone(), &said.text, case)?;
+                let succeeded = succeeded(&image);
+                right.push(succeeded);
                 if words == self.split {
-                    wordings.push(said.wording, done);
+                    wordings.push(said.wording, succeeded);
                 }
-                unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| done));
-                stop(watch)?;
+                unchanged.extend(outside(&copy, &image, &edit.changed()).filter(|_| succeeded));
+                done(watch, Case::edit("edit", &edit, (said.text, words), reply, succeeded))?;
             }
             copying.push(succeeded(&copy));
             ceiling.push(succeeded(&self.model.decode(&self.scene(&edit.target)?)?));
@@ -236,9 +235,19 @@ impl Examiner<'_> {
                 right.push(answered);
                 if words == self.split {
                     wordings.push(question.wording, answered);
-                    answers.push(question.answer);
+                    answers.push(question.answer.clone());
                 }
-                stop(watch)?;
+                let case = Case {
+                    task: "question",
+                    kind: serde_json::to_value(kind).ok(),
+                    wording: Some(words),
+                    image: Some(question.scene.prompt()),
+                    request: question.text,
+                    expected: Some(question.answer),
+                    reply: reply.text,
+                    right: answered,
+                };
+                done(watch, case)?;
             }
         }
         Ok(Questions {
@@ -261,17 +270,19 @@ impl Examiner<'_> {
             let mut session = Session::new(self.model)?;
             let options = self.options(case)?;
             let mut draw = |text: &str| {
-                session.draw(vec![], text, &options, None, &mut |_| ControlFlow::Continue(()))?;
-                self.last_image(&session)
+                let reply = session.draw(vec![], text, &options, None, &mut |_| ControlFlow::Continue(()))?;
+                Ok::<_, Error>((detect(&self.last_image(&session)?), reply.text))
             };
-            let first = detect(&draw(&edit.source.prompt())?);
-            let second = detect(&draw(&edit.instruction(&rng.fork(1), self.split).text)?);
-            let right = judge(&edit.source, &first);
-            drawn.push(right);
+            let (first, _) = draw(&edit.source.prompt())?;
+            let request = edit.instruction(&rng.fork(1), self.split).text;
+            let (second, reply) = draw(&request)?;
+            let sound = judge(&edit.source, &first);
+            drawn.push(sound);
             // Drawn objects need not be exactly where the scene has them.
-            edited.push(right && as_asked(&edit, &second));
-            copying.push(right && as_asked(&edit, &first));
-            stop(watch)?;
+            let right = sound && as_asked(&edit, &second);
+            edited.push(right);
+            copying.push(sound && as_asked(&edit, &first));
+            done(watch, Case::edit("draw then edit", &edit, (request, self.split), reply, right))?;
         }
         Ok(Turns { count: drawn.count(), drawn, edited, copying })
     }
@@ -286,20 +297,33 @@ impl Examiner<'_> {
             let text = format!("{THINK}{}", riddle.clue);
             let reply = session.say(vec![], &text, &self.options(case)?, &mut |_| ControlFlow::Continue(()))?;
             let thought = reply.text.rsplit_once(FINAL).map(|(_, prompt)| prompt.trim());
-            Ok::<_, Error>((session, thought == Some(&riddle.prompt)))
+            let right = thought == Some(&riddle.prompt);
+            Ok::<_, Error>((session, right, reply.text))
         };
-        for (case, riddle) in things.enumerate() {
-            named.push(think(case, &riddle)?.1);
-            stop(watch)?;
+        let case = |riddle: &Riddle, reply: String, right: bool| Case {
+            task: "riddle",
+            kind: None,
+            wording: None,
+            image: None,
+            request: riddle.clue.clone(),
+            expected: Some(riddle.answer()),
+            reply,
+            right,
+        };
+        for (n, riddle) in things.enumerate() {
+            let (_, right, reply) = think(n, &riddle)?;
+            named.push(right);
+            done(watch, case(&riddle, reply, right))?;
         }
-        for (case, riddle) in riddles.iter().enumerate() {
-            let (session, right) = think(case, riddle)?;
+        for (n, riddle) in riddles.iter().enumerate() {
+            let (session, right, reply) = think(n, riddle)?;
             prompt.push(right);
             let drawn = session.last_image().zip(riddle.scene.as_ref());
             let shown =
                 drawn.map(|(picture, scene)| Ok::<_, Error>(judge(scene, &detect(&self.model.decode(picture)?))));
-            image.push(shown.transpose()?.unwrap_or(false));
-            stop(watch)?;
+            let right = shown.transpose()?.unwrap_or(false);
+            image.push(right);
+            done(watch, case(riddle, reply, right))?;
         }
         let asked: Vec<&String> = riddles.iter().map(|riddle| &riddle.prompt).collect();
         Ok(Reasoning { count: riddles.len(), prompt, image, common: commonest(&asked), things: named })
@@ -318,13 +342,6 @@ fn commonest<T: Eq + Hash>(answers: &[T]) -> Share {
     let most = counts.values().copied().max();
     let first = answers.iter().find(|answer| counts.get(answer).copied() == most);
     answers.iter().map(|answer| Some(answer) == first).collect()
-}
-
-pub(super) fn stop(watch: Watch) -> Result<()> {
-    match watch() {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::new(Failure::Interrupted, "interrupted")),
-    }
 }
 
 fn render(scene: &Scene) -> Result<RgbImage> {

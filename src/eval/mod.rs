@@ -1,6 +1,7 @@
 //! Measures a model: compositions judged by a detector, recognition of what it draws, and its
 //! tokenizer's fidelity.
 
+mod case;
 mod compare;
 mod compositions;
 pub mod dialogues;
@@ -15,6 +16,7 @@ use candle_core::Device;
 use image::RgbImage;
 use serde::Serialize;
 
+pub use case::Case;
 pub use compare::Comparison;
 pub use compositions::{Category, OBLONG, Oblong, compositions, oblong};
 pub use dialogues::{Dialogues, Examiner};

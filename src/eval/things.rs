@@ -6,7 +6,8 @@ use image::RgbImage;
 use serde::Serialize;
 
 use super::Share;
-use super::dialogues::{Examiner, Watch};
+use super::case::{Case, Watch, done};
+use super::dialogues::Examiner;
 use super::metrics::{nearest, pixel_feature};
 use crate::dataset::{Canvas, Dataset, SIDE, Style, with_article};
 use crate::error::{Error, Kind as Failure, Result};
@@ -40,7 +41,7 @@ pub struct ThingEdits {
 }
 
 /// An instruction, the source, and all that could come of it, the right one first.
-struct Case {
+struct Choice {
     text: String,
     source: Canvas,
     answers: Vec<Canvas>,
@@ -60,9 +61,9 @@ fn things(library: &Dataset) -> Vec<usize> {
     library.everyday(true).filter(|&c| !library.concepts[c].names.is_empty()).collect()
 }
 
-/// The case of these draws, among the [`things`], of which there are some; none if the library has
+/// The choice of these draws, among the [`things`], of which there are some; none if the library has
 /// no such pictures.
-fn case(library: &Dataset, kind: ThingEdit, rng: &Rng) -> Option<Case> {
+fn choice(library: &Dataset, kind: ThingEdit, rng: &Rng) -> Option<Choice> {
     let concepts = things(library);
     let concept = |counter| concepts[rng.below(counter, concepts.len())];
     let thing = concept(0);
@@ -105,7 +106,7 @@ fn case(library: &Dataset, kind: ThingEdit, rng: &Rng) -> Option<Case> {
         }
     };
     let answers = answers.into_iter().chain(of_others).collect();
-    Some(Case { text, source, answers })
+    Some(Choice { text, source, answers })
 }
 
 fn image(canvas: &Canvas) -> Result<RgbImage> {
@@ -130,13 +131,23 @@ pub fn thing_edits(examiner: &Examiner, library: &Dataset, watch: Watch) -> Resu
         .map(|(step, kind)| {
             let mut score = Share::default();
             for n in 0..4 * examiner.per_kind {
-                let Some(Case { text, source, answers }) = case(library, kind, &examiner.rng(n, 600 + step)) else {
-                    continue;
-                };
-                let drawn = examiner.edit(&image(&source)?, &text, n)?;
+                let drawn = choice(library, kind, &examiner.rng(n, 600 + step));
+                let Some(Choice { text, source, answers }) = drawn else { continue };
+                let (drawn, reply) = examiner.edit(&image(&source)?, &text, n)?;
                 let gallery = answers.iter().chain([&source]).map(|c| Ok(feature(&image(c)?)));
-                score.push(nearest(&feature(&drawn), &gallery.collect::<Result<Vec<_>>>()?) == Some(0));
-                super::dialogues::stop(watch)?;
+                let right = nearest(&feature(&drawn), &gallery.collect::<Result<Vec<_>>>()?) == Some(0);
+                score.push(right);
+                let case = Case {
+                    task: "edit of a thing",
+                    kind: serde_json::to_value(kind).ok(),
+                    wording: None,
+                    image: None,
+                    request: text,
+                    expected: None,
+                    reply,
+                    right,
+                };
+                done(watch, case)?;
                 if score.count() == examiner.per_kind {
                     break;
                 }
