@@ -92,6 +92,9 @@ enum Step {
         /// Learn from dialogues too: edits, questions, reasoning
         #[arg(long)]
         dialogues: bool,
+        /// Learn from dialogues without images alone, which are cheap
+        #[arg(long, requires = "dialogues")]
+        words_alone: bool,
         #[command(flatten)]
         plan: Plan,
     },
@@ -219,7 +222,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Step::Tokenizer { stage, plan } => {
             train::tokenizer::train(&run, &dataset, *stage, plan.batch.get(), &plan.hyperparameters())
         }
-        Step::Transformer { part, scales, things, scenes, several, oblong, dialogues, plan } => {
+        Step::Transformer { part, scales, things, scenes, several, oblong, dialogues, words_alone, plan } => {
             let (all, batch) = (run.recipe.scales, plan.batch.get());
             let scales = scales.unwrap_or(all);
             if !(1..=all).contains(&scales) || *dialogues && scales < all {
@@ -236,9 +239,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             }
             let (tokenizer, text) = (tokenizer(&run)?, text()?);
             let things = things.unwrap_or(usize::MAX);
-            let sizes = PoolSizes { things, backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong };
+            let sizes = match words_alone {
+                true => PoolSizes::default(),
+                false => PoolSizes { things, backgrounds: 2, scenes: *scenes, several: *several, oblong: *oblong },
+            };
             let pool = Pool::build(&dataset, &tokenizer, &text, sizes, run.recipe.scales)?;
-            if pool.is_empty() {
+            if pool.is_empty() && !words_alone {
                 return Err(Error::usage("there is nothing to learn from").hint("--scenes 3000"));
             }
             let quantizer = tokenizer.quantizer().to_device(&Device::Cpu)?;
@@ -250,6 +256,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
                 pool: &pool,
                 scales,
                 dialogues: dialogues.then_some((&dataset, &text)),
+                words_alone: *words_alone,
             };
             train::transformer::train(&lesson, batch, &plan.hyperparameters())
         }

@@ -11,7 +11,8 @@ pub(super) type Pick<'a> = &'a mut dyn FnMut(usize) -> usize;
 /// Ways to put an instruction, the plain one first and most often.
 const INSTRUCTIONS: &str = "(~|~|~|~|~|please ~|~(,|) please|(now|next,|ok,|okay,|then) ~|(can|could|would|will) you (|please )~?\
     |(can|could) you ~(, please| for me)?|(i want|i'd like|i would like|i need) you to ~|(just|let's|let us) ~\
-    |(go ahead and|help me|try to|you should|you could) ~|(hi|hey|hello), ~)";
+    |(go ahead and|help me|try to|you should|you could) ~|(hi|hey|hello), ~\
+    |(maybe|perhaps) ~|(be so kind as to|do me a favour and|your task is to|it is time to) ~|i (ask|would ask) you to ~)";
 const INSTRUCTIONS_ZH: &str =
     "(~|~|~|~|请~|请~|请你~|帮我~|请帮我~|麻烦~|~吧|~，谢谢|现在~|能不能~？|可以~吗？|你能~吗？|我(想让|要|想要)你~)";
 /// Ways to ask to be told something.

@@ -63,12 +63,12 @@ pub fn dialogue(dataset: &Samples, index: u64, length: Length) -> Turns {
         (Length::Short, 46..68) => thing_question(dataset, &of(2)),
         (Length::Short, 68..94) => thinking(dataset, &of(3)),
         (Length::Short, _) => talk(&of(4)),
-        (Length::Words, 0..14) => thinking(dataset, &of(10)),
-        (Length::Words, 14..60) => told_edit(&of(11)),
-        (Length::Words, 60..75) => {
+        (Length::Words, 0..7) => thinking(dataset, &of(10)),
+        (Length::Words, 7..57) => told_edit(&of(11)),
+        (Length::Words, 57..67) => {
             ThingEdit::told(dataset, &of(13)).map_or_else(|| told_edit(&of(11)), told_thing_edit)
         }
-        (Length::Words, 75..95) => told_questions(&of(12)),
+        (Length::Words, 67..97) => told_questions(&of(12)),
         (Length::Words, _) => talk(&of(4)),
         (Length::Look, 0..50) => questions(&of(1), MANY),
         (Length::Look, 50..90) => edit(&of(5), rng.below(1, 3)),
@@ -216,9 +216,11 @@ fn told_thing_edit(edit: ThingEdit) -> Turns {
     vec![user(vec![], &format!("{}. {}", edit.seen, edit.text)), model(&edit.thought(), Some(left_out()))]
 }
 
-/// Questions about a composition that is told, not shown.
+/// Questions about a composition that is told, not shown; half of the first ones about presence,
+/// where one word has to be looked for among others.
 fn told_questions(rng: &Rng) -> Turns {
-    let Question { scene, text, answer, .. } = Question::sample(&rng.fork(1), Split::Train);
+    let kind = if rng.below(0, 2) == 0 { QuestionKind::Presence } else { QuestionKind::sample(&rng.fork(1)) };
+    let Question { scene, text, answer, .. } = Question::of_kind(&rng.fork(1), kind, Split::Train, Split::Train);
     let seen = scene.seen().unwrap_or_else(|| scene.clone());
     let mut turns = vec![user(vec![], &format!("{}. {text}", seen.prompt())), model(&answer, None)];
     turns.extend(more_questions(rng, &scene, FEW - 1));

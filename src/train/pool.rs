@@ -28,7 +28,7 @@ impl Item {
 }
 
 /// Sizes of the pool.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct PoolSizes {
     /// Number of everyday things, from the first.
     pub things: usize,

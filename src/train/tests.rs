@@ -83,7 +83,7 @@ fn train(run: &Run, stops: &[usize]) -> Result<()> {
             super::tokenizer::train(run, &dataset(&stage.name())?, stage, 2, &plan(steps))?;
         }
     }
-    for part in ["one", "two"] {
+    for part in ["one", "two", "words"] {
         for &steps in stops {
             transformer(run, part, &dataset(part)?, &text, steps)?;
         }
@@ -99,9 +99,18 @@ fn transformer(run: &Run, part: &str, dataset: &Samples, text: &Text, steps: usi
     let (tokenizer, _) = run.load(&[&file], |w| ImageTokenizer::load(w, &run.recipe.tokenizer))?;
     let sizes = PoolSizes { things: 2, backgrounds: 1, scenes: 4, several: 2, oblong: 2 };
     let pool = Pool::build(dataset, &tokenizer, text, sizes, run.recipe.scales)?;
-    let dialogues = (part == "two").then_some((dataset, text));
+    let dialogues = matches!(part, "two" | "words").then_some((dataset, text));
     let (quantizer, scales) = (tokenizer.quantizer(), run.recipe.scales);
-    let lesson = Lesson { run, part, tokenizer: &tokenizer, quantizer, pool: &pool, scales, dialogues };
+    let lesson = Lesson {
+        run,
+        part,
+        tokenizer: &tokenizer,
+        quantizer,
+        pool: &pool,
+        scales,
+        dialogues,
+        words_alone: part == "words",
+    };
     super::transformer::train(&lesson, 4, &plan(steps))
 }
 

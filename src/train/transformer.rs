@@ -46,6 +46,8 @@ pub struct Lesson<'a> {
     pub scales: usize,
     /// Where dialogues come from, if they are part of it.
     pub dialogues: Option<(&'a Samples<'a>, &'a Text)>,
+    /// Only dialogues without images.
+    pub words_alone: bool,
 }
 
 /// Trains for `plan.steps` steps of `batch` images and writes the weights into the run's folder.
@@ -87,6 +89,15 @@ pub fn train(lesson: &Lesson, batch: usize, plan: &Hyperparameters) -> Result<()
     Ok(())
 }
 
+/// Sequences whose mean loss is one term of a step's.
+struct Group {
+    /// What the log calls the loss of its words.
+    name: &'static str,
+    /// Of the term.
+    weight: f64,
+    sequences: Vec<Sequence>,
+}
+
 /// Measurements of a step for the log, by name.
 type Told = Vec<(&'static str, f64)>;
 
@@ -95,26 +106,26 @@ type Told = Vec<(&'static str, f64)>;
 fn learn(
     backbone: &Backbone,
     optimizer: &mut Optimizer,
-    groups: &[(&'static str, Vec<Sequence>)],
+    groups: &[Group],
     scales: usize,
     plan: &Hyperparameters,
 ) -> Result<(Told, Vec<f64>)> {
     let mut loss = Tensor::zeros((), DType::F32, backbone.device())?;
     let mut parts = Vec::new();
-    for (name, sequences) in groups {
+    for Group { name, weight, sequences } in groups {
         let (part, losses) = Batch(sequences).loss(backbone, scales)?;
-        loss = (loss + part)?;
+        loss = (loss + (part * *weight)?)?;
         parts.push((*name, losses));
     }
     let norm = optimizer.descend(&loss, plan)?;
     let (mut told, mut means) = (vec![("loss", f64::from(loss.to_scalar::<f32>()?)), ("grad", norm)], Vec::new());
     for (i, (name, losses)) in parts.into_iter().enumerate() {
         let of_part = losses.means()?;
-        // Captions alone have no text targets.
-        if groups.len() > 1 {
+        // Captions alone have no text targets, and words alone no codes.
+        if groups.len() > 1 || !of_part.words.is_nan() {
             told.push((name, of_part.words));
         }
-        if i == 0 {
+        if i == 0 && of_part.scales.iter().any(|loss| !loss.is_nan()) {
             means = of_part.scales;
         }
     }
@@ -122,17 +133,22 @@ fn learn(
 }
 
 impl Lesson<'_> {
-    /// The sequences of a step, in groups of which each counts as much: those with images, then
-    /// those of dialogues that end where images would begin, each by the name that the log has for
-    /// the loss of its words.
-    fn groups(&self, size: usize, step: usize) -> Result<Vec<(&'static str, Vec<Sequence>)>> {
-        let mut groups = vec![("interleaved", self.sequences(size, step)?)];
+    /// The sequences of a step: those with images, unless there are [none](Self::words_alone), then
+    /// those of dialogues that end where images would begin. Most edits that go wrong are wrong in
+    /// words already, and words cost a tenth of images: hence so many, and their weights.
+    fn groups(&self, size: usize, step: usize) -> Result<Vec<Group>> {
+        let mut groups = Vec::new();
+        if !self.words_alone {
+            groups.push(Group { name: "interleaved", weight: 1.0, sequences: self.sequences(size, step)? });
+        }
         if let Some((dataset, text)) = self.dialogues {
-            // Without images they are short.
-            for (name, length, size) in [("words", Length::Words, size), ("look", Length::Look, size / 4)] {
-                groups.push((name, self.dialogues(dataset, text, size, step, length)?));
+            let look = if self.words_alone { 0 } else { size / 2 };
+            for (name, length, size) in [("words", Length::Words, 2 * size), ("look", Length::Look, look)] {
+                let sequences = self.dialogues(dataset, text, size, step, length)?;
+                groups.push(Group { name, weight: 2.0, sequences });
             }
         }
+        groups.retain(|group| !group.sequences.is_empty());
         Ok(groups)
     }
 

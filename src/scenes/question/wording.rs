@@ -17,6 +17,8 @@ pub(in crate::scenes) const WHAT: Wordings = Wordings {
         "do you know what this is?",
         "[(tell me|say) what (this is|is in the PIC|you see|is shown)]",
         "[name (the object|this object|this thing|what you see|the thing in the PIC)]",
+        "[(recognize|determine|work out|find out) what (this is|you see|the PIC shows)]",
+        "[give the name of (this|this object|what you see)]",
     ],
     chinese: &[
         "(图中|图里|画里|这张图片)(是|画的是|有)(什么|什么东西)？",
@@ -43,6 +45,8 @@ pub(in crate::scenes) const WHAT_AT: Wordings = Wordings {
         "{p}, what (is there|do you see|can you see)?",
         "[(tell me|say) what (is|you see|there is) {p}]",
         "[name (the (object|thing)|what is|what you see) {p}]",
+        "[(recognize|determine|work out|find out) what is {p}]",
+        "[give the name of the (object|thing) {p}]",
     ],
     chinese: &[
         "(|图中|图里){p}(是|有|画的是)(什么|什么图形|什么东西)？",
@@ -68,6 +72,8 @@ pub(in crate::scenes) const WHAT_BESIDE: Wordings = Wordings {
         "{r} {o}, what (is there|do you see|can you see)?",
         "[(tell me|say) what (is|you see|there is) {r} {o}]",
         "[name (the (object|thing|shape)|what is|what you see) {r} {o}]",
+        "[(recognize|determine|work out|find out) what is {r} {o}]",
+        "[give the name of the (object|thing) {r} {o}]",
     ],
     chinese: &[
         "(|图中|图里){o}(的|){p}(是|有|画的是)(什么|什么图形|什么东西)？",
@@ -93,6 +99,7 @@ pub(in crate::scenes) const SHAPE: Wordings = Wordings {
         "what {c} shape (is there|do you see|can you see)?",
         "[(tell me|say) (which shape|what|which object) is {c}]",
         "[name the ({c} (shape|object|thing)|shape that is {c}|object that is {c})]",
+        "[(recognize|determine|find|work out) the {c} (shape|object|thing)]",
     ],
     chinese: &[
         "(哪个图形|什么|哪个)是{c}的？",
@@ -118,6 +125,7 @@ pub(in crate::scenes) const COLOUR: Wordings = Wordings {
         "{o}(:|,) (which|what) COLOUR?",
         "[(tell me|say|name) the COLOUR of {o}]",
         "[(tell me|say) (what|which) COLOUR {o} {are}]",
+        "[(recognize|determine|give|find out|work out) the COLOUR of {o}]",
     ],
     chinese: &[
         "(|图中|图里|图中的){o}是(什么|哪种)颜色(|的)？",
@@ -144,6 +152,7 @@ pub(in crate::scenes) const COUNT: Wordings = Wordings {
         "what number of {s} (is there|do you see)?",
         "[count (the|all|all the) {s}(| in the PIC)]",
         "[(tell me|say) (how many {s} (there are|you see|you can see)|the number of {s})]",
+        "[(give|determine|work out|find out) the number of {s}]",
     ],
     chinese: &[
         "(|图中|图里|这里)(有|一共有)(几个|多少个){s}？",
@@ -173,6 +182,8 @@ pub(in crate::scenes) const WHERE: Wordings = Wordings {
         "what is the (place|position) of {o}?",
         "[(tell me|say) where {o} (is|can be seen|can be found)]",
         "[find {o}]",
+        "[(spot|search for|point out|point at|point to) {o}]",
+        "[(give|determine|work out|find out) (the (place|position) of {o}|where {o} is)]",
     ],
     chinese: &[
         "{o}(在|位于)(|图中的|图的)(哪里|什么位置|什么地方|哪儿|哪边)？",
@@ -200,6 +211,7 @@ pub(in crate::scenes) const PRESENCE: Wordings = Wordings {
         "has {n} been drawn(| here)?",
         "[(tell me|say) (if|whether) (there is {n}|you see {n}|the PIC shows {n})]",
         "[check (if|whether) there is {n}]",
+        "[(determine|find out|see|work out) (if|whether) there is {n}]",
     ],
     chinese: &[
         "(|图中|图里|这里)有(|一个){n}吗？",
@@ -226,6 +238,8 @@ pub(in crate::scenes) const CAPTION: Wordings = Wordings {
         "[caption (the|this) PIC]",
         "[put (the|this) PIC into words]",
         "[(say|tell me|write) (all that you see|everything that you see|what the whole PIC shows)]",
+        "[(report|list|explain|tell me about) (what you see|everything|all that there is)]",
+        "[give a summary of the PIC]",
         "how would you describe (the|this) PIC?",
         "what would (a|the) caption (say|be)?",
         "what does the whole PIC show?",
