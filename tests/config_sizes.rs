@@ -102,7 +102,7 @@ fn draw(source: &Source) {
     for size in [Size::Auto, Size::Ratio(0.5), Size::Pixels { width: 128, height: 128 }] {
         let Ok(scales) = size.grids(&config) else { continue };
         let _ = config.pixels(&scales);
-        let work = Work { scales: &scales, images: 8, words: 1000, sampling: &config.sampling, prompts: 1 };
+        let work = Work { scales: &scales, images: 8, text_tokens: 1000, sampling: &config.sampling, prompts: 1 };
         let _ = cost::memory(&config, source, None, work, &Device::Cpu);
     }
     chat(source);

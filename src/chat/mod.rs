@@ -154,7 +154,7 @@ impl ChatConfig {
     }
 
     /// The text tokenizer, and the template of conversations over it.
-    fn words(&self, source: &Source) -> Result<(Text, Template)> {
+    fn read_text(&self, source: &Source) -> Result<(Text, Template)> {
         let text = source.text_of(self.backbone.vocab_size)?;
         if self.as_onecat().is_some() {
             onecat::prompt::Marks::of(&text, self.backbone.vocab_size)?;
@@ -224,7 +224,7 @@ impl ChatModel {
     ///
     /// Errors: those of [`ChatModel::load`].
     pub fn check(source: &Source, config: &ChatConfig) -> Result<()> {
-        config.words(source)?;
+        config.read_text(source)?;
         source.check(TRANSFORMER, |w| config.build(w))?;
         config.drawing.as_ref().map_or(Ok(()), |drawing| {
             source.check(drawing.tokenizer_file(source), |w| ImageTokenizer::load(w, &drawing.tokenizer))
@@ -236,7 +236,7 @@ impl ChatModel {
     ///
     /// Errors: [`crate::error::Kind::Model`] for a checkpoint that is broken or does not chat.
     pub fn load(source: &Source, mut config: ChatConfig, device: &Device, weights: Option<WeightType>) -> Result<Self> {
-        let (text, mut template) = config.words(source)?;
+        let (text, mut template) = config.read_text(source)?;
         match config.template.take().map(|own| (*own).clone().fitted(&text)) {
             Some(Ok(own)) => {
                 template = template.with_own(own);
@@ -386,7 +386,7 @@ impl ChatModel {
     /// states (1, 1, hidden).
     fn logits(&self, hidden: &Tensor) -> candle_core::Result<Vec<f32>> {
         let logits = self.reader.text_logits(hidden)?.flatten_all()?;
-        let words = self.config.backbone.vocab_size + usize::from(self.draws());
-        logits.narrow(0, 0, words)?.to_dtype(candle_core::DType::F32)?.to_vec1()
+        let rows = self.config.backbone.vocab_size + usize::from(self.draws());
+        logits.narrow(0, 0, rows)?.to_dtype(candle_core::DType::F32)?.to_vec1()
     }
 }

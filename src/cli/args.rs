@@ -18,11 +18,11 @@ use crate::terminal::{self, Level, Preview};
 
 /// The prompts.
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Prompt", group = clap::ArgGroup::new("text").args(["prompt", "words", "prompt_file"]))]
+#[command(next_help_heading = "Prompt", group = clap::ArgGroup::new("text").args(["prompt", "positional", "prompt_file"]))]
 pub struct PromptArgs {
     /// The prompt, or how to change the image; `-` reads it from standard input
     #[arg(value_name = "PROMPT", help_heading = Resettable::Reset)]
-    pub words: Option<OsString>,
+    pub positional: Option<OsString>,
     /// The same as PROMPT
     #[arg(short, long, value_name = "TEXT")]
     pub prompt: Option<OsString>,

@@ -33,7 +33,7 @@ pub struct EditArgs {
     pub images: Vec<PathBuf>,
     /// The instructions.
     #[command(flatten)]
-    pub words: PromptArgs,
+    pub prompts: PromptArgs,
     /// Follow the instruction more freely: guidance does not hold on to the source images
     #[arg(long, help_heading = "Sampling")]
     pub free: bool,
@@ -55,7 +55,7 @@ const THOUGHT: usize = 64;
 pub(super) fn run(args: &EditArgs) -> Result<()> {
     let sources = pixels::open_all(&args.images, PIPE)?;
     let Some(first) = sources.first() else { return Err(no_image()) };
-    let mut request = Request::new(&args.words, &args.draw)?;
+    let mut request = Request::new(&args.prompts, &args.draw)?;
     if args.draw.sampling.refine.is_none() {
         request.sampling.refine = 0;
     }

@@ -45,7 +45,7 @@ struct Info {
     files: Vec<FileSummary>,
     /// Vocabulary of a whole model's text tokenizer, null where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    words: Option<Option<usize>>,
+    vocab_size: Option<Option<usize>>,
     /// How the files compare with the tensors that the family's modules load; nothing for families
     /// without modules here.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -113,11 +113,17 @@ fn infinity_at(path: &Path) -> Result<Option<Source>> {
 fn of_infinity(source: &Source) -> Result<Info> {
     let config = InfinitySetup::read(source)?;
     let (files, fit) = config.compare(source)?;
-    let words = match &config.text {
-        Some(_) => TextEncoder::words(source).map(Some)?,
+    let vocab_size = match &config.text {
+        Some(_) => TextEncoder::vocab_size(source).map(Some)?,
         None => None,
     };
-    Ok(Info { family: config.name.clone(), config: Some(config.to_json()), files, words: Some(words), fit: Some(fit) })
+    Ok(Info {
+        family: config.name.clone(),
+        config: Some(config.to_json()),
+        files,
+        vocab_size: Some(vocab_size),
+        fit: Some(fit),
+    })
 }
 
 /// A folder's config, if there is one.
@@ -137,13 +143,13 @@ fn of_family(folder: &Path, config: &serde_json::Value) -> Result<Info> {
     let inventory = Inventory::open(folder)?;
     let family = chat::other_family(config).unwrap_or_default();
     let family = format!("a model of the family {family}, which is not read");
-    Ok(Info { family, config: None, files: inventory.files(), words: None, fit: None })
+    Ok(Info { family, config: None, files: inventory.files(), vocab_size: None, fit: None })
 }
 
 /// Vocabulary of a model's text tokenizer, if it has one, limited to `most`.
-fn words(source: &Source, most: usize) -> Result<Option<Option<usize>>> {
-    let words = || source.text_of(most).map(|text| text.vocab_size());
-    source.has_text().then(words).transpose().map(Some)
+fn vocab_size(source: &Source, most: usize) -> Result<Option<Option<usize>>> {
+    let size = || source.text_of(most).map(|text| text.vocab_size());
+    source.has_text().then(size).transpose().map(Some)
 }
 
 /// Whether a config is ours, or a public one that is read as ours.
@@ -161,9 +167,9 @@ fn of_qwen(source: &Source) -> Result<Info> {
     {
         return Err(error);
     }
-    let words = words(source, config.backbone.vocab_size)?;
+    let vocab_size = vocab_size(source, config.backbone.vocab_size)?;
     let config = serde_json::json!({ "backbone": config.backbone });
-    Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, words, fit: Some(fit) })
+    Ok(Info { family: "Qwen2.5-VL".into(), config: Some(config), files, vocab_size, fit: Some(fit) })
 }
 
 /// OneCAT's folder, with or without the image tokenizer that it draws with.
@@ -182,17 +188,24 @@ fn of_onecat(path: &Path) -> Result<Info> {
             (config, family.into(), compared)
         }
     };
-    let words = words(&source, config.transformer.vocab_size)?;
-    Ok(Info { family, config: Some(serde_json::json!({ "onecat": config.to_json() })), files, words, fit: Some(fit) })
+    let vocab_size = vocab_size(&source, config.transformer.vocab_size)?;
+    Ok(Info {
+        family,
+        config: Some(serde_json::json!({ "onecat": config.to_json() })),
+        files,
+        vocab_size,
+        fit: Some(fit),
+    })
 }
 
 /// A whole model by its config.
 fn of_model(source: &Source) -> Result<Info> {
     let config = ModelConfig::read(source)?;
     let (files, fit) = config.compare(source)?;
-    let (family, words) = (format!("NextFlow model {}", config.name), words(source, config.backbone.vocab_size)?);
+    let (family, vocab_size) =
+        (format!("NextFlow model {}", config.name), vocab_size(source, config.backbone.vocab_size)?);
     let config = serde_json::to_value(config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
-    Ok(Info { family, config: Some(config), files, words, fit: Some(fit) })
+    Ok(Info { family, config: Some(config), files, vocab_size, fit: Some(fit) })
 }
 
 /// Weights without a config of ours, by their keys.
@@ -205,7 +218,7 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         let fit = Some(inventory.compare(&requested));
         let family = format!("Infinity image tokenizer {}", bit_names(&config));
         let config = serde_json::to_value(&config).map_err(|e| candle_core::Error::Msg(e.to_string()))?;
-        return Ok(Info { family, config: Some(config), files, words: None, fit });
+        return Ok(Info { family, config: Some(config), files, vocab_size: None, fit });
     }
     if InfinityConfig::is(inventory) {
         let shape = InfinityConfig::of(inventory, "the file")?;
@@ -213,17 +226,17 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         Infinity::load(&requested, &shape)?;
         let name = Variant::of_shape(&shape).map_or("Infinity", |variant| variant.title);
         let (family, fit) = (format!("{name}, the transformer"), Some(inventory.compare(&requested)));
-        return Ok(Info { family, config: None, files, words: None, fit });
+        return Ok(Info { family, config: None, files, vocab_size: None, fit });
     }
     if is_onecat(inventory) {
         let family = "OneCAT, the transformer".into();
         let Ok(config) = OneCatConfig::of(inventory, &serde_json::Value::Null) else {
-            return Ok(Info { family, config: None, files, words: None, fit: None });
+            return Ok(Info { family, config: None, files, vocab_size: None, fit: None });
         };
         let requested = Weights::inventory();
         config.ask(&requested)?;
         let (json, fit) = (serde_json::json!({ "onecat": config.to_json() }), Some(inventory.compare(&requested)));
-        return Ok(Info { family, config: Some(json), files, words: None, fit });
+        return Ok(Info { family, config: Some(json), files, vocab_size: None, fit });
     }
     if inventory.has("quantize.embedding_vqgan.weight") {
         let (preset, fit) = codes::nearest(inventory)?;
@@ -232,7 +245,7 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
             family: format!("TokenFlow image tokenizer {}", preset.name),
             config: Some(config),
             files,
-            words: None,
+            vocab_size: None,
             fit: Some(fit),
         });
     }
@@ -245,7 +258,7 @@ fn of_weights(inventory: &Inventory) -> Result<Info> {
         _ if inventory.has("model.layers.0.self_attn.q_proj.weight") => "a language model of Llama's layout",
         _ => "weights of no family that is known here",
     };
-    Ok(Info { family: family.into(), config: None, files, words: None, fit: None })
+    Ok(Info { family: family.into(), config: None, files, vocab_size: None, fit: None })
 }
 
 /// The public tokenizers of a shape, the transformers that need them, and the shape of their codes.
@@ -322,8 +335,8 @@ impl Info {
             line(format!("  {}: {} tensors, {} parameters, {mib:.1} MiB", f.name, f.tensors, grouped(f.parameters)));
             line(format!("    stored as {}", dtypes.join(", ")));
         }
-        match self.words {
-            Some(Some(words)) => line(format!("  text tokenizer: {} words", grouped(words as u64))),
+        match self.vocab_size {
+            Some(Some(size)) => line(format!("  text tokenizer: {} words", grouped(size as u64))),
             Some(None) => line("  no text tokenizer: tokenizer.json is missing".into()),
             None => {}
         }
@@ -336,7 +349,7 @@ impl Info {
                 line(format!("  {} {what}: {shown}{more}", keys.len()));
             }
         }
-        if fit.is_complete() && self.words != Some(None) {
+        if fit.is_complete() && self.vocab_size != Some(None) {
             line("  complete".into());
         }
         text

@@ -51,8 +51,8 @@ pub struct Request {
 impl Request {
     /// Checks the flags of `nextflow gen` or `nextflow edit`, and the files and folders that they
     /// name.
-    pub fn new(words: &PromptArgs, args: &DrawArgs) -> Result<Self> {
-        Self::of(args, || prompts(words))
+    pub fn new(typed: &PromptArgs, args: &DrawArgs) -> Result<Self> {
+        Self::of(args, || prompts(typed))
     }
 
     /// The same without prompts: every job of a file brings its own.
@@ -267,7 +267,7 @@ fn prompts(args: &PromptArgs) -> Result<Vec<String>> {
     if let Some(path) = &args.prompt_file {
         return lines(&read(path)?, path);
     }
-    match args.prompt.as_deref().or(args.words.as_deref()) {
+    match args.prompt.as_deref().or(args.positional.as_deref()) {
         Some(prompt) if prompt == "-" => {
             let bytes = read(Path::new("-"))?;
             Ok(vec![text::check_prompt(trim_newline(&bytes))?])

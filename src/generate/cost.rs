@@ -96,7 +96,7 @@ pub struct Work<'a> {
     /// Images.
     pub images: usize,
     /// Tokens of the longest prompt.
-    pub words: usize,
+    pub text_tokens: usize,
     /// How codes are sampled.
     pub sampling: &'a Sampling,
     /// Different prompts in all, for a model that reads them beforehand.
@@ -152,7 +152,7 @@ pub fn synthetic_memory(
     (matrices, filters): (Matrices, Matrices),
     work: Work,
 ) -> Result<Memory> {
-    let Work { scales, images, words, sampling, .. } = work;
+    let Work { scales, images, text_tokens, sampling, .. } = work;
     let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
     Backbone::load(&transformer, &config.backbone)?;
     ImageDecoder::load(&tokenizer, &config.tokenizer)?;
@@ -163,7 +163,7 @@ pub fn synthetic_memory(
     let rows = if guided { 2 * images } else { images };
     let codes = schedule::codes(scales);
     let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
-    let prefix = config.prompt.padded_to.unwrap_or(words) + OPENING;
+    let prefix = config.prompt.padded_to.unwrap_or(text_tokens) + OPENING;
     let cache = c.num_hidden_layers * rows * 2 * (prefix + codes) * c.num_key_value_heads * c.head_dim() * width;
     Ok(Memory {
         text: 0,

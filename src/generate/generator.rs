@@ -67,7 +67,7 @@ impl GeneratorConfig {
                 let text = setup.text.as_ref().map(|_| TextEncoder::text(source)).transpose()?;
                 Ok(PromptCounter::cutting(text))
             }
-            Self::OneCat(setup) => Ok(PromptCounter::new(setup.words(source)?.0, setup.transformer.context)),
+            Self::OneCat(setup) => Ok(PromptCounter::new(setup.read_text(source)?.0, setup.transformer.context)),
         }
     }
 

@@ -62,7 +62,7 @@ impl Model {
     ///
     /// Errors: those of [`Model::load`].
     pub fn check(source: &Source, config: &ModelConfig) -> Result<()> {
-        Self::words(source, config)?;
+        Self::read_text(source, config)?;
         source.check(TRANSFORMER, |w| Backbone::load(w, &config.backbone))?;
         source.check(config.tokenizer_file(source), |w| ImageDecoder::load(w, &config.tokenizer))?;
         match &config.refiner {
@@ -73,7 +73,7 @@ impl Model {
     }
 
     /// The text tokenizer, and the tokens that open an image.
-    fn words(source: &Source, config: &ModelConfig) -> Result<(Text, Vec<u32>)> {
+    fn read_text(source: &Source, config: &ModelConfig) -> Result<(Text, Vec<u32>)> {
         let text = source.text_of(config.backbone.vocab_size)?;
         let opening = config.prompt.opening(&text, config.backbone.boi())?;
         Ok((text, opening))
@@ -84,7 +84,7 @@ impl Model {
     /// [`ModelConfig::load_tokenizer`] does.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = ModelConfig::read(source)?;
-        let (text, opening) = Self::words(source, &config)?;
+        let (text, opening) = Self::read_text(source, &config)?;
         let unconditional = config.prompt.prefix(&config.prompt.negative(&text)?, &opening);
         let (dtype, matrices) = source.placed(TRANSFORMER, weights, device);
         let build = |w: &Weights| Backbone::load(&w.with_matrices(matrices), &config.backbone);

@@ -28,19 +28,19 @@ pub const MAX_TOKENS: usize = 512;
 /// A loaded encoder with its text tokenizer. It is needed before drawing, and can be dropped then.
 #[derive(Debug)]
 pub struct TextEncoder {
-    words: Words,
+    tokenizer: TextTokenizer,
     encoder: Encoder,
 }
 
 /// The text tokenizer.
 #[derive(Debug)]
-struct Words {
+struct TextTokenizer {
     text: Text,
     /// `</s>`.
     end: u32,
 }
 
-impl Words {
+impl TextTokenizer {
     fn read(source: &Source, config: &Config) -> Result<Self> {
         let text = Text::from_unigram(&source.bytes(TEXT_WORDS)?)
             .map_err(|e| Error { message: format!("{} (of {source})", e.message), ..e })?;
@@ -68,7 +68,7 @@ impl TextEncoder {
     /// Errors: those of [`TextEncoder::load`].
     pub fn check(source: &Source) -> Result<()> {
         let config = read_config(source)?;
-        Words::read(source, &config)?;
+        TextTokenizer::read(source, &config)?;
         match source.is_gguf(TEXT_ENCODER) {
             true => source.check(TEXT_ENCODER, |w| ask_for_blocks(w, &config)),
             false => source.check(TEXT_ENCODER, |w| plain(w, &config).map(drop)),
@@ -79,14 +79,14 @@ impl TextEncoder {
     ///
     /// Errors: files that are missing or broken.
     pub fn text(source: &Source) -> Result<Text> {
-        Ok(Words::read(source, &read_config(source)?)?.text)
+        Ok(TextTokenizer::read(source, &read_config(source)?)?.text)
     }
 
     /// Vocabulary of the encoder at `source`.
     ///
     /// Errors: files that are missing or broken.
-    pub fn words(source: &Source) -> Result<usize> {
-        Ok(Words::read(source, &read_config(source)?)?.text.vocab_size())
+    pub fn vocab_size(source: &Source) -> Result<usize> {
+        Ok(TextTokenizer::read(source, &read_config(source)?)?.text.vocab_size())
     }
 
     /// Loads the encoder and its text tokenizer onto `device`, with matrices in f32 or as
@@ -95,19 +95,19 @@ impl TextEncoder {
     /// Errors: files that are missing, broken, or do not fit.
     pub fn load(source: &Source, device: &Device, weights: Option<WeightType>) -> Result<Self> {
         let config = read_config(source)?;
-        let words = Words::read(source, &config)?;
-        Ok(Self { words, encoder: Encoder::load(source, &config, device, weights)? })
+        let tokenizer = TextTokenizer::read(source, &config)?;
+        Ok(Self { tokenizer, encoder: Encoder::load(source, &config, device, weights)? })
     }
 
     /// Features of a prompt, (tokens, d_model) in f32: one for every token, and for `</s>`.
     pub fn encode(&mut self, prompt: &str) -> Result<Tensor> {
-        Ok(self.encoder.forward(&self.words.ids(prompt)?)?)
+        Ok(self.encoder.forward(&self.tokenizer.ids(prompt)?)?)
     }
 }
 
-/// Memory of encoding a prompt of `words` tokens, with weights as [`TextEncoder::load`] loads them,
+/// Memory of encoding a prompt of `tokens` tokens, with weights as [`TextEncoder::load`] loads them,
 /// in bytes; `gguf` is the size of the weights in a GGUF file.
-pub fn memory(config: &Config, weights: Option<WeightType>, gguf: Option<u64>, words: usize) -> Result<u64> {
+pub fn memory(config: &Config, weights: Option<WeightType>, gguf: Option<u64>, tokens: usize) -> Result<u64> {
     let requested = Weights::inventory();
     plain(&requested, config)?;
     let (inner, f32s) = (config.num_heads * config.d_kv, 4);
@@ -122,7 +122,7 @@ pub fn memory(config: &Config, weights: Option<WeightType>, gguf: Option<u64>, w
             requested.bytes(dtype(weights), Matrices::Tensors) + at_once as u64
         }
     };
-    let block = words * (3 * config.d_ff + 4 * inner + 4 * config.d_model) + 4 * config.num_heads * words * words;
+    let block = tokens * (3 * config.d_ff + 4 * inner + 4 * config.d_model) + 4 * config.num_heads * tokens * tokens;
     Ok(kept + (block * f32s) as u64)
 }
 

@@ -86,8 +86,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let scales = args.size.parse::<Size>()?.grids(&config)?;
     config.sampling.check(scales.len())?;
     let (dtype, matrices, filters) = weight_types(args, &config, &device);
-    let words = args.prompt.unwrap_or(16) as usize;
-    let work = Work { scales: &scales, images: args.batch as usize, words, sampling: &config.sampling, prompts: 1 };
+    let text_tokens = args.prompt.unwrap_or(16) as usize;
+    let work =
+        Work { scales: &scales, images: args.batch as usize, text_tokens, sampling: &config.sampling, prompts: 1 };
     let needed = cost::synthetic_memory(&config, dtype, (matrices, filters), work)?;
     let load = Load {
         source: None,
@@ -106,7 +107,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 
     let seeds: Vec<u64> = (0..u64::from(args.batch)).collect();
     let batch = Batch { scales: &scales, sampling: &config.sampling, seeds: &seeds };
-    let prefixes = prefixes(&config, words);
+    let prefixes = prefixes(&config, text_tokens);
     let model = Loaded { config: &config, backbone, tokenizer, device: &device };
     let taken = || started_free.zip(memory::free(&device)).map(|(before, now)| before.saturating_sub(now));
     let images = (0..args.images).map(|_| {

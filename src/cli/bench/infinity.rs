@@ -33,9 +33,9 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
     setup.sampling.draft = args.draft;
     let scales = setup.grids(args.size.parse()?)?;
     setup.sampling.check(scales.len())?;
-    let words = args.prompt.unwrap_or(16) as usize;
+    let text_tokens = args.prompt.unwrap_or(16) as usize;
     let images = args.batch as usize;
-    let work = Work { scales: &scales, images, words, sampling: &setup.sampling, prompts: 1 };
+    let work = Work { scales: &scales, images, text_tokens, sampling: &setup.sampling, prompts: 1 };
     let needed = setup.memory(None, args.quant, work, &device)?;
     let load = Load {
         source: None,
@@ -44,7 +44,7 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
         smaller: "--quant q8_0, --quant q4_K, or a smaller --size or --batch",
     };
     let Run { stop, .. } = load.start(Level::Quiet, 1)?;
-    let (phases, seconds) = measure(&setup, args, &scales, words, &device, &needed, &mut |_| stop.check())?;
+    let (phases, seconds) = measure(&setup, args, &scales, text_tokens, &device, &needed, &mut |_| stop.check())?;
 
     let (dtype, matrices) = args.quant.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
     let machine = Machine::measure(&device, dtype, matrices)?;
@@ -52,7 +52,7 @@ pub(super) fn run(args: &BenchArgs, name: &str) -> Result<()> {
     let (mut seen, mut parts) = (0, Vec::new());
     for (si, (&grid, &seconds)) in scales.iter().zip(&seconds).enumerate() {
         let (rows, tokens) = (if si < guided { 2 * images } else { images }, grid.0 * grid.1);
-        let floor = machine.floor(flops(&setup.transformer, rows, tokens, seen, words), needed.transformer);
+        let floor = machine.floor(flops(&setup.transformer, rows, tokens, seen, text_tokens), needed.transformer);
         seen += tokens;
         parts.push(Scale { grid, tokens: rows * tokens, seconds, floor_seconds: floor });
     }
@@ -75,7 +75,7 @@ fn measure(
     setup: &InfinitySetup,
     args: &BenchArgs,
     scales: &[(usize, usize)],
-    words: usize,
+    text_tokens: usize,
     device: &Device,
     needed: &Memory,
     observe: &mut dyn FnMut(Event) -> std::ops::ControlFlow<()>,
@@ -93,7 +93,7 @@ fn measure(
     let mut encoder = Encoder::synthetic(&t5::flan_t5_xl(), device, args.quant)?;
     let loaded = seconds(since);
     let since = Instant::now();
-    let ids: Vec<u32> = (0..words as u32).map(|i| 3 + i).collect();
+    let ids: Vec<u32> = (0..text_tokens as u32).map(|i| 3 + i).collect();
     let text = encoder.forward(&ids)?;
     device.synchronize()?;
     let mut phases = vec![phase("text", loaded, seconds(since), text_bytes)];
@@ -116,7 +116,7 @@ fn measure(
         marks = vec![Instant::now()];
         let mut texts: Vec<Tensor> = vec![text.clone(); count];
         if setup.sampling.guided_scales(scales.len()) > 0 {
-            texts.extend(vec![transformer.unconditional(words)?; count]);
+            texts.extend(vec![transformer.unconditional(text_tokens)?; count]);
         }
         let lattice = lattice(scales).unwrap_or_default();
         let (rows, hidden) = InfinityRows::start(&transformer, &setup.sampling, &texts, scales, lattice)?;
@@ -139,9 +139,9 @@ fn measure(
 }
 
 /// Floating-point operations of a forward pass of `tokens` tokens in each of `rows` rows after
-/// `seen` ones; `words` are the tokens of the text.
-fn flops(c: &InfinityConfig, rows: usize, tokens: usize, seen: usize, words: usize) -> f64 {
+/// `seen` ones; `text_tokens` are the tokens of the text.
+fn flops(c: &InfinityConfig, rows: usize, tokens: usize, seen: usize, text_tokens: usize) -> f64 {
     let linear = 6 * c.width * c.width + 2 * c.width * c.mlp;
-    let attention = 2 * (seen + tokens + words) * c.width;
+    let attention = 2 * (seen + tokens + text_tokens) * c.width;
     2.0 * (rows * tokens) as f64 * (c.depth * (linear + attention)) as f64
 }

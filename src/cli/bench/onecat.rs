@@ -38,10 +38,10 @@ pub(super) fn run(args: &BenchArgs, edit: bool) -> Result<()> {
     (sampling.cfg_until, sampling.draft) = (args.cfg_until, args.draft);
     let scales = setup.grids(args.size.parse()?)?;
     sampling.check(scales.len())?;
-    let words = args.prompt.unwrap_or(16) as usize;
+    let text_tokens = args.prompt.unwrap_or(16) as usize;
     let picture = edit.then(|| patches::edit_grid(&setup.transformer, (SOURCE, SOURCE), scales.len())).transpose()?;
     let images = args.batch as usize;
-    let work = Work { scales: &scales, images, words, sampling: &sampling, prompts: 1 };
+    let work = Work { scales: &scales, images, text_tokens, sampling: &sampling, prompts: 1 };
     let needed = setup.memory(None, args.quant, work, picture.map(|(h, w)| h * w), &device)?;
     let load = Load {
         source: None,
@@ -90,7 +90,7 @@ fn measure(
     needed: &Memory,
     observe: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<(Vec<Phase>, Vec<f64>, usize)> {
-    let Work { scales, images, words, sampling, .. } = work;
+    let Work { scales, images, text_tokens, sampling, .. } = work;
     let [(_, text_bytes), (_, drawing_bytes), (_, decoding_bytes)] = needed.phases();
     let phase = |name, load_seconds, seconds, forecast_bytes| Phase {
         name,
@@ -113,11 +113,11 @@ fn measure(
     let prefix = |pieces: &[Piece]| reading.prefix(&trunk, pieces, features.as_ref());
     let guided = sampling.guided_scales(scales.len()) > 0;
     let mut prefixes: Vec<Cache> = vec![match picture {
-        Some(_) => prefix(&[said(AROUND), Piece::Picture, said(words)])?,
-        None => prefix(&[said(AROUND + words)])?,
+        Some(_) => prefix(&[said(AROUND), Piece::Picture, said(text_tokens)])?,
+        None => prefix(&[said(AROUND + text_tokens)])?,
     }];
     if picture.is_some() && sampling.image_cfg() != 0.0 {
-        prefixes.push(prefix(&[said(AROUND + words)])?);
+        prefixes.push(prefix(&[said(AROUND + text_tokens)])?);
     }
     if guided {
         prefixes.push(prefix(&[said(AROUND)])?);

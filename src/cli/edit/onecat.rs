@@ -41,7 +41,7 @@ pub(super) fn run(args: &EditArgs, setup: &OneCatSetup, mut request: Request, so
     }
     let report = &args.draw.report;
     let Request { source, weights, device, tokens, sampling, prompts, .. } = &request;
-    let work = Work { scales: &scales, images: 1, words: *tokens, sampling, prompts: prompts.len() };
+    let work = Work { scales: &scales, images: 1, text_tokens: *tokens, sampling, prompts: prompts.len() };
     let memory = setup.memory(Some(source), *weights, work, Some(h * w), device)?;
     let preview = args.draw.output.preview(report.verbose)?;
     if report.dry_run {

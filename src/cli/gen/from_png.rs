@@ -35,13 +35,13 @@ pub(super) fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, PngInfo)> 
     if old.thought.is_some() {
         return Err(other("was drawn with --think").hint(again("nextflow gen --think -p TEXT")));
     }
-    if old.prompt == "-" && args.words.prompt.is_none() && args.words.words.is_none() {
+    if old.prompt == "-" && args.prompts.prompt.is_none() && args.prompts.positional.is_none() {
         return Err(other("has the prompt -, which means standard input").hint("echo - | nextflow gen --from FILE -"));
     }
     let mut args = args.clone();
     let draw = &mut args.draw.sampling;
-    if args.words.prompt.is_none() && args.words.words.is_none() {
-        args.words.prompt = Some(old.prompt.clone().into());
+    if args.prompts.prompt.is_none() && args.prompts.positional.is_none() {
+        args.prompts.prompt = Some(old.prompt.clone().into());
     }
     if draw.seed.is_empty() {
         draw.seed = vec![old.seed];

@@ -346,9 +346,9 @@ fn forecast(request: &Request, all: &[Result<Task, Fault>], images: usize, usual
     let tasks = || all.iter().flatten().filter(|task| !task.there);
     let largest = tasks().map(|task| &*task.job.scales).max_by_key(|scales| schedule::codes(scales));
     let sampling = tasks().map(|task| &task.job.sampling).max_by_key(|sampling| sampling.guided_scales(usual.len()));
-    let words = tasks().map(|task| task.tokens).max().unwrap_or(0).max(request.tokens);
+    let text_tokens = tasks().map(|task| task.tokens).max().unwrap_or(0).max(request.tokens);
     let (scales, sampling) = (largest.unwrap_or(usual), sampling.unwrap_or(&request.sampling));
-    let work = Work { scales, images, words, sampling, prompts: tasks().count() };
+    let work = Work { scales, images, text_tokens, sampling, prompts: tasks().count() };
     request.config.memory(&request.source, request.weights, work, &request.device)
 }
 

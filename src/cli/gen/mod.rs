@@ -38,7 +38,7 @@ const MAX_BATCH: u64 = 1024;
 pub struct GenArgs {
     /// The prompts.
     #[command(flatten)]
-    pub words: PromptArgs,
+    pub prompts: PromptArgs,
     /// Reuse the prompt, seed, size and settings stored in this PNG; other flags override them
     #[arg(long, help_heading = "Prompt", value_name = "PNG", conflicts_with_all = ["think", "prompt_file"])]
     pub from: Option<PathBuf>,
@@ -98,9 +98,9 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         Some(path) => from_png::filled(typed, path).map(|(args, old)| (args, Some(old)))?,
         None => (typed.clone(), None),
     };
-    let mut request = Request::new(&args.words, &args.draw).map_err(|e| match &args.from {
+    let mut request = Request::new(&args.prompts, &args.draw).map_err(|e| match &args.from {
         // Errors that occur without the PNG as well are not about it.
-        Some(path) if Request::new(&args.words, &typed.draw).is_ok() => {
+        Some(path) if Request::new(&args.prompts, &typed.draw).is_ok() => {
             Error { message: format!("as {} has it: {}", input::shown(path), e.message), ..e }
         }
         _ => e,
@@ -289,7 +289,7 @@ fn forecast(request: &Request, scales: &[(usize, usize)], batch: usize) -> Resul
     config.memory(
         source,
         *weights,
-        Work { scales, images: batch, words: *tokens, sampling, prompts: prompts.len() },
+        Work { scales, images: batch, text_tokens: *tokens, sampling, prompts: prompts.len() },
         device,
     )
 }

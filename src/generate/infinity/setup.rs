@@ -231,7 +231,7 @@ impl InfinitySetup {
     ) -> Result<Memory> {
         let usual = || weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
         let (dtype, matrices) = source.map_or_else(usual, |source| source.placed(TRANSFORMER, weights, device));
-        let Work { scales, images, words, sampling, .. } = work;
+        let Work { scales, images, text_tokens, sampling, .. } = work;
         let (transformer, tokenizer) = (Weights::inventory(), Weights::inventory());
         Infinity::load(&transformer, &self.transformer)?;
         ImageDecoder::load_bits(&tokenizer, &self.tokenizer)?;
@@ -242,16 +242,16 @@ impl InfinitySetup {
         let codes = schedule::codes(&scales[..drawn]);
         let last = scales[..drawn].last().map_or(0, |(h, w)| h * w);
         let largest = scales.last().map_or(0, |(h, w)| h * w);
-        let words = words.min(c.max_tokens);
+        let text_tokens = text_tokens.min(c.max_tokens);
         // Keys and values: of all scales but the last, and of the text for every block.
-        let kept = codes - last + words;
+        let kept = codes - last + text_tokens;
         let cache = c.depth * rows * 2 * kept * c.width * width;
         let text = match &self.text {
             Some(text) => {
                 let gguf = source.filter(|source| source.is_gguf(TEXT_ENCODER));
                 let gguf = gguf.map(|source| Inventory::of(source, TEXT_ENCODER)).transpose()?;
                 let bytes = gguf.map(|files| files.files().iter().map(|file| file.bytes).sum());
-                encoder::memory(text, weights, bytes, words)?
+                encoder::memory(text, weights, bytes, text_tokens)?
             }
             None => 0,
         };

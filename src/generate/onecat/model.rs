@@ -112,7 +112,7 @@ impl OneCatModel {
         edit: Option<(&RgbImage, usize)>,
     ) -> Result<Self> {
         let started = Instant::now();
-        let (text, marks) = setup.words(source)?;
+        let (text, marks) = setup.read_text(source)?;
         let (source, device) = (source.clone(), device.clone());
         let trunk = load(&source, &device, weights, |w| Trunk::load(w, &setup.transformer))?;
         let mut prefixes =

@@ -100,7 +100,7 @@ impl OneCatSetup {
     ///
     /// Errors: [`crate::error::Kind::Model`] for a tokenizer that is missing, broken, or of another
     /// model.
-    pub fn words(&self, source: &Source) -> Result<(Text, Marks)> {
+    pub fn read_text(&self, source: &Source) -> Result<(Text, Marks)> {
         let rows = self.transformer.transformer.vocab_size;
         let text = source.text_of(rows)?;
         let marks = Marks::of(&text, rows)?;
@@ -144,7 +144,7 @@ impl OneCatSetup {
     ///
     /// Errors: those of loading.
     pub fn check(&self, source: &Source, pictures: bool) -> Result<()> {
-        self.words(source)?;
+        self.read_text(source)?;
         source.check(TRANSFORMER, |w| self.ask(w, ReadingParts { pictures, head: false }))?;
         source.check(IMAGE_TOKENIZER, |w| ImageDecoder::load_bits(w, &self.tokenizer))
     }
@@ -216,7 +216,7 @@ impl OneCatSetup {
     ) -> Result<Memory> {
         let usual = || weights.unwrap_or(WeightType::usual(device.is_cpu())).placed(device.is_cpu());
         let (dtype, matrices) = source.map_or_else(usual, |source| source.placed(TRANSFORMER, weights, device));
-        let Work { scales, images, words, sampling, prompts } = work;
+        let Work { scales, images, text_tokens, sampling, prompts } = work;
         let (reading, drawing, tokenizer) = (Weights::inventory(), Weights::inventory(), Weights::inventory());
         let parts = ReadingParts { pictures: picture.is_some(), head: false };
         Trunk::load(&reading, &self.transformer)?;
@@ -236,12 +236,12 @@ impl OneCatSetup {
                 None => 1 + usize::from(guided),
                 Some(_) => 1 + usize::from(sampling.image_cfg() != 0.0) + usize::from(guided),
             };
-        let prefix = picture.unwrap_or(0) + words + AROUND;
+        let prefix = picture.unwrap_or(0) + text_tokens + AROUND;
         let codes = schedule::codes(&scales[..sampling.drawn(scales.len())]);
         let largest = scales.iter().map(|(h, w)| h * w).max().unwrap_or(0);
         let last = scales[..sampling.drawn(scales.len())].last().map_or(0, |(h, w)| h * w);
-        let read = prompts * (words + AROUND) > KEPT;
-        let known = if read { 1 } else { prompts } * (prefix + 2 * (words + AROUND)) * token;
+        let read = prompts * (text_tokens + AROUND) > KEPT;
+        let known = if read { 1 } else { prompts } * (prefix + 2 * (text_tokens + AROUND)) * token;
         let pixels = if device.is_cpu() { DType::F32 } else { DType::BF16 };
         let mut memory = Memory {
             refiner: 0,
