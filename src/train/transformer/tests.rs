@@ -16,7 +16,10 @@ fn with_lesson(test: impl FnOnce(&Lesson, &Text) -> Result<()>) -> Result<()> {
     let (scales, quantizer) = (run.recipe.scales, tokenizer.quantizer());
     let pool = Pool::build(&dataset, &tokenizer, &text, sizes, scales)?;
     let (tokenizer, pool) = (&tokenizer, &pool);
-    test(&Lesson { run: &run, part: "full", tokenizer, quantizer, pool, scales, dialogues: None }, &text)
+    test(
+        &Lesson { run: &run, part: "full", tokenizer, quantizer, pool, scales, dialogues: None, words_alone: false },
+        &text,
+    )
 }
 
 #[test]
