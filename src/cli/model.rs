@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::ModelArgs;
+use super::refiner::Download;
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
@@ -65,6 +66,14 @@ impl ModelArgs {
         }
     }
 
+    /// Whether nothing may be downloaded.
+    pub(super) fn is_offline(&self) -> bool {
+        #[cfg(feature = "hub")]
+        return self.offline;
+        #[cfg(not(feature = "hub"))]
+        true
+    }
+
     #[cfg(feature = "hub")]
     fn fetch(&self, id: &hub::Id) -> Result<Source> {
         let mut progress = super::hub::progress(false)?;
@@ -73,6 +82,24 @@ impl ModelArgs {
         let folder = hub::fetch(id, None, whole, self.offline, &mut progress)?;
         super::hub::borrow_tokenizer(&folder, self.offline, &mut progress)?;
         Ok(Source::Folder(folder))
+    }
+}
+
+/// The files of the refiner `name`: a folder, or a model of the hub. With `dry` those that are
+/// missing in the cache are listed and not downloaded.
+///
+/// Errors: as [`ModelArgs::source`]; a model of the hub that is no refiner is refused before it is
+/// downloaded.
+#[cfg_attr(not(feature = "hub"), allow(unused_variables))]
+pub(super) fn refiner(name: &str, offline: bool, dry: bool) -> Result<(Option<Source>, Vec<Download>)> {
+    #[cfg(feature = "hub")]
+    if let Some(id) = hub_id(name)? {
+        return super::hub::fetch_refiner(&id, offline, dry);
+    }
+    match Source::parse(Some(name))? {
+        Source::Embedded => Err(Error::usage(format!("{name} refines its own images only: --refine"))
+            .hint(format!("--refiner {}", crate::z_image::HUB))),
+        source => Ok((Some(source), Vec::new())),
     }
 }
 
