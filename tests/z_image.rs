@@ -326,6 +326,7 @@ mod cli {
         refused(&["--refiner", "nano"], 2, "its own images only");
         refused(&["--refiner", ""], 2, "names no model");
         refused(&["--refiner", "."], 3, "is no refiner");
+        refused(&["--model", "tiny"], 2, "refines what another model draws");
         // Of a size that no machine has the memory for.
         refused(&["--refiner", "tiny", "--size", "8192x8192"], 4, "of memory are needed");
         fs::remove_file(place.join(z_image::VAE)).unwrap();

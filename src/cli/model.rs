@@ -11,6 +11,7 @@ use crate::generate::{self, infinity};
 #[cfg(feature = "hub")]
 use crate::hub;
 use crate::onecat;
+use crate::z_image;
 
 impl ModelArgs {
     /// The value of `--model`; none means the built-in model.
@@ -27,6 +28,9 @@ impl ModelArgs {
         let (base, choice) = if Path::new(name).exists() { (name, None) } else { infinity::split(name) };
         #[cfg(feature = "hub")]
         if let Some(id) = hub_id(base)? {
+            if id.is(z_image::HUB) {
+                return Err(refines(base));
+            }
             return match id.is(infinity::HUB) {
                 true => super::hub::fetch_infinity(&id, choice, self.offline),
                 false if choice.is_some() => Err(no_choice(base)),
@@ -35,6 +39,9 @@ impl ModelArgs {
         }
         let source = Source::parse(Some(base))?;
         let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
+        if source.has_file(z_image::INDEX) && !source.has_file("config.json") {
+            return Err(refines(base));
+        }
         // Our config.json names the family; public ones are missing, or name none.
         if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
             return match onecat::is_config(&source.read_config()?) {
@@ -98,9 +105,14 @@ pub(super) fn refiner(name: &str, offline: bool, dry: bool) -> Result<(Option<So
     }
     match Source::parse(Some(name))? {
         Source::Embedded => Err(Error::usage(format!("{name} refines its own images only: --refine"))
-            .hint(format!("--refiner {}", crate::z_image::HUB))),
+            .hint(format!("--refiner {}", z_image::HUB))),
         source => Ok((Some(source), Vec::new())),
     }
+}
+
+/// The error of a model that draws nothing here but refines what others draw.
+fn refines(name: &str) -> Error {
+    Error::usage(format!("{name} refines what another model draws")).hint(format!("--refiner {name}"))
 }
 
 /// The error of a model that is none of several.
