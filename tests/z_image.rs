@@ -6,6 +6,7 @@
 //! `ZImageImg2ImgPipeline` of diffusers 0.42.1 made with it in f32: of a picture of 80x48 pixels,
 //! strength 0.3, 8 steps, without guidance.
 
+#[cfg(feature = "nano")]
 mod common;
 
 use std::collections::HashMap;

@@ -48,6 +48,7 @@ pub struct PictureRefiner {
 }
 
 /// A file of the hub.
+#[cfg_attr(not(feature = "hub"), allow(dead_code))]
 #[derive(Clone, Debug, Serialize)]
 pub struct Download {
     /// Its name in the repository.

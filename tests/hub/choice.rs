@@ -293,6 +293,7 @@ fn onecats_image_tokenizer_comes_from_infinitys_repository() {
 }
 
 /// A pipeline in the layout of diffusers: the files of its folders that Z-Image reads.
+#[cfg(feature = "nano")]
 #[test]
 fn a_refiner_comes_in_folders() {
     const ID: &str = "Tongyi-MAI/Z-Image-Turbo";
