@@ -10,7 +10,7 @@
 //! | [`chat`] | conversations: [`chat::Session`] |
 //! | [`codes`] | files of image codes, and the tokenizers that they belong to |
 //! | [`generate`] | drawing: [`generate::Model`]; the next-scale loop is [`generate::draw_codes`] |
-//! | [`backbone`], [`infinity`], [`onecat`], [`t5`], [`vision`], [`tokenizer`], [`refiner`] | the networks, of the layers in `nn` |
+//! | [`backbone`], [`infinity`], [`onecat`], [`t5`], [`vision`], [`tokenizer`], [`refiner`], [`z_image`] | the networks, of the layers in `nn` |
 //! | [`checkpoint`], `hub` | where weights come from |
 //! | [`text`], [`pixels`], [`io`], [`terminal`] | text tokenizers; images; files; the terminal |
 //! | [`ops`] | operations with kernels of their own: in `ops/cpu` and `ops/cuda` |
@@ -46,3 +46,4 @@ pub mod tokenizer;
 #[cfg(feature = "train")]
 pub mod train;
 pub mod vision;
+pub mod z_image;

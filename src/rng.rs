@@ -1,6 +1,8 @@
 //! A counter-based generator: every draw is a pure function of a key, so that the same seed gives
 //! the same noise on every device, in any batch order and on any number of threads.
 
+use rayon::prelude::*;
+
 /// Purpose of random numbers; separates the streams of one image.
 #[derive(Clone, Copy, Debug)]
 #[repr(u64)]
@@ -13,6 +15,8 @@ pub enum Stream {
     Train = 3,
     /// Noise that the refiner begins with: step = 0.
     Refine = 4,
+    /// Noise of image-to-image: step = 0 for encoding the picture, 1 for what it begins with.
+    ImageToImage = 5,
 }
 
 /// The key of one stream of draws.
@@ -71,6 +75,11 @@ impl Rng {
     pub fn normal(&self, counter: u64) -> f64 {
         let (u, v) = (self.uniform(2 * counter), self.uniform(2 * counter + 1));
         (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+    }
+
+    /// The first `count` standard normal draws.
+    pub fn normals(&self, count: usize) -> Vec<f32> {
+        (0..count).into_par_iter().map(|i| self.normal(i as u64) as f32).collect()
     }
 }
 

@@ -171,6 +171,11 @@ impl Console {
         Ok(model)
     }
 
+    /// Counts the images from the first one again, for another step.
+    pub fn restart(&mut self) {
+        self.drawn = [0; 2];
+    }
+
     /// Starts `images` more images, which are drawn together.
     pub fn start(&mut self, images: u64) {
         let [_, last] = self.drawn;

@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use clap::builder::Resettable;
 
+use super::RefinerArgs;
 use super::per_scale::PerScale;
 use crate::checkpoint::WeightType;
 use crate::device;
@@ -37,6 +38,9 @@ pub struct DrawArgs {
     /// How images are sampled.
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// Another model that refines.
+    #[command(flatten)]
+    pub refiner: RefinerArgs,
     /// Where images go.
     #[command(flatten)]
     pub output: OutputArgs,

@@ -14,10 +14,12 @@ use super::request::Request;
 use super::run::Run;
 use crate::error::Result;
 use crate::generate::png_info::{self, PngInfo};
-use crate::generate::{Batch, Event, Generator, Job, sampler};
+use crate::generate::{Batch, Event, Generator, Job, prompt, sampler};
 use crate::io::output::Destination;
+use crate::memory;
 use crate::terminal::{self, Console, Preview, Stop};
 use crate::tokenizer::Code;
+use crate::z_image::{DTYPE, TextEncoder, ZImage};
 
 /// An image in `--json`.
 #[derive(Serialize)]
@@ -45,13 +47,32 @@ pub(super) struct Delivery<'a> {
     pub free: bool,
     /// Files of this run whose names were made of prompt and seed.
     saved: HashSet<PathBuf>,
+    /// Drawn images that are to be refined when all are drawn.
+    held: Vec<Held>,
+}
+
+/// A drawn image, before it is refined.
+struct Held {
+    job: Job,
+    image: RgbImage,
+    thought: Option<String>,
+    took: Duration,
+}
+
+impl Held {
+    /// What the image shows. An instruction describes none, but the model may have said what it
+    /// would draw.
+    fn caption(&self) -> &str {
+        let said = self.thought.as_deref().and_then(|thought| thought.split_once(prompt::FINAL));
+        said.map(|(_, caption)| caption.trim()).filter(|caption| !caption.is_empty()).unwrap_or(&self.job.prompt)
+    }
 }
 
 impl<'a> Delivery<'a> {
     /// Without previews and sources.
     pub fn new(request: &'a Request, Run { console, stop }: Run, json: bool) -> Self {
-        let (preview, sources, free, saved) = (None, Vec::new(), false, HashSet::new());
-        Self { request, console, stop, json, preview, sources, free, saved }
+        let (preview, sources, free) = (None, Vec::new(), false);
+        Self { request, console, stop, json, preview, sources, free, saved: HashSet::new(), held: Vec::new() }
     }
 
     /// Reports a step, and previews the first of the images with the pixels that `decode` makes of
@@ -89,9 +110,60 @@ impl<'a> Delivery<'a> {
         Ok((images, started.elapsed() / jobs.len() as u32))
     }
 
-    /// Saves an image and prints its path, PNG or JSON, with the time that it `took`. `Break` if
-    /// the reader of stdout is gone.
+    /// Saves an image and prints its path, PNG or JSON, with the time that it `took`; or holds it
+    /// back until [`Self::finish`], if it is to be refined. `Break` if the reader of stdout is gone.
     pub fn emit(
+        &mut self,
+        job: &Job,
+        image: &RgbImage,
+        thought: Option<&str>,
+        took: Duration,
+    ) -> Result<ControlFlow<()>> {
+        if self.request.refiner.is_some() {
+            let thought = thought.map(String::from);
+            self.held.push(Held { job: job.clone(), image: image.clone(), thought, took });
+            return Ok(ControlFlow::Continue(()));
+        }
+        self.deliver(job, image, thought, took)
+    }
+
+    /// Refines and saves the images that were held back. The model that drew them should be dropped
+    /// by then, and the text encoder is before the refiner is loaded: only one of the three is in
+    /// memory.
+    pub fn finish(mut self) -> Result<()> {
+        let held = std::mem::take(&mut self.held);
+        let request = self.request;
+        let Some((refiner, source)) = request.refiner.as_ref().and_then(|r| Some((r, r.source.as_ref()?))) else {
+            return Ok(());
+        };
+        memory::give_back();
+        let (config, device) = (&refiner.config, &request.device);
+        let features = self.console.load("the refiner's text encoder", || {
+            let encoder = TextEncoder::load(source, config, DTYPE, device)?;
+            held.iter().map(|held| encoder.encode(held.caption())).collect::<Result<Vec<_>>>()
+        })?;
+        memory::give_back();
+        let model = self.console.load(&refiner.name, || ZImage::load(source, config, DTYPE, device))?;
+        self.console.restart();
+        for (held, features) in held.iter().zip(&features) {
+            let started = Instant::now();
+            self.console.start(1);
+            let picture = refiner.prepare(&held.image, request.size);
+            let refined = model.refine(&picture, features, (refiner.strength, held.job.seed), &mut |step, steps| {
+                self.console.event(&Event::Refine { step, steps });
+                self.stop.check()
+            })?;
+            let refined = refined.ok_or_else(terminal::interrupted)?;
+            let took = held.took + started.elapsed();
+            if self.deliver(&held.job, &refined, held.thought.as_deref(), took)?.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Saves an image and prints its path, PNG or JSON.
+    fn deliver(
         &mut self,
         job: &Job,
         image: &RgbImage,
@@ -119,6 +191,8 @@ impl<'a> Delivery<'a> {
             thought: thought.map(String::from),
             sources: self.sources.clone(),
             free: self.free,
+            refiner: self.request.refiner.as_ref().map(|refiner| refiner.name.clone()),
+            refine_strength: self.request.refiner.as_ref().map(|refiner| refiner.strength),
             ..PngInfo::new(job, &self.request.model, image.dimensions())
         };
         let png = png_info::encode(image, &settings)?;

@@ -87,10 +87,11 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let preview = args.draw.output.preview(args.draw.report.verbose)?;
     if args.draw.report.dry_run {
         ChatModel::check(&request.source, &config)?;
-        let plan = Plan::new(&request, size, &letterbox.scales, memory, peak);
+        let plan = Plan::new(&request, size, &letterbox.scales, memory, peak)?;
         return plan.emit(args.draw.report.json, &memory.parts());
     }
     let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
+    let (peak, smaller) = request.limit(size, peak, smaller)?;
     let load = Load { source: Some(&request.source), device: &request.device, peak, smaller };
     let mut run = load.start(args.draw.report.level(), request.images())?;
     let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
@@ -117,7 +118,9 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
             break;
         }
     }
-    Ok(())
+    drop((session, editor));
+    drop(model);
+    delivery.finish()
 }
 
 impl EditArgs {

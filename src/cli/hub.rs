@@ -4,12 +4,14 @@
 use std::io::Write;
 use std::path::Path;
 
+use super::refiner::Download;
 use crate::checkpoint::{self, Source};
 use crate::error::{Error, Result};
 use crate::generate::infinity::{self, HUB, TEXT_HUB, VARIANTS, Variant};
 use crate::generate::{onecat, tokenflow};
-use crate::hub::{self, Cache, Event, Id, size};
+use crate::hub::{self, Cache, Client, Event, Id, size};
 use crate::terminal;
+use crate::z_image;
 
 /// Of the text encoder, beside its weights.
 const TEXT_FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors.index.json"];
@@ -44,6 +46,33 @@ pub(super) fn fetch_infinity(id: &Id, choice: Option<&'static Variant>, offline:
     source.ok_or_else(|| {
         Error::model(format!("{id} holds no {}", variant.title)).hint(format!("nextflow models rm {id}"))
     })
+}
+
+/// The folder of a refiner, in the cache or downloaded; with `dry` nothing is downloaded, but
+/// listed. What is no refiner is refused by its smallest file.
+///
+/// Errors: those of a download, and a model that is no refiner.
+pub(super) fn fetch_refiner(id: &Id, offline: bool, dry: bool) -> Result<(Option<Source>, Vec<Download>)> {
+    let whole = |folder: &Path| z_image::is_whole(&Source::Folder(folder.into()));
+    if let Some(folder) = Cache::from_env()?.snapshot(id).filter(|folder| whole(folder)) {
+        return Ok((Some(Source::Folder(folder)), Vec::new()));
+    }
+    let mut progress = progress(false)?;
+    if dry && !offline {
+        let files = Client::from_env()?.files(id, &mut progress)?;
+        let files: Vec<_> = files.into_iter().map(|(name, bytes)| Download { name, bytes }).collect();
+        return match files.iter().any(|file| file.name == z_image::INDEX) {
+            true => Ok((None, files)),
+            false => Err(z_image::no_refiner(&id.to_string(), "it has no model_index.json")),
+        };
+    }
+    let index = |folder: &Path| folder.join(z_image::INDEX).exists();
+    if !offline {
+        let folder = hub::fetch(id, Some(z_image::INDEX), index, false, &mut progress)?;
+        z_image::check_class(&Source::Folder(folder))?;
+    }
+    let folder = hub::fetch(id, None, whole, offline, &mut progress)?;
+    Ok((Some(Source::Folder(folder)), Vec::new()))
 }
 
 /// Whether a snapshot has a model, but for its image tokenizer.

@@ -24,6 +24,7 @@ mod model;
 mod models;
 mod per_scale;
 mod quantize;
+mod refiner;
 mod request;
 mod run;
 #[cfg(feature = "train")]
@@ -32,6 +33,7 @@ mod train;
 pub use args::{DeviceArgs, DrawArgs, LoadArgs, ModelArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
+pub use refiner::RefinerArgs;
 
 use std::ffi::OsString;
 

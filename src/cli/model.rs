@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::ModelArgs;
+use super::refiner::Download;
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};
@@ -10,6 +11,7 @@ use crate::generate::{self, infinity};
 #[cfg(feature = "hub")]
 use crate::hub;
 use crate::onecat;
+use crate::z_image;
 
 impl ModelArgs {
     /// The value of `--model`; none means the built-in model.
@@ -26,6 +28,9 @@ impl ModelArgs {
         let (base, choice) = if Path::new(name).exists() { (name, None) } else { infinity::split(name) };
         #[cfg(feature = "hub")]
         if let Some(id) = hub_id(base)? {
+            if id.is(z_image::HUB) {
+                return Err(refines(base));
+            }
             return match id.is(infinity::HUB) {
                 true => super::hub::fetch_infinity(&id, choice, self.offline),
                 false if choice.is_some() => Err(no_choice(base)),
@@ -34,6 +39,9 @@ impl ModelArgs {
         }
         let source = Source::parse(Some(base))?;
         let Source::Folder(folder) = &source else { return choice.map_or(Ok(source), |_| Err(no_choice(base))) };
+        if source.has_file(z_image::INDEX) && !source.has_file("config.json") {
+            return Err(refines(base));
+        }
         // Our config.json names the family; public ones are missing, or name none.
         if choice.is_none() && source.has_file("config.json") && source.has(TRANSFORMER) {
             return match onecat::is_config(&source.read_config()?) {
@@ -65,6 +73,14 @@ impl ModelArgs {
         }
     }
 
+    /// Whether nothing may be downloaded.
+    pub(super) fn is_offline(&self) -> bool {
+        #[cfg(feature = "hub")]
+        return self.offline;
+        #[cfg(not(feature = "hub"))]
+        true
+    }
+
     #[cfg(feature = "hub")]
     fn fetch(&self, id: &hub::Id) -> Result<Source> {
         let mut progress = super::hub::progress(false)?;
@@ -74,6 +90,29 @@ impl ModelArgs {
         super::hub::borrow_tokenizer(&folder, self.offline, &mut progress)?;
         Ok(Source::Folder(folder))
     }
+}
+
+/// The files of the refiner `name`: a folder, or a model of the hub. With `dry` those that are
+/// missing in the cache are listed and not downloaded.
+///
+/// Errors: as [`ModelArgs::source`]; a model of the hub that is no refiner is refused before it is
+/// downloaded.
+#[cfg_attr(not(feature = "hub"), allow(unused_variables))]
+pub(super) fn refiner(name: &str, offline: bool, dry: bool) -> Result<(Option<Source>, Vec<Download>)> {
+    #[cfg(feature = "hub")]
+    if let Some(id) = hub_id(name)? {
+        return super::hub::fetch_refiner(&id, offline, dry);
+    }
+    match Source::parse(Some(name))? {
+        Source::Embedded => Err(Error::usage(format!("{name} refines its own images only: --refine"))
+            .hint(format!("--refiner {}", z_image::HUB))),
+        source => Ok((Some(source), Vec::new())),
+    }
+}
+
+/// The error of a model that draws nothing here but refines what others draw.
+fn refines(name: &str) -> Error {
+    Error::usage(format!("{name} refines what another model draws")).hint(format!("--refiner {name}"))
 }
 
 /// The error of a model that is none of several.

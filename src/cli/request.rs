@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 
 use super::per_scale::PerScale;
+use super::refiner::PictureRefiner;
 use super::{DrawArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
 use crate::checkpoint::{Source, TRANSFORMER, WeightType};
 use crate::error::{Error, Result};
@@ -34,6 +35,8 @@ pub struct Request {
     pub size: Size,
     /// How codes are sampled.
     pub sampling: Sampling,
+    /// Another model, which refines.
+    pub refiner: Option<PictureRefiner>,
     /// Where images go.
     pub destination: Destination,
     /// Where weights come from.
@@ -62,6 +65,7 @@ impl Request {
 
     fn of(args: &DrawArgs, prompts: impl FnOnce() -> Result<Vec<String>>) -> Result<Self> {
         check_sampler(&args.sampling)?;
+        args.refiner.check()?;
         let size: Size = args.sampling.size.parse()?;
         if args.sampling.count == 0 {
             return Err(Error::usage("--count 0 draws nothing").hint("--count 1"));
@@ -92,7 +96,10 @@ impl Request {
         let tokens = longest(&prompts, &counter)?;
         let model = args.load.quant.map_or(config.name().into(), |weights| format!("{} ({weights})", config.name()));
         let (mut sampling, weights) = (sampling(&args.sampling, config.sampling().clone()), args.load.quant);
-        sampling.refine = refine(&args.sampling, &config, size)?;
+        let offline = args.load.model.is_offline();
+        let refiner = args.refiner.get(offline, args.report.dry_run)?;
+        refiner.as_ref().map_or(Ok(()), |refiner| refiner.check_size(size))?;
+        sampling.refine = if refiner.is_some() { 0 } else { refine(&args.sampling, &config, size)? };
         if let Some(flag) = without_effect(args.sampling.top_k, args.sampling.top_p, &sampling) {
             return Err(no_effect(flag));
         }
@@ -107,6 +114,7 @@ impl Request {
             count,
             size,
             sampling,
+            refiner,
             destination,
             source,
             config,

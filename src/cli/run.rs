@@ -4,6 +4,7 @@
 use candle_core::Device;
 use serde::Serialize;
 
+use super::refiner::Refining;
 use super::request::Request;
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::error::Result;
@@ -54,19 +55,27 @@ pub(super) struct Plan<'a, M> {
     codes: usize,
     passes: usize,
     memory: M,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refining: Option<Refining>,
     peak_memory: u64,
 }
 
 impl<'a, M: Serialize> Plan<'a, M> {
-    /// Of images of (width, height) pixels in grids `scales`.
+    /// Of images that are drawn in (width, height) pixels, in grids `scales`, with `peak` bytes of
+    /// memory, and then refined, if that is asked for.
+    ///
+    /// Errors: as [`Request::refining`].
     pub fn new(
         request: &'a Request,
-        (width, height): (u32, u32),
+        drawn: (u32, u32),
         scales: &'a [(usize, usize)],
         memory: M,
-        peak_memory: u64,
-    ) -> Self {
-        Self {
+        peak: u64,
+    ) -> Result<Self> {
+        let refining = request.refining(drawn)?;
+        let (width, height) = refining.as_ref().map_or(drawn, |refining| refining.size);
+        let (peak_memory, _) = request.limit(drawn, peak, "")?;
+        Ok(Self {
             model: &request.model,
             images: request.images(),
             seeds: &request.seeds,
@@ -75,8 +84,9 @@ impl<'a, M: Serialize> Plan<'a, M> {
             codes: schedule::codes(scales),
             passes: request.sampling.all_passes(scales.len()),
             memory,
+            refining,
             peak_memory,
-        }
+        })
     }
 
     /// Prints it, as JSON or with these `parts` of the memory by name.
@@ -86,13 +96,17 @@ impl<'a, M: Serialize> Plan<'a, M> {
         }
         let Plan { model, images, seeds, size, codes, passes, scales, .. } = self;
         let numbers: Vec<String> = seeds.iter().map(u64::to_string).collect();
+        let refining = self.refining.as_ref();
+        let phases: Option<[(&str, u64); 2]> = refining.map(Refining::phases);
+        let parts: Vec<_> = parts.iter().copied().chain(phases.into_iter().flatten()).collect();
         let text = format!(
-            "{images} x {size} with {}, seed{} {}: {codes} codes in {} scales, {passes} passes\n{}",
+            "{images} x {size} with {}, seed{} {}: {codes} codes in {} scales, {passes} passes\n{}{}",
             terminal::clean(model),
             if seeds.len() > 1 { "s" } else { "" },
             numbers.join(", "),
             scales.len(),
-            memory_line(self.peak_memory, parts)
+            refining.map(Refining::line).unwrap_or_default(),
+            memory_line(self.peak_memory, &parts)
         );
         terminal::emit(text.as_bytes()).map(drop)
     }

@@ -65,6 +65,12 @@ pub struct PngInfo {
     /// Steps of the refiner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<usize>,
+    /// Another model that refined it, as it was named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refiner: Option<String>,
+    /// How much of it that model drew anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refine_strength: Option<f64>,
     /// Guidance led away from any image, not from one with the same sources.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub free: bool,
@@ -103,6 +109,8 @@ impl PngInfo {
             draft: Some(job.sampling.draft).filter(|&n| n > 0),
             passes: Some(job.sampling.passes(1) as u8).filter(|&n| n > 1),
             refine: Some(job.sampling.refine).filter(|&n| n > 0),
+            refiner: None,
+            refine_strength: None,
             thought: None,
             sources: Vec::new(),
             free: false,

@@ -93,7 +93,21 @@ impl Client {
         Ok(store.snapshot)
     }
 
-    /// The files that an index names.
+    /// Names and lengths of the files that [`Self::pull`] would download of a whole model.
+    ///
+    /// Errors: as [`Self::pull`].
+    pub fn files(&self, id: &Id, observer: Observer) -> Result<Vec<(String, Option<u64>)>> {
+        let (_, all) = self.list(id, observer)?;
+        let weights = select::weights(id, &all)?;
+        let shards = weights.indexes.iter().flat_map(|index| select::shards_beside(index, &all));
+        let mut files: Vec<&Remote> = select::settings(&all).into_iter().chain(weights.files).chain(shards).collect();
+        files.extend(&weights.indexes);
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        files.dedup_by(|a, b| a.name == b.name);
+        Ok(files.iter().map(|file| (file.name.clone(), file.size)).collect())
+    }
+
+    /// The files that an index names: they are beside it.
     fn shards<'a>(&self, id: &Id, index: &Remote, store: &Store, all: &'a [Remote]) -> Result<Vec<&'a Remote>> {
         let wrong = |what: String| {
             Error::model(format!("{} of {id} {what}", index.name)).hint("nextflow models pull another OWNER/NAME")
@@ -107,7 +121,8 @@ impl Client {
         let mut names: Vec<&String> = weight_map.values().collect();
         names.sort();
         names.dedup();
-        let find = |name: &String| all.iter().find(|f| f.name == *name);
+        let folder = index.name.rfind('/').map_or("", |end| &index.name[..=end]);
+        let find = |name: &String| all.iter().find(|f| f.name.strip_prefix(folder) == Some(name));
         if let Some(name) = names.iter().find(|name| find(name).is_none()) {
             return Err(wrong(format!("names {name:?}, which is not there")));
         }

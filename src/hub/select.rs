@@ -13,6 +13,22 @@ const PYTORCH: &str = "pytorch_model.bin";
 const TOKENIZERS: [&str; 2] = ["tokenflow_", "infinity_vae"];
 /// Types that may replace a file of [`PARTS`]; the first that exists does.
 const OTHER: [&str; 2] = ["gguf", "pt"];
+/// The index of a pipeline in the layout of diffusers, with a folder for each network.
+const PIPELINE: &str = "model_index.json";
+/// Weights of a pipeline that the program reads: Z-Image's.
+const PIPELINE_PARTS: [&str; 3] = [
+    "text_encoder/model.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+];
+/// The small files beside them.
+const PIPELINE_SETTINGS: [&str; 5] = [
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    "transformer/config.json",
+    "vae/config.json",
+];
 /// Extensions of weights that the program reads by any name.
 const READ: [&str; 4] = ["safetensors", "gguf", "pt", "pth"];
 /// Extensions of weights that it does not read.
@@ -76,6 +92,9 @@ pub(super) fn settings(files: &[Remote]) -> Vec<&Remote> {
 /// Errors: [`crate::error::Kind::Model`] if there are none that the program reads, or several to
 /// choose from.
 pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
+    if let Some(pipeline) = pipeline(files) {
+        return Ok(pipeline);
+    }
     let mut taken = Weights { files: files.iter().filter(|f| is_tokenizer(&f.name)).collect(), ..Weights::default() };
     let [model, image_tokenizer] = PARTS;
     taken.take(files, image_tokenizer, &OTHER);
@@ -96,6 +115,22 @@ pub(super) fn weights<'a>(id: &Id, files: &'a [Remote]) -> Result<Weights<'a>> {
         }
         _ => Err(several(id, &others)),
     }
+}
+
+/// Weights and settings of a pipeline whose folders the program reads.
+fn pipeline(files: &[Remote]) -> Option<Weights<'_>> {
+    let find = |name: &str| files.iter().find(|f| f.name == name);
+    find(PIPELINE)?;
+    let files_of = PIPELINE_SETTINGS.iter().map(|name| find(name)).collect::<Option<Vec<_>>>()?;
+    let mut taken = Weights { files: files_of, ..Weights::default() };
+    PIPELINE_PARTS.iter().all(|part| taken.take(files, part, &[])).then_some(taken)
+}
+
+/// The shards beside an index, by their names.
+pub(super) fn shards_beside<'a>(index: &Remote, files: &'a [Remote]) -> Vec<&'a Remote> {
+    let part = index.name.strip_suffix(".index.json").unwrap_or(&index.name);
+    let (stem, kind) = part.rsplit_once('.').unwrap_or((part, ""));
+    files.iter().filter(|f| is_shard(&f.name, stem, kind)).collect()
 }
 
 /// The files named by the user.

@@ -8,7 +8,6 @@
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Result, Tensor};
-use rayon::prelude::*;
 
 use crate::rng::Rng;
 
@@ -43,10 +42,7 @@ impl Time {
 /// Standard normals (B, T, C), each a function of the image's stream and its place alone.
 pub(super) fn noise(rngs: &[Rng], (tokens, channels): (usize, usize), device: &Device) -> Result<Tensor> {
     let count = tokens * channels;
-    let mut values = vec![0f32; rngs.len() * count];
-    for (values, rng) in values.chunks_exact_mut(count).zip(rngs) {
-        values.par_iter_mut().enumerate().for_each(|(i, value)| *value = rng.normal(i as u64) as f32);
-    }
+    let values = rngs.iter().flat_map(|rng| rng.normals(count)).collect();
     Tensor::from_vec(values, (rngs.len(), tokens, channels), device)
 }
 

@@ -291,3 +291,55 @@ fn onecats_image_tokenizer_comes_from_infinitys_repository() {
     assert!(code == 0 && again == stdout, "{stderr}");
     assert_eq!(downloads("infinity_vae_d32reg.pth"), 1);
 }
+
+/// A pipeline in the layout of diffusers: the files of its folders that Z-Image reads.
+#[cfg(feature = "nano")]
+#[test]
+fn a_refiner_comes_in_folders() {
+    const ID: &str = "Tongyi-MAI/Z-Image-Turbo";
+    let named = |names: &[&'static str]| names.iter().map(|name| (*name, name.as_bytes().to_vec())).collect::<Vec<_>>();
+    let mut files = named(&[
+        "README.md",
+        "assets/showcase.jpg",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/generation_config.json",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]);
+    files.push(("model_index.json", br#"{"_class_name": "ZImagePipeline"}"#.to_vec()));
+    let index =
+        br#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}"#;
+    files.push(("text_encoder/model.safetensors.index.json", index.to_vec()));
+    let home = tempfile::tempdir().unwrap();
+    let hub = Hub::serve(model(ID, &files));
+    hub.add(model("o/flux", &[("model_index.json", br#"{"_class_name": "FluxPipeline"}"#.to_vec())]));
+    // What would be downloaded is listed, and is not.
+    let dry = ["gen", "x", "--refiner", ID, "--dry-run"];
+    let (code, stdout, stderr) = nextflow(home.path(), &hub, &dry);
+    assert!(code == 0 && stdout.contains("11 files to download"), "{stdout}{stderr}");
+    assert!(stdout.contains("text_encoder/model-00002-of-00002.safetensors"), "{stdout}");
+    assert_eq!(hub.requests("/resolve/").len(), 0, "{stderr}");
+    let (code, stdout, stderr) = nextflow(home.path(), &hub, &["models", "pull", ID]);
+    assert_eq!(code, 0, "{stderr}");
+    let folder = Path::new(stdout.trim_end());
+    for (name, bytes) in &files {
+        let there = std::fs::read(folder.join(name)).is_ok_and(|found| found == *bytes);
+        let wanted = !["README.md", "assets/", "generation_config", "merges"].iter().any(|part| name.contains(part));
+        assert_eq!(there, wanted, "{name}: {stderr}");
+    }
+    // Another pipeline is refused by its smallest file, and offline nothing is asked for.
+    let (code, _, stderr) = nextflow(home.path(), &hub, &["gen", "x", "--refiner", "o/flux", "-o", "x.png"]);
+    assert!(code == 3 && stderr.contains("names \"FluxPipeline\""), "{stderr}");
+    let asked = hub.requests("").len();
+    let (code, _, stderr) =
+        nextflow(home.path(), &hub, &["gen", "x", "--refiner", "o/none", "--offline", "-o", "x.png"]);
+    assert!(code == 3 && stderr.contains("is not in the cache"), "{stderr}");
+    assert_eq!(hub.requests("").len(), asked);
+}

@@ -7,6 +7,7 @@ mod onecat;
 mod phases;
 mod refiner;
 mod talk;
+mod z_image;
 
 use clap::{Args, ValueEnum};
 
@@ -63,6 +64,9 @@ pub enum Shape {
     /// A refiner of the paper's size, for nextflow-7b's tokenizer, to 1024 px
     #[value(name = "refiner-1b")]
     Refiner1b,
+    /// Z-Image-Turbo as a refiner, 1024 px
+    #[value(name = "z-image-turbo")]
+    ZImageTurbo,
 }
 
 /// What OneCAT does.
@@ -144,6 +148,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
             None => Err(refinement::none("nano")),
         },
         Shape::Refiner1b => refiner::run(args, "refiner-1b", &RefinerConfig::one_b(), 1024),
+        Shape::ZImageTurbo => z_image::run(args),
         Shape::Infinity125m => infinity::run(args, "125m"),
         Shape::Infinity2b => infinity::run(args, "2b"),
         Shape::Infinity8b => infinity::run(args, "8b"),

@@ -46,11 +46,12 @@ pub(super) fn run(args: &EditArgs, setup: &OneCatSetup, mut request: Request, so
     let preview = args.draw.output.preview(report.verbose)?;
     if report.dry_run {
         setup.check(source, true)?;
-        let plan = Plan::new(&request, setup.pixels(&scales), &scales, memory, memory.peak());
+        let plan = Plan::new(&request, setup.pixels(&scales), &scales, memory, memory.peak())?;
         return plan.emit(report.json, &memory.parts());
     }
     let smaller = "--quant q8_0, --quant q4_K, or a smaller --size";
-    let load = Load { source: Some(source), device, peak: memory.peak(), smaller };
+    let (peak, smaller) = request.limit(setup.pixels(&scales), memory.peak(), smaller)?;
+    let load = Load { source: Some(source), device, peak, smaller };
     let mut run = load.start(report.level(), request.images())?;
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let load = || OneCatModel::load(source, setup, (device, *weights), &prompts, Some((image, scales.len())));
@@ -74,5 +75,6 @@ pub(super) fn run(args: &EditArgs, setup: &OneCatSetup, mut request: Request, so
             }
         }
     }
-    Ok(())
+    drop(model);
+    delivery.finish()
 }

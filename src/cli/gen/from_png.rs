@@ -63,6 +63,14 @@ pub(super) fn filled(args: &GenArgs, path: &Path) -> Result<(GenArgs, PngInfo)> 
     if args.cfg_layers.is_empty() {
         args.cfg_layers = old.cfg_layers.clone();
     }
+    let sampling = &args.draw.sampling;
+    if args.draw.refiner.refiner.is_none() && sampling.refine.is_none() && !sampling.no_refine {
+        args.draw.refiner.refiner.clone_from(&old.refiner);
+        args.draw.refiner.stored = true;
+    }
+    if args.draw.refiner.refiner.is_some() {
+        args.draw.refiner.refine_strength = args.draw.refiner.refine_strength.or(old.refine_strength);
+    }
     args.draft = args.draft.or(old.draft).or(Some(0));
     args.passes = args.passes.or(old.passes);
     Ok((args, old))

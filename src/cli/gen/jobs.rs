@@ -26,7 +26,7 @@ pub struct JobsArgs {
     /// Draw the jobs of a file, one JSON object per line: {"prompt": "a cat", "out": "cat.png",
     /// "seed": 7}; also id, negative, size, cfg, cfg_until, temperature, top_k, top_p, draft and
     /// refine. Flags are the defaults of all lines; `-` reads standard input as it comes
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "from", "think", "output", "count", "preview", "refiner"])]
     pub jsonl: Option<PathBuf>,
     /// With --jsonl: skip jobs whose PNG exists and is complete
     #[arg(long, conflicts_with = "force")]

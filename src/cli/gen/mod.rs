@@ -34,7 +34,8 @@ const MAX_BATCH: u64 = 1024;
                   nextflow gen -p \"三只蓝色的猫\" --count 4 --out-dir cats\n  \
                   nextflow gen --prompt-file prompts.txt --seed 7 --json\n  \
                   nextflow gen --jsonl jobs.jsonl --out-dir pictures --resume\n  \
-                  nextflow gen --from apple.png --seed 1,2,3           # the same settings, three new seeds")]
+                  nextflow gen --from apple.png --seed 1,2,3           # the same settings, three new seeds\n  \
+                  nextflow gen \"a red fox\" --refiner Tongyi-MAI/Z-Image-Turbo --dry-run")]
 pub struct GenArgs {
     /// The prompts.
     #[command(flatten)]
@@ -116,13 +117,13 @@ fn checked(typed: &GenArgs) -> Result<(GenArgs, Request, Grids)> {
         let refines = !typed.draw.sampling.no_refine && request.config.refiner_steps().is_some();
         request.sampling.refine = old.refine.filter(|_| refines).unwrap_or(0);
     }
-    if args.think {
+    if args.think || request.refiner.is_some() {
         request.sampling.refine = 0;
     }
     let scales = match old {
         // Several ratios share a last grid, and with it a size in pixels.
         Some(old) if typed.draw.sampling.size == "auto" && request.config.has_scales(&old.scales) => old.scales,
-        _ => request.config.grids(request.size, &request.sampling)?,
+        _ => request.grids()?,
     };
     set_negative(&args, &mut request, scales.len())?;
     if let Some(limit) =
@@ -160,29 +161,31 @@ pub(super) fn run(args: &GenArgs) -> Result<()> {
                 request.source.find(REFINER)?;
             }
             let memory = forecast(&request, &scales, batch)?;
-            return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
+            return Plan::new(&request, size, &scales, memory, memory.peak())?.emit(json, &memory.parts());
         };
         ChatModel::check(&request.source, config)?;
         let memory = think::forecast(&request, config, &scales)?;
-        return Plan::new(&request, size, &scales, memory, memory.peak()).emit(json, &memory.parts());
+        return Plan::new(&request, size, &scales, memory, memory.peak())?.emit(json, &memory.parts());
     }
     let peak = match &thinking {
         Some(config) => think::forecast(&request, config, &scales)?.peak(),
         None => forecast(&request, &scales, batch)?.peak(),
     };
     let smaller = if batch > 1 { "a smaller --batch" } else { "--quant q8_0, --quant q4_K, or a smaller --size" };
+    let (peak, smaller) = request.limit(request.config.pixels(&scales, &request.sampling), peak, smaller)?;
     let load = Load { source: Some(&request.source), device: &request.device, peak, smaller };
     let run = load.start(args.draw.report.level(), request.images())?;
     let mut delivery = Delivery::new(&request, run, json);
     delivery.preview = preview;
     match thinking {
-        Some(config) => think::run(delivery, config, &scales),
-        None => draw(delivery, &scales, batch, args.text_features.as_deref()),
+        Some(config) => think::run(&mut delivery, config, &scales)?,
+        None => draw(&mut delivery, &scales, batch, args.text_features.as_deref())?,
     }
+    delivery.finish()
 }
 
 /// Draws all images, `batch` at once.
-fn draw(mut delivery: Delivery, scales: &[(usize, usize)], batch: usize, features: Option<&Path>) -> Result<()> {
+fn draw(delivery: &mut Delivery, scales: &[(usize, usize)], batch: usize, features: Option<&Path>) -> Result<()> {
     let request = delivery.request;
     let prompts: Vec<&str> = request.prompts.iter().chain(&request.negative).map(String::as_str).collect();
     let Request { source, config, device, weights, .. } = request;

@@ -22,7 +22,7 @@ pub(super) fn forecast(request: &Request, config: &ChatConfig, scales: &[(usize,
 }
 
 /// Thinks about every prompt and draws. Stops at the first error; the images before it stay.
-pub(super) fn run(mut delivery: Delivery, config: ChatConfig, scales: &[(usize, usize)]) -> Result<()> {
+pub(super) fn run(delivery: &mut Delivery, config: ChatConfig, scales: &[(usize, usize)]) -> Result<()> {
     let request = delivery.request;
     let load = || ChatModel::load(&request.source, config, &request.device, request.weights);
     let model = delivery.console.load(&request.model, load)?;
