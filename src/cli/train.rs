@@ -121,6 +121,15 @@ enum Step {
         #[command(flatten)]
         plan: Plan,
     },
+    /// Average the transformer with earlier weights of the same run, which still know what has been
+    /// forgotten since
+    Average {
+        /// The earlier model.safetensors
+        with: PathBuf,
+        /// How much of the mean is the earlier one
+        #[arg(long, value_name = "X", default_value_t = 0.5)]
+        share: f64,
+    },
     /// Write the checkpoint folder
     Export {
         /// Where to
@@ -159,6 +168,7 @@ impl Step {
             Step::Transformer { part, .. } => part.clone(),
             Step::Rl(args) => args.part().into(),
             Step::Refiner { .. } => "refiner".into(),
+            Step::Average { .. } => "average".into(),
             Step::Export { .. } => "export".into(),
         }
     }
@@ -188,6 +198,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         train::export::export(&Run::open(&args.run, Device::Cpu)?, out, sampling())?;
         return terminal::emit_path(out).map(drop);
     }
+    if let Step::Average { with, share } = &args.step {
+        if !(0.0..=1.0).contains(share) {
+            return Err(Error::usage(format!("--share {share} is not from 0 to 1")).hint("--share 0.5"));
+        }
+        return train::average::average(&Run::open(&args.run, Device::Cpu)?.file(TRANSFORMER), with, *share);
+    }
     let device = if matches!(args.step, Step::Text) { Device::Cpu } else { trainer(&args.device)? };
     let run = Run::open(&args.run, device)?;
     let model = run.file(TRANSFORMER);
@@ -207,7 +223,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let dataset = Samples::new(&library, run.seed(&args.step.name()))?;
     let text = || Text::from_bytes(&std::fs::read(run.file("tokenizer.json"))?);
     match &args.step {
-        Step::Data { .. } | Step::Refiner { .. } | Step::Export { .. } => Ok(()),
+        Step::Data { .. } | Step::Refiner { .. } | Step::Average { .. } | Step::Export { .. } => Ok(()),
         Step::Text => {
             let concepts = (0..library.concepts.len()).flat_map(|c| library.captions(c));
             let scenes = (0..4000).flat_map(|i| dataset.scene(i, SIDE, SIDE).captions);

@@ -1,5 +1,6 @@
 //! The trainer: data, the tokenizer's stages, the transformer, and the checkpoint that ships.
 
+pub mod average;
 mod codebook;
 
 pub mod dialogue;
