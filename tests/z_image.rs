@@ -139,7 +139,7 @@ fn the_whole_model_of_candle_transformers_pads_otherwise() {
     let time = Tensor::new(&[0.5f32], &Device::Cpu).unwrap();
     let difference = |size: (usize, usize), words: usize| {
         let (x, features) = (random(&[1, 4, size.0, size.1]), random(&[words, 16]));
-        let inputs = prepare_inputs(&x, &[features.clone()], &Device::Cpu).unwrap();
+        let inputs = prepare_inputs(&x, std::slice::from_ref(&features), &Device::Cpu).unwrap();
         let theirs = theirs.forward(&inputs.latents, &time, &inputs.cap_feats, &inputs.cap_mask).unwrap();
         let prompt = model.transformer().read(&features).unwrap();
         let ours = model.transformer().velocity(&x, 0.5, &prompt).unwrap();
