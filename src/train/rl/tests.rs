@@ -66,8 +66,9 @@ fn draws_become_sequences_of_the_trained_scales() -> Result<()> {
     for (kind, (group, again)) in rollouts.iter().zip(&again).enumerate() {
         for (rollout, again) in group.iter().zip(again) {
             assert_eq!(ids(rollout), ids(again));
-            // 1 + 4 + 9 codes, but none of an answer in words.
-            assert_eq!(rollout.sequence.code_targets.len(), if KINDS[kind] == "questions" { 0 } else { 14 });
+            // 1 + 4 + 9 codes. Random weights may answer a question with an image, too.
+            let codes = rollout.sequence.code_targets.len();
+            assert!(codes == 14 || codes == 0 && KINDS[kind] == "questions", "{} {codes}", KINDS[kind]);
             assert_eq!(rollout.sequence.text_targets.is_empty(), kind < 2);
             assert!(rollout.reward.is_finite());
         }
