@@ -5,6 +5,7 @@
 //! and is dropped before [`ZImage`], transformer and autoencoder, is loaded.
 
 mod config;
+mod fit;
 mod schedule;
 mod text;
 mod transformer;
@@ -18,9 +19,10 @@ use candle_nn::var_builder::SimpleBackend;
 use image::RgbImage;
 
 pub use config::{
-    DTYPE, HUB, INDEX, MAX_TOKENS, MULTIPLE, Memory, SMALLEST, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE, ZImageConfig,
-    check_class, is_whole, no_refiner,
+    DTYPE, INDEX, MAX_TOKENS, MULTIPLE, SMALLEST, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE, ZImageConfig, check_class,
+    is_whole, no_refiner,
 };
+pub use fit::Memory;
 pub use schedule::{STEPS, Schedule};
 pub use text::{Template, TextEncoder};
 pub use transformer::{Prompt, Transformer};
@@ -30,6 +32,9 @@ use crate::checkpoint::{Init, Source, Weights};
 use crate::error::Result;
 use crate::pixels;
 use crate::rng::{Rng, Stream};
+
+/// The model on the hub.
+pub const HUB: &str = "Tongyi-MAI/Z-Image-Turbo";
 
 /// Called after every pass with the number of passes so far and of all passes; `Break` stops.
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;

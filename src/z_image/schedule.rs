@@ -37,7 +37,7 @@ impl Schedule {
         ];
         let bad = |what: String| {
             Error::model(format!("{FILE} of {source} {what}"))
-                .hint(format!("copy it from {} again: it has a constant shift", super::config::HUB))
+                .hint(format!("copy it from {} again: it has a constant shift", super::HUB))
         };
         if let Some(key) = others.iter().find(on) {
             return Err(bad(format!("sets {key}, which is not read")));

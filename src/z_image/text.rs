@@ -36,7 +36,7 @@ impl Template {
             .map_err(|e| Error { message: format!("{} (of {source})", e.message), ..e })?;
         let bad = |what: String| {
             Error::model(format!("{TOKENIZER} of {source} {what}"))
-                .hint(format!("copy the folders tokenizer and text_encoder of {} again", super::config::HUB))
+                .hint(format!("copy the folders tokenizer and text_encoder of {} again", super::HUB))
         };
         let id = |word: &str| text.control(word).ok_or_else(|| bad(format!("has no {word}: it is another model's")));
         let (start, end) = (id("<|im_start|>")?, id("<|im_end|>")?);

@@ -35,7 +35,7 @@ impl Vae {
     pub fn check(source: &Source, config: &ZImageConfig) -> error::Result<()> {
         if source.has_tensor(VAE, "quant_conv.weight")? {
             return Err(Error::model(format!("{VAE} of {source} is of another model: it has a quant_conv"))
-                .hint(format!("copy the folder vae of {} again", super::config::HUB)));
+                .hint(format!("copy the folder vae of {} again", super::HUB)));
         }
         source.check(VAE, |w| Self::load(w, &config.vae))
     }
