@@ -9,13 +9,13 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use clap::builder::Resettable;
 
-use super::RefinerArgs;
 use super::per_scale::PerScale;
 use crate::checkpoint::WeightType;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::terminal::{self, Level, Preview};
+use crate::z_image::HUB;
 
 /// The prompts.
 #[derive(Args, Clone, Debug, Default)]
@@ -224,5 +224,40 @@ impl DeviceArgs {
     /// Opens the device. Errors: as [`device::parse`].
     pub fn get(&self) -> Result<Device> {
         device::parse(&self.device)
+    }
+}
+
+/// The usual strength: three passes of eight.
+pub(super) const REFINE_STRENGTH: f64 = 0.3;
+/// Another model that refines.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Sampling")]
+pub struct RefinerArgs {
+    /// Draw the detail of the finished image anew with another model, in 512 pixels or more: the
+    /// folder of a Z-Image, or Tongyi-MAI/Z-Image-Turbo of the hub
+    #[arg(long, value_name = "FOLDER|ID", conflicts_with_all = ["refine", "no_refine"])]
+    pub refiner: Option<String>,
+    /// With --refiner: how much is drawn anew, above 0 and at most 1, which keeps nothing
+    /// [default: 0.3]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub refine_strength: Option<f64>,
+    /// The refiner is named by a file and not by the user: nothing is downloaded for it.
+    #[arg(skip)]
+    pub stored: bool,
+}
+
+impl RefinerArgs {
+    /// Errors: usage, for a strength that is none, or one without a refiner.
+    pub fn check(&self) -> Result<()> {
+        let Some(strength) = self.refine_strength else { return Ok(()) };
+        if self.refiner.is_none() {
+            return Err(Error::usage("--refine-strength is for another model that refines")
+                .hint(format!("--refiner {HUB} --refine-strength {REFINE_STRENGTH}")));
+        }
+        match strength > 0.0 && strength <= 1.0 {
+            true => Ok(()),
+            false => Err(Error::usage(format!("--refine-strength {strength} is not above 0 and at most 1"))
+                .hint(format!("--refine-strength {REFINE_STRENGTH}"))),
+        }
     }
 }

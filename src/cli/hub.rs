@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use super::refiner::Download;
+use super::download::Download;
 use crate::checkpoint::{self, Source};
 use crate::error::{Error, Result};
 use crate::generate::infinity::{self, HUB, TEXT_HUB, VARIANTS, Variant};

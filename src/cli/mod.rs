@@ -12,6 +12,7 @@ mod chat;
 mod completions;
 mod decode;
 mod delivery;
+mod download;
 mod edit;
 mod encode;
 mod eval;
@@ -25,15 +26,17 @@ mod models;
 mod per_scale;
 mod quantize;
 mod refiner;
+mod refining;
 mod request;
 mod run;
 #[cfg(feature = "train")]
 mod train;
 
-pub use args::{DeviceArgs, DrawArgs, LoadArgs, ModelArgs, OutputArgs, PromptArgs, ReportArgs, SamplingArgs};
+pub use args::{
+    DeviceArgs, DrawArgs, LoadArgs, ModelArgs, OutputArgs, PromptArgs, RefinerArgs, ReportArgs, SamplingArgs,
+};
 pub use eval::EvalArgs;
 pub use r#gen::GenArgs;
-pub use refiner::RefinerArgs;
 
 use std::ffi::OsString;
 

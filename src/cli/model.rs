@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::ModelArgs;
-use super::refiner::Download;
+use super::download::Download;
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::codes::TokenizerSource;
 use crate::error::{Error, Result};

@@ -1,37 +1,13 @@
 //! `--refiner`: draws the detail of finished images anew with another model, Z-Image.
 
-use candle_core::Device;
-use clap::Args;
 use image::RgbImage;
-use serde::Serialize;
 
-use super::request::Request;
+use super::args::{REFINE_STRENGTH, RefinerArgs};
+use super::download::Download;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::generate::{Size, cost};
-use crate::z_image::{HUB, MULTIPLE, Memory, SMALLEST, ZImageConfig};
-
-/// The usual strength: three passes of eight.
-const STRENGTH: f64 = 0.3;
-/// Tokens of the chat template around a prompt.
-const TEMPLATE_TOKENS: usize = 8;
-
-/// Another model that refines.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Sampling")]
-pub struct RefinerArgs {
-    /// Draw the detail of the finished image anew with another model, in 512 pixels or more: the
-    /// folder of a Z-Image, or Tongyi-MAI/Z-Image-Turbo of the hub
-    #[arg(long, value_name = "FOLDER|ID", conflicts_with_all = ["refine", "no_refine"])]
-    pub refiner: Option<String>,
-    /// With --refiner: how much is drawn anew, above 0 and at most 1, which keeps nothing
-    /// [default: 0.3]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub refine_strength: Option<f64>,
-    /// The refiner is named by a file and not by the user: nothing is downloaded for it.
-    #[arg(skip)]
-    pub stored: bool,
-}
+use crate::generate::Size;
+use crate::z_image::{HUB, MULTIPLE, SMALLEST, ZImageConfig};
 
 /// A checked refiner.
 pub struct PictureRefiner {
@@ -47,45 +23,7 @@ pub struct PictureRefiner {
     pub strength: f64,
 }
 
-/// A file of the hub.
-#[cfg_attr(not(feature = "hub"), allow(dead_code))]
-#[derive(Clone, Debug, Serialize)]
-pub struct Download {
-    /// Its name in the repository.
-    pub name: String,
-    /// Its length, if the hub states it.
-    pub bytes: Option<u64>,
-}
-
-/// What a refiner adds to a plan.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Refining {
-    refiner: String,
-    strength: f64,
-    passes: usize,
-    memory: Memory,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    downloads: Vec<Download>,
-    /// (width, height) of the refined image.
-    #[serde(skip)]
-    pub size: (u32, u32),
-}
-
 impl RefinerArgs {
-    /// Errors: usage, for a strength that is none, or one without a refiner.
-    pub fn check(&self) -> Result<()> {
-        let Some(strength) = self.refine_strength else { return Ok(()) };
-        if self.refiner.is_none() {
-            return Err(Error::usage("--refine-strength is for another model that refines")
-                .hint(format!("--refiner {HUB} --refine-strength {STRENGTH}")));
-        }
-        match strength > 0.0 && strength <= 1.0 {
-            true => Ok(()),
-            false => Err(Error::usage(format!("--refine-strength {strength} is not above 0 and at most 1"))
-                .hint(format!("--refine-strength {STRENGTH}"))),
-        }
-    }
-
     /// The refiner with all its files, checked by their headers. With `dry` nothing is downloaded:
     /// a model of the hub that is not in the cache is taken to be Z-Image-Turbo.
     ///
@@ -106,7 +44,7 @@ impl RefinerArgs {
             }
             None => ZImageConfig::turbo(),
         };
-        let strength = self.refine_strength.unwrap_or(STRENGTH);
+        let strength = self.refine_strength.unwrap_or(REFINE_STRENGTH);
         Ok(Some(PictureRefiner { name: name.clone(), source, downloads, config, strength }))
     }
 }
@@ -154,93 +92,6 @@ impl PictureRefiner {
         let (width, height) = self.size(image.dimensions(), asked);
         crate::pixels::cover(image, width, height)
     }
-
-    /// What refining an image takes that was drawn in (width, height) pixels, by a prompt of
-    /// `words` tokens.
-    pub(super) fn plan(&self, drawn: (u32, u32), asked: Size, words: usize, device: &Device) -> Result<Refining> {
-        let size = self.size(drawn, asked);
-        Ok(Refining {
-            refiner: self.name.clone(),
-            strength: self.strength,
-            passes: self.config.schedule.passes(self.strength),
-            memory: self.config.memory(size, words + TEMPLATE_TOKENS, device)?,
-            downloads: self.downloads.clone(),
-            size,
-        })
-    }
-}
-
-impl Request {
-    /// The grids (height, width) of the images to draw. A size that only the refiner makes is drawn
-    /// in the nearest ratio.
-    ///
-    /// Errors: usage, for a size that neither makes.
-    pub fn grids(&self) -> Result<Vec<(usize, usize)>> {
-        let drawn = self.config.grids(self.size, &self.sampling);
-        let ratio = match self.size {
-            Size::Pixels { width, height } if self.refiner.is_some() && width.min(height) >= SMALLEST.into() => {
-                height as f64 / width as f64
-            }
-            _ => return drawn,
-        };
-        match drawn {
-            Err(_) if (0.249..=4.001).contains(&ratio) => self.config.grids(Size::Ratio(ratio), &self.sampling),
-            drawn => drawn,
-        }
-    }
-
-    /// What refining images takes that are drawn in (width, height) pixels; nothing without a
-    /// refiner.
-    ///
-    /// Errors: shapes that no network has.
-    pub fn refining(&self, drawn: (u32, u32)) -> Result<Option<Refining>> {
-        let plan = |refiner: &PictureRefiner| refiner.plan(drawn, self.size, self.tokens, &self.device);
-        self.refiner.as_ref().map(plan).transpose()
-    }
-
-    /// The peak of the whole run, where drawing takes `peak` bytes, and a hint for where that is too
-    /// much: `smaller`, if it is drawing that takes the most.
-    ///
-    /// Errors: as [`Self::refining`].
-    pub fn limit<'a>(&self, drawn: (u32, u32), peak: u64, smaller: &'a str) -> Result<(u64, &'a str)> {
-        let refining = self.refining(drawn)?.map_or(0, |refining| refining.peak());
-        match refining > peak {
-            true => Ok((refining, "a smaller --size, or leave out --refiner")),
-            false => Ok((peak, smaller)),
-        }
-    }
-}
-
-impl Refining {
-    /// Bytes at the peak of refining: drawing is over by then.
-    pub fn peak(&self) -> u64 {
-        cost::PROGRAM + self.memory.text.max(self.memory.refining)
-    }
-
-    /// The phases, by name.
-    pub fn phases(&self) -> [(&'static str, u64); 2] {
-        let with = |bytes: u64| bytes + cost::PROGRAM;
-        [("then the refiner's text", with(self.memory.text)), ("refining", with(self.memory.refining))]
-    }
-
-    /// A line of the plan.
-    pub fn line(&self) -> String {
-        let mut text = format!(
-            "refined by {} in {} passes (strength {})\n",
-            crate::terminal::clean(&self.refiner),
-            self.passes,
-            self.strength
-        );
-        if !self.downloads.is_empty() {
-            let bytes: u64 = self.downloads.iter().filter_map(|file| file.bytes).sum();
-            text += &format!("{} files to download, {:.1} GB:\n", self.downloads.len(), bytes as f64 / 1e9);
-            for Download { name, bytes } in &self.downloads {
-                let size = bytes.map_or(String::new(), |bytes| format!(" ({:.1} MB)", bytes as f64 / 1e6));
-                text += &format!("  {}{size}\n", crate::terminal::clean(name));
-            }
-        }
-        text
-    }
 }
 
 #[cfg(test)]
@@ -249,7 +100,7 @@ mod tests {
 
     fn refiner() -> PictureRefiner {
         let config = ZImageConfig::turbo();
-        PictureRefiner { name: HUB.into(), source: None, downloads: Vec::new(), config, strength: STRENGTH }
+        PictureRefiner { name: HUB.into(), source: None, downloads: Vec::new(), config, strength: REFINE_STRENGTH }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use candle_core::Device;
 use serde::Serialize;
 
-use super::refiner::Refining;
+use super::refining::Refining;
 use super::request::Request;
 use crate::checkpoint::{Source, TRANSFORMER};
 use crate::error::Result;
