@@ -229,6 +229,7 @@ impl DeviceArgs {
 
 /// The usual strength: three passes of eight.
 pub(super) const REFINE_STRENGTH: f64 = 0.3;
+
 /// Another model that refines.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Sampling")]

@@ -29,14 +29,14 @@ pub(super) struct Refining {
 
 impl PictureRefiner {
     /// What refining an image takes that was drawn in (width, height) pixels, by a prompt of
-    /// `words` tokens.
-    pub(super) fn plan(&self, drawn: (u32, u32), asked: Size, words: usize, device: &Device) -> Result<Refining> {
+    /// `text_tokens` tokens.
+    pub(super) fn plan(&self, drawn: (u32, u32), asked: Size, text_tokens: usize, device: &Device) -> Result<Refining> {
         let size = self.size(drawn, asked);
         Ok(Refining {
             refiner: self.name.clone(),
             strength: self.strength,
             passes: self.config.schedule.passes(self.strength),
-            memory: self.config.memory(size, words + TEMPLATE_TOKENS, device)?,
+            memory: self.config.memory(size, text_tokens + TEMPLATE_TOKENS, device)?,
             downloads: self.downloads.clone(),
             size,
         })

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
-use crate::scenes::{Edit, Split};
+use crate::scenes::{Edit, Question, Riddle, Split};
 
 /// One request to the model, and its answer.
 #[derive(Clone, Debug, Serialize)]
@@ -48,6 +48,34 @@ impl Case {
             image: Some(edit.source.prompt()),
             request,
             expected: Some(edit.thought()),
+            reply,
+            right,
+        }
+    }
+
+    /// A question, and where its wording is from.
+    pub(super) fn question(question: Question, wording: Split, reply: String, right: bool) -> Self {
+        Self {
+            task: "question",
+            kind: serde_json::to_value(question.kind).ok(),
+            wording: Some(wording),
+            image: Some(question.scene.prompt()),
+            request: question.text,
+            expected: Some(question.answer),
+            reply,
+            right,
+        }
+    }
+
+    /// A riddle.
+    pub(super) fn riddle(riddle: &Riddle, reply: String, right: bool) -> Self {
+        Self {
+            task: "riddle",
+            kind: None,
+            wording: None,
+            image: None,
+            request: riddle.clue.clone(),
+            expected: Some(riddle.answer()),
             reply,
             right,
         }

@@ -237,17 +237,7 @@ impl Examiner<'_> {
                     wordings.push(question.wording, answered);
                     answers.push(question.answer.clone());
                 }
-                let case = Case {
-                    task: "question",
-                    kind: serde_json::to_value(kind).ok(),
-                    wording: Some(words),
-                    image: Some(question.scene.prompt()),
-                    request: question.text,
-                    expected: Some(question.answer),
-                    reply: reply.text,
-                    right: answered,
-                };
-                done(watch, case)?;
+                done(watch, Case::question(question, words, reply.text, answered))?;
             }
         }
         Ok(Questions {
@@ -300,30 +290,20 @@ impl Examiner<'_> {
             let right = thought == Some(&riddle.prompt);
             Ok::<_, Error>((session, right, reply.text))
         };
-        let case = |riddle: &Riddle, reply: String, right: bool| Case {
-            task: "riddle",
-            kind: None,
-            wording: None,
-            image: None,
-            request: riddle.clue.clone(),
-            expected: Some(riddle.answer()),
-            reply,
-            right,
-        };
-        for (n, riddle) in things.enumerate() {
-            let (_, right, reply) = think(n, &riddle)?;
+        for (case, riddle) in things.enumerate() {
+            let (_, right, reply) = think(case, &riddle)?;
             named.push(right);
-            done(watch, case(&riddle, reply, right))?;
+            done(watch, Case::riddle(&riddle, reply, right))?;
         }
-        for (n, riddle) in riddles.iter().enumerate() {
-            let (session, right, reply) = think(n, riddle)?;
+        for (case, riddle) in riddles.iter().enumerate() {
+            let (session, right, reply) = think(case, riddle)?;
             prompt.push(right);
             let drawn = session.last_image().zip(riddle.scene.as_ref());
             let shown =
                 drawn.map(|(picture, scene)| Ok::<_, Error>(judge(scene, &detect(&self.model.decode(picture)?))));
             let right = shown.transpose()?.unwrap_or(false);
             image.push(right);
-            done(watch, case(riddle, reply, right))?;
+            done(watch, Case::riddle(riddle, reply, right))?;
         }
         let asked: Vec<&String> = riddles.iter().map(|riddle| &riddle.prompt).collect();
         Ok(Reasoning { count: riddles.len(), prompt, image, common: commonest(&asked), things: named })

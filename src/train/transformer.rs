@@ -135,20 +135,19 @@ fn learn(
 impl Lesson<'_> {
     /// The sequences of a step: those with images, unless there are [none](Self::words_alone), then
     /// those of dialogues that end where images would begin. Most edits that go wrong are wrong in
-    /// words already, and words cost a tenth of images: hence so many, and their weights.
+    /// words already, and words cost little: hence so many, and their weights.
     fn groups(&self, size: usize, step: usize) -> Result<Vec<Group>> {
         let mut groups = Vec::new();
         if !self.words_alone {
             groups.push(Group { name: "interleaved", weight: 1.0, sequences: self.sequences(size, step)? });
         }
         if let Some((dataset, text)) = self.dialogues {
-            let look = if self.words_alone { 0 } else { size / 2 };
-            for (name, length, size) in [("words", Length::Words, 2 * size), ("look", Length::Look, look)] {
+            let parts = [("words", Length::Words, 2 * size), ("look", Length::Look, size / 2)];
+            for (name, length, size) in parts.into_iter().take(if self.words_alone { 1 } else { 2 }) {
                 let sequences = self.dialogues(dataset, text, size, step, length)?;
                 groups.push(Group { name, weight: 2.0, sequences });
             }
         }
-        groups.retain(|group| !group.sequences.is_empty());
         Ok(groups)
     }
 

@@ -28,8 +28,8 @@ impl ZImageConfig {
         Vae::check(source, self)
     }
 
-    /// Memory of refining a picture of (width, height) pixels, by a prompt of `words` tokens.
-    pub fn memory(&self, (width, height): (u32, u32), words: usize, device: &Device) -> Result<Memory> {
+    /// Memory of refining a picture of (width, height) pixels, by a prompt of `text_tokens` tokens.
+    pub fn memory(&self, (width, height): (u32, u32), text_tokens: usize, device: &Device) -> Result<Memory> {
         let bytes = DTYPE.size_in_bytes();
         let [text, transformer, vae] = [(); 3].map(|()| Weights::inventory());
         TextEncoder::network(&text, &self.text, false)?;
@@ -38,13 +38,13 @@ impl ZImageConfig {
         // On a CPU products of bf16 are computed in f32: copies of both factors and of the result.
         let scores = if device.is_cpu() { 2 * bytes + 4 } else { 2 * bytes };
         let product = |rows: usize, columns: usize| if device.is_cpu() { 4 * rows * columns } else { 0 };
-        let words = words.min(MAX_TOKENS);
+        let text_tokens = text_tokens.min(MAX_TOKENS);
         let t = &self.text;
-        let reading = words * words * t.num_attention_heads * scores
-            + words * (3 * t.intermediate_size + 8 * t.hidden_size) * bytes
+        let reading = text_tokens * text_tokens * t.num_attention_heads * scores
+            + text_tokens * (3 * t.intermediate_size + 8 * t.hidden_size) * bytes
             + product(t.intermediate_size, t.hidden_size);
         let pixels = width as usize * height as usize;
-        let tokens = pixels / (CELL * PATCH).pow(2) + words.next_multiple_of(ROUND);
+        let tokens = pixels / (CELL * PATCH).pow(2) + text_tokens.next_multiple_of(ROUND);
         let c = &self.transformer;
         let pass = tokens * tokens * c.n_heads * scores
             + tokens * (4 * c.hidden_dim() + 8 * c.dim) * bytes

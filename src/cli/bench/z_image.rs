@@ -8,15 +8,13 @@ use serde::Serialize;
 
 use super::{BenchArgs, gb};
 use crate::checkpoint::WeightType;
+use crate::cli::args::REFINE_STRENGTH;
 use crate::cli::run::{Load, Run};
 use crate::error::{Error, Result};
 use crate::generate::{Size, cost};
 use crate::memory;
 use crate::terminal::{self, Level};
 use crate::z_image::{DTYPE, MULTIPLE, Memory, ZImage, ZImageConfig, with_noise};
-
-/// As `gen --refiner` does by default.
-const STRENGTH: f64 = 0.3;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -53,8 +51,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         let message = format!("{width}x{height} is not a multiple of {step} pixels from {step} to {most}");
         return Err(Error::usage(message).hint("--size 1024x1024"));
     }
-    let words = args.prompt.unwrap_or(32) as usize;
-    let forecast = config.memory((width as u32, height as u32), words, &device)?;
+    let text_tokens = args.prompt.unwrap_or(32) as usize;
+    let forecast = config.memory((width as u32, height as u32), text_tokens, &device)?;
     let forecast_bytes = forecast.refining + cost::PROGRAM;
     let load = Load { source: None, device: &device, peak: forecast_bytes, smaller: "a smaller --size" };
     let Run { stop, .. } = load.start(Level::Quiet, 1)?;
@@ -72,13 +70,13 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let latents = (1, config.vae.latent_channels, height / 8, width / 8);
     let noise = Tensor::randn(0f32, 1f32, latents, &device)?;
     let picture = Tensor::randn(0f32, 0.5f32, (1, 3, height, width), &device)?;
-    let features = Tensor::randn(0f32, 1f32, (words, config.text.hidden_size), &device)?;
+    let features = Tensor::randn(0f32, 1f32, (text_tokens, config.text.hidden_size), &device)?;
     lap();
     let encoded = model.vae().encode(&picture, &noise)?;
     let encode_seconds = lap();
     let prompt = model.transformer().read(&features)?;
     let text_seconds = lap();
-    let sigmas = config.schedule.sigmas(STRENGTH);
+    let sigmas = config.schedule.sigmas(REFINE_STRENGTH);
     let start = with_noise(&encoded, &noise, sigmas[0])?;
     let mut pass_seconds = Vec::new();
     let refined = model.denoise(start, &prompt, &sigmas, &mut |_, _| {

@@ -1,9 +1,9 @@
 #!/bin/sh
 # The paper's ablations at a quarter of nano's transformer: each changes one thing of the recipe, and learns the same compositions
-# in the same number of steps, with seeds 1 to 3. What is in src/train/ablations.csv has been done and is not done again;
+# in the same number of steps, with seeds 1 to 3. What is in src/train/ablations/results.csv has been done and is not done again;
 # several of these may run at once.
 #
-#   sh src/train/ablations.sh runs/ablations
+#   sh src/train/ablations/run.sh runs/ablations
 #
 # It needs the picture library, and runs/nano/semantic.safetensors for the comparison of codebooks, which trains image
 # tokenizers of its own.
@@ -11,7 +11,7 @@ set -eu
 runs=$1
 nextflow=${NEXTFLOW:-target/release/nextflow}
 here=$(dirname "$0")
-results=$here/ablations.csv # variant, seed, mean of the six categories in percent, PSNR in dB of a codebook of its own
+results=$here/results.csv # variant, seed, mean of the six categories in percent, PSNR in dB of a codebook of its own
 taken=
 trap '[ -z "$taken" ] || rmdir "$taken"' EXIT
 trap 'exit 130' INT TERM
@@ -22,7 +22,7 @@ recipe() {
     mkdir -p "$run"
     sed -e 's/"hidden_size": 256/"hidden_size": 128/' -e 's/"intermediate_size": 768/"intermediate_size": 384/' \
         -e 's/"num_hidden_layers": 6/"num_hidden_layers": 4/' -e 's/"num_attention_heads": 8/"num_attention_heads": 4/' \
-        -e "s/\"seed\": 1/\"seed\": $2/" -e "$3" "$here/nano.json" > "$run/recipe.json"
+        -e "s/\"seed\": 1/\"seed\": $2/" -e "$3" "$here/../nano.json" > "$run/recipe.json"
     cp assets/nano/tokenizer.json "$run/"
 }
 
