@@ -49,7 +49,7 @@ pub struct EditArgs {
 /// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a blue star\" -o - | nextflow edit -i - \"make it red\"";
 /// Most text tokens before the image.
-const THOUGHT: usize = 64;
+const THOUGHT: usize = 128;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
@@ -160,7 +160,8 @@ impl Editor<'_> {
             guide_from_sources: !self.free,
         };
         let scales = Some(&letterbox.scales[..]);
-        let reply = session.draw(self.sources.clone(), &job.prompt, &options, scales, &mut |heard| {
+        let request = format!("{}{}", prompt::EDIT, job.prompt);
+        let reply = session.draw(self.sources.clone(), &request, &options, scales, &mut |heard| {
             let pixels = |codes: &[Vec<Code>], scales: &[_]| Ok(letterbox.crop(&model.pixels(codes, scales)?));
             match heard {
                 ReplyEvent::Drawing(event) => delivery.event(&event, pixels),

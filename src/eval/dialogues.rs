@@ -12,7 +12,7 @@ use super::case::{Case, Watch, done};
 use super::{Share, metrics};
 use crate::chat::{ChatModel, Picture, ReplyOptions, Session};
 use crate::error::{Error, Kind as Failure, Result};
-use crate::generate::prompt::{FINAL, THINK};
+use crate::generate::prompt::{EDIT, FINAL, THINK};
 use crate::rng::{Rng, Stream};
 use crate::scenes::detector::{Detection, detect};
 use crate::scenes::judge::{as_edited, judge, on_its_background};
@@ -134,7 +134,7 @@ pub struct Examiner<'a> {
 }
 
 /// The longest answer, in tokens.
-const LONGEST: usize = 64;
+const LONGEST: usize = 128;
 
 impl Examiner<'_> {
     /// Every suite.
@@ -179,7 +179,8 @@ impl Examiner<'_> {
     fn edit_picture(&self, source: Picture, text: &str, case: usize) -> Result<(RgbImage, String)> {
         let mut session = Session::new(self.model)?;
         let options = self.options(case)?;
-        let reply = session.draw(vec![source], text, &options, None, &mut |_| ControlFlow::Continue(()))?;
+        let request = format!("{EDIT}{text}");
+        let reply = session.draw(vec![source], &request, &options, None, &mut |_| ControlFlow::Continue(()))?;
         Ok((self.last_image(&session)?, reply.text))
     }
 

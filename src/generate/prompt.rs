@@ -7,6 +7,8 @@ use crate::text::{self, Text};
 
 /// Before a request that the model is to think about first.
 pub const THINK: &str = "think, then draw ";
+/// Before an instruction for an edit, where it could be a question.
+pub const EDIT: &str = "edit: ";
 /// Separates reasoning and prompt (the paper's chain of thought).
 pub const FINAL: &str = "the final prompt is: ";
 

@@ -66,7 +66,8 @@ pub fn dialogue(dataset: &Samples, index: u64, length: Length) -> Turns {
         (Length::Words, 0..7) => thinking(dataset, &of(10)),
         (Length::Words, 7..57) => told_edit(&of(11)),
         (Length::Words, 57..67) => {
-            ThingEdit::told(dataset, &of(13)).map_or_else(|| told_edit(&of(11)), told_thing_edit)
+            let rng = of(13);
+            ThingEdit::told(dataset, &rng).map_or_else(|| told_edit(&of(11)), |edit| told_thing_edit(&edit, &rng))
         }
         (Length::Words, 67..97) => told_questions(&of(12)),
         (Length::Words, _) => talk(&of(4)),
@@ -192,10 +193,20 @@ fn talk(rng: &Rng) -> Turns {
     vec![user(vec![], questions[rng.below(1, questions.len())]), model(answer, None)]
 }
 
+/// An instruction as `nextflow edit` puts it, or as a conversation does.
+fn announced(instruction: &str, rng: &Rng) -> String {
+    let mark = if rng.below(30, 2) == 0 { prompt::EDIT } else { "" };
+    format!("{mark}{instruction}")
+}
+
+fn instruction(edit: &Edit, rng: &Rng) -> String {
+    announced(&edit.instruction(rng, Split::Train).text, rng)
+}
+
 /// A composition and what an instruction makes of it, after `questions` questions about it at most.
 fn edit(rng: &Rng, questions: usize) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
-    let text = edit.instruction(&rng.fork(2), Split::Train).text;
+    let text = instruction(&edit, &rng.fork(2));
     let mut turns = more_questions(&rng.fork(3), &edit.source, questions);
     turns.extend([user(vec![], &text), model(&edit.thought(), Some(picture(&edit.target)))]);
     turns[0].1.insert(0, Part::Image(picture(&edit.source)));
@@ -206,14 +217,17 @@ fn edit(rng: &Rng, questions: usize) -> Turns {
 /// of a picture.
 fn told_edit(rng: &Rng) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
-    let text = edit.instruction(&rng.fork(2), Split::Train).text;
+    let text = instruction(&edit, &rng.fork(2));
     let seen = edit.source.seen().unwrap_or_else(|| edit.source.clone());
     vec![user(vec![], &format!("{}. {text}", seen.prompt())), model(&edit.thought(), Some(left_out()))]
 }
 
 /// The same of everyday things.
-fn told_thing_edit(edit: ThingEdit) -> Turns {
-    vec![user(vec![], &format!("{}. {}", edit.seen, edit.text)), model(&edit.thought(), Some(left_out()))]
+fn told_thing_edit(edit: &ThingEdit, rng: &Rng) -> Turns {
+    vec![
+        user(vec![], &format!("{}. {}", edit.seen, announced(&edit.text, rng))),
+        model(&edit.thought(), Some(left_out())),
+    ]
 }
 
 /// Questions about a composition that is told, not shown; half of the first ones about presence,
@@ -246,13 +260,16 @@ fn copy(dataset: &Samples, rng: &Rng) -> Turns {
 /// An everyday thing or two that are not held out, and what an instruction makes of them.
 fn thing_edit(dataset: &Samples, rng: &Rng) -> Turns {
     let edit = ThingEdit::sample(dataset, rng);
-    vec![user(vec![(edit.before)(dataset)], &edit.text), model(&edit.thought(), Some((edit.after)(dataset)))]
+    vec![
+        user(vec![(edit.before)(dataset)], &announced(&edit.text, rng)),
+        model(&edit.thought(), Some((edit.after)(dataset))),
+    ]
 }
 
 /// Draw and edit, draw and ask, or look, edit and ask.
 fn several_turns(rng: &Rng, index: u64) -> Turns {
     let edit = Edit::sample(&rng.fork(1), Split::Train);
-    let text = edit.instruction(&rng.fork(2), Split::Train).text;
+    let text = instruction(&edit, &rng.fork(2));
     let asked = |scene: &Scene| {
         let kinds = QUESTION_KINDS.len();
         (0..kinds)

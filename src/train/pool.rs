@@ -68,10 +68,11 @@ pub struct Pool {
 /// Images encoded at once.
 const BATCH: usize = 64;
 /// Height over width of the other aspect ratios that are trained: what lies between and beyond is
-/// left to the positions, which are relative to the image's extent.
-const RATIOS: [f64; 10] = [0.25, 0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0, 4.0];
+/// left to the positions, which are relative to the image's extent. Beyond 2:1 the grids are too low
+/// for nano's image tokenizer to show shapes.
+const RATIOS: [f64; 8] = [0.5, 9.0 / 16.0, 2.0 / 3.0, 0.75, 4.0 / 3.0, 1.5, 16.0 / 9.0, 2.0];
 /// One batch of captioned images in this many is not square.
-const OBLONG: usize = 5;
+const OBLONG: usize = 4;
 /// Share of shapes in such a batch, at least: dialogues, which have many, are square.
 const OBLONG_SHAPES: f64 = 0.6;
 

@@ -15,6 +15,8 @@ pub struct ThingEdit {
     pub seen: String,
     /// The instruction.
     pub text: String,
+    /// What is done: "the dog on the right is now gone".
+    pub step: String,
     /// What the source becomes, as captions put it; what is kept of a single thing is "the same",
     /// so that it need not be known.
     pub result: String,
@@ -35,9 +37,9 @@ const CHINESE: f64 = 0.17;
 type Thing<'a> = (usize, &'a str);
 
 impl ThingEdit {
-    /// Before it draws the model says what it sees and what that becomes.
+    /// Before it draws the model says what it sees, what is done to it and what that becomes.
     pub fn thought(&self) -> String {
-        format!("{}. {FINAL}{}", self.seen, self.result)
+        format!("{}. {}. {FINAL}{}", self.seen, self.step, self.result)
     }
 
     /// Any edit.
@@ -53,6 +55,7 @@ impl ThingEdit {
             12..15 => Self {
                 seen: with_article(name),
                 text: Topic::Flip.say(&rng.fork(1), rng.uniform(2) < CHINESE, &[]),
+                step: "left is now right".into(),
                 result: "the same from the other side".into(),
                 before: white(first),
                 after: Box::new(move |d| d.single(first, None, SIDE, SIDE).canvas.mirrored()),
@@ -81,6 +84,7 @@ impl ThingEdit {
         Self {
             seen: beside(things),
             text: Topic::Remove.say(&rng.fork(1), false, &gaps),
+            step: format!("the {name} on the {} is now gone", SIDES[gone].0),
             result: format!("{} on the {}", with_article(things[kept].1), SIDES[kept].0),
             before: row(things),
             after: alone(things[kept].0, kept),
@@ -96,6 +100,7 @@ impl ThingEdit {
         Self {
             seen: format!("{} on the {}", with_article(things[there].1), SIDES[there].0),
             text: Topic::Add.say(&rng.fork(1), false, &gaps),
+            step: format!("{at} is now {}", with_article(things[new].1)),
             result: beside(things),
             before: alone(things[there].0, there),
             after: row(things),
@@ -115,6 +120,7 @@ impl ThingEdit {
         Some(Self {
             seen: beside(things),
             text: Topic::Replace.say(&rng.fork(1), false, &gaps),
+            step: format!("the {} on the {} is now {}", things[gone].1, SIDES[gone].0, with_article(third.1)),
             result: beside(after),
             before: row(things),
             after: row(after),
@@ -130,6 +136,7 @@ impl ThingEdit {
         Self {
             seen: with_article(name),
             text: Topic::Replace.say(&rng.fork(1), false, &[("{o}", &old), ("{n}", &with_article(new))]),
+            step: format!("the {name} is now {}", with_article(new)),
             result: with_article(new),
             before: white(first),
             after: white(second),
@@ -145,6 +152,7 @@ impl ThingEdit {
         (from != to).then(|| Self {
             seen: with_article(name),
             text: Topic::Style.say(&rng.fork(1), rng.uniform(2) < CHINESE, &[("{y}", word)]),
+            step: format!("the style is now {word}"),
             result: format!("the same in {word} style"),
             before: white(before),
             after: white(after),
@@ -162,6 +170,7 @@ impl ThingEdit {
         Self {
             seen: with_article(name),
             text: Topic::Background.say(&rng.fork(1), chinese, &[("{b}", if chinese { colour_zh } else { colour })]),
+            step: format!("the background is now {colour}"),
             result: format!("the same on a {colour} background"),
             before,
             after,

@@ -142,8 +142,12 @@ impl Lesson<'_> {
             groups.push(Group { name: "interleaved", weight: 1.0, sequences: self.sequences(size, step)? });
         }
         if let Some((dataset, text)) = self.dialogues {
-            let parts = [("words", Length::Words, 2 * size), ("look", Length::Look, size / 2)];
-            for (name, length, size) in parts.into_iter().take(if self.words_alone { 1 } else { 2 }) {
+            let parts = if self.words_alone {
+                vec![("words", Length::Words, size)]
+            } else {
+                vec![("words", Length::Words, size / 2), ("look", Length::Look, size / 4)]
+            };
+            for (name, length, size) in parts {
                 let sequences = self.dialogues(dataset, text, size, step, length)?;
                 groups.push(Group { name, weight: 2.0, sequences });
             }

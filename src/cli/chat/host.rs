@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::chat::{ChatModel, FinishReason, Picture, Reply, ReplyEvent, ReplyOptions, Session};
 use crate::error::{Error, Result};
 use crate::generate::png_info::{self, PngInfo};
+use crate::generate::prompt::EDIT;
 use crate::generate::{Job, Sampling, Size};
 use crate::io::input;
 use crate::io::output::Destination;
@@ -71,7 +72,7 @@ impl Host {
                 let scales = scales.map_or_else(|| model.usual_scales(), Ok)?;
                 session.draw_anew(pictures, text, &silent, &scales, observe)
             }
-            Ask::Edit => session.draw(pictures, text, &options, scales.as_deref(), observe),
+            Ask::Edit => session.draw(pictures, &format!("{EDIT}{text}"), &options, scales.as_deref(), observe),
         };
         if let Some(error) = printer.error.take() {
             // An image that was not saved cannot be shown, edited or saved later: the exchange is

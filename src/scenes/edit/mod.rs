@@ -1,6 +1,7 @@
 //! Edits: a scene before and after, and the instruction.
 
 mod change;
+mod plan;
 #[cfg(test)]
 mod tests;
 mod wording;
@@ -141,11 +142,14 @@ impl Edit {
         wording::say(&self.changes, &self.source, Voice::canonical()).text
     }
 
-    /// What a model says before it draws: what it sees, and what that becomes, each as a viewer
-    /// tells it: "a red circle to the left of a blue star. the final prompt is: a blue star".
+    /// What a model says before it draws: what it sees, what is done to it, and what that becomes,
+    /// each as a viewer describes it: "a red circle to the left of a blue star. the red circle on
+    /// the left is now gone. the final prompt is: a blue star on the right".
     pub fn thought(&self) -> String {
-        let seen = |scene: &Scene| scene.seen().as_ref().unwrap_or(scene).prompt();
-        format!("{}. {FINAL}{}", seen(&self.source), seen(&self.target))
+        let seen = |scene: &Scene| scene.seen().unwrap_or_else(|| scene.clone());
+        let source = seen(&self.source);
+        let steps = plan::steps(&self.changes, &source);
+        format!("{}. {steps}. {FINAL}{}", source.prompt(), seen(&self.target).prompt())
     }
 
     /// Boxes (left, top, right, bottom), in 1/128 of the drawing square, outside of which nothing

@@ -174,7 +174,10 @@ fn a_thought_tells_what_is_seen_and_what_it_becomes() {
         for edit in edits(kind, Split::Train, 100) {
             let thought = edit.thought();
             let (before, after) = thought.split_once(". the final prompt is: ").unwrap();
+            let (before, steps) = before.split_once(". ").unwrap();
             assert_ne!(before, after, "{edit:?}");
+            assert_eq!(steps.split(". ").count(), edit.changes.len(), "{steps}");
+            assert!(steps.split(". ").all(|step| step.contains(" is now ")), "{steps}");
             // As if one knew the pictures alone: what an object was meant to be called does not
             // show in them.
             let told = |scene: &Scene| Scene::of_objects(scene.objects.clone(), scene.background).unwrap();
@@ -182,6 +185,38 @@ fn a_thought_tells_what_is_seen_and_what_it_becomes() {
                 let objects = &told(scene).objects;
                 assert!(objects.iter().all(|o| words.contains(COLOURS[o.colour].name)), "{words}: {edit:?}");
             }
+        }
+    }
+}
+
+/// However an instruction points at an object, the step names it in full and says where it is.
+#[test]
+fn a_step_names_its_object_and_its_place() {
+    for kind in [EditKind::Remove, EditKind::Replace, EditKind::Recolour, EditKind::Resize] {
+        for edit in edits(kind, Split::Train, 200).filter(|edit| edit.source.objects.len() == 2) {
+            let thought = edit.thought();
+            let step = thought.split(". ").nth(1).unwrap();
+            let kept = |o: &&Object| edit.target.objects.iter().any(|t| t.same(o));
+            let gone = edit.source.objects.iter().find(|o| !kept(o)).unwrap();
+            let stays = edit.source.objects.iter().find(kept).unwrap();
+            let name = format!("the {} {:?} ", COLOURS[gone.colour].name, gone.shape).to_lowercase();
+            let place = match (gone.centre.0 - stays.centre.0, gone.centre.1 - stays.centre.1) {
+                (dx, dy) if dx.abs() > dy.abs() => {
+                    if dx < 0.0 {
+                        "on the left"
+                    } else {
+                        "on the right"
+                    }
+                }
+                (_, dy) => {
+                    if dy < 0.0 {
+                        "at the top"
+                    } else {
+                        "at the bottom"
+                    }
+                }
+            };
+            assert!(step.starts_with(&format!("{name}{place} is now ")), "{step}: {edit:?}");
         }
     }
 }

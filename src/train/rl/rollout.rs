@@ -20,7 +20,7 @@ use crate::tokenizer::{Encoded, ImageTokenizer, Quantizer};
 use crate::train::sequence::{self, Sequence};
 
 /// The longest answer, in tokens.
-const LONGEST: usize = 64;
+const LONGEST: usize = 128;
 /// Images that are drawn in one pass.
 const AT_ONCE: usize = 32;
 

@@ -4,6 +4,7 @@ use image::RgbImage;
 
 use crate::dataset::{Canvas, SIDE};
 use crate::error::Result;
+use crate::generate::prompt::EDIT;
 use crate::pixels;
 use crate::rng::Rng;
 use crate::scenes::detector::{Detection, detect};
@@ -86,7 +87,7 @@ impl Task {
             }
             2 => {
                 let edit = Edit::sample(&rng.fork(1), Split::Train);
-                let text = edit.instruction(&rng.fork(2), Split::Train).text;
+                let text = format!("{EDIT}{}", edit.instruction(&rng.fork(2), Split::Train).text);
                 Self::Edit(Box::new(edit), text)
             }
             _ => Self::Question(Question::sample(&rng.fork(1), Split::Train)),
