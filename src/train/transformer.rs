@@ -145,7 +145,7 @@ impl Lesson<'_> {
             let parts = if self.words_alone {
                 vec![("words", Length::Words, size)]
             } else {
-                vec![("words", Length::Words, size / 2), ("look", Length::Look, size / 4)]
+                vec![("words", Length::Words, size.div_ceil(2)), ("look", Length::Look, size.div_ceil(4))]
             };
             for (name, length, size) in parts {
                 let sequences = self.dialogues(dataset, text, size, step, length)?;
