@@ -103,7 +103,7 @@ impl DepthwiseConv {
             );
             sums
         };
-        dy.par_chunks(w * c).enumerate().fold(zeros, line).reduce(zeros, reduce::add)
+        reduce::in_order(dy.par_chunks(w * c).enumerate(), zeros, line, reduce::add)
     }
 }
 

@@ -161,7 +161,7 @@ pub(super) fn column_sums(values: &[f32], cols: usize) -> Vec<f32> {
         }
         sums
     };
-    values.par_chunks(cols * ROWS).fold(zeros, block).reduce(zeros, reduce::add)
+    reduce::in_order(values.par_chunks(cols * ROWS), zeros, block, reduce::add)
 }
 
 /// The products of mixed precision, where the CPU multiplies bf16.

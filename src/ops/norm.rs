@@ -87,7 +87,7 @@ fn map_rows_back(
         );
         sums
     };
-    let sums = blocks.fold(zeros, block).reduce(zeros, reduce::add);
+    let sums = reduce::in_order(blocks, zeros, block, reduce::add);
     (dx, sums)
 }
 

@@ -154,7 +154,8 @@ pub(crate) fn convolve_back(g: &Geometry, x: &[f32], w: &[f32], dy: &[f32], want
     let mut dx = vec![0f32; x.len()];
     let images = dx.par_chunks_mut(image).zip(x.par_chunks(image)).zip(dy.par_chunks(g.o * area));
     let start = || (vec![0f32; g.o * n], vec![0f32; g.o], g.scratch());
-    let sums = images.fold(start, |(mut dw, mut db, mut scratch), ((dx, x), dy)| {
+    type Sums = (Vec<f32>, Vec<f32>, Vec<f32>);
+    let add_image = |(mut dw, mut db, mut scratch): Sums, ((dx, x), dy): ((&mut [f32], &[f32]), &[f32])| {
         db.iter_mut().zip(dy.chunks_exact(area)).for_each(|(db, dy)| *db += reduce::sum(dy, dy, |dy, _| dy));
         let filters = Matrix::new(w, g.o, n);
         let mut add_to_dw = |dy: Matrix, patches: Matrix| {
@@ -180,9 +181,10 @@ pub(crate) fn convolve_back(g: &Geometry, x: &[f32], w: &[f32], dy: &[f32], want
             }
         }
         (dw, db, scratch)
-    });
-    let zeros = || (vec![0f32; g.o * n], vec![0f32; g.o]);
-    let join = |(dw, db), (more_dw, more_db)| (reduce::add(dw, more_dw), reduce::add(db, more_db));
-    let (dw, db) = sums.map(|(dw, db, _)| (dw, db)).reduce(zeros, join);
+    };
+    let join = |(dw, db, scratch): Sums, (more_dw, more_db, _): Sums| {
+        (reduce::add(dw, more_dw), reduce::add(db, more_db), scratch)
+    };
+    let (dw, db, _) = reduce::in_order(images, start, add_image, join);
     [dx, dw, db]
 }

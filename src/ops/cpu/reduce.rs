@@ -1,4 +1,7 @@
-//! Reductions that the compiler can vectorise, with the same results on every CPU.
+//! Reductions that the compiler can vectorise, with the same results on every CPU and on any number
+//! of threads.
+
+use rayon::prelude::*;
 
 /// Sum of `f` over pairs, in eight independent lanes: a plain fold may not be reordered, so it
 /// never vectorises.
@@ -37,7 +40,23 @@ pub(crate) fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
-/// `a + b`, to reduce the partial sums of threads.
+/// Most partial results of [`in_order`].
+const PARTS: usize = 32;
+
+/// Folds items on all threads, joining partial results in the order of the items. Which items go
+/// into one is fixed: rayon's own splits differ from run to run, and sums of f32 with them.
+pub(crate) fn in_order<I: IndexedParallelIterator, T: Send>(
+    items: I,
+    start: impl Fn() -> T + Sync + Send,
+    fold: impl Fn(T, I::Item) -> T + Sync + Send,
+    join: impl Fn(T, T) -> T,
+) -> T {
+    let part = items.len().div_ceil(PARTS).max(1);
+    let parts: Vec<T> = items.fold_chunks(part, &start, fold).collect();
+    parts.into_iter().reduce(join).unwrap_or_else(start)
+}
+
+/// `a + b`, to join partial sums.
 pub(crate) fn add(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
     a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
     a
@@ -53,6 +72,17 @@ pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_do_not_change_sums() {
+        let x: Vec<f32> = (0..10_007).map(|i| (i as f32).sin() * 1e3).collect();
+        let sums = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| in_order(x.par_chunks(3), || 0.0, |sum, x| sum + x.iter().sum::<f32>(), |a, b| a + b))
+        };
+        assert_eq!([sums(2), sums(3), sums(7)], [sums(1); 3]);
+        assert_eq!(in_order(x[..0].par_chunks(3), || 5, |n, _| n, |a, b| a + b), 5);
+    }
 
     #[test]
     fn the_remainder_counts() {

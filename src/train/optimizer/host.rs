@@ -60,9 +60,9 @@ pub(super) fn descend(params: &mut [Param], grads: &GradStore, pace: Pace) -> Re
         .iter()
         .map(|p| grads.get(p.var.as_tensor()).map(|g| g.flatten_all()?.to_vec1::<f32>()).transpose())
         .collect::<Result<Vec<_>>>()?;
-    let square: f64 =
-        grads.par_iter().flatten().map(|g| g.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()).sum();
-    let norm = square.sqrt();
+    let square = |g: &Option<Vec<f32>>| g.iter().flatten().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+    let squares: Vec<f64> = grads.par_iter().map(square).collect();
+    let norm = squares.iter().sum::<f64>().sqrt();
     if norm.is_finite() {
         let scale = (pace.clip / (norm + TINY)).min(1.0) as f32;
         let step = |(param, grad): (&mut Param, &Option<Vec<f32>>)| match grad {
