@@ -103,7 +103,7 @@ impl DepthwiseConv {
             );
             sums
         };
-        reduce::in_order(dy.par_chunks(w * c).enumerate(), zeros, line, reduce::add)
+        reduce::sums_in_order(dy.par_chunks(w * c).enumerate(), zeros, line)
     }
 }
 

@@ -76,7 +76,7 @@ impl Op<3> for GroupNorm {
         let mut dx = vec![0f32; x.len()];
         let zeros = || vec![0f32; 2 * c];
         let blocks = dx.par_chunks_mut(group).zip(x.par_chunks(group)).zip(dy.par_chunks(group)).enumerate();
-        let block = |mut sums: Vec<f32>, (i, ((dx, x), dy)): (usize, ((&mut [f32], &[f32]), &[f32]))| {
+        let mut dw = reduce::sums_in_order(blocks, zeros, |mut sums, (i, ((dx, x), dy))| {
             let (mean, r) = moments(x, self.eps);
             let first = i % self.groups * channels;
             let (dw, db) = sums.split_at_mut(c);
@@ -102,8 +102,7 @@ impl Op<3> for GroupNorm {
                 dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = r * (*dx * w - shift - (x - mean) * slope));
             }
             sums
-        };
-        let mut dw = reduce::in_order(blocks, zeros, block, reduce::add);
+        });
         let db = dw.split_off(c);
         Ok([Some(dx), Some(dw), Some(db)])
     }

@@ -161,7 +161,7 @@ pub(super) fn column_sums(values: &[f32], cols: usize) -> Vec<f32> {
         }
         sums
     };
-    reduce::in_order(values.par_chunks(cols * ROWS), zeros, block, reduce::add)
+    reduce::sums_in_order(values.par_chunks(cols * ROWS), zeros, block)
 }
 
 /// The products of mixed precision, where the CPU multiplies bf16.

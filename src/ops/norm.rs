@@ -87,7 +87,7 @@ fn map_rows_back(
         );
         sums
     };
-    let sums = reduce::in_order(blocks, zeros, block, reduce::add);
+    let sums = reduce::sums_in_order(blocks, zeros, block);
     (dx, sums)
 }
 

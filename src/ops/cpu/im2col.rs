@@ -182,9 +182,7 @@ pub(crate) fn convolve_back(g: &Geometry, x: &[f32], w: &[f32], dy: &[f32], want
         }
         (dw, db, scratch)
     };
-    let join = |(dw, db, scratch): Sums, (more_dw, more_db, _): Sums| {
-        (reduce::add(dw, more_dw), reduce::add(db, more_db), scratch)
-    };
-    let (dw, db, _) = reduce::in_order(images, start, add_image, join);
+    let join = |(dw, db), (more_dw, more_db)| (reduce::add(dw, more_dw), reduce::add(db, more_db));
+    let (dw, db) = reduce::in_order(images, start, add_image, |(dw, db, _)| (dw, db), join);
     [dx, dw, db]
 }

@@ -45,19 +45,30 @@ const PARTS: usize = 32;
 
 /// Folds items on all threads, joining partial results in the order of the items. Which items go
 /// into one is fixed: rayon's own splits differ from run to run, and sums of f32 with them.
-pub(crate) fn in_order<I: IndexedParallelIterator, T: Send>(
+/// `finish` drops what a part needed on the way.
+pub(crate) fn in_order<I: IndexedParallelIterator, S: Send, T: Send>(
     items: I,
-    start: impl Fn() -> T + Sync + Send,
-    fold: impl Fn(T, I::Item) -> T + Sync + Send,
+    start: impl Fn() -> S + Sync + Send,
+    fold: impl Fn(S, I::Item) -> S + Sync + Send,
+    finish: impl Fn(S) -> T + Sync + Send,
     join: impl Fn(T, T) -> T,
 ) -> T {
     let part = items.len().div_ceil(PARTS).max(1);
-    let parts: Vec<T> = items.fold_chunks(part, &start, fold).collect();
-    parts.into_iter().reduce(join).unwrap_or_else(start)
+    let parts: Vec<T> = items.fold_chunks(part, &start, fold).map(&finish).collect();
+    parts.into_iter().reduce(join).unwrap_or_else(|| finish(start()))
+}
+
+/// [`in_order`] of vectors that are added.
+pub(crate) fn sums_in_order<I: IndexedParallelIterator>(
+    items: I,
+    zeros: impl Fn() -> Vec<f32> + Sync + Send,
+    fold: impl Fn(Vec<f32>, I::Item) -> Vec<f32> + Sync + Send,
+) -> Vec<f32> {
+    in_order(items, zeros, fold, |sums| sums, add)
 }
 
 /// `a + b`, to join partial sums.
-pub(crate) fn add(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
+pub(super) fn add(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
     a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
     a
 }
@@ -78,10 +89,10 @@ mod tests {
         let x: Vec<f32> = (0..10_007).map(|i| (i as f32).sin() * 1e3).collect();
         let sums = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| in_order(x.par_chunks(3), || 0.0, |sum, x| sum + x.iter().sum::<f32>(), |a, b| a + b))
+            pool.install(|| sums_in_order(x.par_chunks(3), || vec![0.0], |sum, x| vec![sum[0] + x.iter().sum::<f32>()]))
         };
-        assert_eq!([sums(2), sums(3), sums(7)], [sums(1); 3]);
-        assert_eq!(in_order(x[..0].par_chunks(3), || 5, |n, _| n, |a, b| a + b), 5);
+        assert!([2, 3, 7].iter().all(|&threads| sums(threads) == sums(1)));
+        assert_eq!(sums_in_order(x[..0].par_chunks(3), || vec![5.0], |sum, _| sum), [5.0]);
     }
 
     #[test]
