@@ -48,8 +48,6 @@ pub struct EditArgs {
 
 /// How an image comes from standard input.
 const PIPE: &str = "nextflow gen \"a blue star\" -o - | nextflow edit -i - \"make it red\"";
-/// Most text tokens before the image.
-const THOUGHT: usize = 128;
 
 /// Runs `nextflow edit`. Stops at the first error; the images before it stay.
 pub(super) fn run(args: &EditArgs) -> Result<()> {
@@ -71,7 +69,7 @@ pub(super) fn run(args: &EditArgs) -> Result<()> {
     let read = sources.iter().map(|image| config.image_tokens(image.dimensions()).map(|(_, tokens)| tokens));
     let said = read.sum::<Result<usize>>()? + request.tokens + TEMPLATE_TOKENS;
     config.room(said)?;
-    let tokens = said + THOUGHT + schedule::codes(&letterbox.scales);
+    let tokens = said + prompt::MAX_THOUGHT + schedule::codes(&letterbox.scales);
     let memory = config.memory(
         Some(&request.source),
         request.weights,
@@ -154,7 +152,7 @@ impl Editor<'_> {
         let Self { model, letterbox, .. } = *self;
         let options = ReplyOptions {
             sampling: model.config().sampling,
-            max_tokens: THOUGHT,
+            max_tokens: prompt::MAX_THOUGHT,
             image: Some(job.sampling.clone()),
             seed: job.seed,
             guide_from_sources: !self.free,

@@ -12,7 +12,7 @@ use super::case::{Case, Watch, done};
 use super::{Share, metrics};
 use crate::chat::{ChatModel, Picture, ReplyOptions, Session};
 use crate::error::{Error, Kind as Failure, Result};
-use crate::generate::prompt::{EDIT, FINAL, THINK};
+use crate::generate::prompt::{EDIT, FINAL, MAX_THOUGHT, THINK};
 use crate::rng::{Rng, Stream};
 use crate::scenes::detector::{Detection, detect};
 use crate::scenes::judge::{as_edited, judge, on_its_background};
@@ -133,9 +133,6 @@ pub struct Examiner<'a> {
     pub split: Split,
 }
 
-/// The longest answer, in tokens.
-const LONGEST: usize = 128;
-
 impl Examiner<'_> {
     /// Every suite.
     pub fn run(&self, watch: Watch) -> Result<Dialogues> {
@@ -164,7 +161,7 @@ impl Examiner<'_> {
         let image = config.drawing.as_ref().map(|drawing| drawing.sampling.clone());
         let image = Some(image.ok_or_else(|| self.model.draws_nothing())?);
         let seed = self.seed.wrapping_add(case as u64);
-        Ok(ReplyOptions { sampling: config.sampling, max_tokens: LONGEST, image, seed, guide_from_sources: true })
+        Ok(ReplyOptions { sampling: config.sampling, max_tokens: MAX_THOUGHT, image, seed, guide_from_sources: true })
     }
 
     fn scene(&self, scene: &Scene) -> Result<Picture> {

@@ -9,6 +9,8 @@ use crate::text::{self, Text};
 pub const THINK: &str = "think, then draw ";
 /// Before an instruction for an edit, where it could be a question.
 pub const EDIT: &str = "edit: ";
+/// Most text tokens before the image of an edit.
+pub const MAX_THOUGHT: usize = 128;
 /// Separates reasoning and prompt (the paper's chain of thought).
 pub const FINAL: &str = "the final prompt is: ";
 

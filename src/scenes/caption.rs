@@ -42,6 +42,11 @@ pub(super) fn phrase(object: &Object) -> String {
     format!("{article} {noun}")
 }
 
+/// "on the left".
+pub(super) fn at(place: Place) -> &'static str {
+    ["in the middle", "on the left", "on the right", "at the top", "at the bottom"][place as usize]
+}
+
 /// "大的红色圆形".
 pub(super) fn phrase_zh(object: &Object) -> String {
     let size = match object.size {

@@ -14,6 +14,11 @@ impl Object {
         look(self) == look(other)
     }
 
+    /// The same, whose size is not worth a word.
+    pub(super) fn of_plain_size(&self) -> Self {
+        Self { size: ObjectSize::Plain, ..self.clone() }
+    }
+
     /// Left, top, right and bottom of the box that it is drawn in.
     pub(super) fn bounds(&self) -> [f64; 4] {
         let ((x, y), r) = (self.centre, self.radius);
@@ -86,6 +91,12 @@ pub(super) fn side(a: (f64, f64), b: (f64, f64)) -> Place {
         (false, _) if dy < 0.0 => Place::Above,
         (false, _) => Place::Below,
     }
+}
+
+/// Where an object is, seen from the other one or from the middle.
+pub(super) fn place_of(object: &Object, scene: &Scene) -> Place {
+    let other = scene.objects.iter().find(|o| !o.same(object));
+    side(object.centre, other.map_or(centre_of(Place::Unsaid), |o| o.centre))
 }
 
 /// The centre of a place of the drawing square.

@@ -3,9 +3,9 @@
 
 use super::EditKind;
 use super::change::Change;
-use crate::scenes::caption::{english, phrase};
-use crate::scenes::describe::{centre_of, side};
-use crate::scenes::{BACKGROUNDS, COLOURS, Object, ObjectSize, Place, Scene};
+use crate::scenes::caption::{at, english, phrase};
+use crate::scenes::describe::{centre_of, place_of, side};
+use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, Scene};
 
 /// "the blue heart on the left is now gone", and the same of a second change. `seen` is the source
 /// as a viewer describes it.
@@ -35,31 +35,15 @@ fn step(change: &Change, seen: &Scene) -> String {
 
 /// "a blue heart", whatever its size.
 fn plain(object: &Object) -> String {
-    phrase(&Object { size: ObjectSize::Plain, ..object.clone() })
+    phrase(&object.of_plain_size())
 }
 
 /// "the blue heart", and of one of two also where it is.
 fn named(object: &Object, seen: &Scene) -> String {
     let name = format!("the {} {}", COLOURS[object.colour].name, english(object.shape));
-    match &seen.objects[..] {
-        [first, _] if seen.place != Place::Unsaid => {
-            let place = if first.same(object) { seen.place } else { opposite(seen.place) };
-            format!("{name} {}", at(place))
-        }
-        _ => name,
+    if seen.objects.len() == 2 && seen.place != Place::Unsaid {
+        format!("{name} {}", at(place_of(object, seen)))
+    } else {
+        name
     }
-}
-
-fn opposite(place: Place) -> Place {
-    match place {
-        Place::Unsaid => Place::Unsaid,
-        Place::Left => Place::Right,
-        Place::Right => Place::Left,
-        Place::Above => Place::Below,
-        Place::Below => Place::Above,
-    }
-}
-
-fn at(place: Place) -> &'static str {
-    ["in the middle", "on the left", "on the right", "at the top", "at the bottom"][place as usize]
 }

@@ -200,21 +200,10 @@ fn a_step_names_its_object_and_its_place() {
             let gone = edit.source.objects.iter().find(|o| !kept(o)).unwrap();
             let stays = edit.source.objects.iter().find(kept).unwrap();
             let name = format!("the {} {:?} ", COLOURS[gone.colour].name, gone.shape).to_lowercase();
-            let place = match (gone.centre.0 - stays.centre.0, gone.centre.1 - stays.centre.1) {
-                (dx, dy) if dx.abs() > dy.abs() => {
-                    if dx < 0.0 {
-                        "on the left"
-                    } else {
-                        "on the right"
-                    }
-                }
-                (_, dy) => {
-                    if dy < 0.0 {
-                        "at the top"
-                    } else {
-                        "at the bottom"
-                    }
-                }
+            let (dx, dy) = (gone.centre.0 - stays.centre.0, gone.centre.1 - stays.centre.1);
+            let place = match dx.abs() > dy.abs() {
+                true => ["on the left", "on the right"][usize::from(dx > 0.0)],
+                false => ["at the top", "at the bottom"][usize::from(dy > 0.0)],
             };
             assert!(step.starts_with(&format!("{name}{place} is now ")), "{step}: {edit:?}");
         }

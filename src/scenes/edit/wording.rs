@@ -5,7 +5,7 @@ use super::{EditKind, words};
 use crate::scenes::caption::{chinese, english, phrase, phrase_zh};
 use crate::scenes::describe::{centre_of, side};
 use crate::scenes::wording::{Said, Voice, relation};
-use crate::scenes::{BACKGROUNDS, COLOURS, Object, ObjectSize, Place, Scene};
+use crate::scenes::{BACKGROUNDS, COLOURS, Object, Place, Scene};
 
 /// An instruction that asks for these changes of a scene.
 pub(super) fn say(changes: &[Change], scene: &Scene, voice: Voice) -> Said {
@@ -37,13 +37,13 @@ fn clause(change: &Change, scene: &Scene, voice: Voice) -> Said {
             }
         }
         Change::Remove(object) => {
-            let bare = Object { size: ObjectSize::Plain, ..object.clone() };
+            let bare = object.of_plain_size();
             let with_article = phrase(&bare);
             let noun = with_article.split_once(' ').map_or("", |(_, noun)| noun).to_string();
             voice.say(&words::REMOVE, &[name(object), ("{s}", noun), ("{a}", with_article)])
         }
         Change::Alter { kind: EditKind::Replace, old, new } => {
-            let plain = Object { size: ObjectSize::Plain, ..new.clone() };
+            let plain = new.of_plain_size();
             // The colour may go without saying where it stays.
             let short = old.colour == new.colour && voice.pick(3, &[false, true]);
             let new = match (zh, short) {

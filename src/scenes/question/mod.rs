@@ -4,8 +4,8 @@
 mod tests;
 pub(super) mod wording;
 
-use super::caption::{chinese, english, phrase, phrase_zh};
-use super::describe::{centre_of, side};
+use super::caption::{at, chinese, english, phrase, phrase_zh};
+use super::describe::{place_of, side};
 use super::wording::{Said, Voice, relation};
 use super::{BACKGROUNDS, COLOURS, KINDS, Kind, Object, ObjectSize, Place, SHAPES, Scene, Split, held_out};
 use crate::rng::Rng;
@@ -130,18 +130,12 @@ impl Scene {
 
 /// Colour and shape, in the language of the question: "a red circle".
 fn thing(object: &Object, voice: Voice) -> String {
-    let plain = Object { size: ObjectSize::Plain, ..object.clone() };
+    let plain = object.of_plain_size();
     if voice.chinese { format!("一个{}", phrase_zh(&plain)) } else { phrase(&plain) }
 }
 
 fn in_words(voice: Voice, english: &str, chinese: &str) -> String {
     if voice.chinese { chinese } else { english }.to_string()
-}
-
-/// Where an object is, seen from the other or from the middle.
-fn place_of(object: &Object, scene: &Scene) -> Place {
-    let other = scene.objects.iter().find(|o| !o.same(object));
-    side(object.centre, other.map_or(centre_of(Place::Unsaid), |o| o.centre))
 }
 
 fn what(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(Said, String)> {
@@ -231,9 +225,8 @@ fn place(rng: &Rng, scene: &Scene, voice: Voice) -> Option<(Said, String)> {
     if scene.objects.len() > 1 && place == Place::Unsaid {
         return None;
     }
-    let at = ["in the middle", "on the left", "on the right", "at the top", "at the bottom"][place as usize];
     let at_zh = ["在中间", "在左边", "在右边", "在上面", "在下面"][place as usize];
-    Some((voice.say(&wording::WHERE, &[("{o}", voice.name(object, scene, true))]), in_words(voice, at, at_zh)))
+    Some((voice.say(&wording::WHERE, &[("{o}", voice.name(object, scene, true))]), in_words(voice, at(place), at_zh)))
 }
 
 /// As often yes as no, and a no is a near miss (what is there but for its colour or its shape) or

@@ -13,14 +13,13 @@ use crate::chat::{ChatModel, FinishReason, Part, Picture, ReplyOptions, Role, Se
 use crate::checkpoint::Weights;
 use crate::error::{Error, Kind, Result};
 use crate::generate::next_input::NextInput;
+use crate::generate::prompt::MAX_THOUGHT;
 use crate::generate::{Batch, ImageCodes, ModelConfig, Sampling, draw_after};
 use crate::scenes::Scene;
 use crate::text::Text;
 use crate::tokenizer::{Encoded, ImageTokenizer, Quantizer};
 use crate::train::sequence::{self, Sequence};
 
-/// The longest answer, in tokens.
-const LONGEST: usize = 128;
 /// Images that are drawn in one pass.
 const AT_ONCE: usize = 32;
 
@@ -140,7 +139,7 @@ impl Policy {
             // Text and images at temperature 1, without guidance.
             let sampling = TextSampling { temperature: 1.0, ..TextSampling::GREEDY };
             let image = Some(Sampling::default());
-            let options = ReplyOptions { sampling, max_tokens: LONGEST, image, seed, guide_from_sources: true };
+            let options = ReplyOptions { sampling, max_tokens: MAX_THOUGHT, image, seed, guide_from_sources: true };
             let pictures = picture.iter().cloned().collect();
             let reply = match task.draws() {
                 true => session.draw(pictures, text, &options, None, &mut |_| ControlFlow::Continue(()))?,
